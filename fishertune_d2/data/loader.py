@@ -1,0 +1,183 @@
+"""Loaders for training and test.
+
+What training sees is a function of the seed and of how many images came before. Nothing else
+counts: not the number of workers, not a restart. So a run resumes exactly, with no worker state
+in its checkpoints: set ``loader.sampler.start`` to the number of images already drawn.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data.common import DatasetFromList
+from detectron2.data.samplers import InferenceSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fishertune_d2.data.files import DatasetError
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class ResumableSampler(Sampler[tuple[int, int]]):
+    """An endless stream of shuffled epochs that can be entered anywhere.
+
+    Yields (position, index): position counts the images of all ranks since training began, index
+    is an entry of the data set. Rank r of R takes the positions r, r + R, r + 2R, ...
+
+    Attributes:
+        start: the position at which iteration begins. May be set until iteration begins.
+    """
+
+    def __init__(self, size: int, seed: int, start: int = 0):
+        """Stores the stream's parameters.
+
+        Args:
+            size: number of entries of the data set.
+            seed: seed of the order.
+            start: number of images, over all ranks, that were drawn before.
+
+        Raises:
+            ValueError: if the data set is empty.
+        """
+        if size < 1:
+            raise ValueError("The data set is empty; there is nothing to draw.")
+        self.size = size
+        self.seed = seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        if self.start < 0 or self.start % world_size:
+            raise ValueError(
+                f"start is {self.start}; it has to be a whole number of steps, so a multiple of "
+                f"the {world_size} processes."
+            )
+        position, drawn_epoch = self.start + rank, -1
+        while True:
+            epoch, place = divmod(position, self.size)
+            if epoch != drawn_epoch:
+                generator = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
+                order, drawn_epoch = generator.permutation(self.size), epoch
+            yield position, int(order[place])
+            position += world_size
+
+
+class _MappedItems(Dataset):
+    """Maps entries of a list; an error says which file it met."""
+
+    def __init__(self, dicts: Sequence[dict[str, Any]], mapper: Mapper):
+        self.dicts = DatasetFromList(list(dicts))  # one buffer, not copied into each worker
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dicts[index]
+        try:
+            return self.mapper(item)
+        except DatasetError:
+            raise
+        except Exception as error:
+            raise DatasetError(
+                f"{item['file_name']}: mapping it failed with {type(error).__name__}: {error}"
+            ) from error
+
+
+class _SeededItems(_MappedItems):
+    """Maps an entry with random generators seeded by its position in the stream."""
+
+    def __init__(self, dicts: Sequence[dict[str, Any]], mapper: Mapper, seed: int):
+        super().__init__(dicts, mapper)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        position, index = key
+        # Without workers this is the training process, whose own generators have to go on as if
+        # nothing had been drawn here.
+        numpy_state, python_state = np.random.get_state(), random.getstate()
+        with torch.random.fork_rng(devices=[]):
+            # Detectron2's transforms draw from numpy, its colour jitter from random.
+            words = np.random.SeedSequence([self.seed, position]).generate_state(3)
+            np.random.seed(words[0])
+            random.seed(int(words[1]))
+            torch.default_generator.manual_seed(int(words[2]))  # leaves the GPU's generators alone
+            try:
+                return super().__getitem__(index)
+            finally:
+                np.random.set_state(numpy_state)
+                random.setstate(python_state)
+
+
+def build_train_loader(
+    dicts: Sequence[dict[str, Any]],
+    mapper: Mapper,
+    *,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    start: int = 0,
+) -> DataLoader:
+    """Builds an endless loader of shuffled, augmented batches.
+
+    Args:
+        dicts: entries as `load_datasets` returns them.
+        mapper: turns an entry into tensors.
+        batch_size: images per step over all ranks.
+        num_workers: worker processes of each rank; 0 maps in the calling process.
+        seed: seed of the order and of the augmentation. The same on every rank.
+        start: images over all ranks that were drawn before; ``loader.sampler.start`` sets it
+            later, until iteration begins.
+
+    Returns:
+        A loader of lists of mapped dicts.
+
+    Raises:
+        ValueError: if the ranks cannot share the batch evenly, or there are no entries.
+    """
+    world_size = comm.get_world_size()
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"A batch of {batch_size} images (SOLVER.IMS_PER_BATCH) cannot be shared evenly by "
+            f"{world_size} processes; choose a multiple."
+        )
+    return DataLoader(
+        _SeededItems(dicts, mapper, seed),
+        batch_size=batch_size // world_size,
+        sampler=ResumableSampler(len(dicts), seed, start),
+        num_workers=num_workers,
+        collate_fn=_as_list,
+        # The loader draws a base seed when iterated; from the global generator, that would shift
+        # the random numbers of the model after a resume.
+        generator=torch.Generator(),
+    )
+
+
+def build_test_loader(
+    dicts: Sequence[dict[str, Any]], mapper: Mapper, *, num_workers: int
+) -> DataLoader:
+    """Builds a loader that goes once through this rank's share, one image at a time.
+
+    Args:
+        dicts: entries as `load_datasets` returns them.
+        mapper: turns an entry into tensors.
+        num_workers: worker processes of each rank; 0 maps in the calling process.
+
+    Returns:
+        A loader of lists of one mapped dict.
+    """
+    return DataLoader(
+        _MappedItems(dicts, mapper),
+        batch_size=1,
+        sampler=InferenceSampler(len(dicts)),
+        num_workers=num_workers,
+        collate_fn=_as_list,
+        generator=torch.Generator(),
+    )
+
+
+def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return batch

@@ -1,0 +1,161 @@
+"""From a data set's dict to tensors: reading, augmentation, padding.
+
+Shapes: H, W are the height and width after augmentation, in pixels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import transforms as T
+from detectron2.projects.point_rend import ColorAugSSDTransform
+
+from fishertune_d2.data.files import read_image, read_label
+
+
+class ColorJitter(T.Augmentation):
+    """SSD's random brightness, contrast, saturation and hue, on uint8 images."""
+
+    def __init__(self, image_format: str):
+        super().__init__()
+        self.image_format = image_format
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Returns the transform; it draws its random numbers when it is applied."""
+        return ColorAugSSDTransform(self.image_format)
+
+
+class SegmentationMapper:
+    """Turns a data set's dict into what the segmentor takes.
+
+    Training: resize to a random short edge, crop, colour jitter, flip, pad to the crop's size.
+    Test: only the resize into the data set's ``test_size``; the label stays on disk, where the
+    evaluator reads it at its own size.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        augmentations: Sequence[T.Augmentation] = (),
+        image_format: str = "RGB",
+        pad_to: tuple[int, int] | None = None,
+        pad_value: Sequence[float] = (0.0, 0.0, 0.0),
+        ignore_label: int = 255,
+    ):
+        """Stores the augmentations.
+
+        Args:
+            is_train: whether labels are loaded and ``augmentations`` applied.
+            augmentations: applied in this order to image and label.
+            image_format: "RGB" or "BGR".
+            pad_to: (height, width) up to which smaller crops are padded on the right and at the
+                bottom, so that a batch stacks; None pads nothing.
+            pad_value: colour of the padding, 0..255; the pixel mean, which is 0 to the model.
+            ignore_label: label of the padding.
+        """
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.image_format = image_format
+        self.pad_to = pad_to
+        self.pad_value = np.round(pad_value).astype(np.uint8)
+        self.ignore_label = ignore_label
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Reads cfg.INPUT, cfg.MODEL.PIXEL_MEAN and MODEL.SEM_SEG_HEAD.IGNORE_VALUE.
+
+        Raises:
+            ValueError: if crops are enabled with a type other than "absolute".
+        """
+        crop = cfg.INPUT.CROP
+        if crop.ENABLED and crop.TYPE != "absolute":
+            raise ValueError(
+                f"INPUT.CROP.TYPE is {crop.TYPE!r}, but a batch needs crops of one size: set it "
+                "to 'absolute' and INPUT.CROP.SIZE to pixels."
+            )
+        ignore_label = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        augmentations: list[T.Augmentation] = []
+        if is_train:
+            augmentations.append(
+                T.ResizeShortestEdge(
+                    cfg.INPUT.MIN_SIZE_TRAIN,
+                    cfg.INPUT.MAX_SIZE_TRAIN,
+                    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+                )
+            )
+            if crop.ENABLED:
+                augmentations.append(
+                    T.RandomCrop_CategoryAreaConstraint(
+                        crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, ignore_label
+                    )
+                )
+            if cfg.INPUT.COLOR_AUG_SSD:
+                augmentations.append(ColorJitter(cfg.INPUT.FORMAT))
+            if cfg.INPUT.RANDOM_FLIP != "none":
+                augmentations.append(
+                    T.RandomFlip(
+                        horizontal=cfg.INPUT.RANDOM_FLIP == "horizontal",
+                        vertical=cfg.INPUT.RANDOM_FLIP == "vertical",
+                    )
+                )
+        return {
+            "is_train": is_train,
+            "augmentations": augmentations,
+            "image_format": cfg.INPUT.FORMAT,
+            "pad_to": tuple(crop.SIZE) if is_train and crop.ENABLED else None,
+            "pad_value": cfg.MODEL.PIXEL_MEAN,
+            "ignore_label": ignore_label,
+        }
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Maps one dict of `load_pairs`.
+
+        Returns:
+            A copy with ``image``, (3, H, W) uint8, and in training ``sem_seg``, (H, W) int64
+            train ids; ``height`` and ``width`` stay those of the label file.
+
+        Raises:
+            DatasetError: if a file cannot be read or holds a label out of range.
+        """
+        image = read_image(dataset_dict["file_name"], self.image_format)
+        if not self.is_train:
+            if dataset_dict.get("test_size") is not None:
+                image = _fit_into(image, dataset_dict["test_size"])
+            return {**dataset_dict, "image": _to_tensor(image)}
+
+        label = read_label(dataset_dict["sem_seg_file_name"], dataset_dict["label_map"])
+        augmented = T.AugInput(image, sem_seg=label)
+        self.augmentations(augmented)
+        image, label = augmented.image, augmented.sem_seg
+        if self.pad_to is not None:
+            image, label = self._pad(image, label)
+        return {
+            **dataset_dict,
+            "image": _to_tensor(image),
+            "sem_seg": torch.from_numpy(label.astype(np.int64)),
+        }
+
+    def _pad(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        (height, width), (target_height, target_width) = label.shape, self.pad_to
+        if (height, width) == (target_height, target_width):
+            return image, label
+        padded = np.tile(self.pad_value, (target_height, target_width, 1))
+        padded[:height, :width] = image
+        padded_label = np.full((target_height, target_width), self.ignore_label, label.dtype)
+        padded_label[:height, :width] = label
+        return padded, padded_label
+
+
+def _fit_into(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes (H, W, 3) to the largest size of the same ratio inside ``size``, (width, height)."""
+    resize = T.ResizeShortestEdge(min(size), max(size))
+    return resize.get_transform(image).apply_image(image)
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) array to (3, H, W) tensor; flips leave negative strides, which torch refuses."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
