@@ -15,6 +15,8 @@ def add_fishertune_config(cfg: CN) -> None:
         cfg: a node from ``detectron2.config.get_cfg()``.
     """
     add_deeplab_config(cfg)  # WarmupPolyLR and SEM_SEG_HEAD's loss keys
+    # Rein's. Every random number, and the order of the data, is a function of it.
+    cfg.SEED = 42
     _add_backbone(cfg)
     _add_head(cfg)
     _add_input_and_test(cfg)
@@ -166,5 +168,5 @@ def _add_tuning(cfg: CN) -> None:
     # Share of the backbone's parameters that is tuned at the start and at the end of T3.
     cfg.TUNING.D_MIN = 0.01
     cfg.TUNING.D_MAX = 0.05
-    # How the share grows: "text", "eq16", "linear" or "constant" (fishertune_d2.fisher.tuned_share).
+    # How the share grows: "text", "eq16", "linear" or "constant", see fisher.tuned_share.
     cfg.TUNING.SCHEDULE = "text"

@@ -65,14 +65,15 @@ def read_label(path: str | Path, label_map: str) -> np.ndarray:
             "Save the ids as a grey or palette PNG; if these are colours, look for the file with "
             "the ids beside it."
         )
-    table = LABEL_MAPS[label_map]
-    ids = ids.astype(np.int64) if ids.dtype != np.uint8 else ids
-    outside = (ids < 0) | (ids > 255) if ids.dtype != np.uint8 else None
-    if outside is not None and outside.any():
-        raise _unknown_ids(path, ids[outside], label_map)
-    labels = table[ids]
-    if labels.min() == UNKNOWN_ID:
-        raise _unknown_ids(path, ids[labels == UNKNOWN_ID], label_map)
+    if ids.dtype != np.uint8:
+        ids = ids.astype(np.int64)
+        beyond = (ids < 0) | (ids > 255)
+        if beyond.any():
+            raise _unknown_ids(path, ids[beyond], label_map)
+    labels = LABEL_MAPS[label_map][ids]
+    unknown = labels == UNKNOWN_ID
+    if unknown.any():
+        raise _unknown_ids(path, ids[unknown], label_map)
     return labels.astype(np.uint8)
 
 

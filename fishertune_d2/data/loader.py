@@ -38,12 +38,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
             size: number of entries of the data set.
             seed: seed of the order.
             start: number of images, over all ranks, that were drawn before.
-
-        Raises:
-            ValueError: if the data set is empty.
         """
-        if size < 1:
-            raise ValueError("The data set is empty; there is nothing to draw.")
         self.size = size
         self.seed = seed
         self.start = start
@@ -69,6 +64,8 @@ class _MappedItems(Dataset):
     """Maps entries of a list; an error says which file it met."""
 
     def __init__(self, dicts: Sequence[dict[str, Any]], mapper: Mapper):
+        if not dicts:
+            raise ValueError("The list of data is empty: name data sets in DATASETS.")
         self.dicts = DatasetFromList(list(dicts))  # one buffer, not copied into each worker
         self.mapper = mapper
 
@@ -168,6 +165,9 @@ def build_test_loader(
 
     Returns:
         A loader of lists of one mapped dict.
+
+    Raises:
+        ValueError: if there are no entries.
     """
     return DataLoader(
         _MappedItems(dicts, mapper),

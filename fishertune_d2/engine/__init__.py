@@ -1,0 +1,14 @@
+"""Training: the trainer, its stages as hooks, the optimizer."""
+
+from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
+from .optimizer import build_optimizer
+from .trainer import Trainer
+
+__all__ = [
+    "FisherEstimation",
+    "LearningRates",
+    "ParameterMask",
+    "Trainer",
+    "WarmupFreeze",
+    "build_optimizer",
+]

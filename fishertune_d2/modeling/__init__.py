@@ -1,0 +1,7 @@
+"""Models: a vision foundation model, a Mask2Former head, and the segmentor of both."""
+
+from .mask2former import Mask2FormerHead
+from .segmentor import VFMSegmentor
+from .vfm import VFM, VFMS, VFMBackbone
+
+__all__ = ["VFM", "VFMS", "Mask2FormerHead", "VFMBackbone", "VFMSegmentor"]

@@ -1,0 +1,39 @@
+"""Guards against what is known to break in the dependencies, one function for each."""
+
+from torch import nn
+
+
+def require_detectron2() -> None:
+    """Says how to get Detectron2 where it is missing.
+
+    It is not on PyPI under its own name, so no requirement of ours can bring it along
+    (facebookresearch/detectron2#4859).
+
+    Raises:
+        ImportError: one sentence with the command that installs it.
+    """
+    try:
+        import detectron2  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":  # Detectron2 is there, but lacks something itself
+            raise
+        raise ImportError(
+            "FisherTune needs Detectron2, which is not installed: run `python tools/"
+            "install_detectron2.py` in a checkout (a wheel, no compiler), or build it with `pip "
+            "install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2'`."
+        ) from None
+
+
+def wrap_for_ranks(model: nn.Module) -> nn.Module:
+    """DistributedDataParallel where there are several processes, on GPUs or on CPUs.
+
+    Detectron2's ``create_ddp_model`` always passes ``device_ids``, which a model on the CPU
+    refuses (its tests use one process there).
+    """
+    from detectron2.utils import comm
+
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    ids = [comm.get_local_rank()] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)

@@ -1,0 +1,472 @@
+"""What is in a built-in street: a description in metres, drawn from a seed.
+
+The world has x to the right, y up and z along the street, with the ground at y = 0 and the camera
+above the origin. A street is a parabola: its centre line is at ``x = bend / 2 * s**2`` for the
+length s (read as z), and everything is placed by s and by its lateral offset from that line. A
+scene says where things are and how they look; it knows neither pictures nor weather, so that one
+scene can be painted under every domain.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN = range(8)
+VEGETATION, TERRAIN, SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(8, 19)
+VOID = 255
+
+VISIBLE = 170.0  # metres of street that are built; a skyline closes what lies beyond
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera on a car.
+
+    Attributes:
+        field_of_view: horizontal opening angle in radians.
+        height: metres above the ground.
+        lateral: metres right of the street's centre line.
+        pitch: radians, positive looks down.
+        yaw: radians, positive looks right.
+        hood: share of the picture's height that the own car's hood covers (0: out of view).
+    """
+
+    field_of_view: float
+    height: float
+    lateral: float
+    pitch: float
+    yaw: float
+    hood: float
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: a kind (a key of ``streets_models.MODELS``) in a frame of its own.
+
+    Local coordinates are (along, across, up) in metres: along the heading, to its right, up.
+
+    Attributes:
+        x, z: the frame's origin on the ground.
+        heading: radians from the z axis towards x.
+        length, width, height: extent in metres; what they span is up to the model.
+        distance: painting order, farthest first.
+        side: +1 or -1 where left and right differ (a house front looks towards the street).
+        seed: everything else about its appearance.
+    """
+
+    kind: str
+    x: float
+    z: float
+    heading: float
+    length: float
+    width: float
+    height: float
+    distance: float
+    seed: int
+    side: int = 1
+
+    def place(self, local: np.ndarray) -> np.ndarray:
+        """Local points (..., 3) in world coordinates (..., 3)."""
+        local = np.asarray(local, dtype=np.float64)
+        sin, cos = math.sin(self.heading), math.cos(self.heading)
+        along, across, up = local[..., 0], local[..., 1], local[..., 2]
+        return np.stack(
+            [self.x + along * sin + across * cos, up, self.z + along * cos - across * sin], axis=-1
+        )
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A band of ground that follows the street, from offset ``left`` to ``right``, s0 to s1."""
+
+    left: float
+    right: float
+    s0: float
+    s1: float
+    label: int
+    colour: Colour
+
+
+@dataclass
+class Scene:
+    """A street scene; the lists of strips are in painting order.
+
+    Attributes:
+        sun: unit vector towards the sun, or None under a closed cloud cover.
+        clouds: share of the sky that clouds cover, 0..1.
+        tracks: bands that wheels keep free when snow lies.
+        mood: the camera's white balance (3 gains), gamma, and grain (standard deviation, 0..255).
+    """
+
+    seed: int
+    camera: Camera
+    bend: float
+    sun: tuple[float, float, float] | None
+    clouds: float
+    mood: tuple[float, float, float, float, float]
+    strips: list[Strip] = field(default_factory=list)
+    tracks: list[Strip] = field(default_factory=list)
+    things: list[Thing] = field(default_factory=list)
+
+    def street(self, s: np.ndarray | float, offset: np.ndarray | float) -> np.ndarray:
+        """World points (..., 3) on the ground at length ``s`` and lateral ``offset``, in metres."""
+        s, offset = np.broadcast_arrays(np.asarray(s, float), np.asarray(offset, float))
+        heading = np.arctan(self.bend * s)
+        x = self.bend / 2 * s**2 + offset * np.cos(heading)
+        return np.stack([x, np.zeros_like(x), s - offset * np.sin(heading)], axis=-1)
+
+    def add(self, rng: np.random.Generator, kind: str, s: float, offset: float,
+            size: tuple[float, float, float], turn: float = 0.0, side: int = 1,
+            reach: float = 0.0) -> None:
+        """Put a thing on the street.
+
+        Args:
+            rng: gives the thing's seed.
+            kind: a key of ``streets_models.MODELS``.
+            s, offset: the frame's origin in street coordinates, metres.
+            size: length, width, height in metres.
+            turn: heading relative to the street, radians.
+            side: see :class:`Thing`.
+            reach: metres added to the painting distance: a long front that begins at ``s`` hides
+                what stands beyond its far end, and nothing beside it.
+        """
+        x, _, z = self.street(s, offset)
+        heading = math.atan(self.bend * s) + turn
+        distance = s + reach + 0.5 * abs(offset - self.camera.lateral)
+        seed = int(rng.integers(1 << 31))
+        self.things.append(
+            Thing(kind, float(x), float(z), heading, *size, distance, seed, side)
+        )
+
+
+def draw_scene(seed: int) -> Scene:
+    """The scene of a seed: camera, street, frontage, furniture, traffic and people."""
+    rng = np.random.default_rng(seed)
+    drive = 1 if rng.random() < 0.5 else -1  # right-hand or left-hand traffic
+    lanes = int(rng.choice([1, 1, 1, 2]))
+    lane = rng.uniform(2.8, 3.7)
+    tram = rng.random() < 0.3
+    parking = {side: 2.1 if rng.random() < 0.5 else 0.0 for side in (-1, 1)}
+    camera = Camera(
+        field_of_view=math.radians(rng.uniform(46, 74)),
+        height=rng.uniform(1.2, 1.9),
+        lateral=drive * lane * (0.5 + int(rng.integers(lanes))) + rng.normal(0, 0.2),
+        pitch=math.radians(rng.uniform(-2.5, 6.0)),
+        yaw=math.radians(rng.normal(0, 2.5)),
+        hood=rng.uniform(0.03, 0.10) if rng.random() < 0.35 else 0.0,
+    )
+    scene = Scene(
+        seed, camera,
+        bend=0.0 if rng.random() < 0.35 else float(rng.normal(0, 0.0035)),
+        sun=_draw_sun(rng), clouds=float(rng.beta(0.8, 0.8)),
+        mood=(*(float(g) for g in rng.normal(1, 0.035, 3)), float(rng.uniform(0.8, 1.25)),
+              float(rng.uniform(0.5, 4.0))),
+    )
+    junction = float(rng.uniform(14, 60)) if rng.random() < 0.6 else None
+    kerbs = {side: side * (lanes * lane + parking[side]) for side in (-1, 1)}
+    crossing = float(rng.uniform(9, 13))
+    _add_carriageway(scene, rng, kerbs, lanes, lane, tram)
+    for side in (-1, 1):
+        open_side = junction is not None and rng.random() < 0.75
+        gap = (junction, junction + crossing) if open_side else None
+        _add_side(scene, rng, side, kerbs[side], gap)
+        if parking[side]:
+            _add_parked(scene, rng, kerbs[side] - side * 1.05, side * drive, gap)
+    if junction is not None:
+        _add_junction(scene, rng, kerbs, junction, crossing, drive)
+    _add_traffic(scene, rng, lanes, lane, drive, kerbs, tram)
+    scene.things.sort(key=lambda thing: -thing.distance)
+    return scene
+
+
+def _draw_sun(rng: np.random.Generator) -> tuple[float, float, float] | None:
+    """A direction towards the sun, or None for an overcast day (two in five)."""
+    azimuth, elevation = rng.uniform(0, 2 * math.pi), math.radians(rng.uniform(15, 60))
+    overcast = rng.random() < 0.4
+    flat = math.cos(elevation)
+    sun = (flat * math.sin(azimuth), math.sin(elevation), flat * math.cos(azimuth))
+    return None if overcast else sun
+
+
+def grey(rng: np.random.Generator, low: float, high: float, tint: float = 4.0) -> Colour:
+    """A grey between two levels (0..255) with a slight random tint."""
+    level = rng.uniform(low, high) + rng.normal(0, tint, 3)
+    return tuple(float(v) for v in np.clip(level, 0, 255))
+
+
+def _add_carriageway(scene: Scene, rng: np.random.Generator, kerbs: dict[int, float],
+                     lanes: int, lane: float, tram: bool) -> None:
+    """Road surface, repairs, lane marks, rails, and the tracks that snow leaves free."""
+    asphalt, paint = grey(rng, 62, 125, 3), grey(rng, 185, 240, 4)
+    strips = scene.strips
+    strips.append(Strip(kerbs[-1], kerbs[1], -4, VISIBLE + 60, ROAD, asphalt))
+    for _ in range(int(rng.integers(0, 6))):  # repaired patches
+        left = rng.uniform(kerbs[-1], kerbs[1] - 1)
+        s = rng.uniform(2, 60)
+        shade = tuple(v * rng.uniform(0.8, 1.15) for v in asphalt)
+        right = min(left + rng.uniform(0.6, 3), kerbs[1])
+        strips.append(Strip(left, right, s, s + rng.uniform(1, 25), ROAD, shade))
+    for _ in range(int(rng.integers(0, 3))):  # manhole covers
+        left, s = rng.uniform(kerbs[-1] + 0.5, kerbs[1] - 1.2), rng.uniform(4, 25)
+        strips.append(Strip(left, left + 0.65, s, s + 0.65, ROAD, (50, 48, 46)))
+
+    def dashes(offset: float, dash: float, space: float, colour: Colour) -> None:
+        for s in np.arange(-3 + rng.uniform(0, 3), 120, dash + space):
+            strips.append(Strip(offset - 0.07, offset + 0.07, s, s + dash, ROAD, colour))
+
+    def line(offset: float, colour: Colour, width: float = 0.12) -> None:
+        strips.append(Strip(offset - width / 2, offset + width / 2, -4, VISIBLE, ROAD, colour))
+
+    if tram:
+        for offset in (-2.42, -0.98, 0.98, 2.42):
+            line(offset, (88, 84, 80), 0.16)
+            line(offset, (168, 168, 172), 0.07)
+    elif rng.random() < 0.75:
+        if rng.random() < 0.7:
+            dashes(0.0, rng.uniform(1.5, 4), rng.uniform(2, 6), paint)
+        else:
+            line(0.0, paint)
+    for index in range(1, lanes):
+        for side in (-1, 1):
+            dashes(side * index * lane, 3.0, rng.uniform(3, 6), paint)
+    yellow = (205, 165, 60) if rng.random() < 0.3 else paint
+    for side in (-1, 1):
+        if rng.random() < 0.5:
+            line(kerbs[side] - side * 0.35, yellow)
+            if yellow is not paint:
+                line(kerbs[side] - side * 0.6, yellow)
+    for index in range(-lanes, lanes):
+        middle = (index + 0.5) * lane
+        for offset in (middle - 0.75, middle + 0.75):
+            scene.tracks.append(Strip(offset - 0.3, offset + 0.3, -4, VISIBLE, ROAD, asphalt))
+
+
+def _add_side(scene: Scene, rng: np.random.Generator, side: int, kerb: float,
+              gap: tuple[float, float] | None) -> None:
+    """Kerb, verge, sidewalk, frontage and furniture of one side of the street."""
+    verge = rng.uniform(0.8, 2.6) if rng.random() < 0.4 else 0.0
+    walk = rng.uniform(1.6, 4.5)
+    front = kerb + side * (0.15 + verge + walk)
+    stone = grey(rng, 115, 185, 7)
+    paving = tuple(v * c for v, c in zip(stone, rng.uniform(0.9, 1.08, 3), strict=True))
+    grass = draw_grass(rng)
+
+    def band(inner: float, outer: float, s0: float, s1: float, label: int, c: Colour) -> None:
+        scene.strips.append(Strip(min(inner, outer), max(inner, outer), s0, s1, label, c))
+
+    far = front + side * 90
+    band(kerb, far, -4, VISIBLE + 60, SIDEWALK, tuple(v * 0.93 for v in paving))
+    band(kerb, front, -4, VISIBLE + 60, SIDEWALK, paving)
+    if rng.random() < 0.6:  # joints between the slabs
+        joint = tuple(v * 0.84 for v in paving)
+        for s in np.arange(0, 40, rng.uniform(0.9, 2.4)):
+            band(kerb, front, s, s + 0.04, SIDEWALK, joint)
+    if verge:
+        band(kerb, kerb + side * (0.15 + verge), -4, VISIBLE + 60, TERRAIN, grass)
+    band(kerb, kerb + side * 0.15, -4, VISIBLE + 60, SIDEWALK, grey(rng, 135, 200, 3))
+    band(kerb, kerb - side * 0.1, -4, VISIBLE + 60, ROAD, (70, 68, 66))
+    _add_frontage(scene, rng, side, front, gap, grass)
+    _add_furniture(scene, rng, side, kerb, kerb + side * (0.15 + verge), front, gap, bool(verge))
+    if gap is not None:  # the side street lies over what the side's bands covered
+        asphalt = scene.strips[0].colour
+        band(kerb, far, gap[0] - 2, gap[1] + 2, SIDEWALK, paving)
+        band(kerb - side * 0.2, far, gap[0], gap[1], ROAD, asphalt)
+
+
+def draw_grass(rng: np.random.Generator) -> Colour:
+    """A colour between lush grass, dry grass and bare earth."""
+    lush, dry, earth = np.array([88, 122, 52]), np.array([150, 142, 84]), np.array([120, 98, 72])
+    weights = rng.dirichlet([2.2, 0.9, 0.5])
+    mixed = (weights[0] * lush + weights[1] * dry + weights[2] * earth) * rng.uniform(0.75, 1.15)
+    return tuple(float(v) for v in mixed)
+
+
+def _add_frontage(scene: Scene, rng: np.random.Generator, side: int, front: float,
+                  gap: tuple[float, float] | None, grass: Colour) -> None:
+    """Houses, gardens, parks and walls in a row along the sidewalk."""
+    town, suburb = rng.dirichlet([1.6, 1.0, 0.7])[:2]
+    storeys = rng.uniform(2, 5.5)
+    style = int(rng.integers(1 << 16))  # neighbours share a style, within limits
+    s = -14.0 + rng.uniform(0, 6)
+    while s < VISIBLE:
+        length = float(rng.uniform(7, 22))
+        if gap is not None and gap[0] - 2 < s + length and s < gap[1] + 2:
+            length = gap[0] - 2 - s
+            if length < 4:
+                s = gap[1] + 2
+                continue
+        choice = rng.random()
+        height = float(np.clip(rng.normal(storeys, 1.2), 1, 9)) * rng.uniform(2.8, 3.5)
+        if choice < town:
+            setback = float(rng.choice([0.0, 0.0, rng.uniform(0, 1.5)]))
+            kind = "shop" if (style % 3 != 0 and rng.random() < 0.6) else "house"
+            scene.add(rng, kind, s, front + side * setback,
+                      (length, float(rng.uniform(8, 14)), height), side=side, reach=length)
+        else:
+            deep = 8.0 if choice < town + suburb else 70.0
+            setback = float(rng.uniform(2.5, 7))
+            near, outer = sorted((front, front + side * deep))
+            scene.strips.append(Strip(near, outer, s, s + length, TERRAIN, grass))
+            boundary = str(rng.choice(["wall", "fence", "hedge", "fence", "wall", "none"]))
+            if boundary != "none":
+                tall = float(rng.uniform(0.7, 2.4))
+                scene.add(rng, boundary, s, front + side * 0.3, (length, 0.3, tall), side=side,
+                          reach=length)
+            if deep < 10:
+                scene.add(rng, "house", s + 0.8, front + side * setback,
+                          (max(length - 1.6, 4), 9.0, min(height, 10)), side=side, reach=length)
+            for _ in range(int(rng.integers(0, 3 if deep < 10 else 9))):
+                away = rng.uniform(1.5, setback + 1.0 if deep < 10 else 26)
+                _add_tree(scene, rng, s + rng.uniform(0, length), front + side * away, 0.6)
+        s += length + (rng.uniform(1, 4) if rng.random() < 0.12 else 0.0)
+
+
+def _add_tree(scene: Scene, rng: np.random.Generator, s: float, offset: float,
+              smallest: float = 1.0) -> None:
+    """A tree whose crown does not reach the camera."""
+    height = float(rng.uniform(smallest * 4, 13))
+    width = height * rng.uniform(0.4, 0.75)
+    if s > 3 + width / 2:
+        # The kind follows the scene, not the tree: streets have a season.
+        leafless = (scene.seed * 2654435761 >> 7) % 4 == 0
+        kind = "bare_tree" if leafless and rng.random() < 0.8 else "tree"
+        scene.add(rng, kind, s, offset, (width, width, height))
+
+
+def _add_furniture(scene: Scene, rng: np.random.Generator, side: int, kerb: float, verge: float,
+                   front: float, gap: tuple[float, float] | None, trees_wanted: bool) -> None:
+    """Lamps, trees, signs, bollards, railings, bicycles and people on one sidewalk."""
+    edge = kerb + side * 0.5
+
+    def free(s: float) -> bool:
+        return s > 3 and (gap is None or not gap[0] - 1 < s < gap[1] + 1)
+
+    def walkable() -> float:
+        return float(rng.uniform(min(verge, front) + 0.4, max(verge, front) - 0.4))
+
+    spacing, height = rng.uniform(16, 34), rng.uniform(5, 9)
+    arm = float(rng.uniform(0.6, 2.2))
+    for s in np.arange(rng.uniform(3, spacing), 140, spacing):
+        if free(s):
+            scene.add(rng, "lamp", s, edge, (arm, 0.16, height), side=side)
+    if trees_wanted or rng.random() < 0.3:
+        spacing = rng.uniform(7, 16)
+        for s in np.arange(rng.uniform(2, spacing), 150, spacing):
+            if free(s) and rng.random() < 0.85:
+                _add_tree(scene, rng, s, kerb + side * 0.9)
+    for _ in range(int(rng.poisson(3))):
+        s = 5 + rng.exponential(16)
+        if free(s):
+            size = (0.0, rng.uniform(0.55, 0.95), rng.uniform(2.1, 3.0))
+            scene.add(rng, "sign", s, edge, size, rng.normal(0, 0.15), side)
+    for _ in range(int(rng.poisson(1.0))):
+        s, step = rng.uniform(4, 50), rng.uniform(1.3, 2.5)
+        for index in range(int(rng.integers(2, 9))):
+            if free(s + index * step):
+                scene.add(rng, "bollard", s + index * step, edge, (0, 0.16, 0.95))
+    if rng.random() < 0.3:
+        s, length = rng.uniform(5, 40), rng.uniform(6, 25)
+        if free(s) and free(s + length) and (gap is None or (s > gap[1]) == (s + length > gap[1])):
+            scene.add(rng, "fence", s, edge, (length, 0.05, 1.05), side=side)
+    for _ in range(int(rng.poisson(1.2))):
+        s, offset = 4 + rng.exponential(14), walkable()
+        for index in range(int(rng.integers(1, 5))):
+            if free(s + index * 0.8):
+                scene.add(rng, "bicycle", s + index * 0.8, offset, (1.75, 0.5, 1.05),
+                          rng.uniform(-1.6, 1.6))
+    for _ in range(int(rng.poisson(rng.choice([2.0, 5.0, 11.0])))):
+        s = 4 + rng.exponential(22)
+        if s > 4 and s < 110:
+            scene.add(rng, "person", s, walkable(), (0.5, 0.5, rng.normal(1.71, 0.1)),
+                      rng.choice([0, math.pi]) + rng.normal(0, 0.5))
+
+
+# Length, width, height in metres. A van counts as a car, as in Cityscapes.
+VEHICLES = {"car": (4.3, 1.78, 1.48), "van": (5.0, 1.95, 2.2), "truck": (7.5, 2.4, 3.2),
+            "bus": (11.5, 2.55, 3.2), "train": (26.0, 2.4, 3.5)}
+
+
+def _vehicle_size(rng: np.random.Generator, kind: str) -> tuple[float, float, float]:
+    length, width, height = VEHICLES[kind]
+    scale = rng.uniform(0.88, 1.1, 3)
+    return float(length * scale[0]), float(width * (0.5 + scale[1] / 2)), float(height * scale[2])
+
+
+def _add_parked(scene: Scene, rng: np.random.Generator, offset: float, facing: int,
+                gap: tuple[float, float] | None) -> None:
+    """A row of parked vehicles; ``facing`` +1 looks away from the camera."""
+    s, filled = rng.uniform(1, 8), rng.uniform(0.25, 0.95)
+    while s < 130:
+        kind = str(rng.choice(["car", "van", "truck"], p=[0.87, 0.09, 0.04]))
+        size = _vehicle_size(rng, kind)
+        blocked = gap is not None and gap[0] - 7 < s < gap[1] + 4
+        if rng.random() < filled and not blocked:
+            middle = s + size[0] / 2
+            if rng.random() < 0.06:
+                scene.add(rng, "motorcycle", s, offset, (2.1, 0.7, 1.15), rng.normal(0, 0.6))
+            elif middle > 4.5:
+                scene.add(rng, kind, middle, offset, size, 0 if facing > 0 else math.pi,
+                          reach=-size[0] / 2)
+        s += size[0] + rng.uniform(0.6, 1.6)
+
+
+def _add_junction(scene: Scene, rng: np.random.Generator, kerbs: dict[int, float], s: float,
+                  crossing: float, drive: int) -> None:
+    """Zebra or stop line, traffic lights, and people who cross."""
+    paint = grey(rng, 190, 240, 3)
+    left, right = kerbs[-1], kerbs[1]
+    if rng.random() < 0.6:
+        for offset in np.arange(left + 0.3, right - 0.5, 1.0):
+            scene.strips.append(Strip(offset, offset + 0.5, s - 5.5, s - 2.5, ROAD, paint))
+        for _ in range(int(rng.poisson(1.5))):
+            scene.add(rng, "person", s - rng.uniform(2.5, 5.5), rng.uniform(left, right),
+                      (0.5, 0.5, rng.normal(1.71, 0.1)), rng.choice([-1, 1]) * math.pi / 2)
+    inner, outer = sorted((0.2 * drive, kerbs[drive] * 0.98))
+    scene.strips.append(Strip(inner, outer, s - 7.0, s - 6.6, ROAD, paint))
+    if rng.random() < 0.75:
+        for at, side in ((s - 6.2, drive), (s - 6.2, -drive), (s + crossing + 1, drive)):
+            if at > 5 and rng.random() < 0.85:
+                height = rng.uniform(2.9, 3.6)
+                scene.add(rng, "traffic_light", at, kerbs[side] + side * 0.5, (0, 0.36, height),
+                          side=side)
+
+
+def _add_traffic(scene: Scene, rng: np.random.Generator, lanes: int, lane: float, drive: int,
+                 kerbs: dict[int, float], tram: bool) -> None:
+    """Moving vehicles lane by lane, then riders near the kerb, then the tram on its rails."""
+    tram_s = float(rng.uniform(18, 75)) if tram and rng.random() < 0.85 else None
+    tram_direction = int(rng.choice([-1, 1]))
+    density = rng.uniform(10, 50)  # mean gap in metres
+    for direction in (-1, 1):
+        for index in range(lanes):
+            offset = direction * drive * lane * (index + 0.5)
+            own = abs(offset - scene.camera.lateral) < lane / 2
+            s = rng.uniform(9, 22) if own else rng.uniform(3, 12)
+            s += rng.exponential(density / 2)
+            blocked = tram_s is not None and index == 0 and direction == tram_direction
+            while s < 150:
+                kind = str(rng.choice(["car", "van", "truck", "bus", "motorcyclist"],
+                                      p=[0.66, 0.09, 0.11, 0.09, 0.05]))
+                if kind == "motorcyclist":
+                    size = (2.1, 0.7, 1.75)
+                else:
+                    size = _vehicle_size(rng, kind)
+                behind_tram = blocked and tram_s - 6 < s + size[0] and s < tram_s + 34
+                if not behind_tram:
+                    turn = (0.0 if direction > 0 else math.pi) + rng.normal(0, 0.02)
+                    scene.add(rng, kind, s + size[0] / 2, offset + rng.normal(0, 0.15), size, turn,
+                              reach=-size[0] / 2)
+                s += size[0] + 2 + rng.exponential(density)
+    for direction in (-1, 1):
+        for _ in range(int(rng.poisson(0.9))):
+            s = 6 + rng.exponential(22)
+            kerb = kerbs[direction * drive]
+            inside = rng.uniform(0.7, 1.1) + (2.1 if abs(kerb) > lanes * lane + 1 else 0.0)
+            scene.add(rng, "cyclist", s, kerb - math.copysign(inside, kerb),
+                      (1.75, 0.55, 1.75), 0.0 if direction > 0 else math.pi)
+    if tram_s is not None:
+        size = _vehicle_size(rng, "train")
+        scene.add(rng, "train", tram_s + size[0] / 2, tram_direction * drive * 1.7, size,
+                  0.0 if tram_direction > 0 else math.pi, reach=-size[0] / 2)

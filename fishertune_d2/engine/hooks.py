@@ -1,0 +1,283 @@
+"""The three stages as hooks: warm-up, estimation, tuning.
+
+They are registered in this order. At the first iteration after warm-up, ``WarmupFreeze`` starts the
+tuning stage, ``FisherEstimation`` ranks the weights, and ``ParameterMask`` restricts the optimizer.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from fishertune_d2.fisher import (
+    KINDS,
+    FisherEstimate,
+    Selection,
+    StatisticsPerturbation,
+    estimate_fisher,
+    find_candidates,
+    overlap,
+    relative_change,
+    tuned_share,
+)
+from fishertune_d2.tuning import MaskedUpdate
+
+from .optimizer import is_backbone
+
+logger = logging.getLogger(__name__)
+
+
+class LearningRates(HookBase):
+    """Steps the trainer's scheduler and writes the learning rates of backbone and head.
+
+    Stands in for Detectron2's LRScheduler hook, which keeps the optimizer it met first. A new
+    stage builds a new one.
+    """
+
+    def after_step(self) -> None:
+        """Writes ``lr`` (the head's) and ``lr_backbone``, then sets the next iteration's rates."""
+        names = {p: name for name, p in self.trainer.model.named_parameters()}
+        rates: dict[str, float] = {}
+        for group in self.trainer.optimizer.param_groups:
+            name = names[group["params"][0]].removeprefix("module.")
+            rates["lr_backbone" if is_backbone(name) else "lr"] = group["lr"]
+        self.trainer.storage.put_scalars(**rates, smoothing_hint=False)
+        self.trainer.scheduler.step()
+
+
+class WarmupFreeze(HookBase):
+    """Keeps the backbone frozen for the first T1 iterations (Algorithm 1, step 1).
+
+    During warm-up no parameter of the backbone requires a gradient, so no graph of it is kept and
+    no backward pass through it is paid. The trainer must offer ``start_stage("warmup" |
+    "tuning")``, which builds parameters, optimizer and DDP wrapper for that stage: flags flipped
+    under a live optimizer train nothing, and under a live DDP wrapper replicas diverge.
+
+    Args:
+        iters: T1. With 0 there is no warm-up.
+        on_end: called after the last warm-up iteration; the trainer saves a checkpoint there.
+    """
+
+    def __init__(self, iters: int, on_end: Callable[[], None] | None = None):
+        self.iters = iters
+        self.on_end = on_end
+
+    def before_step(self) -> None:
+        """Starts the tuning stage when warm-up is over."""
+        if self.trainer.iter == self.iters:
+            self.trainer.start_stage("tuning")
+
+    def after_step(self) -> None:
+        """Calls ``on_end`` after the last warm-up iteration."""
+        if self.trainer.iter == self.iters - 1 and self.on_end is not None:
+            self.on_end()
+
+
+class FisherEstimation(HookBase):
+    """Ranks the backbone's weights once, at one iteration (Algorithm 1, step 2).
+
+    Writes ``fisher.safetensors`` (F(x), F(x')) and ``selection.safetensors`` (the ranked choice)
+    into ``output_dir``. A run resumed after that iteration reads the selection back, and refuses
+    one that is not the one it was trained with.
+
+    Args:
+        model: the segmentor, without DDP wrapper; its ``backbone`` holds the candidates.
+        batches: returns the T2 batches of the source to estimate from.
+        scores: from the estimate to one score per weight.
+        perturb: Eq. 6 for the simulated shift.
+        start: iteration before which to estimate, T1.
+        share: the largest share that will be tuned, d_max.
+        output_dir: where the files go.
+        estimator: see :func:`~fishertune_d2.fisher.estimate_fisher`.
+        seed: of the estimate's random numbers.
+        eps: guard of dF (Eq. 5) in the log's comparison with dF alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Callable[[], Iterable[Sequence]],
+        scores: Callable[[FisherEstimate], Mapping[str, Tensor]],
+        perturb: StatisticsPerturbation,
+        *,
+        start: int,
+        share: float,
+        output_dir: str | Path,
+        estimator: str = "closed_form",
+        seed: int = 0,
+        eps: float = 1e-8,
+    ):
+        self.model = model
+        self.batches = batches
+        self.scores = scores
+        self.perturb = perturb
+        self.start = start
+        self.share = share
+        self.estimator = estimator
+        self.seed = seed
+        self.eps = eps
+        self.candidates = find_candidates(model.backbone)
+        self.selection: Selection | None = None
+        self.selection_file = Path(output_dir) / "selection.safetensors"
+        self.estimate_file = Path(output_dir) / "fisher.safetensors"
+        self._digest = ""
+
+    def before_step(self) -> None:
+        """Estimates and selects, at ``start``."""
+        if self.trainer.iter != self.start:
+            return
+        estimate = estimate_fisher(
+            self.model,
+            self.batches(),
+            sum_of_losses,
+            self.candidates,
+            estimator=self.estimator,
+            perturb=self.perturb,
+            seed=self.seed,
+            progress=comm.is_main_process(),
+        )
+        base = sum(p.numel() for p in self.model.backbone.parameters())
+        self.selection = Selection.from_scores(self.scores(estimate), self.share, base)
+        self._log(estimate, base)
+        if comm.is_main_process():
+            estimate.save(self.estimate_file)
+            self.selection.save(self.selection_file)
+        comm.synchronize()
+        self._digest = _digest(self.selection_file)
+
+    def state_dict(self) -> dict:
+        """The selection file's hash, so that a resumed run knows its own."""
+        return {"selection": self._digest} if self._digest else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Reads the selection that the checkpoint was trained with.
+
+        Raises:
+            FileNotFoundError: if the file is gone.
+            ValueError: if it is another one.
+        """
+        if not self.selection_file.is_file():
+            raise FileNotFoundError(
+                f"the checkpoint was trained with {self.selection_file}, which is gone: put it "
+                "back, or resume from a checkpoint of the warm-up stage"
+            )
+        self._digest = _digest(self.selection_file)
+        if self._digest != state["selection"]:
+            raise ValueError(
+                f"{self.selection_file} is not the selection the checkpoint was trained with: put "
+                "that one back, or resume from a checkpoint of the warm-up stage"
+            )
+        self.selection = Selection.load(self.selection_file)
+
+    def _log(self, estimate: FisherEstimate, base: int) -> None:
+        alone = {
+            "F": estimate.f,
+            "dF": relative_change(estimate.f, estimate.shifted, self.eps),
+        }
+        shares = {
+            name: overlap(self.selection, Selection.from_scores(scores, self.share, base))
+            for name, scores in alone.items()
+        }
+        self.trainer.storage.put_scalars(
+            **{f"fisher/overlap_{name}": value for name, value in shares.items()},
+            smoothing_hint=False,
+        )
+        logger.info(
+            "Fisher information from %d images, mean shift weight %.3f. Of the selection, %.1f %% "
+            "would be selected by F alone and %.1f %% by dF alone",
+            estimate.images,
+            estimate.shift_weight,
+            100 * shares["F"],
+            100 * shares["dF"],
+        )
+
+
+class ParameterMask(HookBase):
+    """Lets only the selected weights move, ever more of them (Algorithm 1, step 3; Eq. 16).
+
+    Args:
+        estimation: the hook that makes or loads the selection; registered before this one.
+        parameters: the parameters that the selection ranks, by its names.
+        start: first iteration of the tuning stage, T1.
+        iters: its length, T3.
+        d_min: share tuned at the first iteration.
+        d_max: share tuned at the last.
+        schedule: see :func:`~fishertune_d2.fisher.tuned_share`.
+    """
+
+    def __init__(
+        self,
+        estimation: FisherEstimation,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        start: int,
+        iters: int,
+        d_min: float,
+        d_max: float,
+        schedule: str = "text",
+    ):
+        self.estimation = estimation
+        self.parameters = parameters
+        self.start = start
+        self.iters = iters
+        self.d_min = d_min
+        self.d_max = d_max
+        self.schedule = schedule
+        self._update: MaskedUpdate | None = None
+
+    def before_step(self) -> None:
+        """Selects what this iteration may move."""
+        step = self.trainer.iter - self.start
+        if step < 0:
+            return
+        share = tuned_share(
+            min(1.0, step / max(1, self.iters - 1)), self.d_min, self.d_max, form=self.schedule
+        )
+        if self._update is None:
+            selection = self.estimation.selection
+            self._update = MaskedUpdate(self.trainer.optimizer, self.parameters, selection)
+            self._log(share)
+        tuned = self._update.grow(share)
+        self.trainer.storage.put_scalars(
+            **{"fisher/tuned_share": share, "fisher/tuned_parameters": tuned}, smoothing_hint=False
+        )
+
+    def after_train(self) -> None:
+        """Says what was tuned in the end."""
+        if self._update is not None and self.trainer.iter >= self.start + self.iters:
+            self._log(None)
+
+    def _log(self, share: float | None) -> None:
+        selection = self.estimation.selection
+        counts = selection.summary(self.estimation.candidates, share)
+        total = sum(counts.values())
+        logger.info(
+            "Tuned: %s of %s backbone weights (%.2f %%), by kind and block:\n%s",
+            f"{total:,}",
+            f"{selection.base:,}",
+            100 * total / selection.base,
+            selection_table(counts),
+        )
+
+
+def selection_table(counts: Mapping[tuple[str, int], int]) -> str:
+    """A text table of ``Selection.summary``: blocks down, kinds across, with sums."""
+    blocks = sorted({block for _, block in counts})
+    rows = [[block, *(counts.get((kind, block), 0) for kind in KINDS)] for block in blocks]
+    rows = [[*row, sum(row[1:])] for row in rows]
+    rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
+    return tabulate(rows, headers=["block", *KINDS, "all"], intfmt=",", disable_numparse=[0])
+
+
+def sum_of_losses(model: nn.Module, batch: Sequence[dict]) -> Tensor:
+    """The loss of a Detectron2 model in training mode: the sum of its named losses, a scalar."""
+    return sum(model(batch).values())
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,85 @@
+"""The optimizer of one training stage."""
+
+from itertools import chain
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+# Embeddings that are parameters of their own, or of an nn.Embedding, in the head.
+_EMBEDDINGS = ("queries_embedder", "queries_features", "level_embed")
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW (or SGD) over the parameters that require a gradient now.
+
+    The backbone's learning rate is BASE_LR * BACKBONE_MULTIPLIER. Norms have WEIGHT_DECAY_NORM,
+    query and level embeddings WEIGHT_DECAY_EMBED.
+
+    Args:
+        cfg: SOLVER is read.
+        model: its parameters named ``backbone.*`` count as the backbone's.
+
+    Raises:
+        ValueError: if SOLVER.OPTIMIZER is unknown.
+    """
+    solver = cfg.SOLVER
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if is_backbone(name) else 1.0,
+    )
+    embeddings = {p for name, p in model.named_parameters() if any(e in name for e in _EMBEDDINGS)}
+    groups = [part for group in groups for part in _split(group, embeddings, solver)]
+    if solver.OPTIMIZER == "ADAMW":
+        optimizer_class, options = torch.optim.AdamW, {}
+    elif solver.OPTIMIZER == "SGD":
+        optimizer_class, options = torch.optim.SGD, {"momentum": solver.MOMENTUM}
+    else:
+        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: choose ADAMW or SGD")
+    clip = solver.CLIP_GRADIENTS
+    if clip.ENABLED and clip.CLIP_TYPE == "full_model":
+        return _clip_full_model(optimizer_class, clip.CLIP_VALUE)(groups, **options)
+    return maybe_add_gradient_clipping(cfg, optimizer_class)(groups, **options)
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a parameter of the segmentor belongs to the backbone, by its name."""
+    return name.startswith("backbone.")
+
+
+def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Gives ``new`` the moments that ``old`` has for the parameters in both."""
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            if parameter in old.state:
+                new.state[parameter] = old.state[parameter]
+
+
+def _split(group: dict, embeddings: set, solver: CfgNode) -> list[dict]:
+    """Takes the embeddings out of a parameter group into one with their own weight decay."""
+    plain = [p for p in group["params"] if p not in embeddings]
+    embedded = [p for p in group["params"] if p in embeddings]
+    parts = [
+        {**group, "params": plain},
+        {**group, "params": embedded, "weight_decay": solver.WEIGHT_DECAY_EMBED},
+    ]
+    return [part for part in parts if part["params"]]
+
+
+def _clip_full_model(optimizer_class: type, max_norm: float) -> type:
+    """``optimizer_class`` that scales all gradients together to an L2 norm of at most ``max_norm``.
+
+    Detectron2's own clipping looks at one parameter at a time; Mask2Former's configs ask for this.
+    """
+
+    class FullModelClipping(optimizer_class):
+        def step(self, closure=None):
+            parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+            torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
+            return super().step(closure)
+
+    return FullModelClipping

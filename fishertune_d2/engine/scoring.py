@@ -1,0 +1,72 @@
+"""Scores a model on every test set and writes one table."""
+
+import json
+import logging
+from collections import OrderedDict
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from torch import nn
+
+from fishertune_d2.data import SegmentationMapper, build_test_loader, load_datasets
+from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table, summarize
+from fishertune_d2.fisher import count_of_share, tuned_share
+from fishertune_d2.tuning import build_tuning_method
+
+logger = logging.getLogger(__name__)
+
+
+def score_datasets(cfg: CfgNode, model: nn.Module) -> OrderedDict:
+    """Scores ``model`` on DATASETS.TEST.
+
+    Writes ``results.json`` (mIoU of the source and of each unseen domain, their average, IoU by
+    class, counts of parameters, the protocol) and the pictures into OUTPUT_DIR.
+
+    Args:
+        cfg: DATASETS, TEST, TUNING and OUTPUT_DIR are read.
+        model: the segmentor, without DDP wrapper.
+
+    Returns:
+        By data set what its evaluator returned, and ``"unseen": {"mIoU": average}``, so that
+        TEST.EXPECTED_RESULTS can name either; empty on all ranks but the first.
+    """
+    results: OrderedDict = OrderedDict()
+    mapper = SegmentationMapper(cfg, is_train=False)
+    for name in cfg.DATASETS.TEST:
+        loader = build_test_loader(
+            load_datasets([name]), mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+        )
+        evaluator = DomainGeneralizationEvaluator(cfg, name, output_dir=cfg.OUTPUT_DIR)
+        results[name] = inference_on_dataset(model, loader, evaluator)
+    if not comm.is_main_process() or not results:
+        return OrderedDict()
+    summary = summarize(results, cfg.DATASETS.TRAIN, _protocol(cfg))
+    summary |= count_parameters(cfg, model.backbone)
+    path = Path(cfg.OUTPUT_DIR) / "results.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    logger.info("Results, in percent; also in %s:\n%s", path, format_table(summary))
+    if summary["target_average"] is not None:
+        results["unseen"] = {"mIoU": summary["target_average"]}
+    return results
+
+
+def count_parameters(cfg: CfgNode, backbone: nn.Module) -> dict[str, int]:
+    """How many weights the backbone has, and how many of them TUNING lets move by the end."""
+    total = sum(p.numel() for p in backbone.parameters())
+    method = build_tuning_method(cfg)
+    if method.selects:
+        tuning = cfg.TUNING
+        share = tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, form=tuning.SCHEDULE)
+        tuned = count_of_share(share, total)
+    else:
+        tuned = sum(p.numel() for p in method.parameters(backbone).values())
+    return {"tuned_parameters": tuned, "backbone_parameters": total}
+
+
+def _protocol(cfg: CfgNode) -> dict:
+    protocol = {"mode": cfg.TEST.MODE, "class_rule": cfg.TEST.CLASS_RULE}
+    if cfg.TEST.MODE == "slide":
+        protocol |= {"crop": list(cfg.TEST.CROP_SIZE), "stride": list(cfg.TEST.STRIDE)}
+    return {**protocol, "seed": cfg.SEED, "iterations": cfg.SOLVER.MAX_ITER}

@@ -1,0 +1,254 @@
+"""Detectron2's DefaultTrainer with three stages: warm-up, estimation, tuning."""
+
+import logging
+import weakref
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.projects.deeplab import build_lr_scheduler
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fishertune_d2.compat import wrap_for_ranks
+from fishertune_d2.data import SegmentationMapper, build_train_loader, load_datasets
+from fishertune_d2.fisher import StatisticsPerturbation, tuned_share
+from fishertune_d2.tuning import build_tuning_method
+
+from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
+from .optimizer import build_optimizer, carry_state, is_backbone
+from .scoring import score_datasets
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("warmup", "tuning")
+
+
+class Trainer(DefaultTrainer):
+    """Warms up the decoder, estimates the Fisher information, tunes what it selects.
+
+    What a stage trains is built when the stage begins: which parameters require a gradient, the
+    optimizer (the decoder's moments are carried over), the schedule and the DDP wrapper.
+
+    Every random number of a step is a function of SEED, rank and iteration, and the data of SEED
+    and position, so that a resumed run goes on as if it had not stopped, and methods that are
+    compared see the same images and draw the same points.
+
+    Attributes:
+        stage: ``"warmup"`` or ``"tuning"``.
+        method: the :class:`~fishertune_d2.tuning.TuningMethod`.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """Builds model, data and hooks; trains nothing yet.
+
+        Raises:
+            ValueError: if SEED is negative, or warm-up would outlast training.
+        """
+        if cfg.SEED < 0:
+            raise ValueError(
+                f"SEED is {cfg.SEED}: choose one of at least 0, on which the order of the data and "
+                "every random number depend; a run without one could not be resumed"
+            )
+        if not 0 <= cfg.TUNING.WARMUP_ITERS <= cfg.SOLVER.MAX_ITER:
+            raise ValueError(
+                f"TUNING.WARMUP_ITERS is {cfg.TUNING.WARMUP_ITERS}: choose at least 0 and at most "
+                f"SOLVER.MAX_ITER, {cfg.SOLVER.MAX_ITER}"
+            )
+        # Not DefaultTrainer's: it wraps with DDP once and for all, and fails to on CPUs.
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        loader = self.build_train_loader(cfg)  # first, for it finds missing data within a second
+        seed_all_rng(cfg.SEED)
+        model = self.build_model(cfg)
+        self.method = build_tuning_method(cfg)
+        self._tuned = self.method.parameters(model.backbone)
+        self._decoder = {n: p for n, p in model.named_parameters() if not is_backbone(n)}
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(model, loader, optimizer=None)
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.stage = ""
+        self.start_stage("warmup" if cfg.TUNING.WARMUP_ITERS > 0 else "tuning")
+        self.register_hooks(self.build_hooks())
+
+    @property
+    def segmentor(self) -> nn.Module:
+        """The model without its DDP wrapper."""
+        return getattr(self.model, "module", self.model)
+
+    def start_stage(self, stage: str) -> None:
+        """Builds what ``stage`` trains; a stage that has begun already is left alone.
+
+        Raises:
+            ValueError: if there is no such stage.
+        """
+        if stage not in STAGES:
+            raise ValueError(f"unknown stage {stage!r}: choose from {STAGES}")
+        if stage == self.stage:
+            return
+        model, old = self.segmentor, self.optimizer
+        trained = {**self._decoder}
+        if stage == "tuning":
+            trained |= {f"backbone.{name}": p for name, p in self._tuned.items()}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+            parameter.grad = None
+        self.optimizer = self.build_optimizer(self.cfg, model)
+        if old is not None:
+            carry_state(old, self.optimizer)
+        self.scheduler = self.build_lr_scheduler(self.cfg, self.optimizer)
+        self._set_learning_rates(self.iter)
+        self.model = wrap_for_ranks(model)
+        self.stage = stage
+        decoder = sum(p.numel() for p in self._decoder.values())
+        backbone = sum(p.numel() for p in trained.values()) - decoder
+        logger.info(
+            "Stage %s: %s parameters of the decoder train; of the backbone, %s of %s are in the "
+            "optimizer",
+            stage,
+            f"{decoder:,}",
+            f"{backbone:,}",
+            f"{sum(p.numel() for p in model.backbone.parameters()):,}",
+        )
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """The hooks of all stages, then Detectron2's for checkpoints, evaluation and writing."""
+        cfg = self.cfg
+        ret = [
+            hooks.IterationTimer(),
+            LearningRates(),
+            WarmupFreeze(cfg.TUNING.WARMUP_ITERS, on_end=self._save_warmup),
+            *(self._build_selection_hooks() if self.method.selects else []),
+        ]
+        if comm.is_main_process():
+            ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+        # After the checkpointer: should evaluation fail, the checkpoint is there.
+        ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: self.test(cfg, self.segmentor)))
+        if comm.is_main_process():
+            ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return ret
+
+    def _build_selection_hooks(self) -> list[HookBase]:
+        cfg, start, backbone = self.cfg, self.cfg.TUNING.WARMUP_ITERS, self.segmentor.backbone
+        shares = {"d_min": cfg.TUNING.D_MIN, "d_max": cfg.TUNING.D_MAX}
+        estimation = FisherEstimation(
+            self.segmentor,
+            self._estimation_batches,
+            self.method.scores,
+            StatisticsPerturbation(
+                backbone.perturbation_points(),
+                num_prefix_tokens=backbone.num_prefix_tokens,
+                strength=cfg.FISHER.PERTURB.STRENGTH,
+                eps_mode=cfg.FISHER.PERTURB.EPS_MODE,
+            ),
+            start=start,
+            share=tuned_share(1.0, **shares, form=cfg.TUNING.SCHEDULE),
+            output_dir=cfg.OUTPUT_DIR,
+            estimator=cfg.FISHER.ESTIMATOR,
+            seed=cfg.SEED,
+            eps=cfg.FISHER.EPS,
+        )
+        mask = ParameterMask(
+            estimation,
+            self._tuned,
+            start=start,
+            iters=self.max_iter - start,
+            schedule=cfg.TUNING.SCHEDULE,
+            **shares,
+        )
+        return [estimation, mask]
+
+    def _estimation_batches(self) -> Iterator[list[dict]]:
+        """T2 batches of the training data, in another order than training sees."""
+        loader = _build_loader(self.cfg, self.cfg.FISHER.IMS_PER_BATCH, self.cfg.SEED + 1)
+        return islice(loader, self.cfg.FISHER.BATCHES)
+
+    def _save_warmup(self) -> None:
+        self.checkpointer.save("model_warmup", iteration=self.iter)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resumes this run, or starts from another run's warm-up, or from MODEL.WEIGHTS.
+
+        Raises:
+            ValueError: if TUNING.WARMUP_CHECKPOINT is not from the end of a warm-up of this length.
+        """
+        warmup = self.cfg.TUNING.WARMUP_CHECKPOINT
+        if not warmup or (resume and self.checkpointer.has_checkpoint()):
+            super().resume_or_load(resume)
+            return
+        self.checkpointer.load(warmup)
+        self.start_iter = self.iter + 1
+        if self.start_iter != self.cfg.TUNING.WARMUP_ITERS:
+            raise ValueError(
+                f"TUNING.WARMUP_CHECKPOINT {warmup} was written after {self.start_iter} "
+                f"iterations, but TUNING.WARMUP_ITERS is {self.cfg.TUNING.WARMUP_ITERS}: make "
+                "them equal"
+            )
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores a checkpoint's state, in the stage it was written in."""
+        self.iter = state_dict["iteration"]
+        tuning = self.iter >= self.cfg.TUNING.WARMUP_ITERS
+        self.start_stage("tuning" if tuning else "warmup")
+        super().load_state_dict(state_dict)
+        self._set_learning_rates(self.iter + 1)  # the checkpoint's iteration is done
+
+    def _set_learning_rates(self, iteration: int) -> None:
+        # Detectron2's schedules are functions of the iteration; a new one stands at 0.
+        self.scheduler.last_epoch = iteration
+        rates = self.scheduler.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def train(self) -> dict | None:
+        """Trains from ``start_iter`` to the end; returns the test results if they are checked."""
+        # The loader was built before a checkpoint could tell how far training had come.
+        self.data_loader.sampler.start = self.start_iter * self.cfg.SOLVER.IMS_PER_BATCH
+        return super().train()
+
+    def run_step(self) -> None:
+        """One iteration, with random numbers that depend on SEED, rank and iteration alone."""
+        words = np.random.SeedSequence([self.cfg.SEED, comm.get_rank(), self.iter])
+        torch.manual_seed(int(words.generate_state(1)[0]))
+        super().run_step()
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See :func:`~fishertune_d2.engine.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        """Detectron2's schedules, the poly one of its DeepLab project included."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+        """The training data in the order that SEED gives."""
+        return _build_loader(cfg, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Scores a model on every test set, and writes the table; see ``engine.scoring``."""
+        return score_datasets(cfg, model)
+
+
+def _build_loader(cfg: CfgNode, batch_size: int, seed: int) -> DataLoader:
+    return build_train_loader(
+        load_datasets(cfg.DATASETS.TRAIN),
+        SegmentationMapper(cfg, is_train=True),
+        batch_size=batch_size,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=seed,
+    )

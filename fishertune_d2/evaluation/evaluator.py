@@ -1,0 +1,182 @@
+"""Scores one data set: a confusion matrix that grows image by image, mIoU, pictures.
+
+Shapes: C classes of the model, K classes of the data set's label space, H, W the label's size.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from fishertune_d2.data.files import read_image, read_label
+from fishertune_d2.evaluation.pictures import draw_comparison
+
+_log = logging.getLogger(__name__)
+
+CLASS_RULES = ("present", "union")
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts pixels by label and prediction, leaving out ignored labels.
+
+    Args:
+        labels: (H, W) uint8 classes, or ``IGNORE_LABEL``.
+        predictions: (H, W) uint8 classes, or ``IGNORE_LABEL`` for a class that is not scored.
+        num_classes: K.
+
+    Returns:
+        (K, K + 1) int64, rows are labels. The last column holds predictions of classes that are
+        not scored: no class's prediction, but still a miss of the label's class.
+    """
+    columns = num_classes + 1
+    rows = np.minimum(labels, num_classes).astype(np.int64)  # 255 becomes row K, dropped below
+    pairs = rows * columns + np.minimum(predictions, num_classes)
+    counts = np.bincount(pairs.ravel(), minlength=columns * columns)
+    return counts.reshape(columns, columns)[:num_classes]
+
+
+def class_ious(confusion: np.ndarray, class_rule: str) -> np.ndarray:
+    """Intersection over union of each class.
+
+    Args:
+        confusion: (K, K + 1) as `confusion_matrix` returns it.
+        class_rule: "present" scores the classes that occur in the labels; "union" those that
+            occur in labels or predictions, so a class that is only predicted scores 0.
+
+    Returns:
+        (K,) float64 in 0..1; NaN for classes that the rule leaves out.
+
+    Raises:
+        ValueError: if the rule is unknown.
+    """
+    if class_rule not in CLASS_RULES:
+        raise ValueError(f"TEST.CLASS_RULE is {class_rule!r}; it is one of {CLASS_RULES}.")
+    labelled = confusion.sum(axis=1)
+    predicted = confusion[:, :-1].sum(axis=0)
+    hits = confusion.diagonal()
+    union = labelled + predicted - hits
+    scored = labelled > 0 if class_rule == "present" else union > 0
+    return np.divide(hits, union, out=np.full(len(hits), np.nan), where=scored)
+
+
+class DomainGeneralizationEvaluator(DatasetEvaluator):
+    """Scores a data set in its own label space, at the size of its label files."""
+
+    @configurable
+    def __init__(
+        self,
+        dataset_name: str,
+        *,
+        class_rule: str = "present",
+        output_dir: str | None = None,
+        num_pictures: int = 0,
+    ):
+        """Prepares the counts.
+
+        Args:
+            dataset_name: a registered data set.
+            class_rule: see `class_ious`.
+            output_dir: pictures go to its subfolder ``pictures``; None draws none.
+            num_pictures: images drawn beside label and prediction, spread over the data set.
+
+        Raises:
+            ValueError: if the rule is unknown.
+        """
+        if class_rule not in CLASS_RULES:  # now, not after an hour of inference
+            raise ValueError(f"TEST.CLASS_RULE is {class_rule!r}; it is one of {CLASS_RULES}.")
+        self.dataset_name = dataset_name
+        self.class_rule = class_rule
+        self.output_dir = output_dir
+        self.space = MetadataCatalog.get(dataset_name).label_space
+        self._collapse = self.space.table()
+        self._pictures = self._choose_pictures(num_pictures) if output_dir else {}
+        self.reset()
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None
+    ) -> dict[str, Any]:
+        """Reads cfg.TEST.CLASS_RULE and cfg.TEST.PICTURES."""
+        return {
+            "dataset_name": dataset_name,
+            "class_rule": cfg.TEST.CLASS_RULE,
+            "output_dir": output_dir,
+            "num_pictures": cfg.TEST.PICTURES,
+        }
+
+    def reset(self) -> None:
+        """Forgets all counts."""
+        num_classes = len(self.space.classes)
+        self.confusion = np.zeros((num_classes, num_classes + 1), dtype=np.int64)
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        """Adds images to the counts.
+
+        Args:
+            inputs: dicts of the data set.
+            outputs: for each a dict with ``sem_seg``, (C, H, W) scores.
+
+        Raises:
+            DatasetError: if a label cannot be read.
+            ValueError: if the scores do not fit the label's size or the label space.
+        """
+        for item, output in zip(inputs, outputs, strict=True):
+            scores = output["sem_seg"]
+            label = read_label(item["sem_seg_file_name"], item["label_map"])
+            if tuple(scores.shape) != (len(self.space.collapse), *label.shape):
+                raise ValueError(
+                    f"{self.dataset_name}: scores have shape {tuple(scores.shape)}, but "
+                    f"{len(self.space.collapse)} classes and the size of "
+                    f"{item['sem_seg_file_name']}, {label.shape}, are needed."
+                )
+            label = self._collapse[label]
+            prediction = self._collapse[scores.argmax(dim=0).cpu().numpy()]
+            self.confusion += confusion_matrix(label, prediction, len(self.space.classes))
+            if item["image_id"] in self._pictures:
+                image = read_image(item["file_name"])
+                draw_comparison(
+                    image, label, prediction, self.space, self._pictures[item["image_id"]]
+                )
+
+    def evaluate(self) -> OrderedDict | None:
+        """Sums the counts of all ranks and scores them.
+
+        Returns:
+            ``{"sem_seg": {"mIoU": x, "IoU-<class>": y, ...}}`` in percent, without the classes
+            that the rule leaves out; None on all ranks but the first.
+
+        Raises:
+            ValueError: if no pixel of the data set is labelled with a scored class.
+        """
+        counts = comm.gather(self.confusion)
+        if not comm.is_main_process():
+            return None
+        confusion = np.sum(counts, axis=0)
+        if not confusion.any():
+            raise ValueError(
+                f"{self.dataset_name}: no labelled pixel, so there is nothing to score. Is its "
+                "label_map the one of its files?"
+            )
+        ious = 100 * class_ious(confusion, self.class_rule)
+        result = {"mIoU": float(np.nanmean(ious))}
+        for name, iou in zip(self.space.classes, ious.tolist(), strict=True):
+            if not np.isnan(iou):
+                result[f"IoU-{name}"] = iou
+        _log.info("%s: mIoU %.2f", self.dataset_name, result["mIoU"])
+        return OrderedDict(sem_seg=result)
+
+    def _choose_pictures(self, count: int) -> dict[str, Path]:
+        """Maps the image ids to draw, evenly spread, to picture files."""
+        if count < 1:
+            return {}
+        ids = [item["image_id"] for item in DatasetCatalog.get(self.dataset_name)]
+        chosen = np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)
+        folder = Path(self.output_dir) / "pictures"
+        return {ids[i]: folder / f"{self.dataset_name}_{k}.png" for k, i in enumerate(chosen)}

@@ -1,0 +1,74 @@
+"""One summary over data sets: the source, the unseen domains, and their average."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detectron2.data import MetadataCatalog
+from tabulate import tabulate
+
+Results = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def summarize(
+    results: Results, train_names: Sequence[str], protocol: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Sorts results into source and unseen domains, ready to be written as JSON.
+
+    Args:
+        results: for each test set what its evaluator returned, in percent.
+        train_names: the data sets trained on. A test set of one of their domains is a source.
+        protocol: how the scores came about (inference mode, window, stride, class rule, ...).
+
+    Returns:
+        source and targets: mIoU by data set; target_average: the mean over targets, None where
+        there are none; per_class: IoU by data set and class; protocol: as given, with the test
+        size (width, height; None is the file's size) and the classes scored of each data set.
+    """
+    train_domains = {MetadataCatalog.get(name).domain for name in train_names}
+    source, targets, per_class = {}, {}, {}
+    for name, result in results.items():
+        scores = result["sem_seg"]
+        group = source if MetadataCatalog.get(name).domain in train_domains else targets
+        group[name] = scores["mIoU"]
+        per_class[name] = {
+            key.removeprefix("IoU-"): iou for key, iou in scores.items() if key.startswith("IoU-")
+        }
+    metadata = {name: MetadataCatalog.get(name) for name in results}
+    return {
+        "source": source,
+        "targets": targets,
+        "target_average": sum(targets.values()) / len(targets) if targets else None,
+        "per_class": per_class,
+        "protocol": {
+            **protocol,
+            "test_size": {
+                name: list(m.test_size) if m.test_size else None for name, m in metadata.items()
+            },
+            "classes": {name: list(m.label_space.classes) for name, m in metadata.items()},
+        },
+    }
+
+
+def format_table(summary: Mapping[str, Any]) -> str:
+    """Formats a summary for the log: mIoU by data set, then IoU by class and data set.
+
+    Args:
+        summary: what `summarize` returned.
+
+    Returns:
+        Lines of text; "-" where a data set does not score a class.
+    """
+    rows = [[name, "source", score] for name, score in summary["source"].items()]
+    rows += [[name, "unseen", score] for name, score in summary["targets"].items()]
+    rows.append(["average over unseen", "", summary["target_average"]])
+    scores = tabulate(rows, ["data set", "domain", "mIoU"], floatfmt=".2f", missingval="-")
+
+    names = [*summary["source"], *summary["targets"]]
+    classes = dict.fromkeys(c for name in names for c in summary["protocol"]["classes"][name])
+    per_class = tabulate(
+        [[c, *(summary["per_class"][name].get(c) for name in names)] for c in classes],
+        ["IoU", *names],
+        floatfmt=".2f",
+        missingval="-",
+    )
+    return f"{scores}\n\n{per_class}"

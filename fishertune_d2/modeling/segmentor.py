@@ -1,0 +1,184 @@
+"""A backbone and a semantic segmentation head as a Detectron2 meta-architecture.
+
+Shapes:
+    B: images in the batch; C: classes
+    H, W: an image as it enters the model; height, width: the same image as it lies on disk
+"""
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
+from detectron2.structures import ImageList
+from torch import nn
+from torch.nn import functional as F
+
+from fishertune_d2.modeling.sliding import sliding_average
+
+TEST_MODES = ("whole", "slide")
+
+
+@META_ARCH_REGISTRY.register()
+class VFMSegmentor(nn.Module):
+    """Losses in training; class scores of whole images, or of sliding windows, in evaluation."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        sem_seg_head: nn.Module,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        test_mode: str,
+        crop_size: tuple[int, int],
+        stride: tuple[int, int],
+    ):
+        """Puts the parts together.
+
+        Args:
+            backbone: images (B, 3, H, W) -> dict of feature maps.
+            sem_seg_head: called as in `Mask2FormerHead.forward`; has `ignore_value`.
+            pixel_mean: mean of each channel, on the images' scale.
+            pixel_std: standard deviation of each channel, on the images' scale.
+            test_mode: "whole" or "slide".
+            crop_size: height and width of a sliding window, in pixels.
+            stride: pixels between windows, vertically and horizontally.
+
+        Raises:
+            ValueError: if `test_mode` is unknown, or the windows would leave gaps.
+        """
+        super().__init__()
+        if test_mode not in TEST_MODES:
+            raise ValueError(f"TEST.MODE is {test_mode!r}; use one of {', '.join(TEST_MODES)}")
+        if any(not 0 < s <= c for s, c in zip(stride, crop_size, strict=True)):
+            raise ValueError(
+                f"TEST.STRIDE = {list(stride)} must lie between 1 and TEST.CROP_SIZE = "
+                f"{list(crop_size)}: windows would leave pixels without a score"
+            )
+        self.backbone = backbone
+        self.sem_seg_head = sem_seg_head
+        self.test_mode = test_mode
+        self.crop_size = tuple(crop_size)
+        self.stride = tuple(stride)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Builds the parts that MODEL names and reads MODEL.PIXEL_* and TEST.
+
+        Args:
+            cfg: the configuration.
+
+        Returns:
+            The arguments of ``__init__``.
+        """
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "test_mode": cfg.TEST.MODE,
+            "crop_size": cfg.TEST.CROP_SIZE,
+            "stride": cfg.TEST.STRIDE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.pixel_mean.device
+
+    def forward(
+        self, batched_inputs: list[dict]
+    ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+        """Trains or predicts, as ``self.training`` says.
+
+        Args:
+            batched_inputs: for each image a dict with ``image`` (3, H, W) in RGB, 0 .. 255; in
+                training ``sem_seg`` (H, W) int64; in evaluation ``height`` and ``width`` of the
+                wanted scores (default: H and W). Sizes may differ within the batch.
+
+        Returns:
+            In training the weighted losses by name, else for each image
+            ``{"sem_seg": (C, height, width) float scores}``, computed without gradients.
+
+        Raises:
+            KeyError: in training, if an image comes without ``sem_seg``.
+            ValueError: in training, if ``sem_seg`` has another size than its image.
+        """
+        if self.training:
+            return self.losses(batched_inputs)
+        return self.inference(batched_inputs)
+
+    def losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """Computes the losses of a batch; see `forward`.
+
+        Args:
+            batched_inputs: dicts with ``image`` and ``sem_seg``.
+
+        Returns:
+            The weighted losses by name.
+
+        Raises:
+            KeyError: if an image comes without ``sem_seg``.
+            ValueError: if ``sem_seg`` has another size than its image.
+        """
+        for inputs in batched_inputs:
+            if "sem_seg" not in inputs:
+                raise KeyError(
+                    f"no 'sem_seg' for {inputs.get('file_name', 'an image')}: the model is in "
+                    "training mode, which needs labels. Use a mapper with is_train=True, or call "
+                    "model.eval() to predict"
+                )
+            if inputs["sem_seg"].shape != inputs["image"].shape[-2:]:
+                raise ValueError(
+                    f"{inputs.get('file_name', 'an image')}: the image is "
+                    f"{tuple(inputs['image'].shape[-2:])} and its sem_seg "
+                    f"{tuple(inputs['sem_seg'].shape)}; the mapper must transform both alike"
+                )
+        divisor = self.backbone.size_divisibility
+        images = self._normalised([inputs["image"] for inputs in batched_inputs])
+        images = ImageList.from_tensors(images, divisor)
+        targets = ImageList.from_tensors(
+            [inputs["sem_seg"].to(self.device) for inputs in batched_inputs],
+            divisor,
+            pad_value=self.sem_seg_head.ignore_value,
+        )
+        _, losses = self.sem_seg_head(self.backbone(images.tensor), targets.tensor)
+        return losses
+
+    @torch.no_grad()
+    def inference(self, batched_inputs: list[dict]) -> list[dict[str, torch.Tensor]]:
+        """Scores each image by itself, so that a result does not depend on its batch.
+
+        What is averaged over windows, and resized to the wanted size, are the head's scores (for
+        Mask2Former sums of probabilities), not logits.
+
+        Args:
+            batched_inputs: dicts with ``image`` and maybe ``height`` and ``width``.
+
+        Returns:
+            ``{"sem_seg": (C, height, width)}`` for each image.
+        """
+        results = []
+        for inputs in batched_inputs:
+            (image,) = self._normalised([inputs["image"]])
+            if self.test_mode == "slide":
+                scores = sliding_average(self._scores, image, self.crop_size, self.stride)
+            else:
+                scores = self._scores(image)
+            size = (inputs.get("height", image.shape[1]), inputs.get("width", image.shape[2]))
+            scores = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+            results.append({"sem_seg": scores})
+        return results
+
+    def _normalised(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [(image.to(self.device) - self.pixel_mean) / self.pixel_std for image in images]
+
+    def _scores(self, image: torch.Tensor) -> torch.Tensor:
+        """Scores a normalised image or window (3, H, W) -> (C, H, W)."""
+        padded = ImageList.from_tensors([image], self.backbone.size_divisibility)
+        features = self.backbone(padded.tensor)
+        scores, _ = self.sem_seg_head(features, image_size=padded.tensor.shape[-2:])
+        return scores[0, :, : image.shape[1], : image.shape[2]]

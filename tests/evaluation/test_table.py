@@ -1,0 +1,48 @@
+import json
+
+import fishertune_d2.data.datasets  # noqa: F401  (registers the names)
+from fishertune_d2.evaluation import format_table, summarize
+
+RESULTS = {
+    "camvid_day_test": {"sem_seg": {"mIoU": 60.0, "IoU-sky": 90.0}},
+    "camvid_dusk_test": {"sem_seg": {"mIoU": 40.0, "IoU-sky": 50.0, "IoU-car": 30.0}},
+    "cityscapes_val": {"sem_seg": {"mIoU": 30.0, "IoU-road": 80.0}},
+}
+PROTOCOL = {"mode": "slide", "class_rule": "present"}
+
+
+def test_the_domain_decides_what_is_source():
+    summary = summarize(RESULTS, ["camvid_day_train"], PROTOCOL)
+    assert summary["source"] == {"camvid_day_test": 60.0}
+    assert summary["targets"] == {"camvid_dusk_test": 40.0, "cityscapes_val": 30.0}
+    assert summary["target_average"] == 35.0
+    assert summary["per_class"]["camvid_dusk_test"] == {"sky": 50.0, "car": 30.0}
+
+
+def test_the_protocol_is_written_with_each_data_sets_own():
+    protocol = summarize(RESULTS, ["camvid_day_train"], PROTOCOL)["protocol"]
+    assert protocol["mode"] == "slide" and protocol["class_rule"] == "present"
+    assert protocol["test_size"]["cityscapes_val"] == [1024, 512]
+    assert protocol["test_size"]["camvid_day_test"] is None
+    assert len(protocol["classes"]["camvid_day_test"]) == 11
+    assert len(protocol["classes"]["cityscapes_val"]) == 19
+
+
+def test_a_summary_is_json_also_without_targets():
+    summary = summarize(
+        {"camvid_day_test": RESULTS["camvid_day_test"]}, ["camvid_day_train"], PROTOCOL
+    )
+    assert summary["target_average"] is None and summary["targets"] == {}
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert "average over unseen" in format_table(summary)
+
+
+def test_the_table_shows_scores_and_gaps():
+    text = format_table(summarize(RESULTS, ["camvid_day_train"], PROTOCOL))
+    lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line}
+    assert lines["camvid_day_test"] == ["camvid_day_test", "source", "60.00"]
+    assert lines["camvid_dusk_test"][1:] == ["unseen", "40.00"]
+    assert lines["average over unseen"][-1] == "35.00"
+    assert lines["sky"] == ["sky", "90.00", "50.00", "-"]
+    assert lines["car"] == ["car", "-", "30.00", "-"]
+    assert lines["road"][-1] == "80.00"

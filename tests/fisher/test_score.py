@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from fishertune_d2.fisher import domain_related_fisher, relative_change
+from fishertune_d2.fisher.score import fisher_from_precision, posterior_precision
+
+F = {"a": torch.tensor([4.0, 0.0]), "b": torch.tensor([[2.0]])}
+SHIFTED = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[3.0]])}
+
+
+def test_equation_14_and_its_inverse():
+    precision = posterior_precision(torch.tensor([4.0, 0.0]), gamma=0.5, prior_precision=0.25)
+    assert precision.tolist() == [8.25, 0.25]
+    assert fisher_from_precision(precision, 0.5, 0.25).tolist() == [4.0, 0.0]
+    assert fisher_from_precision(torch.tensor([0.2]), 0.5, 0.25).item() == 0.0  # clamped
+
+
+def test_equation_5_and_7_by_hand():
+    change = relative_change(F, SHIFTED, eps=1.0)
+    assert change["a"].tolist() == [3.0 / 2.0, 0.0]
+    assert change["b"].item() == pytest.approx(1.0 / 3.0)
+    score = domain_related_fisher(F, SHIFTED, 0.5, form="eq7", eps=1.0)
+    assert score["a"].tolist() == [4.0 + 0.5 * 1.5, 0.0]
+
+
+def test_equation_15_by_hand():
+    score = domain_related_fisher(F, SHIFTED, 0.5, form="eq15", gamma=2.0, tau=2.0, eps=1.0)
+    # Lambda = 4/2 + 1/4 and 1/2 + 1/4; the ratio's guard is eps / gamma = 1/2.
+    expected = 2.0 * (2.25 - 0.25 + 0.5 * 1.5 / (0.75 + 0.5))
+    assert score["a"].tolist() == pytest.approx([expected, 0.0])
+
+
+def test_balanced_is_equation_15_with_constants_of_the_estimate():
+    mean = (4.0 + 2.0) / 2  # over what is above 0
+    score = domain_related_fisher(F, SHIFTED, 0.5, rho=0.01)
+    # F + gamma * w * |F - F'| / (min(F, F') + gamma * tau^-2)
+    assert score["a"][0].item() == pytest.approx(4.0 + mean * 0.5 * 3.0 / (1.0 + 0.01 * mean))
+    assert score["b"].item() == pytest.approx(2.0 + mean * 0.5 * 1.0 / (2.0 + 0.01 * mean))
+    assert score["a"][1].item() == 0.0
+
+
+@pytest.mark.parametrize("form", ["balanced", "rank"])
+def test_the_ranking_does_not_see_the_scale_of_the_loss(form):
+    torch.manual_seed(0)
+    f, shifted = {"a": torch.rand(100)}, {"a": torch.rand(100)}
+    options = {"form": form, "eps": 0.0}
+    order = domain_related_fisher(f, shifted, 0.5, **options)["a"].argsort()
+    small = ({"a": 1e-9 * f["a"]}, {"a": 1e-9 * shifted["a"]})
+    assert torch.equal(domain_related_fisher(*small, 0.5, **options)["a"].argsort(), order)
+
+
+def test_rank_by_hand():
+    score = domain_related_fisher(F, SHIFTED, 0.5, form="rank", eps=0.001)
+    assert score["a"].tolist() == [1.0 + 0.5 * 1.0, 0.0]
+    assert score["b"].item() == 0.5 + 0.5 * 0.5
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="unknown form 'sum'"):
+        domain_related_fisher(F, SHIFTED, 0.5, form="sum")
+    with pytest.raises(ValueError, match=r"shift_weight must be in \(0, 1\]: got 1.5"):
+        domain_related_fisher(F, SHIFTED, 1.5)
+    with pytest.raises(ValueError, match="F.x. is 0 for every weight"):
+        domain_related_fisher({"a": torch.zeros(2)}, {"a": torch.zeros(2)}, 0.5)

@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Trains and evaluates a segmentation model with FisherTune.
+
+    python train_net.py --config-file configs/fishertune_dinov2.yaml [--num-gpus N] [--resume]
+    python train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
+"""
+
+import argparse
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from fishertune_d2 import add_fishertune_config
+from fishertune_d2.data import check_datasets
+from fishertune_d2.engine import Trainer
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Reads the config file and the command line's KEY VALUE pairs; sets up logging."""
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fishertune_d2", abbrev_name="fishertune")
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    """Runs one process."""
+    cfg = setup(args)
+    num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if args.eval_only:
+        check_datasets(cfg.DATASETS.TEST, num_classes)
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        return Trainer.test(cfg, model)
+    check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], num_classes)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser()
+    args = parser.parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
