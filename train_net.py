@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Trains and evaluates a segmentation model with FisherTune.
 
-    python train_net.py --config-file configs/fishertune_dinov2.yaml [--num-gpus N] [--resume]
-    python train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
+python train_net.py --config-file configs/fishertune_dinov2.yaml [--num-gpus N] [--resume]
+python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS OUTPUT_DIR/model_final.pth
 """
 
 import argparse
@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from fishertune_d2 import add_fishertune_config
+from fishertune_d2.analysis.selection_map import draw_run
 from fishertune_d2.data import check_datasets
 from fishertune_d2.engine import Trainer
 
@@ -44,7 +45,10 @@ def main(args: argparse.Namespace) -> dict | None:
     check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], num_classes)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    results = trainer.train()
+    if comm.is_main_process():
+        draw_run(cfg.OUTPUT_DIR)
+    return results
 
 
 if __name__ == "__main__":

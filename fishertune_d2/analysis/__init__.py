@@ -1,0 +1,1 @@
+"""Figures from files that runs wrote; nothing here trains, and no other room imports this one."""

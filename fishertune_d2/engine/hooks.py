@@ -254,7 +254,7 @@ class ParameterMask(HookBase):
 
     def _log(self, share: float | None) -> None:
         selection = self.estimation.selection
-        counts = selection.summary(self.estimation.candidates, share)
+        counts = selection.summary(share)
         total = sum(counts.values())
         logger.info(
             "Tuned: %s of %s backbone weights (%.2f %%), by kind and block:\n%s",

@@ -57,11 +57,9 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     """
     found: list[Candidate] = []
     for name, parameter in model.named_parameters():
-        match = _BLOCK_PARAMETER.search(name)
-        if match is None:
+        if parameter.dim() == 0:
             continue
-        block, part, rest = int(match[1]), match[2], match[3]
-        for kind, rows in _rows_by_kind(name, part, rest, parameter):
+        for kind, block, rows in groups_of(name, parameter.shape[0]):
             numel = parameter[rows].numel()
             found.append(Candidate(name, kind, block, parameter, rows, numel))
     if not found:
@@ -72,20 +70,31 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     return found
 
 
-def _rows_by_kind(
-    name: str, part: str, rest: str, parameter: nn.Parameter
-) -> list[tuple[str, slice]]:
-    """The kinds a parameter holds, each with its rows; empty if it is no candidate."""
-    total = parameter.shape[0]
-    layer = rest.split(".")[0]
+def groups_of(name: str, total: int) -> list[tuple[str, int, slice]]:
+    """The groups (kind, block) that a parameter's rows belong to, read off its name.
+
+    Args:
+        name: the parameter's name.
+        total: how many rows it has.
+
+    Returns:
+        (kind, block, rows) for each group; empty if the parameter is no candidate.
+
+    Raises:
+        ValueError: if the rows of a fused projection do not split in three.
+    """
+    match = _BLOCK_PARAMETER.search(name)
+    if match is None:
+        return []
+    block, part, layer = int(match[1]), match[2], match[3].split(".")[0]
     if part == "mlp":
         # Not the norm that EVA-02 and others put between the two layers.
-        return [("FFN", slice(0, total))] if layer.startswith("fc") else []
+        return [("FFN", block, slice(0, total))] if layer.startswith("fc") else []
     if layer == "qkv":
         if total % 3:
             raise ValueError(f"{name} has {total} rows, which do not split into q, k and v")
         size = total // 3
-        return [(kind, slice(i * size, (i + 1) * size)) for i, kind in enumerate("QKV")]
+        return [(kind, block, slice(i * size, (i + 1) * size)) for i, kind in enumerate("QKV")]
     if layer in _SEPARATE:
-        return [(_SEPARATE[layer], slice(0, total))]
+        return [(_SEPARATE[layer], block, slice(0, total))]
     return []

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .candidates import Candidate
+from .candidates import groups_of
 
 _FORMAT = "fishertune_selection_v1"
 
@@ -112,16 +112,12 @@ class Selection:
             masks[name] = mask
         return masks
 
-    def summary(
-        self, candidates: Sequence[Candidate], share: float | None = None
-    ) -> dict[tuple[str, int], int]:
+    def summary(self, share: float | None = None) -> dict[tuple[str, int], int]:
         """How many weights of each group (kind, block) are within ``share`` (default: all)."""
-        masks = self.masks(self.share if share is None else share)
         counts: dict[tuple[str, int], int] = {}
-        for candidate in candidates:
-            group = (candidate.kind, candidate.block)
-            selected = int(masks[candidate.name][candidate.rows].sum())
-            counts[group] = counts.get(group, 0) + selected
+        for name, mask in self.masks(self.share if share is None else share).items():
+            for kind, block, rows in groups_of(name, len(mask)):
+                counts[kind, block] = counts.get((kind, block), 0) + int(mask[rows].sum())
         return counts
 
     def save(self, path: str | Path) -> None:

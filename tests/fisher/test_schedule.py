@@ -12,7 +12,8 @@ FORMS = ("text", "eq16", "linear", "constant")
 def test_listed_values():
     at = (0.0, 0.5, 1.0)
     half = (1 - math.exp(-0.5)) / (1 - math.exp(-1))
-    assert [tuned_share(t, 0.01, 0.05) for t in at] == pytest.approx([0.01, 0.01 + 0.04 * half, 0.05])
+    text = [tuned_share(t, 0.01, 0.05) for t in at]
+    assert text == pytest.approx([0.01, 0.01 + 0.04 * half, 0.05])
     assert [tuned_share(t, 0.01, 0.05, form="linear") for t in at] == pytest.approx(
         [0.01, 0.03, 0.05]
     )

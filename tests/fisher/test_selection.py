@@ -61,7 +61,7 @@ def test_summary_by_kind_and_block_and_file_round_trip(tmp_path):
     scores = {c.name: torch.rand_like(c.parameter) for c in candidates}
     base = sum(p.numel() for p in vit.parameters())
     selection = Selection.from_scores(scores, 0.05, base)
-    summary = selection.summary(candidates)
+    summary = selection.summary()
     assert sum(summary.values()) == selection.count(0.05)
     mask = selection.masks(0.05)["blocks.2.attn.qkv.weight"]
     bias = selection.masks(0.05)["blocks.2.attn.qkv.bias"]

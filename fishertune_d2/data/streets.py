@@ -1,0 +1,160 @@
+"""The built-in data set: generated street scenes with all 19 classes in six domains.
+
+``render_scene`` makes one picture with its label, ``write_streets`` a data set in the folder layout
+of Cityscapes with a domain in the place of a city, and ``ensure_streets`` the one that the project
+trains and tests on. By hand::
+
+    python -m fishertune_d2.data.streets --output datasets/streets
+
+The source is the day; only it has a training split. All domains have a validation split of the same
+seeds, none of which is used for training: what a model loses from day to night is lost on the same
+streets. A seed gives the same bytes in every run; between machines, floating-point routines may
+round the last bit of an image differently, but not the label's.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from fishertune_d2.data.streets_scene import draw_scene
+from fishertune_d2.data.streets_weather import LOOKS, render_domain
+
+DOMAINS = ("day", "dusk", "night", "fog", "rain", "snow")
+
+# Raise it with every change that alters a picture: an older data set is then generated anew.
+GENERATOR_VERSION = "1"
+VERSION_FILE = "GENERATOR_VERSION"
+
+# Cityscapes' 2:1 at a quarter of its side: small enough that two CPU cores make the data set in
+# about a minute and train on it in a few, large enough that a person at 30 m is 20 pixels tall.
+SIZE = (512, 256)
+COUNTS = {("train", "day"): 240, **{("val", domain): 40 for domain in DOMAINS}}
+FIRST_SEED = {"train": 0, "val": 1_000_000}
+
+
+def render_scene(seed: int, domain: str = "day", size: tuple[int, int] = SIZE
+                 ) -> tuple[np.ndarray, np.ndarray]:
+    """Render one scene.
+
+    Args:
+        seed: the scene, at least 0; its label does not depend on the domain.
+        domain: one of ``DOMAINS``.
+        size: width and height in pixels.
+
+    Returns:
+        Image (H, W, 3) uint8 RGB, and label (H, W) uint8: Cityscapes train ids, 255 for the hood
+        of the camera's car.
+
+    Raises:
+        ValueError: if there is no such domain.
+    """
+    if domain not in LOOKS:
+        raise ValueError(f"No domain {domain!r} of built-in streets; choose one of {DOMAINS}.")
+    return render_domain(draw_scene(seed), domain, size)
+
+
+def write_streets(root: Path, progress: bool = True, size: tuple[int, int] = SIZE,
+                  counts: Mapping[tuple[str, str], int] = COUNTS, workers: int = 2) -> None:
+    """Write a data set, all of it or nothing.
+
+    It grows in a folder beside ``root`` that is renamed when it is complete, so that a run that is
+    killed leaves no half data set and two runs at once do not mix theirs. Files lie at
+    ``leftImg8bit/<split>/<domain>/<domain>_000000_<index>_leftImg8bit.png`` and
+    ``gtFine/<split>/<domain>/<domain>_000000_<index>_gtFine_labelTrainIds.png``.
+
+    Args:
+        root: the folder to make; a data set there of another version is replaced.
+        progress: show a bar, if standard error is a terminal.
+        size: width and height of the images in pixels.
+        counts: images per (split, domain); a split is "train" or "val".
+        workers: processes that render.
+
+    Raises:
+        FileExistsError: if ``root`` holds something that is not a generated data set.
+    """
+    root = Path(root)
+    if root.exists() and any(root.iterdir()) and not (root / VERSION_FILE).is_file():
+        raise FileExistsError(
+            f"{root} exists and holds no built-in streets (no file {VERSION_FILE}); it is left as "
+            "it is. Remove it or name another folder."
+        )
+    root.parent.mkdir(parents=True, exist_ok=True)
+    growing = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        jobs = [(split, domain, index) for (split, domain), count in counts.items()
+                for index in range(count)]
+        for split, domain in counts:
+            for kind in ("leftImg8bit", "gtFine"):
+                (growing / kind / split / domain).mkdir(parents=True)
+        quiet = not (progress and sys.stderr.isatty())
+        work = partial(_write_one, growing, size)
+        # "spawn": a caller may have threads (torch has), which a forked child would inherit broken.
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            list(tqdm(pool.map(work, jobs, chunksize=4), total=len(jobs), disable=quiet,
+                      desc=f"Generating street scenes in {root}", unit="image"))
+        (growing / VERSION_FILE).write_text(GENERATOR_VERSION + "\n")
+        growing.chmod(0o755)  # mkdtemp makes it private
+        _move_in_place(growing, root)
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+
+
+def _write_one(folder: Path, size: tuple[int, int], job: tuple[str, str, int]) -> None:
+    cv2.setNumThreads(1)  # the processes are the parallelism
+    split, domain, index = job
+    image, label = render_scene(FIRST_SEED[split] + index, domain, size)
+    name = f"{split}/{domain}/{domain}_000000_{index:06d}"
+    for path, picture in ((f"leftImg8bit/{name}_leftImg8bit.png", image[..., ::-1]),
+                          (f"gtFine/{name}_gtFine_labelTrainIds.png", label)):
+        if not cv2.imwrite(str(folder / path), picture):
+            raise OSError(f"Cannot write {folder / path}; is the disk full?")
+
+
+def _move_in_place(complete: Path, root: Path) -> None:
+    """Rename to ``root``; what was there moves aside first. If another run was faster, keep its."""
+    if root.exists() and not _is_current(root):
+        aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-old-", dir=root.parent))
+        os.replace(root, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.replace(complete, root)
+    except OSError:
+        if not _is_current(root):
+            raise
+
+
+def _is_current(root: Path) -> bool:
+    marker = root / VERSION_FILE
+    return marker.is_file() and marker.read_text().strip() == GENERATOR_VERSION
+
+
+def ensure_streets(root: Path) -> Path:
+    """Generate the data set at ``root`` unless it is there in this version; returns ``root``."""
+    root = Path(root)
+    if not _is_current(root):
+        write_streets(root)
+    return root
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Write the built-in street scenes.")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    arguments = parser.parse_args()
+    root = ensure_streets(arguments.output)
+    print(f"Street scenes (generator version {GENERATOR_VERSION}) lie in {root.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

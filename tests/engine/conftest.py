@@ -1,0 +1,103 @@
+"""A tiny three-stage training run through the real Trainer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from fishertune_d2 import add_fishertune_config
+from fishertune_d2.data import register_sem_seg
+
+CLASSES = ["ground", "wall", "sky"]
+TINY_HEAD = {
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(CLASSES),
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD": 32,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+    "MODEL.MASK_FORMER.NHEADS": 4,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads cost more than they save on tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """Bands of three classes, ``tiny_day``, and a darker copy of them, ``tiny_night``."""
+    root = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    for name, light in (("tiny_day", 1.0), ("tiny_night", 0.3)):
+        for folder in ("images", "labels"):
+            (root / name / folder).mkdir(parents=True)
+        for i in range(6):
+            label = np.repeat([2, 1, 0], rng.multinomial(64, [1 / 3] * 3))[:, None]
+            label = np.broadcast_to(label, (64, 64)).astype(np.uint8)
+            image = light * (60 * label[..., None] + rng.integers(0, 100, (64, 64, 3)))
+            Image.fromarray(image.astype(np.uint8)).save(root / name / "images" / f"{i}.png")
+            Image.fromarray(label).save(root / name / "labels" / f"{i}.png")
+        if name not in DatasetCatalog:
+            folder = root / name
+            register_sem_seg(name, folder / "images", folder / "labels", CLASSES)
+    yield root
+    for name in ("tiny_day", "tiny_night"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def tiny_cfg(tiny_data, tmp_path) -> Callable[..., CfgNode]:
+    """Returns a function that makes a config: T1 = 3, T3 = 4, a ViT of 6 blocks; takes overrides.
+
+    Keys are given with a double underscore for the dot.
+    """
+
+    def make(output: str = "out", **overrides) -> CfgNode:
+        cfg = get_cfg()
+        add_fishertune_config(cfg)
+        options = {
+            **TINY_HEAD,
+            "MODEL.DEVICE": "cpu",
+            "MODEL.VFM.NAME": "tiny",
+            "MODEL.VFM.WEIGHTS": "random",
+            "MODEL.VFM.IMG_SIZE": [48, 64],
+            "DATASETS.TRAIN": ("tiny_day",),
+            "DATASETS.TEST": ("tiny_day", "tiny_night"),
+            "INPUT.MIN_SIZE_TRAIN": [48, 64],
+            "INPUT.CROP.SIZE": [48, 64],
+            "TEST.MODE": "whole",
+            "TEST.PICTURES": 1,
+            "SOLVER.IMS_PER_BATCH": 2,
+            "SOLVER.BASE_LR": 1e-3,
+            "SOLVER.BACKBONE_MULTIPLIER": 1.0,
+            "SOLVER.MAX_ITER": 7,
+            "SOLVER.CHECKPOINT_PERIOD": 1,
+            "TUNING.WARMUP_ITERS": 3,
+            "FISHER.BATCHES": 2,
+            "FISHER.IMS_PER_BATCH": 2,
+            "DATALOADER.NUM_WORKERS": 0,
+            "OUTPUT_DIR": str(tmp_path / output),
+        }
+        options |= {key.replace("__", "."): value for key, value in overrides.items()}
+        for key, value in options.items():
+            cfg.merge_from_list([key, value])
+        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        return cfg
+
+    return make

@@ -1,0 +1,245 @@
+"""The three stages through the real Trainer on a tiny model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+
+from fishertune_d2.engine import Trainer
+from fishertune_d2.fisher import FisherEstimate, Selection
+
+
+def _run(cfg, resume: bool = False, hook: HookBase | None = None) -> Trainer:
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if hook is not None:
+        trainer.register_hooks([hook])
+    trainer.train()
+    return trainer
+
+
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def _metrics(cfg) -> list[dict]:
+    return [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").open()]
+
+
+class _Killed(Exception):
+    pass
+
+
+class _KillBefore(HookBase):
+    """Raises before an iteration runs, after its checkpoint was written."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            raise _Killed
+
+
+def test_three_stages_write_what_they_promise(tiny_cfg):
+    cfg = tiny_cfg(SOLVER__CLIP_GRADIENTS__ENABLED=True)
+    trainer = _run(cfg)
+    out = Path(cfg.OUTPUT_DIR)
+
+    names = {name for name, _ in trainer.segmentor.named_parameters()}
+    backbone = sum(p.numel() for p in trainer.segmentor.backbone.parameters())
+    selection = Selection.load(out / "selection.safetensors")
+    assert selection.base == backbone
+    assert len(torch.cat(list(selection.indices.values()))) == int(0.05 * backbone)
+    estimate = FisherEstimate.load(out / "fisher.safetensors")
+    assert estimate.images == 4
+    assert set(estimate) == set(selection.shapes)
+    assert {f"backbone.{name}" for name in estimate} <= names
+
+    # The last iteration's scalars stand beside its losses; a line with the test results follows.
+    (last,) = [line for line in _metrics(cfg) if "total_loss" in line]
+    assert last["iteration"] == 6
+    assert last["fisher/tuned_share"] == 0.05
+    assert last["fisher/tuned_parameters"] == int(0.05 * backbone)
+    (estimated,) = [line for line in _metrics(cfg) if "fisher/overlap_F" in line]
+    assert estimated["iteration"] == 3
+    assert 0.0 < estimated["fisher/overlap_F"] < 1.0
+    assert 0.0 < estimated["fisher/overlap_dF"] < 1.0
+    assert last["lr_backbone"] == pytest.approx(1e-3 * (1 - 6 / 7) ** 0.9)
+    assert last["total_loss"] > 0
+
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["source"]) == {"tiny_day"}
+    assert results["target_average"] == results["targets"]["tiny_night"]
+    assert results["tuned_parameters"] == int(0.05 * backbone)
+    assert results["backbone_parameters"] == backbone
+    assert results["protocol"]["class_rule"] == "present"
+    assert (out / "pictures" / "tiny_night_0.png").is_file()
+
+
+@pytest.mark.parametrize("clipping", ["", "norm", "full_model"])
+def test_unselected_weights_stay_bit_identical(tiny_cfg, clipping):
+    cfg = tiny_cfg(
+        SOLVER__WEIGHT_DECAY=0.5,
+        SOLVER__CLIP_GRADIENTS__ENABLED=bool(clipping),
+        SOLVER__CLIP_GRADIENTS__CLIP_TYPE=clipping or "value",
+        SOLVER__CLIP_GRADIENTS__CLIP_VALUE=0.01,
+    )
+    trainer = Trainer(cfg)
+    before = {k: v.clone() for k, v in trainer.segmentor.backbone.state_dict().items()}
+    trainer.train()
+    after = trainer.segmentor.backbone.state_dict()
+    selection = Selection.load(Path(cfg.OUTPUT_DIR) / "selection.safetensors")
+    masks = selection.masks(selection.share)
+    moved = 0
+    for name in before:
+        mask = masks.get(name, torch.zeros_like(before[name], dtype=torch.bool))
+        assert torch.equal(before[name][~mask], after[name][~mask]), name
+        moved += int((before[name] != after[name]).sum())
+    # Nearly every selected weight moves; one selected last may have a gradient of exactly 0.
+    assert moved > 0.95 * selection.count(selection.share)
+
+
+def test_weights_are_tuned_from_the_moment_they_are_selected(tiny_cfg):
+    trainer = Trainer(tiny_cfg(TUNING__D_MIN=0.01, TUNING__D_MAX=0.05))
+    start = {k: v.clone() for k, v in trainer.segmentor.backbone.state_dict().items()}
+    counts = []
+
+    class Watch(HookBase):
+        def after_step(self):
+            now = self.trainer.segmentor.backbone.state_dict()
+            moved = sum(int((now[k] != start[k]).sum()) for k in start)
+            tuned = self.trainer.storage.latest().get("fisher/tuned_parameters", (0, 0))[0]
+            counts.append((moved, tuned))
+
+    trainer.register_hooks([Watch()])
+    trainer.train()
+    backbone = sum(v.numel() for v in trainer.segmentor.backbone.parameters())
+    assert [moved for moved, _ in counts[:3]] == [0, 0, 0]  # warm-up
+    assert counts[3][1] == int(0.01 * backbone)
+    assert counts[-1][1] == int(0.05 * backbone)
+    for moved, tuned in counts[3:]:
+        assert 0.9 * tuned < moved <= tuned
+
+
+def test_warmup_pays_no_backward_pass_through_the_backbone(tiny_cfg):
+    trainer = Trainer(tiny_cfg(SOLVER__MAX_ITER=3))
+    seen = []
+    trainer.segmentor.backbone.register_forward_hook(
+        lambda module, inputs, output: seen.extend(o.requires_grad for o in output.values())
+    )
+    trainer.train()
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("method", ["freeze", "full"])
+def test_other_methods(tiny_cfg, method):
+    cfg = tiny_cfg(TUNING__METHOD=method)
+    trainer = Trainer(cfg)
+    before = {k: v.clone() for k, v in trainer.segmentor.backbone.named_parameters()}
+    trainer.train()
+    unused = trainer.segmentor.backbone.unused_parameters()
+    for name, p in trainer.segmentor.backbone.named_parameters():
+        moves = method == "full" and name not in unused
+        assert torch.equal(before[name], p) != moves, name
+    results = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
+    expected = sum(p.numel() for n, p in before.items() if n not in unused)
+    assert results["tuned_parameters"] == (expected if method == "full" else 0)
+    assert not (Path(cfg.OUTPUT_DIR) / "selection.safetensors").exists()
+
+
+# Killed in warm-up, between warm-up and estimation, and in the tuning stage.
+@pytest.mark.parametrize("iteration", [2, 3, 5])
+def test_resume_gives_the_same_weights(tiny_cfg, iteration):
+    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
+    _run(whole)
+    with pytest.raises(_Killed):
+        _run(parts, hook=_KillBefore(iteration))
+    torch.manual_seed(99)  # a new process has another random state
+    _run(parts, resume=True)
+    expected = torch.load(Path(whole.OUTPUT_DIR) / "model_final.pth", weights_only=True)
+    got = torch.load(Path(parts.OUTPUT_DIR) / "model_final.pth", weights_only=True)
+    for name, value in expected["model"].items():
+        assert torch.equal(got["model"][name], value), name
+    moments = expected["trainer"]["_trainer"]["optimizer"]["state"]
+    again = got["trainer"]["_trainer"]["optimizer"]["state"]
+    assert moments.keys() == again.keys()
+    for key, state in moments.items():
+        assert torch.equal(state["exp_avg"], again[key]["exp_avg"])
+
+
+class _KillInEstimation(HookBase):
+    def __init__(self, trainer):
+        self.batches = trainer._estimation_batches()
+
+    def __call__(self):
+        yield next(self.batches)
+        raise _Killed
+
+
+def test_resume_after_a_kill_in_the_middle_of_the_estimation(tiny_cfg):
+    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
+    _run(whole)
+    trainer = Trainer(parts)
+    estimation = next(h for h in trainer._hooks if type(h).__name__ == "FisherEstimation")
+    estimation.batches = _KillInEstimation(trainer)
+    with pytest.raises(_Killed):
+        trainer.train()
+    _run(parts, resume=True)
+    expected, got = (_state(Path(c.OUTPUT_DIR) / "model_final.pth") for c in (whole, parts))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_methods_can_share_one_warmup(tiny_cfg):
+    freeze = tiny_cfg("freeze", TUNING__METHOD="freeze")
+    _run(freeze)
+    warmup = str(Path(freeze.OUTPUT_DIR) / "model_warmup.pth")
+    alone, shared = tiny_cfg("alone"), tiny_cfg("shared", TUNING__WARMUP_CHECKPOINT=warmup)
+    _run(alone)
+    trainer = _run(shared)
+    assert trainer.start_iter == 3
+    expected, got = (_state(Path(c.OUTPUT_DIR) / "model_final.pth") for c in (alone, shared))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+    longer = tiny_cfg("longer", TUNING__WARMUP_CHECKPOINT=warmup, TUNING__WARMUP_ITERS=4)
+    with pytest.raises(ValueError, match="after 3 iterations, but TUNING.WARMUP_ITERS is 4"):
+        Trainer(longer).resume_or_load(resume=False)
+
+
+def test_resume_refuses_another_selection(tiny_cfg):
+    cfg = tiny_cfg()
+    with pytest.raises(_Killed):
+        _run(cfg, hook=_KillBefore(5))
+    file = Path(cfg.OUTPUT_DIR) / "selection.safetensors"
+    selection = Selection.load(file)
+    selection.notes["changed"] = "yes"
+    selection.save(file)
+    with pytest.raises(ValueError, match="is not the selection the checkpoint was trained with"):
+        Trainer(cfg).resume_or_load(resume=True)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="selection.safetensors, which is gone"):
+        Trainer(cfg).resume_or_load(resume=True)
+
+
+def test_eval_only_from_a_checkpoint_gives_the_same_results(tiny_cfg):
+    cfg = tiny_cfg()
+    _run(cfg)
+    results = Path(cfg.OUTPUT_DIR) / "results.json"
+    trained = json.loads(results.read_text())
+    shutil.move(results, results.with_suffix(".old"))
+    model = Trainer.build_model(cfg)
+    model.load_state_dict(_state(Path(cfg.OUTPUT_DIR) / "model_final.pth"))
+    Trainer.test(cfg, model)
+    assert json.loads(results.read_text()) == trained
+
+
+def test_refuses(tiny_cfg):
+    with pytest.raises(ValueError, match="SEED is -1: choose one of at least 0"):
+        Trainer(tiny_cfg(SEED=-1))
+    with pytest.raises(ValueError, match="TUNING.WARMUP_ITERS is 8: choose at least 0"):
+        Trainer(tiny_cfg(TUNING__WARMUP_ITERS=8))
+    with pytest.raises(KeyError, match="sparse"):
+        Trainer(tiny_cfg(TUNING__METHOD="sparse"))

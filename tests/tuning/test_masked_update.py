@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+
+from fishertune_d2.fisher import Selection
+from fishertune_d2.tuning import MaskedUpdate
+
+
+def _selection(score: torch.Tensor, share: float) -> Selection:
+    return Selection.from_scores({"w": score}, share, score.numel())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+    ],
+)
+def test_equals_an_optimizer_that_holds_only_the_selected(make):
+    torch.manual_seed(0)
+    dense = nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
+    start = dense.detach().clone()
+    selection = _selection(torch.rand(4, 5), 0.3)
+    mask = selection.masks(0.3)["w"]
+    sparse = nn.Parameter(start[mask].clone())
+    target = torch.randn(4, 5, dtype=torch.float64)
+    optimizer, reference = make([dense]), make([sparse])
+    assert MaskedUpdate(optimizer, {"w": dense}, selection).grow(0.3) == 6
+    for _ in range(50):
+        optimizer.zero_grad()
+        ((dense - target) ** 2).sum().backward()
+        optimizer.step()
+        full = start.masked_scatter(mask, sparse)
+        reference.zero_grad()
+        ((full - target) ** 2).sum().backward()
+        reference.step()
+    torch.testing.assert_close(dense[mask], sparse)
+    assert torch.equal(dense[~mask], start[~mask])
+    assert not torch.equal(dense[mask], start[mask])
+
+
+def test_momentum_gathered_before_does_not_move_what_is_not_selected():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.sum().backward()
+    optimizer.step()  # every moment is above 0 now
+    before = weight.detach().clone()
+    MaskedUpdate(optimizer, {"w": weight}, _selection(torch.arange(1.0, 5.0), 0.25)).grow(0.25)
+    optimizer.zero_grad()
+    weight.sum().backward()
+    optimizer.step()
+    assert torch.equal(weight[:3], before[:3])
+    assert weight[3] != before[3]
+
+
+def test_grows_and_never_shrinks():
+    weight = nn.Parameter(torch.ones(10))
+    selection = _selection(torch.arange(1.0, 11.0), 0.5)
+    update = MaskedUpdate(torch.optim.SGD([weight], lr=0.1), {"w": weight}, selection)
+    assert [update.grow(share) for share in (0.1, 0.3, 0.2, 0.5)] == [1, 3, 3, 5]
+    assert update.masks["w"].tolist() == [False] * 5 + [True] * 5
+
+
+def test_refuses_a_selection_of_another_model():
+    weight = nn.Parameter(torch.ones(3))
+    selection = _selection(torch.ones(4), 0.5)
+    with pytest.raises(ValueError, match=r"the first is w, of shape \(3,\) here and \(4,\)"):
+        MaskedUpdate(torch.optim.SGD([weight], lr=0.1), {"w": weight}, selection)

@@ -1,0 +1,35 @@
+"""Installs Detectron2 into the running Python, unless it is there already. No compiler needed.
+
+Detectron2 is not on PyPI under its own name (facebookresearch/detectron2#4859). The wheel
+sal-detectron2 is Detectron2 of August 2024; it is tagged for CPython 3.10 because of a compiled
+part that this project does not use, and its Python files run on newer versions too. It asks for
+numpy < 2 and black, neither of which it needs, hence no dependencies.
+"""
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+import tempfile
+
+WHEEL = "sal-detectron2==0.7.2"
+SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
+
+
+def main() -> int:
+    """Returns the exit status."""
+    found = importlib.util.find_spec("detectron2")
+    if found is not None:
+        print(f"Detectron2 is installed already, in {found.origin}")
+        return 0
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirement:
+        requirement.write(f"{WHEEL} --hash=sha256:{SHA256}\n")
+        requirement.flush()
+        options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--quiet"]
+        tags = ["--python-version", "3.10", "--implementation", "cp", "--abi", "none"]
+        target = ["--target", sysconfig.get_path("purelib"), "-r", requirement.name]
+        return subprocess.call([sys.executable, "-m", "pip", "install", *options, *tags, *target])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
