@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test lint setup clean
 
 demo: .venv/ready
-	.venv/bin/python tools/demo.py
+	.venv/bin/python train_net.py --config-file configs/demo.yaml
 
 test: .venv/ready
 	.venv/bin/python -m pytest

@@ -6,6 +6,8 @@ python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS OUTPUT_DIR/mode
 """
 
 import argparse
+import logging
+import sys
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -15,8 +17,8 @@ from detectron2.utils.logger import setup_logger
 
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.analysis.selection_map import draw_run
-from fishertune_d2.data import check_datasets
-from fishertune_d2.engine import Trainer
+from fishertune_d2.data import DatasetError, check_datasets
+from fishertune_d2.engine import Trainer, log_plan
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -34,6 +36,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def main(args: argparse.Namespace) -> dict | None:
     """Runs one process."""
     cfg = setup(args)
+    log_plan(cfg)
     num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if args.eval_only:
         check_datasets(cfg.DATASETS.TEST, num_classes)
@@ -47,18 +50,23 @@ def main(args: argparse.Namespace) -> dict | None:
     trainer.resume_or_load(resume=args.resume)
     results = trainer.train()
     if comm.is_main_process():
-        draw_run(cfg.OUTPUT_DIR)
+        picture = draw_run(cfg.OUTPUT_DIR)
+        if picture is not None:
+            logging.getLogger("fishertune_d2").info("Map of what was selected: %s", picture)
     return results
 
 
 if __name__ == "__main__":
     parser = default_argument_parser()
     args = parser.parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except DatasetError as error:  # it says what to do; a traceback would hide that
+        sys.exit(f"error: {error}")

@@ -5,17 +5,23 @@ thing looks the same under every domain: all draws happen whether or not a light
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fishertune_d2.data.streets_scene import (
-    BUILDING, FENCE, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN, VEGETATION, WALL, Colour, Thing, grey,
-)
+from fishertune_d2.data.streets_canvas import Canvas
 from fishertune_d2.data.streets_traffic import TRAFFIC_MODELS
-
-if TYPE_CHECKING:
-    from fishertune_d2.data.streets_render import Canvas
+from fishertune_d2.data.streets_world import (
+    BUILDING,
+    FENCE,
+    POLE,
+    TRAFFIC_LIGHT,
+    TRAFFIC_SIGN,
+    VEGETATION,
+    WALL,
+    Colour,
+    Thing,
+    grey,
+)
 
 SHADOWLESS = ("lamp", "bollard", "sign", "traffic_light", "fence", "bicycle")
 WARM, COLD = (255, 206, 132), (226, 236, 255)  # light of lamps and rooms
@@ -50,7 +56,7 @@ def facing(thing: Thing, along: float, across: float) -> tuple[float, float, flo
     return (along * sin + across * cos, 0.0, along * cos - across * sin)
 
 
-def paint_house(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A house from its front-near corner: gable ends, front with windows, roof, chimney."""
     length, depth, height, side = thing.length, thing.width, thing.height, thing.side
     wall = np.clip(MATERIALS[rng.integers(len(MATERIALS))] * rng.uniform(0.75, 1.12)
@@ -73,9 +79,9 @@ def paint_house(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> Non
         slope = math.hypot(rise, depth / 2)
         tilt = facing(thing, 0, -side * rise / slope)
         normal = (tilt[0], depth / 2 / slope, tilt[2])
-        canvas.surface(thing.place([[-0.2, -side * 0.4, height - 0.1], [length + 0.2, -side * 0.4,
-                       height - 0.1], [length + 0.2, far / 2, height + rise],
-                       [-0.2, far / 2, height + rise]]), tuple(roof.astype(float)), BUILDING, normal)
+        eave, ridge = [-side * 0.4, height - 0.1], [far / 2, height + rise]
+        slopes = [[-0.2, *eave], [length + 0.2, *eave], [length + 0.2, *ridge], [-0.2, *ridge]]
+        canvas.surface(thing.place(slopes), tuple(roof.astype(float)), BUILDING, normal)
         for at in rng.uniform(0.1, 0.9, int(rng.integers(0, 3))) * length:
             top = height + rise + rng.uniform(0.8, 1.6)
             _upright(canvas, thing.place([at, far / 2, 0]), height + rise * 0.6, top, 0.9,
@@ -87,7 +93,7 @@ def paint_house(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> Non
         _paint_front(canvas, thing, rng, plane, wall, shade)
 
 
-def _paint_front(canvas: "Canvas", thing: Thing, rng: np.random.Generator, plane: np.ndarray,
+def _paint_front(canvas: Canvas, thing: Thing, rng: np.random.Generator, plane: np.ndarray,
                  wall: np.ndarray, shade: np.ndarray) -> None:
     """Windows, door or shop, cornice on a front; far fronts get the coarse features only."""
     length, height = thing.length, thing.height
@@ -137,15 +143,16 @@ def _paint_front(canvas: "Canvas", thing: Thing, rng: np.random.Generator, plane
         door = np.array([[at - 0.12, 0, 1.24, 2.35], [at, 0, 1.0, 2.15]])
         colours = np.array([trim, rng.uniform(25, 150, 3)])
         canvas.details(rectangles(plane, door), colours, shade)
-    if rng.random() < 0.5:  # a drainpipe
+    if rng.random() < 0.5:  # drainpipe
         canvas.details(rectangles(plane, np.array([[0.15, 0, 0.1, height]])),
                        np.full(3, rng.uniform(30, 120)), shade)
 
 
-def _paint_shop(canvas: "Canvas", rng: np.random.Generator, plane: np.ndarray, length: float,
+def _paint_shop(canvas: Canvas, rng: np.random.Generator, plane: np.ndarray, length: float,
                 storey: float, shade: np.ndarray) -> None:
     """Shop windows under a coloured fascia, with goods, a door and sometimes an awning."""
     colour = rng.uniform(20, 220, 3)
+    colour = colour * 0.55 + colour.mean() * 0.45
     lettering = rng.uniform(170, 250, 3) if colour.mean() < 130 else rng.uniform(20, 80, 3)
     count = max(int(length / rng.uniform(2.2, 3.6)), 1)
     pitch = length / count
@@ -159,7 +166,8 @@ def _paint_shop(canvas: "Canvas", rng: np.random.Generator, plane: np.ndarray, l
     canvas.details(rectangles(plane, panes), glass, shade, shine * lit)
     goods = np.stack([rng.uniform(0, length - 0.8, 3 * count), rng.uniform(0.5, 1.3, 3 * count),
                       rng.uniform(0.2, 0.8, 3 * count), rng.uniform(0.2, 0.9, 3 * count)], 1)
-    wares = rng.uniform(30, 230, (len(goods), 3))
+    wares = rng.uniform(60, 190, (len(goods), 1)) + rng.normal(0, 22, (len(goods), 3))
+    wares = np.clip(wares, 0, 255)
     canvas.details(rectangles(plane, goods), wares, shade * 0.7, wares * 0.6 * lit)
     fascia = np.array([[0.05, storey * 0.76, length - 0.1, storey * 0.19]])
     canvas.details(rectangles(plane, fascia), colour, shade, colour * 0.5 * lit)
@@ -173,13 +181,13 @@ def _paint_shop(canvas: "Canvas", rng: np.random.Generator, plane: np.ndarray, l
         out = out if np.dot(out, canvas.eye - origin) > 0 else -out
         top, low = storey * 0.76, storey * 0.56
         cloth = rng.uniform(60, 230, 3)
-        corners = [origin + along * 0.2 + [0, top, 0], origin + along * (length - 0.2) + [0, top, 0],
-                   origin + along * (length - 0.2) + out * 1.2 + [0, low, 0],
-                   origin + along * 0.2 + out * 1.2 + [0, low, 0]]
+        start, end = origin + along * 0.2, origin + along * (length - 0.2)
+        corners = [start + [0, top, 0], end + [0, top, 0], end + out * 1.2 + [0, low, 0],
+                   start + out * 1.2 + [0, low, 0]]
         canvas.surface(np.array(corners), tuple(cloth), BUILDING)
 
 
-def _upright(canvas: "Canvas", foot: np.ndarray, bottom: float, top: float, width: float,
+def _upright(canvas: Canvas, foot: np.ndarray, bottom: float, top: float, width: float,
              colour: Colour, label: int, taper: float = 1.0) -> np.ndarray | None:
     """A post (billboard) at a ground point, in metres."""
     sideways = canvas.projection.axes[0]
@@ -203,7 +211,7 @@ def _blob(centre: np.ndarray, radius: np.ndarray, sideways: np.ndarray, rng: np.
     return centre + across[:, None] * sideways + rise[:, None] * np.array([0.0, 1.0, 0.0])
 
 
-def paint_tree(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A trunk, and a crown of leaf clusters that are lighter towards the top and the sun."""
     foot, sideways = np.array([thing.x, 0.0, thing.z]), canvas.projection.axes[0]
     height, radius = thing.height, thing.width / 2
@@ -212,34 +220,37 @@ def paint_tree(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None
              VEGETATION, 0.6)
     hue = rng.dirichlet([3, 1, 0.5, 0.35])
     leaf = hue @ np.array([[72, 104, 40], [102, 122, 50], [48, 78, 44], [150, 108, 44]])
-    leaf = leaf * rng.uniform(0.6, 1.15)
-    count = 26 if thing.distance < 45 else 12
+    leaf = leaf * rng.uniform(0.75, 1.35)
+    count = 60 if thing.distance < 25 else 32 if thing.distance < 50 else 12
     conifer = rng.random() < 0.12
     level = np.sort(rng.random(count)) if conifer else rng.random(count)
     angle = rng.uniform(0, 2 * math.pi, count)
     spread = np.sqrt(rng.random(count)) * radius
     bottom = height * (0.15 if conifer else rng.uniform(0.25, 0.38))
+    leaves = []
     for index in range(count):
         part = level[index]
         narrow = (1.05 - part) if conifer else math.sqrt(max(1 - (2 * part - 0.9) ** 2 * 0.75, 0.1))
         out = spread[index] * narrow * 0.75
         centre = foot + sideways * (math.cos(angle[index]) * out)
-        centre = centre + [0, bottom + part * (height * 0.93 - bottom), math.sin(angle[index]) * out]
-        size = radius * rng.uniform(0.25, 0.5) * (narrow if conifer else 1)
+        rise = bottom + part * (height * 0.93 - bottom)
+        centre = centre + [0, rise, math.sin(angle[index]) * out]
+        size = radius * rng.uniform(1.1, 2.0) / count**0.4 * (narrow if conifer else 1)
         light = 0.62 + 0.45 * part + rng.uniform(-0.13, 0.13)
         if canvas.sun is not None:
             light += 0.3 * math.cos(angle[index]) * float(canvas.sun @ sideways) - 0.1
         colour = leaf * light
-        if canvas.look.snow and part > 0.3:
+        if canvas.snow and part > 0.3:
             white = 0.75 * min((part - 0.3) * 2, 1) * rng.uniform(0.4, 1)
             colour = colour * (1 - white) + 225 * white
         else:
             rng.uniform(0.4, 1)
         outline = _blob(centre, np.array([size, size * 0.8]), sideways, rng)
-        canvas.surface(outline, tuple(colour), VEGETATION, convex=False)
+        leaves.append((outline, colour, VEGETATION))
+    canvas.cutouts(leaves)
 
 
-def paint_bare_tree(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_bare_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A leafless tree: branches in a haze of twigs; the label is the crown's outline."""
     foot, sideways = np.array([thing.x, 0.0, thing.z]), canvas.projection.axes[0]
     height, radius = thing.height, thing.width / 2
@@ -266,25 +277,26 @@ def paint_bare_tree(canvas: "Canvas", thing: Thing, rng: np.random.Generator) ->
     canvas.details(points, bark, canvas.shade(None))
 
 
-def paint_hedge(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_hedge(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A row of bushes along the sidewalk."""
     leaf = np.array([66, 92, 42]) * rng.uniform(0.7, 1.2) + rng.normal(0, 6, 3)
     height, sideways = min(thing.height, 1.9), canvas.projection.axes[0]
     box = thing.place([[0, 0, 0], [thing.length, 0, 0], [thing.length, 0, height * 0.85],
                        [0, 0, height * 0.85]])
     canvas.surface(box, tuple(leaf * 0.75), VEGETATION, facing(thing, 0, -thing.side))
+    bushes = []
     for along in np.arange(thing.length, 0, -0.75 if thing.distance < 40 else -1.6):
         for level in (0.35, 0.75):
             at = thing.place([along, thing.side * 0.3, height * level])
             radius = np.array([0.62, 0.33]) * height * rng.uniform(0.6, 0.9)
             colour = leaf * (0.6 + 0.5 * level + rng.uniform(-0.1, 0.1))
-            if canvas.look.snow and level > 0.5:
+            if canvas.snow and level > 0.5:
                 colour = colour * 0.3 + 160
-            canvas.surface(_blob(at, radius, sideways, rng, 11), tuple(colour), VEGETATION,
-                           convex=False)
+            bushes.append((_blob(at, radius, sideways, rng, 11), colour, VEGETATION))
+    canvas.cutouts(bushes)
 
 
-def paint_wall(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_wall(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A free-standing wall with a coping, of brick, stone or concrete."""
     colour = MATERIALS[rng.integers(len(MATERIALS))] * rng.uniform(0.6, 1.0)
     length, height, inner = thing.length, thing.height, thing.side * thing.width
@@ -304,7 +316,7 @@ def paint_wall(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None
         canvas.details(rectangles(plane, piers), colour * 1.08, shade)
 
 
-def paint_fence(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_fence(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A railing one looks through, or planks. The label is the whole fence, as people draw it."""
     length, height = thing.length, thing.height
     solid = thing.width > 0.2 and rng.random() < 0.5
@@ -326,7 +338,7 @@ def paint_fence(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> Non
         canvas.details(rectangles(plane, boxes), colour, shade)
 
 
-def paint_lamp(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_lamp(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A street lamp: a mast with an arm over the road."""
     colour = grey(rng, 40, 170)
     foot = np.array([thing.x, 0.0, thing.z])
@@ -347,13 +359,13 @@ def lamp_heads(things: list[Thing]) -> np.ndarray:
     return np.array(heads).reshape(-1, 3)
 
 
-def paint_bollard(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_bollard(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A bollard."""
     foot = np.array([thing.x, 0.0, thing.z])
     _upright(canvas, foot, 0, thing.height, thing.width, grey(rng, 25, 150), POLE)
 
 
-def _plate(canvas: "Canvas", thing: Thing, centre: np.ndarray, shape: np.ndarray, scale: float,
+def _plate(canvas: Canvas, thing: Thing, centre: np.ndarray, shape: np.ndarray, scale: float,
            colour: Colour, label: int) -> np.ndarray | None:
     """A flat shape (N, 2) in units of ``scale`` metres, across the street; gives the light."""
     points = centre + shape[:, :1] * scale * np.array(facing(thing, 0, 1))
@@ -366,7 +378,7 @@ def regular(count: int, turn: float = 0.0) -> np.ndarray:
     return np.stack([np.sin(angle), np.cos(angle)], axis=1)
 
 
-def paint_sign(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_sign(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A traffic sign on a post: round, triangular, octagonal or a panel; some show their back."""
     foot = np.array([thing.x, 0.0, thing.z])
     _upright(canvas, foot, 0, thing.height + 0.3, 0.08, grey(rng, 90, 170), POLE)
@@ -395,7 +407,7 @@ def paint_sign(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None
             canvas.details(flat(symbol * 0.8)[None], np.array(mark), shade)
 
 
-def paint_traffic_light(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_traffic_light(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Three lamps in a dark box on a post, one of them lit."""
     foot = np.array([thing.x, 0.0, thing.z])
     box = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float)

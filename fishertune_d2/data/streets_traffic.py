@@ -1,16 +1,21 @@
 """How people and vehicles are built: figures from limbs, cycles from wheels, cars from profiles."""
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fishertune_d2.data.streets_scene import (
-    BICYCLE, BUS, CAR, MOTORCYCLE, PERSON, RIDER, TRAIN, TRUCK, Thing,
+from fishertune_d2.data.streets_canvas import Canvas
+from fishertune_d2.data.streets_world import (
+    BICYCLE,
+    BUS,
+    CAR,
+    MOTORCYCLE,
+    PERSON,
+    RIDER,
+    TRAIN,
+    TRUCK,
+    Thing,
 )
-
-if TYPE_CHECKING:
-    from fishertune_d2.data.streets_render import Canvas
 
 SKINS = np.array([[224, 178, 148], [198, 150, 118], [142, 98, 72], [92, 62, 48]], float)
 PAINTS = np.array([[28, 29, 32], [60, 62, 66], [128, 130, 134], [186, 188, 190], [232, 232, 230],
@@ -36,30 +41,40 @@ def _round(centre: tuple[float, float], radius: tuple[float, float], count: int 
                     axis=1)
 
 
-class _Figure:
-    """Parts in a vertical plane: (sideways, up) in metres, standing where the thing stands."""
+Parts = list[tuple[np.ndarray, np.ndarray, int]]  # what Canvas.cutouts takes
 
-    def __init__(self, canvas: "Canvas", thing: Thing, sideways: np.ndarray) -> None:
-        self.canvas, self.sideways = canvas, sideways
+
+class _Figure:
+    """Shapes (sideways, up) in metres in a vertical plane through a thing, appended to ``parts``.
+
+    Args:
+        thing: stands in the plane's origin.
+        sideways: the plane's horizontal direction in the world.
+        parts: painted later, in order; figures in several planes may share it.
+    """
+
+    def __init__(self, thing: Thing, sideways: np.ndarray, parts: Parts) -> None:
+        self.sideways, self.parts = sideways, parts
         self.foot = np.array([thing.x, 0.0, thing.z])
 
     def part(self, flat: np.ndarray, colour: np.ndarray, label: int) -> None:
         points = self.foot + flat[:, :1] * self.sideways
-        points = points + flat[:, 1:] * np.array([0, 1.0, 0])
-        self.canvas.surface(points, tuple(np.clip(colour, 0, 255)), label)
+        points[:, 1] += flat[:, 1]
+        self.parts.append((points, colour, label))
 
 
 def _clothes(rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.6:
         return np.full(3, rng.uniform(18, 120)) + rng.normal(0, 10, 3)
-    return rng.uniform(25, 225, 3)
+    bright = rng.uniform(25, 225, 3)
+    return bright * 0.6 + bright.mean() * 0.4
 
 
-def paint_person(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_person(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A walking or standing person; the stride shows as far as the heading is across the view."""
     unit, stride = thing.height / 1.75, float(rng.uniform(0, 0.36))
     across = abs(math.sin(thing.heading)) + 0.25
-    figure = _Figure(canvas, thing, canvas.projection.axes[0])
+    figure = _Figure(thing, canvas.projection.axes[0], parts := [])
     trousers, coat, skin = _clothes(rng) * 0.8, _clothes(rng), SKINS[rng.integers(len(SKINS))]
     hair = np.array([[40, 30, 24], [24, 22, 22], [120, 90, 56], [150, 146, 140]])[rng.integers(4)]
     hip, shoulder = 0.90 * unit, 1.45 * unit
@@ -90,15 +105,16 @@ def paint_person(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> No
         figure.part(_round((float(hand[0]), float(hand[1])), (0.045, 0.05), 7), skin, PERSON)
     if bag:
         colour = rng.uniform(20, 160, 3)
-        figure.part(_round((broad * 1.1, hip + 0.02), (0.13, 0.17), 8), colour, PERSON)
+        figure.part(_round((broad * 1.1, hip + 0.02), (0.10, 0.15), 8), colour, PERSON)
     head = (0.0, 1.62 * unit)
     figure.part(_limb(np.array([0, shoulder]), np.array(head), 0.11 * unit), skin * 0.85, PERSON)
     figure.part(_round(head, (0.09 * unit, 0.125 * unit)), skin, PERSON)
     cap = _round((0, 1.67 * unit), (0.098 * unit, 0.085 * unit))
     figure.part(cap, hair.astype(float), PERSON)
+    canvas.cutouts(parts)
 
 
-def _cycle_plane(canvas: "Canvas", thing: Thing) -> np.ndarray:
+def _cycle_plane(canvas: Canvas, thing: Thing) -> np.ndarray:
     """The direction of a cycle's length, never so far foreshortened that it vanishes."""
     direction = np.array([math.sin(thing.heading), 0.0, math.cos(thing.heading)])
     sideways = canvas.projection.axes[0]
@@ -108,16 +124,16 @@ def _cycle_plane(canvas: "Canvas", thing: Thing) -> np.ndarray:
     return direction
 
 
-def _paint_bicycle(figure: _Figure, rng: np.random.Generator) -> None:
+def _add_bicycle(figure: _Figure, rng: np.random.Generator) -> None:
     """Wheels, frame, bars and saddle in the plane of the bicycle."""
     colour = rng.uniform(15, 200, 3) if rng.random() < 0.6 else np.full(3, 35.0)
     tyre, radius = np.array([26.0, 26, 28]), 0.34
     for centre in (-0.53, 0.53):
-        outer, inner = _round((centre, radius), (radius, radius), 16), None
+        outer = _round((centre, radius), (radius, radius), 16)
         inner = _round((centre, radius), (radius - 0.055, radius - 0.055), 16)
-        for k in range(16):
-            nxt = (k + 1) % 16
-            figure.part(np.array([outer[k], outer[nxt], inner[nxt], inner[k]]), tyre, BICYCLE)
+        # Around outside, across, and back around inside: a ring as one outline.
+        ring = np.concatenate([outer, outer[:1], inner[:1], inner[::-1]])
+        figure.part(ring, tyre, BICYCLE)
         for angle in np.linspace(0, math.pi, 4, endpoint=False):
             spoke = np.array([math.cos(angle), math.sin(angle)]) * (radius - 0.05)
             hub = np.array([centre, radius])
@@ -132,26 +148,27 @@ def _paint_bicycle(figure: _Figure, rng: np.random.Generator) -> None:
     figure.part(_limb(head + [-0.12, 0.2], head + [0.08, 0.18], 0.05), tyre, BICYCLE)
 
 
-def paint_bicycle(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_bicycle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A parked bicycle."""
-    _paint_bicycle(_Figure(canvas, thing, _cycle_plane(canvas, thing)), rng)
+    _add_bicycle(_Figure(thing, _cycle_plane(canvas, thing), parts := []), rng)
+    canvas.cutouts(parts)
 
 
-def paint_cyclist(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_cyclist(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A rider on a bicycle: the bicycle is class bicycle, the person class rider."""
     plane = _cycle_plane(canvas, thing)
-    figure = _Figure(canvas, thing, plane)
-    _paint_bicycle(figure, rng)
-    _paint_rider(canvas, thing, rng, plane, saddle=0.92, reach=0.30, hands=1.06, helmet=0.5)
+    _add_bicycle(_Figure(thing, plane, parts := []), rng)
+    _add_rider(canvas, thing, rng, parts, saddle=0.92, reach=0.30, hands=1.06, helmet=0.5)
+    canvas.cutouts(parts)
 
 
-def paint_motorcycle(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_motorcycle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A motorcycle or scooter: two fat wheels, engine, tank, seat, windshield, lights."""
     plane = _cycle_plane(canvas, thing)
-    figure = _Figure(canvas, thing, plane)
     sideways = canvas.projection.axes[0]
+    figure = _Figure(thing, plane, parts := [])
     body, dark = PAINTS[rng.choice(len(PAINTS), p=PAINT_SHARES)], np.array([32.0, 32, 34])
-    wide = _Figure(canvas, thing, sideways)  # what shows from the front and from behind
+    wide = _Figure(thing, sideways, parts)  # what shows from the front and from behind
     wide.part(_round((0, 0.32), (0.09, 0.32)), dark, MOTORCYCLE)
     for centre in (-0.68, 0.72):
         figure.part(_round((centre, 0.32), (0.32, 0.32), 16), dark, MOTORCYCLE)
@@ -164,6 +181,7 @@ def paint_motorcycle(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -
     wide.part(np.array([[-0.2, 0.45], [0.2, 0.45], [0.26, 0.85], [-0.26, 0.85]]), body * 0.9,
               MOTORCYCLE)
     wide.part(_limb(np.array([-0.36, 1.02]), np.array([0.36, 1.02]), 0.06), dark, MOTORCYCLE)
+    canvas.cutouts(parts)
     toward = math.cos(thing.heading) < 0
     light = np.array(HEADLIGHT if toward else TAILLIGHT)
     lamp = figure.foot + _round((0, 0.8), (0.09, 0.08), 8)[:, :1] * sideways
@@ -171,18 +189,20 @@ def paint_motorcycle(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -
     canvas.surface(lamp, tuple(light * 0.8), MOTORCYCLE, glow=tuple(light.tolist()))
 
 
-def paint_motorcyclist(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
+def paint_motorcyclist(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A motorcycle and its rider."""
     paint_motorcycle(canvas, thing, rng)
-    _paint_rider(canvas, thing, rng, _cycle_plane(canvas, thing), saddle=0.84, reach=0.42,
-                 hands=1.04, helmet=1.0)
+    parts: Parts = []
+    _add_rider(canvas, thing, rng, parts, saddle=0.84, reach=0.42, hands=1.04, helmet=1.0)
+    canvas.cutouts(parts)
 
 
-def _paint_rider(canvas: "Canvas", thing: Thing, rng: np.random.Generator, plane: np.ndarray,
-                 saddle: float, reach: float, hands: float, helmet: float) -> None:
+def _add_rider(canvas: Canvas, thing: Thing, rng: np.random.Generator, parts: Parts,
+               saddle: float, reach: float, hands: float, helmet: float) -> None:
     """A seated person: legs to the pedals, back bent towards the bars."""
-    figure = _Figure(canvas, thing, plane)
-    wide = _Figure(canvas, thing, canvas.projection.axes[0])
+    plane = _cycle_plane(canvas, thing)
+    figure = _Figure(thing, plane, parts)
+    wide = _Figure(thing, canvas.projection.axes[0], parts)
     coat, trousers = _clothes(rng), _clothes(rng) * 0.8
     skin = SKINS[rng.integers(len(SKINS))]
     if rng.random() < 0.15:
@@ -203,7 +223,7 @@ def _paint_rider(canvas: "Canvas", thing: Thing, rng: np.random.Generator, plane
                   coat * 0.85, RIDER)
     figure.part(_limb(shoulder, np.array([reach, hands]), 0.1), coat * 0.85, RIDER)
     shift = plane * (0.14 if abs(float(plane @ canvas.projection.axes[0])) > 0.3 else 0.0)
-    head = _Figure(canvas, thing, canvas.projection.axes[0])
+    head = _Figure(thing, canvas.projection.axes[0], parts)
     head.foot = head.foot + shift
     top = saddle + 0.76
     head.part(_round((0, top), (0.1, 0.13)), skin, RIDER)
@@ -223,7 +243,8 @@ CAR_PROFILES = [
 ]
 VAN_PROFILE = (((-0.5, 0.15), (-0.5, 0.97), (0.2, 1.0), (0.36, 0.58), (0.49, 0.44), (0.5, 0.14)),
                (2,))
-BOX_PROFILE = (((-0.5, 0.12), (-0.5, 1.0), (0.46, 1.0), (0.49, 0.86), (0.5, 0.4), (0.5, 0.12)), (3,))
+BOX_PROFILE = (((-0.5, 0.12), (-0.5, 1.0), (0.46, 1.0), (0.49, 0.86), (0.5, 0.4), (0.5, 0.12)),
+               (3,))
 
 
 def _profile(thing: Thing, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -234,8 +255,8 @@ def _profile(thing: Thing, rng: np.random.Generator) -> tuple[np.ndarray, tuple[
     return np.array(points) * [thing.length, thing.height], glass
 
 
-def paint_vehicle(canvas: "Canvas", thing: Thing, rng: np.random.Generator) -> None:
-    """A side profile pulled to the vehicle's width, narrower at the roof; then wheels and lights."""
+def paint_vehicle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
+    """A side profile pulled to the vehicle's width, with wheels, windows and lights."""
     label = {"car": CAR, "van": CAR, "truck": TRUCK, "bus": BUS, "train": TRAIN}[thing.kind]
     profile, glass = _profile(thing, rng)
     paint = np.clip(PAINTS[rng.choice(len(PAINTS), p=PAINT_SHARES)] + rng.normal(0, 6, 3), 8, 245)
@@ -285,7 +306,7 @@ def _world_normal(thing: Thing, along: float, across: float, up: float
     return (along * sin + across * cos, up, along * cos - across * sin)
 
 
-def _paint_flank(canvas: "Canvas", thing: Thing, rng: np.random.Generator, sign: int, label: int,
+def _paint_flank(canvas: Canvas, thing: Thing, rng: np.random.Generator, sign: int, label: int,
                  body: float, window: np.ndarray, paint: np.ndarray, shade: np.ndarray) -> None:
     """Side windows, stripes, wheels."""
     length, height, half = thing.length, thing.height, sign * thing.width / 2
@@ -337,7 +358,7 @@ def _paint_flank(canvas: "Canvas", thing: Thing, rng: np.random.Generator, sign:
                 canvas.details(thing.place(wheel)[None], np.array(colour), shade)
 
 
-def _paint_ends(canvas: "Canvas", thing: Thing, rng: np.random.Generator, label: int,
+def _paint_ends(canvas: Canvas, thing: Thing, rng: np.random.Generator, label: int,
                 paint: np.ndarray) -> None:
     """Lights, number plate, grille, large windows on the end that faces the camera."""
     half, height = thing.width / 2, thing.height

@@ -11,7 +11,7 @@ import numpy as np
 
 from fishertune_d2.data.streets_models import WARM, lamp_heads
 from fishertune_d2.data.streets_render import Look, Painting, noise_tile, paint, paint_reflection
-from fishertune_d2.data.streets_scene import ROAD, SIDEWALK, SKY, TERRAIN, Scene
+from fishertune_d2.data.streets_world import ROAD, SIDEWALK, SKY, TERRAIN, Scene
 
 LOOKS = {
     "day": Look(True, (96, 150, 222), (206, 220, 236), (240, 241, 244), 0.0),
@@ -62,7 +62,7 @@ def airlight(image: np.ndarray, depth: np.ndarray, visibility: float, light: np.
 
 
 def _day(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
-    """Clear air of varying depth; exposure differs, and bright skies burn out as in real cameras."""
+    """Clear air; exposure differs, and bright skies may burn out as in real cameras."""
     far = np.where(np.isinf(painting.depth), 0, painting.depth)
     hazy = airlight(painting.colour, far, rng.uniform(500, 4000), np.array(look.horizon))
     burnt = painting.label == SKY
@@ -98,7 +98,8 @@ def _lamplight(painting: Painting, scene: Scene, reach: float) -> np.ndarray:
     distance = np.maximum(ahead[..., 2], 0.5)
     beam = np.exp(-((ahead[..., 0] / distance / 0.36) ** 2)
                   - (np.maximum(ahead[..., 1] / distance - 0.01, 0) / 0.05) ** 2)
-    light += (beam * 90 / (distance + 6.0) ** 1.6)[..., None] * np.array([1, 0.95, 0.84], np.float32)
+    halogen = np.array([1, 0.95, 0.84], np.float32)
+    light += (beam * 90 / (distance + 6.0) ** 1.6)[..., None] * halogen
     return cv2.resize(light, painting.label.shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
@@ -223,6 +224,6 @@ def _develop(image: np.ndarray, scene: Scene, rng: np.random.Generator, grain: f
     image = np.where(image > 0.8, 0.8 + 0.2 * np.tanh((image - 0.8) / 0.2), image)
     image = 255 * image ** np.float32(gamma)
     height = image.shape[0]
-    image += rng.normal(0, noise + grain, (height, width, 1)).astype(np.float32)
-    image += rng.normal(0, 0.35 * (noise + grain), (height, width, 3)).astype(np.float32)
+    shot = rng.standard_normal((height, width, 4), dtype=np.float32) * np.float32(noise + grain)
+    image += shot[..., :1] + 0.35 * shot[..., 1:]
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)

@@ -2,6 +2,7 @@
 
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
 from .optimizer import build_optimizer
+from .plan import count_parameters, log_plan
 from .trainer import Trainer
 
 __all__ = [
@@ -11,4 +12,6 @@ __all__ = [
     "Trainer",
     "WarmupFreeze",
     "build_optimizer",
+    "count_parameters",
+    "log_plan",
 ]

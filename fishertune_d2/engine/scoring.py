@@ -12,8 +12,8 @@ from torch import nn
 
 from fishertune_d2.data import SegmentationMapper, build_test_loader, load_datasets
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table, summarize
-from fishertune_d2.fisher import count_of_share, tuned_share
-from fishertune_d2.tuning import build_tuning_method
+
+from .plan import count_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -46,23 +46,12 @@ def score_datasets(cfg: CfgNode, model: nn.Module) -> OrderedDict:
     summary |= count_parameters(cfg, model.backbone)
     path = Path(cfg.OUTPUT_DIR) / "results.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
-    logger.info("Results, in percent; also in %s:\n%s", path, format_table(summary))
+    logger.info("Results in percent, also in %s:\n%s", path, format_table(summary))
+    if cfg.TEST.PICTURES:
+        logger.info("Pictures of image, label and prediction: %s", path.parent / "pictures")
     if summary["target_average"] is not None:
         results["unseen"] = {"mIoU": summary["target_average"]}
     return results
-
-
-def count_parameters(cfg: CfgNode, backbone: nn.Module) -> dict[str, int]:
-    """How many weights the backbone has, and how many of them TUNING lets move by the end."""
-    total = sum(p.numel() for p in backbone.parameters())
-    method = build_tuning_method(cfg)
-    if method.selects:
-        tuning = cfg.TUNING
-        share = tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, form=tuning.SCHEDULE)
-        tuned = count_of_share(share, total)
-    else:
-        tuned = sum(p.numel() for p in method.parameters(backbone).values())
-    return {"tuned_parameters": tuned, "backbone_parameters": total}
 
 
 def _protocol(cfg: CfgNode) -> dict:

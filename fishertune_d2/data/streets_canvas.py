@@ -1,0 +1,339 @@
+"""The canvas of the built-in scenes: a pinhole camera, and polygons painted far to near.
+
+Everything is painted twice as large as wanted. The colour is then averaged over 2 x 2 pixels, the
+label is taken from one of them: edges are smooth in the picture and crisp in the label. Beside the
+colour, the canvas keeps the number of the surface at every pixel, and for every surface its class
+and its plane. The inverse depth of a plane is affine in the pixel coordinates, so that label, depth
+and world position of every pixel follow from that one number.
+"""
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from fishertune_d2.data.streets_world import (
+    ROAD,
+    SIDEWALK,
+    SKY,
+    TERRAIN,
+    VEGETATION,
+    VOID,
+    Camera,
+    Colour,
+)
+
+NEAR = 0.4  # metres; what is closer to the camera is cut off
+SCALE = 2  # supersampling
+SUBPIXEL_BITS = 4  # of the coordinates that OpenCV is given
+# How much of a surface that faces up is covered when snow lies, per class; others: 0.85.
+SNOW_COVER = {ROAD: 0.72, SIDEWALK: 0.9, TERRAIN: 0.97, VEGETATION: 0.8}
+SNOW: Colour = (228, 232, 240)
+
+
+@dataclass
+class Painting:
+    """A painted scene.
+
+    Attributes:
+        colour: (H, W, 3) float32, 0..255, as under the look's light, without weather.
+        glow: (H, W, 3) float32, 0..255, what shines by itself; zeros where lamps are off.
+        label: (H, W) uint8 train ids, 255 for the hood.
+        depth: (H, W) float32, metres along the optical axis; infinite in the sky.
+        world: (H, W, 3) float32, the world point at each pixel (far away in the sky).
+        up: (H, W) bool, the surface faces up.
+    """
+
+    colour: np.ndarray
+    glow: np.ndarray
+    label: np.ndarray
+    depth: np.ndarray
+    world: np.ndarray
+    up: np.ndarray
+
+
+class Projection:
+    """The pinhole camera at a picture size; pixel centres have integer coordinates.
+
+    Args:
+        camera: position, direction and opening angle.
+        size: width and height of the picture in pixels.
+    """
+
+    def __init__(self, camera: Camera, size: tuple[int, int]) -> None:
+        self.size = size
+        self.focal = size[0] / 2 / math.tan(camera.field_of_view / 2)
+        self.centre = ((size[0] - 1) / 2, (size[1] - 1) / 2)
+        self.position = np.array([camera.lateral, camera.height, 0.0])
+        sp, cp = math.sin(camera.pitch), math.cos(camera.pitch)
+        sy, cy = math.sin(camera.yaw), math.cos(camera.yaw)
+        # Rows: the camera's right, down and forward in world coordinates.
+        self.axes = np.array([[cy, 0, -sy], [-sy * sp, -cp, -cy * sp], [sy * cp, -sp, cy * cp]])
+
+    @property
+    def horizon(self) -> float:
+        """The row on which a flat ground vanishes."""
+        down, forward = self.axes[1], self.axes[2]
+        level = np.array([forward[0], 0, forward[2]])
+        return self.centre[1] + self.focal * float(down @ level / (forward @ level))
+
+    def to_camera(self, points: np.ndarray) -> np.ndarray:
+        """World points (..., 3) as (right, down, forward) from the camera, in metres."""
+        return (points - self.position) @ self.axes.T
+
+    def to_pixels(self, seen: np.ndarray) -> np.ndarray:
+        """Camera points (..., 3) with positive depth as pixel coordinates (..., 2), x then y."""
+        return seen[..., :2] * (self.focal / seen[..., 2:]) + self.centre
+
+    def rays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(1, W) and (H, 1) float32: right and down per unit of depth for columns and rows."""
+        x = (np.arange(self.size[0], dtype=np.float32) - self.centre[0]) / self.focal
+        y = (np.arange(self.size[1], dtype=np.float32) - self.centre[1]) / self.focal
+        return x[None, :].astype(np.float32), y[:, None].astype(np.float32)
+
+
+def clip_near(seen: np.ndarray) -> np.ndarray:
+    """The part of a polygon (N, 3) in camera coordinates that lies beyond the near plane."""
+    kept = []
+    for here, after in zip(seen, np.roll(seen, -1, axis=0), strict=True):
+        inside, next_inside = here[2] >= NEAR, after[2] >= NEAR
+        if inside:
+            kept.append(here)
+        if inside != next_inside:
+            kept.append(here + (after - here) * ((NEAR - here[2]) / (after[2] - here[2])))
+    return np.array(kept).reshape(-1, 3)
+
+
+class Canvas:
+    """What models paint on: surfaces, which are labelled, and details on them, which are not.
+
+    Args:
+        projection: of the wanted picture.
+        background: (H, W, 3) uint8, the sky.
+        sun: unit vector towards a sun that shines, or None.
+        lamps: keep a second picture of what glows.
+        snow: snow lies on what faces up.
+        mirrored: paint the scene as the ground would mirror it (each point below the ground as
+            far as it is above), for wet roads.
+    """
+
+    def __init__(self, projection: Projection, background: np.ndarray, sun: np.ndarray | None,
+                 lamps: bool, snow: bool, mirrored: bool = False) -> None:
+        width, height = projection.size
+        self.projection, self.sun, self.snow, self.mirrored = projection, sun, snow, mirrored
+        self.eye = projection.position * ((1, -1, 1) if mirrored else (1, 1, 1))
+        self.colour = cv2.resize(background, (width * SCALE, height * SCALE))
+        self.ids = np.zeros(self.colour.shape[:2], np.int32)
+        self.glow = np.zeros_like(self.colour) if lamps else None
+        self.classes, self.planes, self.faces_up = [SKY], [(0.0, 0.0, 1e-4)], [False]
+
+    def may_show(self, foot: np.ndarray, reach: float) -> bool:
+        """Whether anything within ``reach`` metres beside or behind a ground point can be seen."""
+        x, _, z = self.projection.to_camera(foot).tolist()
+        half_width = self.projection.size[0] / 2 / self.projection.focal
+        return z + reach > NEAR and abs(x) < half_width * (z + reach) + reach
+
+    def shade(self, normal: tuple[float, float, float] | None) -> np.ndarray:
+        """The light (3,) on a surface with this world normal (None: round or facing anywhere)."""
+        if normal is None:
+            normal, soften = (0.0, 0.3, -0.4), 0.5
+        else:
+            soften = 0.0
+        ambient = 0.80 + 0.17 * normal[1] + 0.07 * normal[0] - 0.04 * normal[2]
+        if self.sun is None:
+            return np.full(3, ambient)
+        direct = max(0.0, float(np.dot(normal, self.sun))) * (1 - soften) + 0.4 * soften
+        return ambient * np.array([0.56, 0.60, 0.68]) + direct * np.array([0.82, 0.76, 0.66])
+
+    def surface(self, points: np.ndarray, colour: Colour | None, label: int,
+                normal: tuple[float, float, float] | None = None, convex: bool = True,
+                glow: Colour | None = None) -> np.ndarray | None:
+        """Paint a flat polygon.
+
+        Args:
+            points: (N, 3) world coordinates in order around the polygon.
+            colour: under white light; None leaves the picture as it is (a see-through fence).
+            label: train id.
+            normal: unit normal in the world. The polygon is left out if it looks away.
+            convex: False costs a little more.
+            glow: what it emits when lamps are on.
+
+        Returns:
+            The light (3,) that fell on it, for its details, or None if it is not in view.
+        """
+        points = np.asarray(points, dtype=np.float64)
+        if normal is not None and float(np.dot(normal, self.eye - points[0])) <= 0:
+            return None
+        seen = self._see(points)
+        if seen[:, 2].min() < NEAR:
+            seen = clip_near(seen)
+            if len(seen) < 3:
+                return None
+        pixels = self._pixels(seen)
+        if self._outside(pixels):
+            return None
+        shade = self.shade(normal)
+        fill = cv2.fillConvexPoly if convex else _fill
+        up = normal is not None and normal[1] > 0.3
+        if colour is not None:
+            if up and self.snow and label != VOID:
+                cover = SNOW_COVER.get(label, 0.85)
+                colour = np.array(colour) * (1 - cover) + np.array(SNOW) * cover
+            lit = np.minimum(np.asarray(colour) * shade, 255).tolist()
+            fill(self.colour, pixels, lit, shift=SUBPIXEL_BITS)
+        if self.glow is not None:
+            fill(self.glow, pixels, glow or (0, 0, 0), shift=SUBPIXEL_BITS)
+        fill(self.ids, pixels, len(self.classes), shift=SUBPIXEL_BITS)
+        self.classes.append(label)
+        self.planes.append(_inverse_depth(seen))
+        self.faces_up.append(up)
+        return shade
+
+    def details(self, polygons: np.ndarray, colours: np.ndarray, shade: np.ndarray,
+                glow: np.ndarray | None = None) -> None:
+        """Paint convex polygons on the surface painted last; its label and depth hold for them.
+
+        Args:
+            polygons: (M, N, 3) world coordinates; those that reach behind the camera are left out.
+            colours: (M, 3) or (3,) under white light.
+            shade: the light (3,) on them.
+            glow: (M, 3) or (3,) emitted when lamps are on; None: nothing.
+        """
+        polygons = np.asarray(polygons, dtype=np.float64)
+        seen = self._see(polygons)
+        ahead = seen[..., 2].min(axis=1) >= NEAR
+        if not ahead.any():
+            return
+        lit = np.minimum(np.broadcast_to(colours, (len(polygons), 3)) * shade, 255)[ahead].tolist()
+        pixels = self._pixels(seen[ahead])
+        for polygon, colour in zip(pixels, lit, strict=True):
+            cv2.fillConvexPoly(self.colour, polygon, colour, shift=SUBPIXEL_BITS)
+        if self.glow is not None:
+            shine = np.zeros(3) if glow is None else glow
+            shine = np.broadcast_to(shine, (len(polygons), 3))[ahead].astype(float).tolist()
+            for polygon, colour in zip(pixels, shine, strict=True):
+                cv2.fillConvexPoly(self.glow, polygon, colour, shift=SUBPIXEL_BITS)
+
+    def cutouts(self, parts: list[tuple[np.ndarray, Colour, int]]) -> None:
+        """Paint many flat shapes that face the camera, each at one depth: leaves, limbs, wheels.
+
+        Args:
+            parts: shape (N, 3) in world coordinates, colour, train id; painted in this order.
+                Those that reach behind the camera are left out.
+        """
+        if not parts:
+            return
+        seen = self._see(np.concatenate([points for points, _, _ in parts]))
+        starts = np.cumsum([0] + [len(points) for points, _, _ in parts])
+        ahead = np.minimum.reduceat(seen[:, 2], starts[:-1]) >= NEAR
+        depths = np.add.reduceat(seen[:, 2], starts[:-1]) / np.diff(starts)
+        seen[:, 2] = np.maximum(seen[:, 2], NEAR)
+        pixels = self._pixels(seen)
+        shade = self.shade(None)
+        lit = np.clip(np.array([colour for _, colour, _ in parts]) * shade, 0, 255).tolist()
+        for index, (_, _, label) in enumerate(parts):
+            if not ahead[index]:
+                continue
+            outline = [pixels[starts[index]:starts[index + 1]]]
+            cv2.fillPoly(self.colour, outline, lit[index], shift=SUBPIXEL_BITS)
+            cv2.fillPoly(self.ids, outline, len(self.classes), shift=SUBPIXEL_BITS)
+            if self.glow is not None:
+                cv2.fillPoly(self.glow, outline, (0, 0, 0), shift=SUBPIXEL_BITS)
+            self.classes.append(label)
+            self.planes.append((0.0, 0.0, 1 / float(depths[index])))
+            self.faces_up.append(False)
+
+    def haze(self, points: np.ndarray, colour: Colour, label: int, share: float) -> None:
+        """A surface (N, 3), not convex, of which only a share covers what is behind (twigs)."""
+        behind = self.colour
+        seen = self._see(np.asarray(points, dtype=np.float64))
+        if seen[:, 2].min() < NEAR:
+            return
+        pixels = self._pixels(seen)
+        x0, y0 = np.maximum((pixels.min(axis=0) >> SUBPIXEL_BITS) - 1, 0)
+        x1, y1 = (pixels.max(axis=0) >> SUBPIXEL_BITS) + 2
+        behind = self.colour[y0:y1, x0:x1].copy()
+        if behind.size == 0 or self.surface(points, colour, label, convex=False) is None:
+            return
+        region = self.colour[y0:y1, x0:x1]
+        cv2.addWeighted(region, share, behind, 1 - share, 0, dst=region)
+
+    def darken_ground(self, polygons: list[np.ndarray], share: float) -> None:
+        """Leave only a share of the light inside convex ground polygons (N, 3): shadows."""
+        mask = np.zeros(self.ids.shape, np.uint8)
+        for points in polygons:
+            seen = self._see(points)
+            if seen[:, 2].min() < NEAR:
+                seen = clip_near(seen)
+            if len(seen) >= 3:
+                hull = cv2.convexHull(self._pixels(seen))
+                cv2.fillConvexPoly(mask, hull, 255, shift=SUBPIXEL_BITS)
+        top = max(int(self.projection.horizon * SCALE), 0)
+        if top < len(mask) and mask[top:].any():
+            light = 255 - cv2.blur(mask[top:], (5, 5)) * (1 - share)
+            ground = self.colour[top:]
+            light = cv2.merge([light.astype(np.uint8)] * 3)
+            cv2.multiply(ground, light, dst=ground, scale=1 / 255)
+
+    def finish(self) -> Painting:
+        """Scale down; look up label, depth and world position."""
+        width, height = self.projection.size
+        colour = cv2.resize(self.colour, (width, height), interpolation=cv2.INTER_AREA)
+        colour = colour.astype(np.float32)
+        glow = np.zeros_like(colour)
+        if self.glow is not None:
+            glow = cv2.resize(self.glow, (width, height), interpolation=cv2.INTER_AREA)
+            glow = glow.astype(np.float32)
+        ids = self.ids[::SCALE, ::SCALE]
+        label = np.array(self.classes, np.uint8)[ids]
+        planes = np.array(self.planes, np.float32)
+        x, y = self.projection.rays()
+        inverse = planes[:, 0][ids] * x + planes[:, 1][ids] * y + planes[:, 2][ids]
+        depth = 1 / np.clip(inverse, 1e-4, 1 / NEAR)
+        axes = self.projection.axes.astype(np.float32)
+        world = np.stack(
+            [depth * (axes[0, k] * x + axes[1, k] * y + axes[2, k])
+             + np.float32(self.projection.position[k]) for k in range(3)], axis=-1)
+        up = np.array(self.faces_up)[ids]
+        depth[label == SKY] = np.inf
+        return Painting(colour, glow, label, depth, world, up)
+
+    def _see(self, points: np.ndarray) -> np.ndarray:
+        return self.projection.to_camera(points * (1, -1, 1) if self.mirrored else points)
+
+    def _pixels(self, seen: np.ndarray) -> np.ndarray:
+        """Camera points as OpenCV's fixed-point coordinates on the enlarged canvas."""
+        enlarged = self.projection.to_pixels(seen) * SCALE + (SCALE - 1) / 2
+        return np.rint(np.clip(enlarged, -3e4, 3e4) * (1 << SUBPIXEL_BITS)).astype(np.int32)
+
+    def _outside(self, pixels: np.ndarray) -> bool:
+        low, high = pixels.min(axis=0) >> SUBPIXEL_BITS, pixels.max(axis=0) >> SUBPIXEL_BITS
+        rows, columns = self.ids.shape
+        return high[0] < 0 or high[1] < 0 or low[0] >= columns or low[1] >= rows
+
+
+def _fill(picture: np.ndarray, pixels: np.ndarray, colour: Colour, shift: int) -> None:
+    cv2.fillPoly(picture, [pixels], colour, shift=shift)
+
+
+def _inverse_depth(seen: np.ndarray) -> tuple[float, float, float]:
+    """The plane n . P = d of a polygon (N, 3) as n / d: 1 / depth = (n / d) . (x, y, 1).
+
+    Newell's normal, which any order of vertices and any vertex on a line leaves well defined. A
+    polygon seen edge-on gets the mean depth instead.
+    """
+    nx = ny = nz = cx = cy = cz = 0.0
+    corners = seen.tolist()  # plain floats: faster than arrays for a handful of corners
+    ax, ay, az = corners[-1]
+    for bx, by, bz in corners:
+        nx += (ay - by) * (az + bz)
+        ny += (az - bz) * (ax + bx)
+        nz += (ax - bx) * (ay + by)
+        cx, cy, cz = cx + bx, cy + by, cz + bz
+        ax, ay, az = bx, by, bz
+    count = len(corners)
+    size, offset = math.sqrt(nx * nx + ny * ny + nz * nz), (nx * cx + ny * cy + nz * cz) / count
+    if size == 0 or abs(offset) < 1e-3 * size:
+        return 0.0, 0.0, count / cz
+    return nx / offset, ny / offset, nz / offset
