@@ -1,6 +1,11 @@
 """Guards against what is known to break in the dependencies, one function for each."""
 
+import warnings
+
 from torch import nn
+
+# fvcore and Detectron2 compile losses with torch.jit.script as they are imported.
+warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
 
 
 def require_detectron2() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 from collections import OrderedDict
 from pathlib import Path
 
@@ -58,4 +59,24 @@ def _protocol(cfg: CfgNode) -> dict:
     protocol = {"mode": cfg.TEST.MODE, "class_rule": cfg.TEST.CLASS_RULE}
     if cfg.TEST.MODE == "slide":
         protocol |= {"crop": list(cfg.TEST.CROP_SIZE), "stride": list(cfg.TEST.STRIDE)}
-    return {**protocol, "seed": cfg.SEED, "iterations": cfg.SOLVER.MAX_ITER}
+    return {
+        **protocol,
+        "method": cfg.TUNING.METHOD,
+        "seed": cfg.SEED,
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "warmup_iterations": cfg.TUNING.WARMUP_ITERS,
+        "batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked if files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except OSError:  # no git
+        return None
+    return found.stdout.strip() or None

@@ -65,6 +65,8 @@ def load_vfm_weights(
         raise ValueError(f"MODEL.VFM.PATCH_RESIZE is {patch_resize!r}; known are 'bicubic', 'pi'")
     name = vit.pretrained_cfg["architecture"]
     if weights == "random":
+        if next(vit.parameters()).is_meta:  # only counted, never run
+            return
         logger.warning(f'{name} keeps its random initialisation (MODEL.VFM.WEIGHTS "random")')
         return
     state, source = _read(weights) if weights else _find(vit, fallback)
