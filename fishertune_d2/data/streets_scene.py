@@ -123,8 +123,8 @@ def _add_side(scene: Scene, rng: np.random.Generator, side: int, kerb: float,
     verge = rng.uniform(0.8, 2.6) if rng.random() < 0.4 else 0.0
     walk = rng.uniform(1.6, 4.5)
     front = kerb + side * (0.15 + verge + walk)
-    stone = grey(rng, 115, 185, 7)
-    paving = tuple(v * c for v, c in zip(stone, rng.uniform(0.9, 1.08, 3), strict=True))
+    stone = grey(rng, 115, 185, 4)
+    paving = tuple(v * c for v, c in zip(stone, rng.normal([1.02, 1.0, 0.98], 0.02), strict=True))
     grass = draw_grass(rng)
 
     def band(inner: float, outer: float, s0: float, s1: float, label: int, c: Colour) -> None:

@@ -126,7 +126,7 @@ def _cycle_plane(canvas: Canvas, thing: Thing) -> np.ndarray:
 
 def _add_bicycle(figure: _Figure, rng: np.random.Generator) -> None:
     """Wheels, frame, bars and saddle in the plane of the bicycle."""
-    colour = rng.uniform(15, 200, 3) if rng.random() < 0.6 else np.full(3, 35.0)
+    colour = _clothes(rng) * 0.8
     tyre, radius = np.array([26.0, 26, 28]), 0.34
     for centre in (-0.53, 0.53):
         outer = _round((centre, radius), (radius, radius), 16)

@@ -131,6 +131,7 @@ class FisherEstimation(HookBase):
         """Estimates and selects, at ``start``."""
         if self.trainer.iter != self.start:
             return
+        logger.info("Estimating the Fisher information; no weight changes meanwhile")
         estimate = estimate_fisher(
             self.model,
             self.batches(),
