@@ -118,9 +118,10 @@ def test_names_are_a_list():
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_built_in_data_go_to_the_data_folder_or_to_the_cache(tmp_path, monkeypatch, writable):
-    streets = pytest.importorskip("fishertune_d2.data.streets")
     drawn = []
-    monkeypatch.setattr(streets, "ensure_streets", lambda root: drawn.append(root) or root)
+    monkeypatch.setattr(
+        "fishertune_d2.data.streets.ensure_streets", lambda root: drawn.append(root) or root
+    )
     data = tmp_path / "data"
     if not writable:
         data.write_text("a file where a folder should be: nothing can be made below it")

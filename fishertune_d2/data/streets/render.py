@@ -7,9 +7,9 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from fishertune_d2.data.streets_canvas import Canvas, Painting, Projection
-from fishertune_d2.data.streets_models import MODELS, SHADOWLESS
-from fishertune_d2.data.streets_world import (
+from fishertune_d2.data.streets.canvas import Canvas, Painting, Projection
+from fishertune_d2.data.streets.models import MODELS, SHADOWLESS
+from fishertune_d2.data.streets.world import (
     BUILDING,
     FENCE,
     POLE,
@@ -28,8 +28,16 @@ from fishertune_d2.data.streets_world import (
 )
 
 # Strength of the surface texture, per class; others: 0.03.
-ROUGHNESS = {ROAD: 0.08, SIDEWALK: 0.09, BUILDING: 0.10, WALL: 0.16, FENCE: 0.08, POLE: 0.05,
-             VEGETATION: 0.36, TERRAIN: 0.25}
+ROUGHNESS = {
+    ROAD: 0.08,
+    SIDEWALK: 0.09,
+    BUILDING: 0.10,
+    WALL: 0.16,
+    FENCE: 0.08,
+    POLE: 0.05,
+    VEGETATION: 0.36,
+    TERRAIN: 0.25,
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,7 @@ def _add_texture(painting: Painting, seed: int) -> None:
     painting.colour *= (1 + strength[painting.label] * noise)[..., None]
 
 
-def paint_sky(scene: Scene, look: Look, size: tuple[int, int], mirrored: bool
-              ) -> np.ndarray:
+def paint_sky(scene: Scene, look: Look, size: tuple[int, int], mirrored: bool) -> np.ndarray:
     """(H, W, 3) uint8: a gradient from the horizon up, and clouds on a level ceiling."""
     projection = Projection(scene.camera, size)
     x, y = projection.rays()
@@ -139,8 +146,13 @@ def _paint_ground(canvas: Canvas, scene: Scene) -> None:
     up = (0.0, 1.0, 0.0)
     canvas.surface(plane, (108, 112, 84), TERRAIN, up)
     for strip in scene.strips + (scene.tracks if canvas.snow else []):
-        canvas.surface(_outline(scene, strip), _strip_colour(canvas, scene, strip), strip.label, up,
-                       convex=False)
+        canvas.surface(
+            _outline(scene, strip),
+            _strip_colour(canvas, scene, strip),
+            strip.label,
+            up,
+            convex=False,
+        )
 
 
 def _strip_colour(canvas: Canvas, scene: Scene, strip: Strip) -> Colour:
@@ -176,7 +188,7 @@ def _paint_shadows(canvas: Canvas, scene: Scene) -> None:
             else:
                 cast.append(np.concatenate([foot, lifted]))
     canvas.darken_ground(contact, 0.55)
-    canvas.darken_ground(cast, 0.45)
+    canvas.darken_ground(cast, 0.55)
 
 
 def _footprint(thing: Thing) -> np.ndarray:
@@ -185,8 +197,9 @@ def _footprint(thing: Thing) -> np.ndarray:
     along = (0, thing.length) if from_front else (-thing.length / 2, thing.length / 2)
     half = thing.width / 2
     across = (0, thing.side * thing.width) if from_front else (-half, half)
-    return thing.place(np.array([[along[i], across[j], 0] for i, j in
-                                 ((0, 0), (1, 0), (1, 1), (0, 1))]))
+    return thing.place(
+        np.array([[along[i], across[j], 0] for i, j in ((0, 0), (1, 0), (1, 1), (0, 1))])
+    )
 
 
 def _paint_things(canvas: Canvas, scene: Scene) -> None:

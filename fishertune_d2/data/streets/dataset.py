@@ -27,24 +27,25 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from fishertune_d2.data.streets_scene import draw_scene
-from fishertune_d2.data.streets_weather import LOOKS, render_domain
+from fishertune_d2.data.streets.scene import draw_scene
+from fishertune_d2.data.streets.weather import LOOKS, render_domain
 
 DOMAINS = ("day", "dusk", "night", "fog", "rain", "snow")
 
 # Raise it with every change that alters a picture: an older data set is then generated anew.
-GENERATOR_VERSION = "1"
+GENERATOR_VERSION = "2"
 VERSION_FILE = "GENERATOR_VERSION"
 
 # Cityscapes' 2:1 at a quarter of its side: small enough that two CPU cores make the data set in
-# about a minute and train on it in a few, large enough that a person at 30 m is 20 pixels tall.
+# one to two minutes and train on it in a few, large enough that a person at 30 m is 20 pixels tall.
 SIZE = (512, 256)
 COUNTS = {("train", "day"): 240, **{("val", domain): 40 for domain in DOMAINS}}
 FIRST_SEED = {"train": 0, "val": 1_000_000}
 
 
-def render_scene(seed: int, domain: str = "day", size: tuple[int, int] = SIZE
-                 ) -> tuple[np.ndarray, np.ndarray]:
+def render_scene(
+    seed: int, domain: str = "day", size: tuple[int, int] = SIZE
+) -> tuple[np.ndarray, np.ndarray]:
     """Render one scene.
 
     Args:
@@ -64,8 +65,13 @@ def render_scene(seed: int, domain: str = "day", size: tuple[int, int] = SIZE
     return render_domain(draw_scene(seed), domain, size)
 
 
-def write_streets(root: Path, progress: bool = True, size: tuple[int, int] = SIZE,
-                  counts: Mapping[tuple[str, str], int] = COUNTS, workers: int = 2) -> None:
+def write_streets(
+    root: Path,
+    progress: bool = True,
+    size: tuple[int, int] = SIZE,
+    counts: Mapping[tuple[str, str], int] = COUNTS,
+    workers: int = 2,
+) -> None:
     """Write a data set, all of it or nothing.
 
     It grows in a folder beside ``root`` that is renamed when it is complete, so that a run that is
@@ -92,8 +98,11 @@ def write_streets(root: Path, progress: bool = True, size: tuple[int, int] = SIZ
     root.parent.mkdir(parents=True, exist_ok=True)
     growing = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        jobs = [(split, domain, index) for (split, domain), count in counts.items()
-                for index in range(count)]
+        jobs = [
+            (split, domain, index)
+            for (split, domain), count in counts.items()
+            for index in range(count)
+        ]
         for split, domain in counts:
             for kind in ("leftImg8bit", "gtFine"):
                 (growing / kind / split / domain).mkdir(parents=True)
@@ -101,8 +110,15 @@ def write_streets(root: Path, progress: bool = True, size: tuple[int, int] = SIZ
         work = partial(_write_one, growing, size)
         # "spawn": a caller may have threads (torch has), which a forked child would inherit broken.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(tqdm(pool.map(work, jobs, chunksize=4), total=len(jobs), disable=quiet,
-                      desc=f"Generating street scenes in {root}", unit="image"))
+            list(
+                tqdm(
+                    pool.map(work, jobs, chunksize=4),
+                    total=len(jobs),
+                    disable=quiet,
+                    desc=f"Generating street scenes in {root}",
+                    unit="image",
+                )
+            )
         (growing / VERSION_FILE).write_text(GENERATOR_VERSION + "\n")
         growing.chmod(0o755)  # mkdtemp makes it private
         _move_in_place(growing, root)
@@ -115,8 +131,10 @@ def _write_one(folder: Path, size: tuple[int, int], job: tuple[str, str, int]) -
     split, domain, index = job
     image, label = render_scene(FIRST_SEED[split] + index, domain, size)
     name = f"{split}/{domain}/{domain}_000000_{index:06d}"
-    for path, picture in ((f"leftImg8bit/{name}_leftImg8bit.png", image[..., ::-1]),
-                          (f"gtFine/{name}_gtFine_labelTrainIds.png", label)):
+    for path, picture in (
+        (f"leftImg8bit/{name}_leftImg8bit.png", image[..., ::-1]),
+        (f"gtFine/{name}_gtFine_labelTrainIds.png", label),
+    ):
         if not cv2.imwrite(str(folder / path), picture):
             raise OSError(f"Cannot write {folder / path}; is the disk full?")
 
@@ -154,7 +172,3 @@ def main() -> None:
     arguments = parser.parse_args()
     root = ensure_streets(arguments.output)
     print(f"Street scenes (generator version {GENERATOR_VERSION}) lie in {root.resolve()}")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 
-from fishertune_d2.data.streets_canvas import Canvas
-from fishertune_d2.data.streets_traffic import TRAFFIC_MODELS
-from fishertune_d2.data.streets_world import (
+from fishertune_d2.data.streets.canvas import Canvas
+from fishertune_d2.data.streets.traffic import TRAFFIC_MODELS
+from fishertune_d2.data.streets.world import (
     BUILDING,
     FENCE,
     POLE,
@@ -25,11 +25,24 @@ from fishertune_d2.data.streets_world import (
 
 SHADOWLESS = ("lamp", "bollard", "sign", "traffic_light", "fence", "bicycle")
 WARM, COLD = (255, 206, 132), (226, 236, 255)  # light of lamps and rooms
-MATERIALS = np.array([
-    [150, 82, 64], [128, 70, 58], [172, 142, 98], [188, 160, 116], [206, 200, 186], [224, 218, 204],
-    [158, 150, 140], [120, 116, 112], [196, 176, 140], [182, 150, 136], [140, 132, 120],
-    [214, 190, 150], [92, 84, 80],
-], float)  # bricks, stones, renders and concretes
+MATERIALS = np.array(
+    [
+        [150, 82, 64],
+        [128, 70, 58],
+        [172, 142, 98],
+        [188, 160, 116],
+        [206, 200, 186],
+        [224, 218, 204],
+        [158, 150, 140],
+        [120, 116, 112],
+        [196, 176, 140],
+        [182, 150, 136],
+        [140, 132, 120],
+        [214, 190, 150],
+        [92, 84, 80],
+    ],
+    float,
+)  # bricks, stones, renders and concretes
 
 
 def rectangles(plane: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -45,8 +58,15 @@ def rectangles(plane: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     origin, along, up = plane
     a0, u0 = boxes[:, 0], boxes[:, 1]
     a1, u1 = a0 + boxes[:, 2], u0 + boxes[:, 3]
-    corners = np.stack([np.stack([a0, u0], 1), np.stack([a1, u0], 1),
-                        np.stack([a1, u1], 1), np.stack([a0, u1], 1)], axis=1)
+    corners = np.stack(
+        [
+            np.stack([a0, u0], 1),
+            np.stack([a1, u0], 1),
+            np.stack([a1, u1], 1),
+            np.stack([a0, u1], 1),
+        ],
+        axis=1,
+    )
     return origin + corners[..., :1] * along + corners[..., 1:] * up
 
 
@@ -59,16 +79,26 @@ def facing(thing: Thing, along: float, across: float) -> tuple[float, float, flo
 def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A house from its front-near corner: gable ends, front with windows, roof, chimney."""
     length, depth, height, side = thing.length, thing.width, thing.height, thing.side
-    wall = np.clip(MATERIALS[rng.integers(len(MATERIALS))] * rng.uniform(0.75, 1.12)
-                   + rng.normal(0, 6, 3), 20, 250)
+    wall = np.clip(
+        MATERIALS[rng.integers(len(MATERIALS))] * rng.uniform(0.75, 1.12) + rng.normal(0, 6, 3),
+        20,
+        250,
+    )
     pitched = rng.random() < 0.65
     rise = rng.uniform(1.5, 3.8) if pitched else 0.0
     roof = np.array([[128, 74, 58], [84, 82, 86], [104, 92, 84]])[rng.integers(3)]
     far = side * depth
     ends = ((length, 1.0), (0.0, -1.0))
     for at, direction in ends:
-        gable = thing.place([[at, 0, 0], [at, far, 0], [at, far, height],
-                             [at, far / 2, height + rise], [at, 0, height]])
+        gable = thing.place(
+            [
+                [at, 0, 0],
+                [at, far, 0],
+                [at, far, height],
+                [at, far / 2, height + rise],
+                [at, 0, height],
+            ]
+        )
         shade = canvas.surface(gable, tuple(wall * 0.96), BUILDING, facing(thing, direction, 0))
         if shade is not None and direction < 0 and rng.random() < 0.6:
             boxes = np.array([[depth * 0.3, h, 0.9, 1.3] for h in np.arange(1, height - 2, 3)])
@@ -84,8 +114,15 @@ def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
         canvas.surface(thing.place(slopes), tuple(roof.astype(float)), BUILDING, normal)
         for at in rng.uniform(0.1, 0.9, int(rng.integers(0, 3))) * length:
             top = height + rise + rng.uniform(0.8, 1.6)
-            _upright(canvas, thing.place([at, far / 2, 0]), height + rise * 0.6, top, 0.9,
-                     tuple(wall * 0.8), BUILDING)
+            _upright(
+                canvas,
+                thing.place([at, far / 2, 0]),
+                height + rise * 0.6,
+                top,
+                0.9,
+                tuple(wall * 0.8),
+                BUILDING,
+            )
     front = thing.place([[0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
     shade = canvas.surface(front, tuple(wall), BUILDING, facing(thing, 0, -side))
     if shade is not None:
@@ -93,8 +130,14 @@ def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
         _paint_front(canvas, thing, rng, plane, wall, shade)
 
 
-def _paint_front(canvas: Canvas, thing: Thing, rng: np.random.Generator, plane: np.ndarray,
-                 wall: np.ndarray, shade: np.ndarray) -> None:
+def _paint_front(
+    canvas: Canvas,
+    thing: Thing,
+    rng: np.random.Generator,
+    plane: np.ndarray,
+    wall: np.ndarray,
+    shade: np.ndarray,
+) -> None:
     """Windows, door or shop, cornice on a front; far fronts get the coarse features only."""
     length, height = thing.length, thing.height
     storey = rng.uniform(2.7, 3.5)
@@ -107,20 +150,33 @@ def _paint_front(canvas: Canvas, thing: Thing, rng: np.random.Generator, plane: 
     wide = pitch * (rng.uniform(0.75, 0.94) if modern else rng.uniform(0.3, 0.55))
     tall = storey * (rng.uniform(0.6, 0.85) if modern else rng.uniform(0.42, 0.62))
     sill = (storey - tall) * 0.55
-    trim = np.clip(wall * rng.uniform(0.7, 1.35), 20, 245) if modern else np.full(3, rng.uniform(
-        60, 235))
+    trim = (
+        np.clip(wall * rng.uniform(0.7, 1.35), 20, 245)
+        if modern
+        else np.full(3, rng.uniform(60, 235))
+    )
     shop = thing.kind == "shop"
     first = 1 if shop else 0
     column, floor = np.meshgrid(np.arange(columns), np.arange(first, floors))
-    boxes = np.stack([column.ravel() * pitch + (pitch - wide) / 2, floor.ravel() * storey + sill,
-                      np.full(column.size, wide), np.full(column.size, tall)], axis=1)
+    boxes = np.stack(
+        [
+            column.ravel() * pitch + (pitch - wide) / 2,
+            floor.ravel() * storey + sill,
+            np.full(column.size, wide),
+            np.full(column.size, tall),
+        ],
+        axis=1,
+    )
     glass = rng.choice([[44, 50, 58], [70, 80, 92], [110, 124, 138], [30, 32, 36]])
     panes = glass * rng.uniform(0.6, 1.35, (len(boxes), 1))
     curtains = rng.random(len(boxes)) < 0.2
     panes[curtains] = [168, 160, 146]
     lit = (rng.random(len(boxes)) < 0.28)[:, None]
-    rooms = lit * np.where(rng.random((len(boxes), 1)) < 0.75, WARM, COLD) * rng.uniform(
-        0.45, 1.0, (len(boxes), 1))
+    rooms = (
+        lit
+        * np.where(rng.random((len(boxes), 1)) < 0.75, WARM, COLD)
+        * rng.uniform(0.45, 1.0, (len(boxes), 1))
+    )
     if thing.distance < 75 and len(boxes):
         frame = 0.09
         grown = boxes + [-frame, -frame, 2 * frame, 2 * frame]
@@ -128,14 +184,21 @@ def _paint_front(canvas: Canvas, thing: Thing, rng: np.random.Generator, plane: 
     if len(boxes):
         canvas.details(rectangles(plane, boxes), panes, shade, rooms)
     if thing.distance < 28 and len(boxes) and not modern:  # glazing bars, sills
-        bars = np.concatenate([boxes * [1, 1, 0, 1] + [wide / 2 - 0.03, 0, 0.06, 0],
-                               boxes * [1, 1, 1, 0] + [0, tall * 0.55, 0, 0.06]])
+        bars = np.concatenate(
+            [
+                boxes * [1, 1, 0, 1] + [wide / 2 - 0.03, 0, 0.06, 0],
+                boxes * [1, 1, 1, 0] + [0, tall * 0.55, 0, 0.06],
+            ]
+        )
         canvas.details(rectangles(plane, bars), trim, shade)
         sills = boxes * [1, 1, 1, 0] + [-0.12, -0.16, 0.24, 0.14]
         canvas.details(rectangles(plane, sills), trim * 0.9, shade)
     band = rng.uniform(0.2, 0.6)
-    canvas.details(rectangles(plane, np.array([[0, height - band, length, band]])),
-                   np.clip(wall * rng.uniform(0.75, 1.25), 0, 245), shade)
+    canvas.details(
+        rectangles(plane, np.array([[0, height - band, length, band]])),
+        np.clip(wall * rng.uniform(0.75, 1.25), 0, 245),
+        shade,
+    )
     if shop:
         _paint_shop(canvas, rng, plane, length, min(storey, 4.2), shade)
     else:
@@ -144,12 +207,21 @@ def _paint_front(canvas: Canvas, thing: Thing, rng: np.random.Generator, plane: 
         colours = np.array([trim, rng.uniform(25, 150, 3)])
         canvas.details(rectangles(plane, door), colours, shade)
     if rng.random() < 0.5:  # drainpipe
-        canvas.details(rectangles(plane, np.array([[0.15, 0, 0.1, height]])),
-                       np.full(3, rng.uniform(30, 120)), shade)
+        canvas.details(
+            rectangles(plane, np.array([[0.15, 0, 0.1, height]])),
+            np.full(3, rng.uniform(30, 120)),
+            shade,
+        )
 
 
-def _paint_shop(canvas: Canvas, rng: np.random.Generator, plane: np.ndarray, length: float,
-                storey: float, shade: np.ndarray) -> None:
+def _paint_shop(
+    canvas: Canvas,
+    rng: np.random.Generator,
+    plane: np.ndarray,
+    length: float,
+    storey: float,
+    shade: np.ndarray,
+) -> None:
     """Shop windows under a coloured fascia, with goods, a door and sometimes an awning."""
     colour = rng.uniform(20, 220, 3)
     colour = colour * 0.55 + colour.mean() * 0.45
@@ -160,19 +232,31 @@ def _paint_shop(canvas: Canvas, rng: np.random.Generator, plane: np.ndarray, len
     lit = rng.random() < 0.6
     base = np.array([[0.0, 0, length, storey * 0.98]])
     canvas.details(rectangles(plane, base), colour * 0.75, shade)
-    panes = np.array([[k * pitch + 0.18, 0.45 if k else 0.05, pitch - 0.36, storey * 0.68]
-                      for k in range(count)])
+    panes = np.array(
+        [[k * pitch + 0.18, 0.45 if k else 0.05, pitch - 0.36, storey * 0.68] for k in range(count)]
+    )
     glass = np.array([66, 70, 76]) * rng.uniform(0.5, 1.4, (count, 1))
     canvas.details(rectangles(plane, panes), glass, shade, shine * lit)
-    goods = np.stack([rng.uniform(0, length - 0.8, 3 * count), rng.uniform(0.5, 1.3, 3 * count),
-                      rng.uniform(0.2, 0.8, 3 * count), rng.uniform(0.2, 0.9, 3 * count)], 1)
+    goods = np.stack(
+        [
+            rng.uniform(0, length - 0.8, 3 * count),
+            rng.uniform(0.5, 1.3, 3 * count),
+            rng.uniform(0.2, 0.8, 3 * count),
+            rng.uniform(0.2, 0.9, 3 * count),
+        ],
+        1,
+    )
     wares = rng.uniform(60, 190, (len(goods), 1)) + rng.normal(0, 22, (len(goods), 3))
     wares = np.clip(wares, 0, 255)
     canvas.details(rectangles(plane, goods), wares, shade * 0.7, wares * 0.6 * lit)
     fascia = np.array([[0.05, storey * 0.76, length - 0.1, storey * 0.19]])
     canvas.details(rectangles(plane, fascia), colour, shade, colour * 0.5 * lit)
-    letters = np.array([[length * 0.25 + 0.38 * k, storey * 0.80, 0.24, storey * 0.1]
-                        for k in range(int(length * 0.5 / 0.38))])
+    letters = np.array(
+        [
+            [length * 0.25 + 0.38 * k, storey * 0.80, 0.24, storey * 0.1]
+            for k in range(int(length * 0.5 / 0.38))
+        ]
+    )
     if len(letters):
         canvas.details(rectangles(plane, letters), lettering, shade, lettering * 0.8 * lit)
     if rng.random() < 0.3:
@@ -182,13 +266,25 @@ def _paint_shop(canvas: Canvas, rng: np.random.Generator, plane: np.ndarray, len
         top, low = storey * 0.76, storey * 0.56
         cloth = rng.uniform(60, 230, 3)
         start, end = origin + along * 0.2, origin + along * (length - 0.2)
-        corners = [start + [0, top, 0], end + [0, top, 0], end + out * 1.2 + [0, low, 0],
-                   start + out * 1.2 + [0, low, 0]]
+        corners = [
+            start + [0, top, 0],
+            end + [0, top, 0],
+            end + out * 1.2 + [0, low, 0],
+            start + out * 1.2 + [0, low, 0],
+        ]
         canvas.surface(np.array(corners), tuple(cloth), BUILDING)
 
 
-def _upright(canvas: Canvas, foot: np.ndarray, bottom: float, top: float, width: float,
-             colour: Colour, label: int, taper: float = 1.0) -> np.ndarray | None:
+def _upright(
+    canvas: Canvas,
+    foot: np.ndarray,
+    bottom: float,
+    top: float,
+    width: float,
+    colour: Colour,
+    label: int,
+    taper: float = 1.0,
+) -> np.ndarray | None:
     """A post (billboard) at a ground point, in metres."""
     sideways = canvas.projection.axes[0]
     low, high = sideways * (width / 2), sideways * (width / 2 * taper)
@@ -202,8 +298,14 @@ def _upright(canvas: Canvas, foot: np.ndarray, bottom: float, top: float, width:
     return shade
 
 
-def _blob(centre: np.ndarray, radius: np.ndarray, sideways: np.ndarray, rng: np.random.Generator,
-          count: int = 14, ragged: float = 0.22) -> np.ndarray:
+def _blob(
+    centre: np.ndarray,
+    radius: np.ndarray,
+    sideways: np.ndarray,
+    rng: np.random.Generator,
+    count: int = 14,
+    ragged: float = 0.22,
+) -> np.ndarray:
     """A ragged round outline (count, 3) that faces the camera; ``radius`` is (across, up)."""
     angle = np.linspace(0, 2 * math.pi, count, endpoint=False)
     reach = 1 + rng.uniform(-ragged, ragged, count)
@@ -216,8 +318,16 @@ def paint_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     foot, sideways = np.array([thing.x, 0.0, thing.z]), canvas.projection.axes[0]
     height, radius = thing.height, thing.width / 2
     bark = np.array([88, 74, 58]) * rng.uniform(0.6, 1.3)
-    _upright(canvas, foot, 0, height * 0.6, 0.05 * height * rng.uniform(0.6, 1.1), tuple(bark),
-             VEGETATION, 0.6)
+    _upright(
+        canvas,
+        foot,
+        0,
+        height * 0.6,
+        0.05 * height * rng.uniform(0.6, 1.1),
+        tuple(bark),
+        VEGETATION,
+        0.6,
+    )
     hue = rng.dirichlet([3, 1, 0.5, 0.35])
     leaf = hue @ np.array([[72, 104, 40], [102, 122, 50], [48, 78, 44], [150, 108, 44]])
     leaf = leaf * rng.uniform(0.75, 1.35)
@@ -265,12 +375,26 @@ def paint_bare_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> N
         x, y, angle, length, width, depth = grow.pop()
         x1, y1 = x + math.cos(angle) * length, y + math.sin(angle) * length
         nx, ny = -math.sin(angle) * width / 2, math.cos(angle) * width / 2
-        branches.append([[x - nx, y - ny], [x + nx, y + ny],
-                         [x1 + nx * 0.6, y1 + ny * 0.6], [x1 - nx * 0.6, y1 - ny * 0.6]])
+        branches.append(
+            [
+                [x - nx, y - ny],
+                [x + nx, y + ny],
+                [x1 + nx * 0.6, y1 + ny * 0.6],
+                [x1 - nx * 0.6, y1 - ny * 0.6],
+            ]
+        )
         if depth < (5 if thing.distance < 45 else 3):
             for turn in rng.normal([-0.45, 0.45], 0.2):
-                grow.append((x1, y1, angle + turn, length * rng.uniform(0.62, 0.82), width * 0.62,
-                             depth + 1))
+                grow.append(
+                    (
+                        x1,
+                        y1,
+                        angle + turn,
+                        length * rng.uniform(0.62, 0.82),
+                        width * 0.62,
+                        depth + 1,
+                    )
+                )
     flat = np.array(branches)
     flat[..., 1] = np.minimum(flat[..., 1], height)
     points = foot + flat[..., :1] * sideways + flat[..., 1:] * np.array([0, 1.0, 0])
@@ -281,8 +405,9 @@ def paint_hedge(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A row of bushes along the sidewalk."""
     leaf = np.array([66, 92, 42]) * rng.uniform(0.7, 1.2) + rng.normal(0, 6, 3)
     height, sideways = min(thing.height, 1.9), canvas.projection.axes[0]
-    box = thing.place([[0, 0, 0], [thing.length, 0, 0], [thing.length, 0, height * 0.85],
-                       [0, 0, height * 0.85]])
+    box = thing.place(
+        [[0, 0, 0], [thing.length, 0, 0], [thing.length, 0, height * 0.85], [0, 0, height * 0.85]]
+    )
     canvas.surface(box, tuple(leaf * 0.75), VEGETATION, facing(thing, 0, -thing.side))
     bushes = []
     for along in np.arange(thing.length, 0, -0.75 if thing.distance < 40 else -1.6):
@@ -300,18 +425,31 @@ def paint_wall(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """A free-standing wall with a coping, of brick, stone or concrete."""
     colour = MATERIALS[rng.integers(len(MATERIALS))] * rng.uniform(0.6, 1.0)
     length, height, inner = thing.length, thing.height, thing.side * thing.width
-    canvas.surface(thing.place([[0, 0, 0], [0, inner, 0], [0, inner, height], [0, 0, height]]),
-                   tuple(colour * 0.95), WALL, facing(thing, -1, 0))
-    canvas.surface(thing.place([[0, 0, height], [length, 0, height], [length, inner, height],
-                                [0, inner, height]]), tuple(colour), WALL, (0, 1, 0))
+    canvas.surface(
+        thing.place([[0, 0, 0], [0, inner, 0], [0, inner, height], [0, 0, height]]),
+        tuple(colour * 0.95),
+        WALL,
+        facing(thing, -1, 0),
+    )
+    canvas.surface(
+        thing.place(
+            [[0, 0, height], [length, 0, height], [length, inner, height], [0, inner, height]]
+        ),
+        tuple(colour),
+        WALL,
+        (0, 1, 0),
+    )
     front = thing.place([[0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
     shade = canvas.surface(front, tuple(colour), WALL, facing(thing, 0, -thing.side))
     if shade is not None:
         plane = np.array([front[0], facing(thing, 1, 0), (0, 1, 0)])
         courses = np.array([[0, h, length, 0.03] for h in np.arange(0.2, height - 0.1, 0.3)])
         canvas.details(rectangles(plane, courses), colour * 0.85, shade)
-        canvas.details(rectangles(plane, np.array([[0, height - 0.12, length, 0.12]])),
-                       np.clip(colour * 1.2, 0, 240), shade)
+        canvas.details(
+            rectangles(plane, np.array([[0, height - 0.12, length, 0.12]])),
+            np.clip(colour * 1.2, 0, 240),
+            shade,
+        )
         piers = np.array([[a, 0, 0.4, height] for a in np.arange(0, length - 0.4, 3.5)])
         canvas.details(rectangles(plane, piers), colour * 1.08, shade)
 
@@ -346,11 +484,16 @@ def paint_lamp(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     head = thing.place([0, -thing.side * thing.length, thing.height])
     lift, reach = np.array([0, 0.1, 0]), (head - foot) * [1, 0, 1]
     top = foot + [0, thing.height, 0]
-    canvas.surface(np.array([top - lift, top + reach - lift / 2, top + reach + lift / 2, top]),
-                   colour, POLE)
+    canvas.surface(
+        np.array([top - lift, top + reach - lift / 2, top + reach + lift / 2, top]), colour, POLE
+    )
     bulb = head + canvas.projection.axes[0] * np.array([[-0.3], [0.3], [0.3], [-0.3]])
-    canvas.surface(bulb + np.array([[0, -0.16, 0], [0, -0.16, 0], [0, 0, 0], [0, 0, 0]]),
-                   (190, 190, 180), POLE, glow=WARM)
+    canvas.surface(
+        bulb + np.array([[0, -0.16, 0], [0, -0.16, 0], [0, 0, 0], [0, 0, 0]]),
+        (190, 190, 180),
+        POLE,
+        glow=WARM,
+    )
 
 
 def lamp_heads(things: list[Thing]) -> np.ndarray:
@@ -365,8 +508,15 @@ def paint_bollard(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> Non
     _upright(canvas, foot, 0, thing.height, thing.width, grey(rng, 25, 150), POLE)
 
 
-def _plate(canvas: Canvas, thing: Thing, centre: np.ndarray, shape: np.ndarray, scale: float,
-           colour: Colour, label: int) -> np.ndarray | None:
+def _plate(
+    canvas: Canvas,
+    thing: Thing,
+    centre: np.ndarray,
+    shape: np.ndarray,
+    scale: float,
+    colour: Colour,
+    label: int,
+) -> np.ndarray | None:
     """A flat shape (N, 2) in units of ``scale`` metres, across the street; gives the light."""
     points = centre + shape[:, :1] * scale * np.array(facing(thing, 0, 1))
     return canvas.surface(points + shape[:, 1:] * scale * np.array([0, 1.0, 0]), colour, label)
@@ -384,10 +534,15 @@ def paint_sign(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     _upright(canvas, foot, 0, thing.height + 0.3, 0.08, grey(rng, 90, 170), POLE)
     red, blue, white = (186, 30, 36), (28, 76, 160), (232, 232, 228)
     square = regular(4, math.pi / 4)
-    rim, face, shape = [(red, white, regular(16)), (red, white, regular(3)),
-                        (blue, blue, regular(16)), (white, red, regular(8, math.pi / 8)),
-                        (white, blue, square), ((40, 40, 40), (238, 196, 40), regular(4)),
-                        (white, (24, 104, 64), square * [1.7, 1.0])][rng.integers(7)]
+    rim, face, shape = [
+        (red, white, regular(16)),
+        (red, white, regular(3)),
+        (blue, blue, regular(16)),
+        (white, red, regular(8, math.pi / 8)),
+        (white, blue, square),
+        ((40, 40, 40), (238, 196, 40), regular(4)),
+        (white, (24, 104, 64), square * [1.7, 1.0]),
+    ][rng.integers(7)]
     if rng.random() < 0.2:
         rim = face = (128, 130, 132)
     radius, symbol = thing.width / 2, rng.uniform(-0.5, 0.5, (3, 2))
@@ -399,8 +554,11 @@ def paint_sign(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
         across = np.array(facing(thing, 0, 1))
 
         def flat(points: np.ndarray) -> np.ndarray:
-            return centre + points[..., :1] * radius * across + points[..., 1:] * radius * np.array(
-                [0, 1.0, 0])
+            return (
+                centre
+                + points[..., :1] * radius * across
+                + points[..., 1:] * radius * np.array([0, 1.0, 0])
+            )
 
         canvas.details(flat(shape * 0.78)[None], np.array(face), shade)
         if rim != (128, 130, 132):
@@ -412,25 +570,34 @@ def paint_traffic_light(canvas: Canvas, thing: Thing, rng: np.random.Generator) 
     foot = np.array([thing.x, 0.0, thing.z])
     box = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float)
     _upright(canvas, foot, 0, thing.height - 0.6, 0.12, grey(rng, 40, 120), POLE)
-    centre = foot + [0, thing.height - 0.48, 0]
-    shade = _plate(canvas, thing, centre, box * [0.62, 1.5], 0.36, (26, 27, 28), TRAFFIC_LIGHT)
+    centre = foot + [0, thing.height - 1.5 * thing.width, 0]
+    housing = box * [0.62, 1.5]
+    shade = _plate(canvas, thing, centre, housing, thing.width, (26, 27, 28), TRAFFIC_LIGHT)
     lit = rng.choice([0, 1, 2], p=[0.45, 0.1, 0.45])
     if shade is None:
         return
     bright = [(255, 48, 32), (255, 176, 32), (40, 255, 150)]
     across, up = np.array(facing(thing, 0, 1)), np.array([0, 1.0, 0])
     for index in range(3):
-        middle = centre + up * (0.34 - 0.34 * index)
-        disc = middle + (regular(10)[:, :1] * across + regular(10)[:, 1:] * up) * 0.135
+        middle = centre + up * ((1 - index) * 0.95 * thing.width)
+        disc = middle + (regular(10)[:, :1] * across + regular(10)[:, 1:] * up) * thing.width * 0.4
         on = index == lit
-        colour = np.array(bright[index]) if on else np.array(bright[index]) * 0.16
+        colour = np.array(bright[index]) * (1.0 if on else 0.16)
         canvas.details(disc[None], colour, np.ones(3), np.array(bright[index]) * float(on))
 
 
 MODELS = {
-    "house": paint_house, "shop": paint_house, "tree": paint_tree, "bare_tree": paint_bare_tree,
-    "hedge": paint_hedge, "wall": paint_wall, "fence": paint_fence, "lamp": paint_lamp,
-    "bollard": paint_bollard, "sign": paint_sign, "traffic_light": paint_traffic_light,
+    "house": paint_house,
+    "shop": paint_house,
+    "tree": paint_tree,
+    "bare_tree": paint_bare_tree,
+    "hedge": paint_hedge,
+    "wall": paint_wall,
+    "fence": paint_fence,
+    "lamp": paint_lamp,
+    "bollard": paint_bollard,
+    "sign": paint_sign,
+    "traffic_light": paint_traffic_light,
     **TRAFFIC_MODELS,
 }
 """What paints each kind of thing: ``model(canvas, thing, rng)``."""

@@ -43,7 +43,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: a kind (a key of ``streets_models.MODELS``) in a frame of its own.
+    """One object: a kind (a key of ``models.MODELS``) in a frame of its own.
 
     Local coordinates are (along, across, up) in metres: along the heading, to its right, up.
 
@@ -117,14 +117,22 @@ class Scene:
         x = self.bend / 2 * s**2 + offset * np.cos(heading)
         return np.stack([x, np.zeros_like(x), s - offset * np.sin(heading)], axis=-1)
 
-    def add(self, rng: np.random.Generator, kind: str, s: float, offset: float,
-            size: tuple[float, float, float], turn: float = 0.0, side: int = 1,
-            reach: float = 0.0) -> None:
+    def add(
+        self,
+        rng: np.random.Generator,
+        kind: str,
+        s: float,
+        offset: float,
+        size: tuple[float, float, float],
+        turn: float = 0.0,
+        side: int = 1,
+        reach: float = 0.0,
+    ) -> None:
         """Put a thing on the street.
 
         Args:
             rng: gives the thing's seed.
-            kind: a key of ``streets_models.MODELS``.
+            kind: a key of ``models.MODELS``.
             s: length along the street of the frame's origin, metres.
             offset: its lateral offset, metres.
             size: length, width, height in metres.
@@ -137,9 +145,7 @@ class Scene:
         heading = math.atan(self.bend * s) + turn
         distance = s + reach + 0.5 * abs(offset - self.camera.lateral)
         seed = int(rng.integers(1 << 31))
-        self.things.append(
-            Thing(kind, float(x), float(z), heading, *size, distance, seed, side)
-        )
+        self.things.append(Thing(kind, float(x), float(z), heading, *size, distance, seed, side))
 
 
 def grey(rng: np.random.Generator, low: float, high: float, tint: float = 4.0) -> Colour:

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from fishertune_d2.data.streets_canvas import Canvas
-from fishertune_d2.data.streets_world import (
+from fishertune_d2.data.streets.canvas import Canvas
+from fishertune_d2.data.streets.world import (
     BICYCLE,
     BUS,
     CAR,
@@ -18,9 +18,22 @@ from fishertune_d2.data.streets_world import (
 )
 
 SKINS = np.array([[224, 178, 148], [198, 150, 118], [142, 98, 72], [92, 62, 48]], float)
-PAINTS = np.array([[28, 29, 32], [60, 62, 66], [128, 130, 134], [186, 188, 190], [232, 232, 230],
-                   [22, 44, 96], [146, 24, 28], [64, 92, 130], [38, 74, 56], [196, 170, 60],
-                   [112, 84, 62]], float)
+PAINTS = np.array(
+    [
+        [28, 29, 32],
+        [60, 62, 66],
+        [128, 130, 134],
+        [186, 188, 190],
+        [232, 232, 230],
+        [22, 44, 96],
+        [146, 24, 28],
+        [64, 92, 130],
+        [38, 74, 56],
+        [196, 170, 60],
+        [112, 84, 62],
+    ],
+    float,
+)
 PAINT_SHARES = np.array([20, 14, 14, 16, 16, 6, 7, 4, 2, 2, 2]) / 103
 HEADLIGHT, TAILLIGHT, ROOM = (255, 244, 214), (210, 18, 14), (250, 226, 170)
 
@@ -37,8 +50,9 @@ def _limb(start: np.ndarray, end: np.ndarray, width: float, taper: float = 0.8) 
 
 def _round(centre: tuple[float, float], radius: tuple[float, float], count: int = 12) -> np.ndarray:
     angle = np.linspace(0, 2 * math.pi, count, endpoint=False)
-    return np.stack([centre[0] + np.cos(angle) * radius[0], centre[1] + np.sin(angle) * radius[1]],
-                    axis=1)
+    return np.stack(
+        [centre[0] + np.cos(angle) * radius[0], centre[1] + np.sin(angle) * radius[1]], axis=1
+    )
 
 
 Parts = list[tuple[np.ndarray, np.ndarray, int]]  # what Canvas.cutouts takes
@@ -91,10 +105,18 @@ def paint_person(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None
         figure.part(_limb(foot, foot + [0.09 * sign * across, 0], 0.09 * unit), shoes, PERSON)
     broad = (0.21 if across < 0.8 else 0.17) * unit
     hem = 0.55 * unit if long_coat else hip - 0.08
-    torso = np.array([[-broad * 0.85, hem], [broad * 0.85, hem], [broad * 0.8, hip + 0.2],
-                      [broad, shoulder - 0.05], [broad * 0.45, shoulder + 0.05],
-                      [-broad * 0.45, shoulder + 0.05], [-broad, shoulder - 0.05],
-                      [-broad * 0.8, hip + 0.2]])
+    torso = np.array(
+        [
+            [-broad * 0.85, hem],
+            [broad * 0.85, hem],
+            [broad * 0.8, hip + 0.2],
+            [broad, shoulder - 0.05],
+            [broad * 0.45, shoulder + 0.05],
+            [-broad * 0.45, shoulder + 0.05],
+            [-broad, shoulder - 0.05],
+            [-broad * 0.8, hip + 0.2],
+        ]
+    )
     figure.part(torso, coat, PERSON)
     for sign in (-1, 1):
         start = np.array([sign * broad * 0.95, shoulder - 0.06])
@@ -140,8 +162,14 @@ def _add_bicycle(figure: _Figure, rng: np.random.Generator) -> None:
             figure.part(_limb(hub - spoke, hub + spoke, 0.012, 1), np.full(3, 120.0), BICYCLE)
     rear, crank, seat = np.array([-0.53, radius]), np.array([-0.08, 0.3]), np.array([-0.2, 0.86])
     head, fork = np.array([0.36, 0.86]), np.array([0.53, radius])
-    for start, end in ((rear, crank), (rear, seat), (crank, seat), (crank, head), (seat, head),
-                       (head, fork)):
+    for start, end in (
+        (rear, crank),
+        (rear, seat),
+        (crank, seat),
+        (crank, head),
+        (seat, head),
+        (head, fork),
+    ):
         figure.part(_limb(start, end, 0.055, 1), colour, BICYCLE)
     figure.part(_limb(seat + [-0.12, 0.08], seat + [0.14, 0.06], 0.07), tyre, BICYCLE)
     figure.part(_limb(head, head + [-0.03, 0.2], 0.05), tyre, BICYCLE)
@@ -173,13 +201,28 @@ def paint_motorcycle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> 
     for centre in (-0.68, 0.72):
         figure.part(_round((centre, 0.32), (0.32, 0.32), 16), dark, MOTORCYCLE)
         figure.part(_round((centre, 0.32), (0.17, 0.17), 12), np.full(3, 130.0), MOTORCYCLE)
-    figure.part(np.array([[-0.45, 0.3], [0.42, 0.26], [0.5, 0.6], [-0.4, 0.62]]), dark * 1.9,
-                MOTORCYCLE)
-    figure.part(np.array([[-0.9, 0.66], [-0.2, 0.56], [0.45, 0.62], [0.5, 0.95], [0.1, 0.98],
-                          [-0.3, 0.78], [-0.85, 0.84]]), body, MOTORCYCLE)
+    figure.part(
+        np.array([[-0.45, 0.3], [0.42, 0.26], [0.5, 0.6], [-0.4, 0.62]]), dark * 1.9, MOTORCYCLE
+    )
+    figure.part(
+        np.array(
+            [
+                [-0.9, 0.66],
+                [-0.2, 0.56],
+                [0.45, 0.62],
+                [0.5, 0.95],
+                [0.1, 0.98],
+                [-0.3, 0.78],
+                [-0.85, 0.84],
+            ]
+        ),
+        body,
+        MOTORCYCLE,
+    )
     figure.part(_limb(np.array([0.72, 0.32]), np.array([0.48, 1.0]), 0.09), dark, MOTORCYCLE)
-    wide.part(np.array([[-0.2, 0.45], [0.2, 0.45], [0.26, 0.85], [-0.26, 0.85]]), body * 0.9,
-              MOTORCYCLE)
+    wide.part(
+        np.array([[-0.2, 0.45], [0.2, 0.45], [0.26, 0.85], [-0.26, 0.85]]), body * 0.9, MOTORCYCLE
+    )
     wide.part(_limb(np.array([-0.36, 1.02]), np.array([0.36, 1.02]), 0.06), dark, MOTORCYCLE)
     canvas.cutouts(parts)
     toward = math.cos(thing.heading) < 0
@@ -197,8 +240,16 @@ def paint_motorcyclist(canvas: Canvas, thing: Thing, rng: np.random.Generator) -
     canvas.cutouts(parts)
 
 
-def _add_rider(canvas: Canvas, thing: Thing, rng: np.random.Generator, parts: Parts,
-               saddle: float, reach: float, hands: float, helmet: float) -> None:
+def _add_rider(
+    canvas: Canvas,
+    thing: Thing,
+    rng: np.random.Generator,
+    parts: Parts,
+    saddle: float,
+    reach: float,
+    hands: float,
+    helmet: float,
+) -> None:
     """A seated person: legs to the pedals, back bent towards the bars."""
     plane = _cycle_plane(canvas, thing)
     figure = _Figure(thing, plane, parts)
@@ -212,15 +263,32 @@ def _add_rider(canvas: Canvas, thing: Thing, rng: np.random.Generator, parts: Pa
         knee = np.array([0.22, (saddle + pedal[1]) / 2 + 0.12])
         figure.part(_limb(hip, knee, 0.17), trousers * 0.9, RIDER)
         figure.part(_limb(knee, np.array(pedal), 0.13), trousers, RIDER)
-        wide.part(_limb(np.array([offset * 0.8, saddle]), np.array([offset, pedal[1]]), 0.14),
-                  trousers, RIDER)
+        wide.part(
+            _limb(np.array([offset * 0.8, saddle]), np.array([offset, pedal[1]]), 0.14),
+            trousers,
+            RIDER,
+        )
     figure.part(_limb(hip, shoulder, 0.30, 1.0), coat * 0.92, RIDER)
-    wide.part(np.array([[-0.16, saddle - 0.05], [0.16, saddle - 0.05], [0.22, saddle + 0.5],
-                        [0.1, saddle + 0.6], [-0.1, saddle + 0.6], [-0.22, saddle + 0.5]]), coat,
-              RIDER)
+    wide.part(
+        np.array(
+            [
+                [-0.16, saddle - 0.05],
+                [0.16, saddle - 0.05],
+                [0.22, saddle + 0.5],
+                [0.1, saddle + 0.6],
+                [-0.1, saddle + 0.6],
+                [-0.22, saddle + 0.5],
+            ]
+        ),
+        coat,
+        RIDER,
+    )
     for sign in (-1, 1):
-        wide.part(_limb(np.array([sign * 0.2, saddle + 0.48]), np.array([sign * 0.28, hands]), 0.1),
-                  coat * 0.85, RIDER)
+        wide.part(
+            _limb(np.array([sign * 0.2, saddle + 0.48]), np.array([sign * 0.28, hands]), 0.1),
+            coat * 0.85,
+            RIDER,
+        )
     figure.part(_limb(shoulder, np.array([reach, hands]), 0.1), coat * 0.85, RIDER)
     shift = plane * (0.14 if abs(float(plane @ canvas.projection.axes[0])) > 0.3 else 0.0)
     head = _Figure(thing, canvas.projection.axes[0], parts)
@@ -234,17 +302,55 @@ def _add_rider(canvas: Canvas, thing: Thing, rng: np.random.Generator, parts: Pa
 # A profile is drawn from the rear bumper over the roof to the front: (along, up) in shares of
 # length (-0.5 rear, 0.5 front) and height. "glass": which strips between two points are windows.
 CAR_PROFILES = [
-    (((-0.49, 0.20), (-0.5, 0.58), (-0.36, 0.66), (-0.24, 0.97), (0.04, 1.0), (0.24, 0.64),
-      (0.46, 0.53), (0.5, 0.38), (0.49, 0.18)), (2, 4)),  # saloon
-    (((-0.49, 0.20), (-0.5, 0.62), (-0.44, 0.94), (0.0, 1.0), (0.22, 0.63), (0.46, 0.52),
-      (0.5, 0.38), (0.49, 0.18)), (1, 3)),  # hatchback
-    (((-0.49, 0.22), (-0.5, 0.60), (-0.46, 0.96), (0.08, 1.0), (0.26, 0.66), (0.47, 0.60),
-      (0.5, 0.40), (0.49, 0.20)), (1, 3)),  # estate, off-roader
+    (
+        (
+            (-0.49, 0.20),
+            (-0.5, 0.58),
+            (-0.36, 0.66),
+            (-0.24, 0.97),
+            (0.04, 1.0),
+            (0.24, 0.64),
+            (0.46, 0.53),
+            (0.5, 0.38),
+            (0.49, 0.18),
+        ),
+        (2, 4),
+    ),  # saloon
+    (
+        (
+            (-0.49, 0.20),
+            (-0.5, 0.62),
+            (-0.44, 0.94),
+            (0.0, 1.0),
+            (0.22, 0.63),
+            (0.46, 0.52),
+            (0.5, 0.38),
+            (0.49, 0.18),
+        ),
+        (1, 3),
+    ),  # hatchback
+    (
+        (
+            (-0.49, 0.22),
+            (-0.5, 0.60),
+            (-0.46, 0.96),
+            (0.08, 1.0),
+            (0.26, 0.66),
+            (0.47, 0.60),
+            (0.5, 0.40),
+            (0.49, 0.20),
+        ),
+        (1, 3),
+    ),  # estate, off-roader
 ]
-VAN_PROFILE = (((-0.5, 0.15), (-0.5, 0.97), (0.2, 1.0), (0.36, 0.58), (0.49, 0.44), (0.5, 0.14)),
-               (2,))
-BOX_PROFILE = (((-0.5, 0.12), (-0.5, 1.0), (0.46, 1.0), (0.49, 0.86), (0.5, 0.4), (0.5, 0.12)),
-               (3,))
+VAN_PROFILE = (
+    ((-0.5, 0.15), (-0.5, 0.97), (0.2, 1.0), (0.36, 0.58), (0.49, 0.44), (0.5, 0.14)),
+    (2,),
+)
+BOX_PROFILE = (
+    ((-0.5, 0.12), (-0.5, 1.0), (0.46, 1.0), (0.49, 0.86), (0.5, 0.4), (0.5, 0.12)),
+    (3,),
+)
 
 
 def _profile(thing: Thing, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -261,16 +367,30 @@ def paint_vehicle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> Non
     profile, glass = _profile(thing, rng)
     paint = np.clip(PAINTS[rng.choice(len(PAINTS), p=PAINT_SHARES)] + rng.normal(0, 6, 3), 8, 245)
     if label in (BUS, TRAIN):
-        paint = rng.choice([[186, 34, 34], [222, 222, 216], [40, 96, 150], [226, 180, 48],
-                            [52, 122, 84], [210, 118, 40]]) * rng.uniform(0.75, 1.05)
+        paint = rng.choice(
+            [
+                [186, 34, 34],
+                [222, 222, 216],
+                [40, 96, 150],
+                [226, 180, 48],
+                [52, 122, 84],
+                [210, 118, 40],
+            ]
+        ) * rng.uniform(0.75, 1.05)
     body = thing.height * 0.56
     half = thing.width / 2
     inset = np.where(profile[:, 1] > thing.height * 0.7, 0.80 if label == CAR else 0.98, 1.0) * half
     left = np.column_stack([profile[:, 0], -inset, profile[:, 1]])
     right = np.column_stack([profile[:, 0], inset, profile[:, 1]])
     window = np.array([36.0, 42, 48]) * rng.uniform(0.7, 1.6)
-    under = np.array([[profile[0, 0], -half * 0.9, 0.06], [profile[0, 0], half * 0.9, 0.06],
-                      [profile[-1, 0], half * 0.9, 0.06], [profile[-1, 0], -half * 0.9, 0.06]])
+    under = np.array(
+        [
+            [profile[0, 0], -half * 0.9, 0.06],
+            [profile[0, 0], half * 0.9, 0.06],
+            [profile[-1, 0], half * 0.9, 0.06],
+            [profile[-1, 0], -half * 0.9, 0.06],
+        ]
+    )
     for pair in ((0, 1), (2, 3), (1, 2), (3, 0)):  # the dark space under the body
         low = under[list(pair)]
         quad = np.concatenate([low, (low + [0, 0, thing.height * 0.2])[::-1]])
@@ -300,22 +420,46 @@ def paint_vehicle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> Non
     _paint_ends(canvas, thing, rng, label, paint)
 
 
-def _world_normal(thing: Thing, along: float, across: float, up: float
-                  ) -> tuple[float, float, float]:
+def _world_normal(
+    thing: Thing, along: float, across: float, up: float
+) -> tuple[float, float, float]:
     sin, cos = math.sin(thing.heading), math.cos(thing.heading)
     return (along * sin + across * cos, up, along * cos - across * sin)
 
 
-def _paint_flank(canvas: Canvas, thing: Thing, rng: np.random.Generator, sign: int, label: int,
-                 body: float, window: np.ndarray, paint: np.ndarray, shade: np.ndarray) -> None:
+def _paint_flank(
+    canvas: Canvas,
+    thing: Thing,
+    rng: np.random.Generator,
+    sign: int,
+    label: int,
+    body: float,
+    window: np.ndarray,
+    paint: np.ndarray,
+    shade: np.ndarray,
+) -> None:
     """Side windows, stripes, wheels."""
     length, height, half = thing.length, thing.height, sign * thing.width / 2
     quads, colours, shine = [], [], []
 
-    def quad(a0: float, a1: float, u0: float, u1: float, colour: np.ndarray, slant: float = 0.0,
-             glow: tuple[float, float, float] = (0, 0, 0), tuck: float = 1.0) -> None:
-        quads.append([[a0, half, u0], [a1, half, u0], [a1 - slant, half * tuck, u1],
-                      [a0 + slant, half * tuck, u1]])
+    def quad(
+        a0: float,
+        a1: float,
+        u0: float,
+        u1: float,
+        colour: np.ndarray,
+        slant: float = 0.0,
+        glow: tuple[float, float, float] = (0, 0, 0),
+        tuck: float = 1.0,
+    ) -> None:
+        quads.append(
+            [
+                [a0, half, u0],
+                [a1, half, u0],
+                [a1 - slant, half * tuck, u1],
+                [a0 + slant, half * tuck, u1],
+            ]
+        )
         colours.append(colour)
         shine.append(glow)
 
@@ -335,7 +479,7 @@ def _paint_flank(canvas: Canvas, thing: Thing, rng: np.random.Generator, sign: i
         quad(0.32 * length, 0.44 * length, 0.55 * height, 0.82 * height, window)
     else:
         count = int(length / 1.5)
-        room = tuple(np.array(ROOM) * 0.8)
+        room = tuple(np.array(ROOM) * 0.55)
         for k in range(count):
             at = -0.47 * length + k * 0.94 * length / count
             quad(at, at + 1.3, 0.42 * height, 0.80 * height, window, glow=room)
@@ -343,8 +487,14 @@ def _paint_flank(canvas: Canvas, thing: Thing, rng: np.random.Generator, sign: i
         accent = rng.uniform(30, 230, 3)
         quad(-0.5 * length, 0.5 * length, 0.85 * height, 0.93 * height, accent)
         for at in (-0.22, 0.18, 0.42):
-            quad(at * length, at * length + 1.1, 0.14 * height, 0.82 * height, window * 1.2,
-                 glow=tuple(np.array(ROOM) * 0.6))
+            quad(
+                at * length,
+                at * length + 1.1,
+                0.14 * height,
+                0.82 * height,
+                window * 1.2,
+                glow=tuple(np.array(ROOM) * 0.4),
+            )
     canvas.details(thing.place(np.array(quads)), np.array(colours), shade, np.array(shine, float))
     radius = {CAR: 0.33, TRUCK: 0.48, BUS: 0.48, TRAIN: 0.3}[label]
     at_wheels = (-0.31, 0.31) if label != TRAIN else (-0.4, -0.34, -0.03, 0.03, 0.34, 0.4)
@@ -358,8 +508,9 @@ def _paint_flank(canvas: Canvas, thing: Thing, rng: np.random.Generator, sign: i
                 canvas.details(thing.place(wheel)[None], np.array(colour), shade)
 
 
-def _paint_ends(canvas: Canvas, thing: Thing, rng: np.random.Generator, label: int,
-                paint: np.ndarray) -> None:
+def _paint_ends(
+    canvas: Canvas, thing: Thing, rng: np.random.Generator, label: int, paint: np.ndarray
+) -> None:
     """Lights, number plate, grille, large windows on the end that faces the camera."""
     half, height = thing.width / 2, thing.height
     plate = np.array([[236.0, 234, 226], [232, 196, 60]])[rng.integers(2)]
@@ -372,8 +523,9 @@ def _paint_ends(canvas: Canvas, thing: Thing, rng: np.random.Generator, label: i
         shade = canvas.shade(normal)
 
         def boxes(rows: list[list[float]], at: float = at) -> np.ndarray:
-            return thing.place(np.array([[[at, a, u], [at, b, u], [at, b, v], [at, a, v]]
-                                         for a, b, u, v in rows]))
+            return thing.place(
+                np.array([[[at, a, u], [at, b, u], [at, b, v], [at, a, v]] for a, b, u, v in rows])
+            )
 
         tall = label in (BUS, TRAIN, TRUCK) or thing.kind == "van"
         if tall and not (label == TRUCK and end < 0) and not (thing.kind == "van" and end > 0):
@@ -381,14 +533,22 @@ def _paint_ends(canvas: Canvas, thing: Thing, rng: np.random.Generator, label: i
             glow = np.array(ROOM) * (0.5 if label in (BUS, TRAIN) else 0.0)
             canvas.details(pane, np.array([46.0, 54, 62]), shade, glow)
             if display and label in (BUS, TRAIN):
-                canvas.details(boxes([[-half * 0.6, half * 0.6, height * 0.86, height * 0.95]]),
-                               np.array([230.0, 150, 40]), shade, np.array([230.0, 150, 40]))
+                canvas.details(
+                    boxes([[-half * 0.6, half * 0.6, height * 0.86, height * 0.95]]),
+                    np.array([230.0, 150, 40]),
+                    shade,
+                    np.array([230.0, 150, 40]),
+                )
         if label == TRUCK and end < 0:
             canvas.details(boxes([[-0.03, 0.03, height * 0.25, height * 0.95]]), paint * 0.6, shade)
         low = height * (0.44 if label == CAR and thing.kind == "car" else 0.24)
         deep = max(height * 0.07, 0.13)
-        lights = boxes([[-half * 0.92, -half * 0.55, low, low + deep],
-                        [half * 0.55, half * 0.92, low, low + deep]])
+        lights = boxes(
+            [
+                [-half * 0.92, -half * 0.55, low, low + deep],
+                [half * 0.55, half * 0.92, low, low + deep],
+            ]
+        )
         light = np.array(HEADLIGHT if end > 0 else TAILLIGHT, float)
         colour = np.array([214.0, 216, 214]) if end > 0 else np.array([168.0, 24, 22])
         canvas.details(lights, colour, shade, light)
@@ -401,8 +561,11 @@ def _paint_ends(canvas: Canvas, thing: Thing, rng: np.random.Generator, label: i
 
 
 TRAFFIC_MODELS = {
-    "person": paint_person, "bicycle": paint_bicycle, "cyclist": paint_cyclist,
-    "motorcycle": paint_motorcycle, "motorcyclist": paint_motorcyclist,
+    "person": paint_person,
+    "bicycle": paint_bicycle,
+    "cyclist": paint_cyclist,
+    "motorcycle": paint_motorcycle,
+    "motorcyclist": paint_motorcyclist,
     **dict.fromkeys(("car", "van", "truck", "bus", "train"), paint_vehicle),
 }
 """What paints each kind of thing in traffic: ``model(canvas, thing, rng)``."""

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from fishertune_d2.data.streets_world import (
+from fishertune_d2.data.streets.world import (
     ROAD,
     SIDEWALK,
     TERRAIN,
@@ -38,13 +38,14 @@ def draw_scene(seed: int) -> Scene:
         hood=rng.uniform(0.03, 0.10) if rng.random() < 0.35 else 0.0,
     )
     scene = Scene(
-        seed, camera,
+        seed,
+        camera,
         bend=0.0 if rng.random() < 0.35 else float(rng.normal(0, 0.0035)),
-        sun=_draw_sun(rng), clouds=float(rng.beta(0.8, 0.8)),
-        mood=(*(float(g) for g in rng.normal(1, 0.035, 3)), float(rng.uniform(0.8, 1.25)),
-              float(rng.uniform(0.5, 4.0))),
+        sun=_draw_sun(rng),
+        clouds=float(rng.beta(0.8, 0.8)),
+        mood=_draw_mood(rng),
     )
-    junction = float(rng.uniform(14, 60)) if rng.random() < 0.6 else None
+    junction = float(rng.uniform(13, 45)) if rng.random() < 0.65 else None
     kerbs = {side: side * (lanes * lane + parking[side]) for side in (-1, 1)}
     crossing = float(rng.uniform(9, 13))
     _add_carriageway(scene, rng, kerbs, lanes, lane, tram)
@@ -61,6 +62,13 @@ def draw_scene(seed: int) -> Scene:
     return scene
 
 
+def _draw_mood(rng: np.random.Generator) -> tuple[float, float, float, float, float]:
+    """White balance between warm and cool with little green or magenta, gamma, grain."""
+    warm, green = rng.normal(0, 0.04), rng.normal(0, 0.012)
+    gamma, grain = rng.uniform(0.8, 1.25), rng.uniform(0.5, 4.0)
+    return float(1 + warm), float(1 + green), float(1 - warm), float(gamma), float(grain)
+
+
 def _draw_sun(rng: np.random.Generator) -> tuple[float, float, float] | None:
     """A direction towards the sun, or None for an overcast day (two in five)."""
     azimuth, elevation = rng.uniform(0, 2 * math.pi), math.radians(rng.uniform(15, 60))
@@ -70,8 +78,14 @@ def _draw_sun(rng: np.random.Generator) -> tuple[float, float, float] | None:
     return None if overcast else sun
 
 
-def _add_carriageway(scene: Scene, rng: np.random.Generator, kerbs: dict[int, float],
-                     lanes: int, lane: float, tram: bool) -> None:
+def _add_carriageway(
+    scene: Scene,
+    rng: np.random.Generator,
+    kerbs: dict[int, float],
+    lanes: int,
+    lane: float,
+    tram: bool,
+) -> None:
     """Road surface, repairs, lane marks, rails, and the tracks that snow leaves free."""
     asphalt, paint = grey(rng, 62, 125, 3), grey(rng, 185, 240, 4)
     strips = scene.strips
@@ -117,8 +131,9 @@ def _add_carriageway(scene: Scene, rng: np.random.Generator, kerbs: dict[int, fl
             scene.tracks.append(Strip(offset - 0.3, offset + 0.3, -4, VISIBLE, ROAD, asphalt))
 
 
-def _add_side(scene: Scene, rng: np.random.Generator, side: int, kerb: float,
-              gap: tuple[float, float] | None) -> None:
+def _add_side(
+    scene: Scene, rng: np.random.Generator, side: int, kerb: float, gap: tuple[float, float] | None
+) -> None:
     """Kerb, verge, sidewalk, frontage and furniture of one side of the street."""
     verge = rng.uniform(0.8, 2.6) if rng.random() < 0.4 else 0.0
     walk = rng.uniform(1.6, 4.5)
@@ -157,8 +172,14 @@ def draw_grass(rng: np.random.Generator) -> Colour:
     return tuple(float(v) for v in mixed)
 
 
-def _add_frontage(scene: Scene, rng: np.random.Generator, side: int, front: float,
-                  gap: tuple[float, float] | None, grass: Colour) -> None:
+def _add_frontage(
+    scene: Scene,
+    rng: np.random.Generator,
+    side: int,
+    front: float,
+    gap: tuple[float, float] | None,
+    grass: Colour,
+) -> None:
     """Houses, gardens, parks and walls in a row along the sidewalk."""
     town, suburb = rng.dirichlet([1.6, 1.0, 0.7])[:2]
     storeys = rng.uniform(2, 5.5)
@@ -176,8 +197,15 @@ def _add_frontage(scene: Scene, rng: np.random.Generator, side: int, front: floa
         if choice < town:
             setback = float(rng.choice([0.0, 0.0, rng.uniform(0, 1.5)]))
             kind = "shop" if (style % 3 != 0 and rng.random() < 0.6) else "house"
-            scene.add(rng, kind, s, front + side * setback,
-                      (length, float(rng.uniform(8, 14)), height), side=side, reach=length)
+            scene.add(
+                rng,
+                kind,
+                s,
+                front + side * setback,
+                (length, float(rng.uniform(8, 14)), height),
+                side=side,
+                reach=length,
+            )
         else:
             deep = 8.0 if choice < town + suburb else 70.0
             setback = float(rng.uniform(2.5, 7))
@@ -186,19 +214,34 @@ def _add_frontage(scene: Scene, rng: np.random.Generator, side: int, front: floa
             boundary = str(rng.choice(["wall", "fence", "hedge", "fence", "wall", "none"]))
             if boundary != "none":
                 tall = float(rng.uniform(0.7, 2.4))
-                scene.add(rng, boundary, s, front + side * 0.3, (length, 0.3, tall), side=side,
-                          reach=length)
+                scene.add(
+                    rng,
+                    boundary,
+                    s,
+                    front + side * 0.3,
+                    (length, 0.3, tall),
+                    side=side,
+                    reach=length,
+                )
             if deep < 10:
-                scene.add(rng, "house", s + 0.8, front + side * setback,
-                          (max(length - 1.6, 4), 9.0, min(height, 10)), side=side, reach=length)
+                scene.add(
+                    rng,
+                    "house",
+                    s + 0.8,
+                    front + side * setback,
+                    (max(length - 1.6, 4), 9.0, min(height, 10)),
+                    side=side,
+                    reach=length,
+                )
             for _ in range(int(rng.integers(0, 3 if deep < 10 else 9))):
                 away = rng.uniform(1.5, setback + 1.0 if deep < 10 else 26)
                 _add_tree(scene, rng, s + rng.uniform(0, length), front + side * away, 0.6)
         s += length + (rng.uniform(1, 4) if rng.random() < 0.12 else 0.0)
 
 
-def _add_tree(scene: Scene, rng: np.random.Generator, s: float, offset: float,
-              smallest: float = 1.0) -> None:
+def _add_tree(
+    scene: Scene, rng: np.random.Generator, s: float, offset: float, smallest: float = 1.0
+) -> None:
     """A tree whose crown does not reach the camera."""
     height = float(rng.uniform(smallest * 4, 13))
     width = height * rng.uniform(0.4, 0.75)
@@ -209,8 +252,16 @@ def _add_tree(scene: Scene, rng: np.random.Generator, s: float, offset: float,
         scene.add(rng, kind, s, offset, (width, width, height))
 
 
-def _add_furniture(scene: Scene, rng: np.random.Generator, side: int, kerb: float, verge: float,
-                   front: float, gap: tuple[float, float] | None, trees_wanted: bool) -> None:
+def _add_furniture(
+    scene: Scene,
+    rng: np.random.Generator,
+    side: int,
+    kerb: float,
+    verge: float,
+    front: float,
+    gap: tuple[float, float] | None,
+    trees_wanted: bool,
+) -> None:
     """Lamps, trees, signs, bollards, railings, bicycles and people on one sidewalk."""
     edge = kerb + side * 0.5
 
@@ -240,6 +291,12 @@ def _add_furniture(scene: Scene, rng: np.random.Generator, side: int, kerb: floa
         for index in range(int(rng.integers(2, 9))):
             if free(s + index * step):
                 scene.add(rng, "bollard", s + index * step, edge, (0, 0.16, 0.95))
+    for _ in range(int(rng.poisson(0.4))):  # some park on the sidewalk
+        s = 5 + rng.exponential(12)
+        if free(s):
+            scene.add(
+                rng, "motorcycle", s, kerb + side * 1.0, (2.1, 0.7, 1.15), rng.uniform(-1.6, 1.6)
+            )
     if rng.random() < 0.3:
         s, length = rng.uniform(5, 40), rng.uniform(6, 25)
         if free(s) and free(s + length) and (gap is None or (s > gap[1]) == (s + length > gap[1])):
@@ -248,18 +305,35 @@ def _add_furniture(scene: Scene, rng: np.random.Generator, side: int, kerb: floa
         s, offset = 4 + rng.exponential(14), walkable()
         for index in range(int(rng.integers(1, 5))):
             if free(s + index * 0.8):
-                scene.add(rng, "bicycle", s + index * 0.8, offset, (1.75, 0.5, 1.05),
-                          rng.uniform(-1.6, 1.6))
+                scene.add(
+                    rng,
+                    "bicycle",
+                    s + index * 0.8,
+                    offset,
+                    (1.75, 0.5, 1.05),
+                    rng.uniform(-1.6, 1.6),
+                )
     for _ in range(int(rng.poisson(rng.choice([2.0, 5.0, 11.0])))):
         s = 4 + rng.exponential(22)
         if s > 4 and s < 110:
-            scene.add(rng, "person", s, walkable(), (0.5, 0.5, rng.normal(1.71, 0.1)),
-                      rng.choice([0, math.pi]) + rng.normal(0, 0.5))
+            scene.add(
+                rng,
+                "person",
+                s,
+                walkable(),
+                (0.5, 0.5, rng.normal(1.71, 0.1)),
+                rng.choice([0, math.pi]) + rng.normal(0, 0.5),
+            )
 
 
 # Length, width, height in metres. A van counts as a car, as in Cityscapes.
-VEHICLES = {"car": (4.3, 1.78, 1.48), "van": (5.0, 1.95, 2.2), "truck": (7.5, 2.4, 3.2),
-            "bus": (11.5, 2.55, 3.2), "train": (26.0, 2.4, 3.5)}
+VEHICLES = {
+    "car": (4.3, 1.78, 1.48),
+    "van": (5.0, 1.95, 2.2),
+    "truck": (7.5, 2.4, 3.2),
+    "bus": (11.5, 2.55, 3.2),
+    "train": (26.0, 2.4, 3.5),
+}
 
 
 def _vehicle_size(rng: np.random.Generator, kind: str) -> tuple[float, float, float]:
@@ -268,8 +342,13 @@ def _vehicle_size(rng: np.random.Generator, kind: str) -> tuple[float, float, fl
     return float(length * scale[0]), float(width * (0.5 + scale[1] / 2)), float(height * scale[2])
 
 
-def _add_parked(scene: Scene, rng: np.random.Generator, offset: float, facing: int,
-                gap: tuple[float, float] | None) -> None:
+def _add_parked(
+    scene: Scene,
+    rng: np.random.Generator,
+    offset: float,
+    facing: int,
+    gap: tuple[float, float] | None,
+) -> None:
     """A row of parked vehicles; ``facing`` +1 looks away from the camera."""
     s, filled = rng.uniform(1, 8), rng.uniform(0.25, 0.95)
     while s < 130:
@@ -278,16 +357,37 @@ def _add_parked(scene: Scene, rng: np.random.Generator, offset: float, facing: i
         blocked = gap is not None and gap[0] - 7 < s < gap[1] + 4
         if rng.random() < filled and not blocked:
             middle = s + size[0] / 2
-            if rng.random() < 0.06:
-                scene.add(rng, "motorcycle", s, offset, (2.1, 0.7, 1.15), rng.normal(0, 0.6))
+            if rng.random() < 0.16 and s > 5:
+                for place in np.arange(s, s + size[0], 1.3):
+                    scene.add(
+                        rng,
+                        "motorcycle",
+                        place,
+                        offset,
+                        (2.1, 0.7, 1.15),
+                        facing * math.pi / 2 + rng.normal(0, 0.35),
+                    )
             elif middle > 4.5:
-                scene.add(rng, kind, middle, offset, size, 0 if facing > 0 else math.pi,
-                          reach=-size[0] / 2)
+                scene.add(
+                    rng,
+                    kind,
+                    middle,
+                    offset,
+                    size,
+                    0 if facing > 0 else math.pi,
+                    reach=-size[0] / 2,
+                )
         s += size[0] + rng.uniform(0.6, 1.6)
 
 
-def _add_junction(scene: Scene, rng: np.random.Generator, kerbs: dict[int, float], s: float,
-                  crossing: float, drive: int) -> None:
+def _add_junction(
+    scene: Scene,
+    rng: np.random.Generator,
+    kerbs: dict[int, float],
+    s: float,
+    crossing: float,
+    drive: int,
+) -> None:
     """Zebra or stop line, traffic lights, and people who cross."""
     paint = grey(rng, 190, 240, 3)
     left, right = kerbs[-1], kerbs[1]
@@ -295,22 +395,36 @@ def _add_junction(scene: Scene, rng: np.random.Generator, kerbs: dict[int, float
         for offset in np.arange(left + 0.3, right - 0.5, 1.0):
             scene.strips.append(Strip(offset, offset + 0.5, s - 5.5, s - 2.5, ROAD, paint))
         for _ in range(int(rng.poisson(1.5))):
-            scene.add(rng, "person", s - rng.uniform(2.5, 5.5), rng.uniform(left, right),
-                      (0.5, 0.5, rng.normal(1.71, 0.1)), rng.choice([-1, 1]) * math.pi / 2)
+            scene.add(
+                rng,
+                "person",
+                s - rng.uniform(2.5, 5.5),
+                rng.uniform(left, right),
+                (0.5, 0.5, rng.normal(1.71, 0.1)),
+                rng.choice([-1, 1]) * math.pi / 2,
+            )
     inner, outer = sorted((0.2 * drive, kerbs[drive] * 0.98))
     scene.strips.append(Strip(inner, outer, s - 7.0, s - 6.6, ROAD, paint))
     if rng.random() < 0.75:
         for at, side in ((s - 6.2, drive), (s - 6.2, -drive), (s + crossing + 1, drive)):
             if at > 5 and rng.random() < 0.85:
                 height = rng.uniform(2.9, 3.6)
-                scene.add(rng, "traffic_light", at, kerbs[side] + side * 0.5, (0, 0.36, height),
-                          side=side)
+                scene.add(
+                    rng, "traffic_light", at, kerbs[side] + side * 0.5, (0, 0.44, height), side=side
+                )
 
 
-def _add_traffic(scene: Scene, rng: np.random.Generator, lanes: int, lane: float, drive: int,
-                 kerbs: dict[int, float], tram: bool) -> None:
+def _add_traffic(
+    scene: Scene,
+    rng: np.random.Generator,
+    lanes: int,
+    lane: float,
+    drive: int,
+    kerbs: dict[int, float],
+    tram: bool,
+) -> None:
     """Moving vehicles lane by lane, then riders near the kerb, then the tram on its rails."""
-    tram_s = float(rng.uniform(18, 75)) if tram and rng.random() < 0.85 else None
+    tram_s = float(rng.uniform(14, 55)) if tram and rng.random() < 0.9 else None
     tram_direction = int(rng.choice([-1, 1]))
     density = rng.uniform(10, 50)  # mean gap in metres
     for direction in (-1, 1):
@@ -321,8 +435,12 @@ def _add_traffic(scene: Scene, rng: np.random.Generator, lanes: int, lane: float
             s += rng.exponential(density / 2)
             blocked = tram_s is not None and index == 0 and direction == tram_direction
             while s < 150:
-                kind = str(rng.choice(["car", "van", "truck", "bus", "motorcyclist"],
-                                      p=[0.66, 0.09, 0.11, 0.09, 0.05]))
+                kind = str(
+                    rng.choice(
+                        ["car", "van", "truck", "bus", "motorcyclist"],
+                        p=[0.66, 0.09, 0.11, 0.09, 0.05],
+                    )
+                )
                 if kind == "motorcyclist":
                     size = (2.1, 0.7, 1.75)
                 else:
@@ -330,17 +448,38 @@ def _add_traffic(scene: Scene, rng: np.random.Generator, lanes: int, lane: float
                 behind_tram = blocked and tram_s - 6 < s + size[0] and s < tram_s + 34
                 if not behind_tram:
                     turn = (0.0 if direction > 0 else math.pi) + rng.normal(0, 0.02)
-                    scene.add(rng, kind, s + size[0] / 2, offset + rng.normal(0, 0.15), size, turn,
-                              reach=-size[0] / 2)
+                    scene.add(
+                        rng,
+                        kind,
+                        s + size[0] / 2,
+                        offset + rng.normal(0, 0.15),
+                        size,
+                        turn,
+                        reach=-size[0] / 2,
+                    )
                 s += size[0] + 2 + rng.exponential(density)
     for direction in (-1, 1):
-        for _ in range(int(rng.poisson(0.9))):
-            s = 6 + rng.exponential(22)
+        for _ in range(int(rng.poisson(1.1))):
+            s = 6 + rng.exponential(20)
             kerb = kerbs[direction * drive]
             inside = rng.uniform(0.7, 1.1) + (2.1 if abs(kerb) > lanes * lane + 1 else 0.0)
-            scene.add(rng, "cyclist", s, kerb - math.copysign(inside, kerb),
-                      (1.75, 0.55, 1.75), 0.0 if direction > 0 else math.pi)
+            kind = "cyclist" if rng.random() < 0.75 else "motorcyclist"
+            scene.add(
+                rng,
+                kind,
+                s,
+                kerb - math.copysign(inside, kerb),
+                (1.75, 0.55, 1.75),
+                0.0 if direction > 0 else math.pi,
+            )
     if tram_s is not None:
         size = _vehicle_size(rng, "train")
-        scene.add(rng, "train", tram_s + size[0] / 2, tram_direction * drive * 1.7, size,
-                  0.0 if tram_direction > 0 else math.pi, reach=-size[0] / 2)
+        scene.add(
+            rng,
+            "train",
+            tram_s + size[0] / 2,
+            tram_direction * drive * 1.7,
+            size,
+            0.0 if tram_direction > 0 else math.pi,
+            reach=-size[0] / 2,
+        )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from fishertune_d2.data.streets_world import (
+from fishertune_d2.data.streets.world import (
     ROAD,
     SIDEWALK,
     SKY,
@@ -118,8 +118,15 @@ class Canvas:
             far as it is above), for wet roads.
     """
 
-    def __init__(self, projection: Projection, background: np.ndarray, sun: np.ndarray | None,
-                 lamps: bool, snow: bool, mirrored: bool = False) -> None:
+    def __init__(
+        self,
+        projection: Projection,
+        background: np.ndarray,
+        sun: np.ndarray | None,
+        lamps: bool,
+        snow: bool,
+        mirrored: bool = False,
+    ) -> None:
         width, height = projection.size
         self.projection, self.sun, self.snow, self.mirrored = projection, sun, snow, mirrored
         self.eye = projection.position * ((1, -1, 1) if mirrored else (1, 1, 1))
@@ -146,9 +153,15 @@ class Canvas:
         direct = max(0.0, float(np.dot(normal, self.sun))) * (1 - soften) + 0.4 * soften
         return ambient * np.array([0.56, 0.60, 0.68]) + direct * np.array([0.82, 0.76, 0.66])
 
-    def surface(self, points: np.ndarray, colour: Colour | None, label: int,
-                normal: tuple[float, float, float] | None = None, convex: bool = True,
-                glow: Colour | None = None) -> np.ndarray | None:
+    def surface(
+        self,
+        points: np.ndarray,
+        colour: Colour | None,
+        label: int,
+        normal: tuple[float, float, float] | None = None,
+        convex: bool = True,
+        glow: Colour | None = None,
+    ) -> np.ndarray | None:
         """Paint a flat polygon.
 
         Args:
@@ -190,8 +203,13 @@ class Canvas:
         self.faces_up.append(up)
         return shade
 
-    def details(self, polygons: np.ndarray, colours: np.ndarray, shade: np.ndarray,
-                glow: np.ndarray | None = None) -> None:
+    def details(
+        self,
+        polygons: np.ndarray,
+        colours: np.ndarray,
+        shade: np.ndarray,
+        glow: np.ndarray | None = None,
+    ) -> None:
         """Paint convex polygons on the surface painted last; its label and depth hold for them.
 
         Args:
@@ -235,7 +253,7 @@ class Canvas:
         for index, (_, _, label) in enumerate(parts):
             if not ahead[index]:
                 continue
-            outline = [pixels[starts[index]:starts[index + 1]]]
+            outline = [pixels[starts[index] : starts[index + 1]]]
             cv2.fillPoly(self.colour, outline, lit[index], shift=SUBPIXEL_BITS)
             cv2.fillPoly(self.ids, outline, len(self.classes), shift=SUBPIXEL_BITS)
             if self.glow is not None:
@@ -293,8 +311,13 @@ class Canvas:
         depth = 1 / np.clip(inverse, 1e-4, 1 / NEAR)
         axes = self.projection.axes.astype(np.float32)
         world = np.stack(
-            [depth * (axes[0, k] * x + axes[1, k] * y + axes[2, k])
-             + np.float32(self.projection.position[k]) for k in range(3)], axis=-1)
+            [
+                depth * (axes[0, k] * x + axes[1, k] * y + axes[2, k])
+                + np.float32(self.projection.position[k])
+                for k in range(3)
+            ],
+            axis=-1,
+        )
         up = np.array(self.faces_up)[ids]
         depth[label == SKY] = np.inf
         return Painting(colour, glow, label, depth, world, up)

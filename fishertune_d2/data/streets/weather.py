@@ -9,9 +9,9 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from fishertune_d2.data.streets_models import WARM, lamp_heads
-from fishertune_d2.data.streets_render import Look, Painting, noise_tile, paint, paint_reflection
-from fishertune_d2.data.streets_world import ROAD, SIDEWALK, SKY, TERRAIN, Scene
+from fishertune_d2.data.streets.models import WARM, lamp_heads
+from fishertune_d2.data.streets.render import Look, Painting, noise_tile, paint, paint_reflection
+from fishertune_d2.data.streets.world import ROAD, SIDEWALK, SKY, TERRAIN, Scene
 
 LOOKS = {
     "day": Look(True, (96, 150, 222), (206, 220, 236), (240, 241, 244), 0.0),
@@ -23,8 +23,9 @@ LOOKS = {
 }
 
 
-def render_domain(scene: Scene, domain: str, size: tuple[int, int]
-                  ) -> tuple[np.ndarray, np.ndarray]:
+def render_domain(
+    scene: Scene, domain: str, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Paint a scene and let a domain act on it.
 
     Args:
@@ -40,12 +41,14 @@ def render_domain(scene: Scene, domain: str, size: tuple[int, int]
     # Each domain draws from a stream of its own, so that adding one leaves the others as they are.
     rng = np.random.default_rng([scene.seed, 100 + list(LOOKS).index(domain)])
     image = EFFECTS[domain](painting, scene, look, rng)
-    return _develop(image, scene, rng, grain={"night": 9.0, "dusk": 5.0}.get(domain, 0.0)), \
-        painting.label
+    return _develop(
+        image, scene, rng, grain={"night": 9.0, "dusk": 5.0}.get(domain, 0.0)
+    ), painting.label
 
 
-def airlight(image: np.ndarray, depth: np.ndarray, visibility: float, light: np.ndarray
-             ) -> np.ndarray:
+def airlight(
+    image: np.ndarray, depth: np.ndarray, visibility: float, light: np.ndarray
+) -> np.ndarray:
     """Koschmieder's law: what is far fades into the light that the air scatters.
 
     Args:
@@ -62,13 +65,16 @@ def airlight(image: np.ndarray, depth: np.ndarray, visibility: float, light: np.
 
 
 def _day(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
-    """Clear air; exposure differs, and bright skies may burn out as in real cameras."""
-    far = np.where(np.isinf(painting.depth), 0, painting.depth)
-    hazy = airlight(painting.colour, far, rng.uniform(500, 4000), np.array(look.horizon))
-    burnt = painting.label == SKY
-    if rng.random() < 0.4:
-        hazy[burnt] *= 1.2
-    return hazy * rng.uniform(0.85, 1.25)
+    """Clear air. The exposure follows the street, so that the sky over a dark one burns out."""
+    sky = painting.label == SKY
+    clear = airlight(
+        painting.colour,
+        np.where(sky, 0, painting.depth),
+        rng.uniform(500, 4000),
+        np.array(look.horizon),
+    )
+    wanted = rng.uniform(78, 128)
+    return clear * np.clip(wanted / clear[~sky].mean(), 0.8, 2.2)
 
 
 def _glare(painting: Painting, strength: float) -> np.ndarray:
@@ -78,7 +84,7 @@ def _glare(painting: Painting, strength: float) -> np.ndarray:
     quarter = cv2.resize(painting.glow, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
     wide = cv2.GaussianBlur(quarter, (0, 0), width / 130)
     wide = cv2.resize(wide, painting.glow.shape[1::-1])
-    return painting.glow * 0.95 + strength * (0.8 * small + 1.5 * wide)
+    return painting.glow * 0.95 + strength * (0.6 * small + 0.8 * wide)
 
 
 def _lamplight(painting: Painting, scene: Scene, reach: float) -> np.ndarray:
@@ -93,13 +99,15 @@ def _lamplight(painting: Painting, scene: Scene, reach: float) -> np.ndarray:
         offset = world - head
         square = np.einsum("hwc,hwc->hw", offset, offset)
         below = np.clip(-offset[..., 1] / np.sqrt(square + 0.01), 0, 1)  # lamps shine down
-        light += (26.0 * below**1.5 / (square + 9.0))[..., None] * warm
+        light += (17.0 * below**1.5 / (square + 9.0))[..., None] * warm
     ahead = world - np.array([scene.camera.lateral, 0.65, 0], np.float32)
     distance = np.maximum(ahead[..., 2], 0.5)
-    beam = np.exp(-((ahead[..., 0] / distance / 0.36) ** 2)
-                  - (np.maximum(ahead[..., 1] / distance - 0.01, 0) / 0.05) ** 2)
+    beam = np.exp(
+        -((ahead[..., 0] / distance / 0.36) ** 2)
+        - (np.maximum(ahead[..., 1] / distance - 0.01, 0) / 0.05) ** 2
+    )
     halogen = np.array([1, 0.95, 0.84], np.float32)
-    light += (beam * 90 / (distance + 6.0) ** 1.6)[..., None] * halogen
+    light += (beam * 60 / (distance + 6.0) ** 1.6)[..., None] * halogen
     return cv2.resize(light, painting.label.shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
@@ -151,8 +159,12 @@ def _rain(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator
     share = np.where(ground, fresnel * wet, 0).astype(np.float32)[..., None]
     image = image * (1 - share * 0.7) + mirror * share * 0.95
     image += 0.8 * _glare(painting, 0.5)
-    image = airlight(image, np.where(painting.label == SKY, 250, painting.depth),
-                     rng.uniform(160, 320), np.array([138.0, 144, 150]))
+    image = airlight(
+        image,
+        np.where(painting.label == SKY, 250, painting.depth),
+        rng.uniform(160, 320),
+        np.array([138.0, 144, 150]),
+    )
     image += _streaks(rng, width, height)[..., None]
     return _lens_drops(image, rng)
 
@@ -194,8 +206,9 @@ def _snow(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator
     patch = drift[texel[..., 1] & 511, texel[..., 0] & 511]
     image[painting.up] *= (1 + 0.05 * np.clip(patch, -2, 1))[painting.up][:, None]
     air = np.full(3, rng.uniform(188, 212)) + [-3, 0, 5]
-    image = airlight(image, np.where(painting.label == SKY, 300, painting.depth),
-                     rng.uniform(90, 260), air)
+    image = airlight(
+        image, np.where(painting.label == SKY, 300, painting.depth), rng.uniform(90, 260), air
+    )
     height, width = painting.label.shape
     flakes = np.zeros((height * 2, width * 2), np.uint8)
     for _ in range(int(rng.uniform(1.5, 4.0) * width)):
@@ -210,12 +223,16 @@ def _snow(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator
 
 
 EFFECTS: dict[str, Callable[[Painting, Scene, Look, np.random.Generator], np.ndarray]] = {
-    "day": _day, "dusk": _dusk, "night": _night, "fog": _fog, "rain": _rain, "snow": _snow,
+    "day": _day,
+    "dusk": _dusk,
+    "night": _night,
+    "fog": _fog,
+    "rain": _rain,
+    "snow": _snow,
 }
 
 
-def _develop(image: np.ndarray, scene: Scene, rng: np.random.Generator, grain: float
-             ) -> np.ndarray:
+def _develop(image: np.ndarray, scene: Scene, rng: np.random.Generator, grain: float) -> np.ndarray:
     """The camera: lens blur, white balance, tone curve, grain; (H, W, 3) uint8."""
     *gains, gamma, noise = scene.mood
     width = image.shape[1]

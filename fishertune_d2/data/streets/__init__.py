@@ -1,0 +1,10 @@
+"""The built-in data: street scenes drawn from a seed, in six domains.
+
+Reading order: ``world`` (what a scene is made of), ``scene`` (drawing one from a seed), ``canvas``
+(the camera), ``models`` and ``traffic`` (how things look), ``render`` (a whole picture),
+``weather`` (the domains), ``dataset`` (files).
+"""
+
+from .dataset import COUNTS, DOMAINS, ensure_streets, render_scene, write_streets
+
+__all__ = ["COUNTS", "DOMAINS", "ensure_streets", "render_scene", "write_streets"]
