@@ -1,8 +1,8 @@
 """The built-in data: street scenes drawn from a seed, in six domains.
 
-Reading order: ``world`` (what a scene is made of), ``scene`` (drawing one from a seed), ``canvas``
-(the camera), ``models`` and ``traffic`` (how things look), ``render`` (a whole picture),
-``weather`` (the domains), ``dataset`` (files).
+Reading order: ``world`` (what a scene is made of), ``scene`` and ``scene_traffic`` (drawing one
+from a seed), ``canvas`` (the camera), ``houses``, ``vehicles``, ``people`` and ``models`` (how
+things look), ``render`` (a whole picture), ``weather`` (the domains), ``dataset`` (files).
 """
 
 from .dataset import COUNTS, DOMAINS, ensure_streets, render_scene, write_streets

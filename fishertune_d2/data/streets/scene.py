@@ -1,13 +1,10 @@
-"""Drawing a street scene from a seed: street, frontage, furniture, traffic, people.
-
-Everything random about what stands where is decided here, by one generator per scene; how a thing
-looks is left to a seed of its own.
-"""
+"""Drawing a street scene from a seed: street, frontage, furniture, traffic, people."""
 
 import math
 
 import numpy as np
 
+from fishertune_d2.data.streets.scene_traffic import add_junction, add_parked, add_traffic
 from fishertune_d2.data.streets.world import (
     ROAD,
     SIDEWALK,
@@ -22,7 +19,11 @@ from fishertune_d2.data.streets.world import (
 
 
 def draw_scene(seed: int) -> Scene:
-    """The scene of a seed: camera, street, frontage, furniture, traffic and people."""
+    """The scene of a seed: camera, street, frontage, furniture, traffic and people.
+
+    Everything random about what stands where is decided here, by one generator per scene; how a
+    thing looks is left to a seed of its own.
+    """
     rng = np.random.default_rng(seed)
     drive = 1 if rng.random() < 0.5 else -1  # right-hand or left-hand traffic
     lanes = int(rng.choice([1, 1, 1, 2]))
@@ -54,10 +55,10 @@ def draw_scene(seed: int) -> Scene:
         gap = (junction, junction + crossing) if open_side else None
         _add_side(scene, rng, side, kerbs[side], gap)
         if parking[side]:
-            _add_parked(scene, rng, kerbs[side] - side * 1.05, side * drive, gap)
+            add_parked(scene, rng, kerbs[side] - side * 1.05, side * drive, gap)
     if junction is not None:
-        _add_junction(scene, rng, kerbs, junction, crossing, drive)
-    _add_traffic(scene, rng, lanes, lane, drive, kerbs, tram)
+        add_junction(scene, rng, kerbs, junction, crossing, drive)
+    add_traffic(scene, rng, lanes, lane, drive, kerbs, tram)
     scene.things.sort(key=lambda thing: -thing.distance)
     return scene
 
@@ -324,162 +325,3 @@ def _add_furniture(
                 (0.5, 0.5, rng.normal(1.71, 0.1)),
                 rng.choice([0, math.pi]) + rng.normal(0, 0.5),
             )
-
-
-# Length, width, height in metres. A van counts as a car, as in Cityscapes.
-VEHICLES = {
-    "car": (4.3, 1.78, 1.48),
-    "van": (5.0, 1.95, 2.2),
-    "truck": (7.5, 2.4, 3.2),
-    "bus": (11.5, 2.55, 3.2),
-    "train": (26.0, 2.4, 3.5),
-}
-
-
-def _vehicle_size(rng: np.random.Generator, kind: str) -> tuple[float, float, float]:
-    length, width, height = VEHICLES[kind]
-    scale = rng.uniform(0.88, 1.1, 3)
-    return float(length * scale[0]), float(width * (0.5 + scale[1] / 2)), float(height * scale[2])
-
-
-def _add_parked(
-    scene: Scene,
-    rng: np.random.Generator,
-    offset: float,
-    facing: int,
-    gap: tuple[float, float] | None,
-) -> None:
-    """A row of parked vehicles; ``facing`` +1 looks away from the camera."""
-    s, filled = rng.uniform(1, 8), rng.uniform(0.25, 0.95)
-    while s < 130:
-        kind = str(rng.choice(["car", "van", "truck"], p=[0.87, 0.09, 0.04]))
-        size = _vehicle_size(rng, kind)
-        blocked = gap is not None and gap[0] - 7 < s < gap[1] + 4
-        if rng.random() < filled and not blocked:
-            middle = s + size[0] / 2
-            if rng.random() < 0.16 and s > 5:
-                for place in np.arange(s, s + size[0], 1.3):
-                    scene.add(
-                        rng,
-                        "motorcycle",
-                        place,
-                        offset,
-                        (2.1, 0.7, 1.15),
-                        facing * math.pi / 2 + rng.normal(0, 0.35),
-                    )
-            elif middle > 4.5:
-                scene.add(
-                    rng,
-                    kind,
-                    middle,
-                    offset,
-                    size,
-                    0 if facing > 0 else math.pi,
-                    reach=-size[0] / 2,
-                )
-        s += size[0] + rng.uniform(0.6, 1.6)
-
-
-def _add_junction(
-    scene: Scene,
-    rng: np.random.Generator,
-    kerbs: dict[int, float],
-    s: float,
-    crossing: float,
-    drive: int,
-) -> None:
-    """Zebra or stop line, traffic lights, and people who cross."""
-    paint = grey(rng, 190, 240, 3)
-    left, right = kerbs[-1], kerbs[1]
-    if rng.random() < 0.6:
-        for offset in np.arange(left + 0.3, right - 0.5, 1.0):
-            scene.strips.append(Strip(offset, offset + 0.5, s - 5.5, s - 2.5, ROAD, paint))
-        for _ in range(int(rng.poisson(1.5))):
-            scene.add(
-                rng,
-                "person",
-                s - rng.uniform(2.5, 5.5),
-                rng.uniform(left, right),
-                (0.5, 0.5, rng.normal(1.71, 0.1)),
-                rng.choice([-1, 1]) * math.pi / 2,
-            )
-    inner, outer = sorted((0.2 * drive, kerbs[drive] * 0.98))
-    scene.strips.append(Strip(inner, outer, s - 7.0, s - 6.6, ROAD, paint))
-    if rng.random() < 0.75:
-        for at, side in ((s - 6.2, drive), (s - 6.2, -drive), (s + crossing + 1, drive)):
-            if at > 5 and rng.random() < 0.85:
-                height = rng.uniform(2.9, 3.6)
-                scene.add(
-                    rng, "traffic_light", at, kerbs[side] + side * 0.5, (0, 0.44, height), side=side
-                )
-
-
-def _add_traffic(
-    scene: Scene,
-    rng: np.random.Generator,
-    lanes: int,
-    lane: float,
-    drive: int,
-    kerbs: dict[int, float],
-    tram: bool,
-) -> None:
-    """Moving vehicles lane by lane, then riders near the kerb, then the tram on its rails."""
-    tram_s = float(rng.uniform(14, 55)) if tram and rng.random() < 0.9 else None
-    tram_direction = int(rng.choice([-1, 1]))
-    density = rng.uniform(10, 50)  # mean gap in metres
-    for direction in (-1, 1):
-        for index in range(lanes):
-            offset = direction * drive * lane * (index + 0.5)
-            own = abs(offset - scene.camera.lateral) < lane / 2
-            s = rng.uniform(9, 22) if own else rng.uniform(3, 12)
-            s += rng.exponential(density / 2)
-            blocked = tram_s is not None and index == 0 and direction == tram_direction
-            while s < 150:
-                kind = str(
-                    rng.choice(
-                        ["car", "van", "truck", "bus", "motorcyclist"],
-                        p=[0.66, 0.09, 0.11, 0.09, 0.05],
-                    )
-                )
-                if kind == "motorcyclist":
-                    size = (2.1, 0.7, 1.75)
-                else:
-                    size = _vehicle_size(rng, kind)
-                behind_tram = blocked and tram_s - 6 < s + size[0] and s < tram_s + 34
-                if not behind_tram:
-                    turn = (0.0 if direction > 0 else math.pi) + rng.normal(0, 0.02)
-                    scene.add(
-                        rng,
-                        kind,
-                        s + size[0] / 2,
-                        offset + rng.normal(0, 0.15),
-                        size,
-                        turn,
-                        reach=-size[0] / 2,
-                    )
-                s += size[0] + 2 + rng.exponential(density)
-    for direction in (-1, 1):
-        for _ in range(int(rng.poisson(1.1))):
-            s = 6 + rng.exponential(20)
-            kerb = kerbs[direction * drive]
-            inside = rng.uniform(0.7, 1.1) + (2.1 if abs(kerb) > lanes * lane + 1 else 0.0)
-            kind = "cyclist" if rng.random() < 0.75 else "motorcyclist"
-            scene.add(
-                rng,
-                kind,
-                s,
-                kerb - math.copysign(inside, kerb),
-                (1.75, 0.55, 1.75),
-                0.0 if direction > 0 else math.pi,
-            )
-    if tram_s is not None:
-        size = _vehicle_size(rng, "train")
-        scene.add(
-            rng,
-            "train",
-            tram_s + size[0] / 2,
-            tram_direction * drive * 1.7,
-            size,
-            0.0 if tram_direction > 0 else math.pi,
-            reach=-size[0] / 2,
-        )

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from detectron2.config import get_cfg
+from torch import nn
+
+from fishertune_d2 import add_fishertune_config
+from fishertune_d2.engine.optimizer import build_optimizer, carry_state
+
+
+def _cfg(**solver):
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    for key, value in {"BASE_LR": 0.1, "BACKBONE_MULTIPLIER": 0.5, **solver}.items():
+        cfg.merge_from_list([f"SOLVER.{key}", value])
+    return cfg
+
+
+def _model() -> nn.Module:
+    head = nn.ModuleDict(
+        {
+            "linear": nn.Linear(2, 2),
+            "norm": nn.LayerNorm(2),
+            "queries_features": nn.Embedding(3, 2),
+        }
+    )
+    head.level_embed = nn.Parameter(torch.zeros(3, 2))
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": head})
+    model.backbone.bias.requires_grad_(False)
+    return model
+
+
+def test_rates_and_decays_of_each_part():
+    model = _model()
+    optimizer = build_optimizer(_cfg(), model)
+    names = {p: name for name, p in model.named_parameters()}
+    found = {
+        names[p]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert found == {
+        "backbone.weight": (0.05, 0.05),
+        "head.linear.weight": (0.1, 0.05),
+        "head.linear.bias": (0.1, 0.05),
+        "head.norm.weight": (0.1, 0.0),
+        "head.norm.bias": (0.1, 0.0),
+        "head.queries_features.weight": (0.1, 0.0),
+        "head.level_embed": (0.1, 0.0),
+    }
+
+
+def test_moments_are_carried_over():
+    model = _model()
+    old = build_optimizer(_cfg(), model)
+    model.head.linear(torch.ones(1, 2)).sum().backward()
+    old.step()
+    model.backbone.bias.requires_grad_(True)
+    new = build_optimizer(_cfg(), model)
+    carry_state(old, new)
+    weight = model.head.linear.weight
+    assert torch.equal(new.state[weight]["exp_avg"], old.state[weight]["exp_avg"])
+    assert model.backbone.bias not in new.state
+
+
+def test_full_model_clipping_scales_all_gradients_together():
+    model = _model()
+    clip = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 0.5}
+    options = {f"CLIP_GRADIENTS.{key}": value for key, value in clip.items()}
+    optimizer = build_optimizer(_cfg(OPTIMIZER="SGD", MOMENTUM=0.0, **options), model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    norm = sum(float((p.grad**2).sum()) for p in parameters) ** 0.5
+    assert norm == pytest.approx(0.5, rel=1e-4)
+
+
+def test_refuses_an_unknown_optimizer():
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'LION': choose ADAMW or SGD"):
+        build_optimizer(_cfg(OPTIMIZER="LION"), _model())
