@@ -1,8 +1,6 @@
 # The two commands of a newcomer: make demo, make test. Each sets up .venv first, once.
 PYTHON ?= python3
 export PYTHON
-# A thread for each core, and none of the spinning that slows small tensors down.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint setup clean
 
