@@ -62,7 +62,14 @@ def _check_files(name: str, dicts: list[dict[str, Any]]) -> None:
         return
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(_problem, dicts)  # decoding releases the interpreter's lock
-        bar = tqdm(results, total=len(dicts), desc=f"Checking {name}", unit="pair", leave=False)
+        bar = tqdm(
+            results,
+            f"Checking {name}",
+            total=len(dicts),
+            unit="pair",
+            leave=False,
+            disable=None,  # only on a terminal
+        )
         problems = [text for text in bar if text is not None]
     if problems:
         raise DatasetError(f"{name}: {len(problems)} bad files. {some(problems)}")

@@ -34,8 +34,7 @@ def _streets_root() -> Path:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # data folders are often mounted read-only
         root = cache_root() / "streets"
-        _log.info("DETECTRON2_DATASETS cannot hold the built-in data (%s)", error)
-    _log.info("Built-in street scenes lie in %s", root)
+        _log.info("DETECTRON2_DATASETS cannot hold the built-in data (%s): %s does", error, root)
     return ensure_streets(root)
 
 
