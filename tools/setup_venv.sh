@@ -12,9 +12,13 @@ EOF
 if "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("detectron2"))'
 then
     # A Detectron2 of one's own was built against one's own torch, so both are used as they are,
-    # and only what is missing is added.
+    # and only what is missing is added. A .pth line, because --system-site-packages would look past
+    # a virtual environment, to the Python it was made from.
     echo "Using the Detectron2 of $python"
-    "$python" -m venv --system-site-packages .venv
+    "$python" -m venv .venv
+    own=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    here=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import site; site.addsitedir('$own')" >"$here/own_detectron2.pth"
     .venv/bin/python -m pip install --quiet -e '.[dev]'
 else
     echo "Setting up .venv (torch and its libraries take several GB, once)"
