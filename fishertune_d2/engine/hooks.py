@@ -144,6 +144,11 @@ class FisherEstimation(HookBase):
         )
         base = sum(p.numel() for p in self.model.backbone.parameters())
         self.selection = Selection.from_scores(self.scores(estimate), self.share, base)
+        self.selection.notes = {
+            "estimator": self.estimator,
+            "images": str(estimate.images),
+            "seed": str(self.seed),
+        }
         self._log(estimate, base)
         if comm.is_main_process():
             estimate.save(self.estimate_file)

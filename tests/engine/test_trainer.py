@@ -53,6 +53,7 @@ def test_three_stages_write_what_they_promise(tiny_cfg):
     backbone = sum(p.numel() for p in trainer.segmentor.backbone.parameters())
     selection = Selection.load(out / "selection.safetensors")
     assert selection.base == backbone
+    assert selection.notes == {"estimator": "closed_form", "images": "4", "seed": "42"}
     assert len(torch.cat(list(selection.indices.values()))) == int(0.05 * backbone)
     estimate = FisherEstimate.load(out / "fisher.safetensors")
     assert estimate.images == 4
