@@ -132,7 +132,14 @@ def _add_solver(cfg: CN) -> None:
 def _add_fisher(cfg: CN) -> None:
     cfg.FISHER = CN()
     # A name in fishertune_d2.fisher.ESTIMATORS.
-    cfg.FISHER.ESTIMATOR = "closed_form"
+    cfg.FISHER.ESTIMATOR = "diagonal"
+    # "ground_truth", or "sampled" from the model's semantic scores (the true Fisher, Eq. 4).
+    cfg.FISHER.LABELS = "ground_truth"
+    # "float32" or "bfloat16" (autocast; sums stay float32).
+    cfg.FISHER.PRECISION = "float32"
+    # A fisher.safetensors that another run wrote after the same warm-up, to select from instead of
+    # estimating again. "": estimate here.
+    cfg.FISHER.ESTIMATE = ""
     # T2: batches drawn for the estimate (ours; the paper's text gives no number), and their size.
     # Eq. 6 needs at least two images in a batch.
     cfg.FISHER.BATCHES = 500
@@ -149,6 +156,8 @@ def _add_fisher(cfg: CN) -> None:
     cfg.FISHER.EPS = 1e-8
 
     cfg.FISHER.PERTURB = CN()
+    # Where Eq. 6 is applied: 0 is the patch embedding, 1, 2, 3 the blocks at 1/3, 1/2, 2/3 (ours).
+    cfg.FISHER.PERTURB.POINTS = [0, 1, 2, 3]
     # Factor on eps_mu and eps_sigma of Eq. 6; 0 switches the simulated shift off.
     cfg.FISHER.PERTURB.STRENGTH = 1.0
     # "image": one pair of numbers per image, shared by channels. "channel": one per image and

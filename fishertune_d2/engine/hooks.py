@@ -6,7 +6,7 @@ tuning stage, ``FisherEstimation`` ranks the weights, and ``ParameterMask`` rest
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from detectron2.engine import HookBase
@@ -18,9 +18,6 @@ from fishertune_d2.fisher import (
     KINDS,
     FisherEstimate,
     Selection,
-    StatisticsPerturbation,
-    estimate_fisher,
-    find_candidates,
     overlap,
     relative_change,
     tuned_share,
@@ -81,47 +78,38 @@ class WarmupFreeze(HookBase):
 class FisherEstimation(HookBase):
     """Ranks the backbone's weights once, at one iteration (Algorithm 1, step 2).
 
-    Writes ``fisher.safetensors`` (F(x), F(x')) and ``selection.safetensors`` (the ranked choice)
-    into ``output_dir``. A run resumed after that iteration reads the selection back, and refuses
-    one that is not the one it was trained with.
+    Writes ``fisher.safetensors`` (F(x), F(x'), where a method needs them) and
+    ``selection.safetensors`` (the ranked choice) into ``output_dir``. A run resumed after that
+    iteration reads the selection back, and refuses one that is not the one it was trained with.
 
     Args:
-        model: the segmentor, without DDP wrapper; its ``backbone`` holds the candidates.
-        batches: returns the T2 batches of the source to estimate from.
-        scores: from the estimate to one score per weight.
-        perturb: Eq. 6 for the simulated shift.
+        estimate: measures F(x) and F(x') on the trainer's model, or returns None if the method
+            needs neither; see :func:`~fishertune_d2.fisher.estimate_fisher`.
+        scores: from what ``estimate`` returned to one score per weight.
         start: iteration before which to estimate, T1.
         share: the largest share that will be tuned, d_max.
+        base: number of parameters that it is a share of: all of the backbone's.
         output_dir: where the files go.
-        estimator: see :func:`~fishertune_d2.fisher.estimate_fisher`.
-        seed: of the estimate's random numbers.
         eps: guard of dF (Eq. 5) in the log's comparison with dF alone.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        batches: Callable[[], Iterable[Sequence]],
-        scores: Callable[[FisherEstimate], Mapping[str, Tensor]],
-        perturb: StatisticsPerturbation,
+        estimate: Callable[[], FisherEstimate | None],
+        scores: Callable[[FisherEstimate | None], Mapping[str, Tensor]],
         *,
         start: int,
         share: float,
+        base: int,
         output_dir: str | Path,
-        estimator: str = "closed_form",
-        seed: int = 0,
         eps: float = 1e-8,
     ):
-        self.model = model
-        self.batches = batches
+        self.estimate = estimate
         self.scores = scores
-        self.perturb = perturb
         self.start = start
         self.share = share
-        self.estimator = estimator
-        self.seed = seed
+        self.base = base
         self.eps = eps
-        self.candidates = find_candidates(model.backbone)
         self.selection: Selection | None = None
         self.selection_file = Path(output_dir) / "selection.safetensors"
         self.estimate_file = Path(output_dir) / "fisher.safetensors"
@@ -131,27 +119,14 @@ class FisherEstimation(HookBase):
         """Estimates and selects, at ``start``."""
         if self.trainer.iter != self.start:
             return
-        logger.info("Estimating the Fisher information; no weight changes meanwhile")
-        estimate = estimate_fisher(
-            self.model,
-            self.batches(),
-            sum_of_losses,
-            self.candidates,
-            estimator=self.estimator,
-            perturb=self.perturb,
-            seed=self.seed,
-            progress=comm.is_main_process(),
-        )
-        base = sum(p.numel() for p in self.model.backbone.parameters())
-        self.selection = Selection.from_scores(self.scores(estimate), self.share, base)
-        self.selection.notes = {
-            "estimator": self.estimator,
-            "images": str(estimate.images),
-            "seed": str(self.seed),
-        }
-        self._log(estimate, base)
+        estimate = self.estimate()
+        self.selection = Selection.from_scores(self.scores(estimate), self.share, self.base)
+        if estimate is not None:
+            self.selection.notes = {**estimate.notes, "images": str(estimate.images)}
+            self._log(estimate)
         if comm.is_main_process():
-            estimate.save(self.estimate_file)
+            if estimate is not None:
+                estimate.save(self.estimate_file)
             self.selection.save(self.selection_file)
         comm.synchronize()
         self._digest = _digest(self.selection_file)
@@ -180,13 +155,13 @@ class FisherEstimation(HookBase):
             )
         self.selection = Selection.load(self.selection_file)
 
-    def _log(self, estimate: FisherEstimate, base: int) -> None:
+    def _log(self, estimate: FisherEstimate) -> None:
         alone = {
             "F": estimate.f,
             "dF": relative_change(estimate.f, estimate.shifted, self.eps),
         }
         shares = {
-            name: overlap(self.selection, Selection.from_scores(scores, self.share, base))
+            name: overlap(self.selection, Selection.from_scores(scores, self.share, self.base))
             for name, scores in alone.items()
         }
         self.trainer.storage.put_scalars(
@@ -278,11 +253,6 @@ def selection_table(counts: Mapping[tuple[str, int], int]) -> str:
     rows = [[*row, sum(row[1:])] for row in rows]
     rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
     return tabulate(rows, headers=["block", *KINDS, "all"], intfmt=",", disable_numparse=[0])
-
-
-def sum_of_losses(model: nn.Module, batch: Sequence[dict]) -> Tensor:
-    """The loss of a Detectron2 model in training mode: the sum of its named losses, a scalar."""
-    return sum(model(batch).values())
 
 
 def _digest(path: Path) -> str:

@@ -19,16 +19,26 @@ from torch.utils.data import DataLoader
 
 from fishertune_d2.compat import wrap_for_ranks
 from fishertune_d2.data import SegmentationMapper, build_train_loader, load_datasets
-from fishertune_d2.fisher import StatisticsPerturbation, tuned_share
+from fishertune_d2.fisher import (
+    FisherEstimate,
+    StatisticsPerturbation,
+    estimate_fisher,
+    find_candidates,
+    tuned_share,
+)
 from fishertune_d2.tuning import build_tuning_method
 
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
+from .image_losses import SegmentationLoss
 from .optimizer import build_optimizer, carry_state, is_backbone
 from .scoring import score_datasets
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("warmup", "tuning")
+# FISHER.PRECISION: what autocast computes the estimate's losses and gradients in. Never float16,
+# in which squares of gradients underflow.
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class Trainer(DefaultTrainer):
@@ -50,7 +60,8 @@ class Trainer(DefaultTrainer):
         """Builds model, data and hooks; trains nothing yet.
 
         Raises:
-            ValueError: if SEED is negative, or warm-up would outlast training.
+            ValueError: if SEED is negative, warm-up would outlast training, or FISHER.PRECISION is
+                unknown.
         """
         if cfg.SEED < 0:
             raise ValueError(
@@ -61,6 +72,10 @@ class Trainer(DefaultTrainer):
             raise ValueError(
                 f"TUNING.WARMUP_ITERS is {cfg.TUNING.WARMUP_ITERS}: choose at least 0 and at most "
                 f"SOLVER.MAX_ITER, {cfg.SOLVER.MAX_ITER}"
+            )
+        if cfg.FISHER.PRECISION not in PRECISIONS:
+            raise ValueError(
+                f"FISHER.PRECISION is {cfg.FISHER.PRECISION!r}: choose from {', '.join(PRECISIONS)}"
             )
         # Not DefaultTrainer's: it wraps with DDP once and for all, and fails to on CPUs.
         TrainerBase.__init__(self)
@@ -143,20 +158,12 @@ class Trainer(DefaultTrainer):
         cfg, start, backbone = self.cfg, self.cfg.TUNING.WARMUP_ITERS, self.segmentor.backbone
         shares = {"d_min": cfg.TUNING.D_MIN, "d_max": cfg.TUNING.D_MAX}
         estimation = FisherEstimation(
-            self.segmentor,
-            self._estimation_batches,
-            self.method.scores,
-            StatisticsPerturbation(
-                backbone.perturbation_points(),
-                num_prefix_tokens=backbone.num_prefix_tokens,
-                strength=cfg.FISHER.PERTURB.STRENGTH,
-                eps_mode=cfg.FISHER.PERTURB.EPS_MODE,
-            ),
+            self._estimate,
+            lambda estimate: self.method.scores(backbone, estimate),
             start=start,
             share=tuned_share(1.0, **shares, form=cfg.TUNING.SCHEDULE),
+            base=sum(p.numel() for p in backbone.parameters()),
             output_dir=cfg.OUTPUT_DIR,
-            estimator=cfg.FISHER.ESTIMATOR,
-            seed=cfg.SEED,
             eps=cfg.FISHER.EPS,
         )
         mask = ParameterMask(
@@ -168,6 +175,35 @@ class Trainer(DefaultTrainer):
             **shares,
         )
         return [estimation, mask]
+
+    def _estimate(self) -> FisherEstimate | None:
+        """F(x) and F(x') of the backbone, measured or from FISHER.ESTIMATE."""
+        fisher, backbone = self.cfg.FISHER, self.segmentor.backbone
+        if not self.method.estimates:
+            return None
+        if fisher.ESTIMATE:
+            logger.info("Taking the Fisher information from %s", fisher.ESTIMATE)
+            return FisherEstimate.load(fisher.ESTIMATE).to(self.segmentor.device)
+        logger.info("Estimating the Fisher information; no weight changes meanwhile")
+        points = backbone.perturbation_points()
+        perturb = StatisticsPerturbation(
+            [points[i] for i in fisher.PERTURB.POINTS],
+            num_prefix_tokens=backbone.num_prefix_tokens,
+            strength=fisher.PERTURB.STRENGTH,
+            eps_mode=fisher.PERTURB.EPS_MODE,
+        )
+        return estimate_fisher(
+            self.segmentor,
+            self._estimation_batches(),
+            SegmentationLoss(),
+            find_candidates(backbone),
+            estimator=fisher.ESTIMATOR,
+            labels=fisher.LABELS,
+            perturb=perturb,
+            seed=self.cfg.SEED,
+            progress=comm.is_main_process(),
+            autocast=PRECISIONS[fisher.PRECISION],
+        )
 
     def _estimation_batches(self) -> Iterator[list[dict]]:
         """T2 batches of the training data, in another order than training sees."""

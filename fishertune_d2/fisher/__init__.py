@@ -1,24 +1,43 @@
 """Which weights of a vision foundation model to tune. Pure PyTorch: knows nothing of Detectron2."""
 
+from .batch_losses import image_seeds, seeded
 from .candidates import KINDS, Candidate, find_candidates
-from .estimate import ESTIMATORS, FisherEstimate, estimate_fisher
+from .closed_form import ClosedForm
+from .diagonal import Diagonal, DiagonalLoop
+from .estimate import ESTIMATORS, LABELS, Estimator, FisherEstimate, estimate_fisher
+from .free_energy import FreeEnergy
+from .likelihood import SoftmaxLikelihood, sampled_nll
+from .natural import Natural
 from .perturb import StatisticsPerturbation
 from .schedule import tuned_share
 from .score import domain_related_fisher, relative_change
 from .selection import Selection, count_of_share, overlap
+from .variational import Variational
 
 __all__ = [
     "ESTIMATORS",
     "KINDS",
+    "LABELS",
     "Candidate",
+    "ClosedForm",
+    "Diagonal",
+    "DiagonalLoop",
+    "Estimator",
     "FisherEstimate",
+    "FreeEnergy",
+    "Natural",
     "Selection",
+    "SoftmaxLikelihood",
     "StatisticsPerturbation",
+    "Variational",
     "count_of_share",
     "domain_related_fisher",
     "estimate_fisher",
     "find_candidates",
+    "image_seeds",
     "overlap",
     "relative_change",
+    "sampled_nll",
+    "seeded",
     "tuned_share",
 ]

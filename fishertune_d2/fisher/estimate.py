@@ -1,19 +1,11 @@
-"""The diagonal Fisher information on x and on its simulated shift x' (Eq. 4, 8, 9).
+"""F(x) and F(x'): the estimate, its file, and the loop over batches that makes it (Eq. 4 to 14)."""
 
-For each weight n, over the images i:
-
-    F_n = mean_i (d L_i / d theta_n)^2
-
-**Reduction**: L_i is the loss of one image, with whatever reduction over its own pixels the loss
-has; the square is taken per image; the mean runs over images, and over all processes. The square
-of a batch-mean gradient is a different and smaller number. Scaling every loss by c scales F by
-c^2, which no ranking sees, except where ``eps`` of Eq. 5 is compared with F.
-"""
-
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -21,10 +13,37 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .batch_losses import BatchLosses, LossFn, mixed_seed
 from .candidates import Candidate
+from .closed_form import ClosedForm
+from .diagonal import Diagonal, DiagonalLoop
+from .natural import Natural
 from .perturb import StatisticsPerturbation
+from .processes import rank_and_size, sum_over_processes
+from .variational import Variational
 
-LossFn = Callable[[nn.Module, Sequence], Tensor]
+
+class Estimator(Protocol):
+    """Gathers F over batches of one domain, x or x'."""
+
+    def update(self, losses: BatchLosses) -> None:
+        """Takes in one batch."""
+
+    def fresh(self) -> "Estimator":
+        """Another one with the same options, that has seen nothing."""
+
+    def fisher(self) -> dict[str, Tensor]:
+        """F by parameter name, over all processes, so far; 0 for what is no candidate."""
+
+
+ESTIMATORS: dict[str, Callable[[Sequence[Candidate]], Estimator]] = {
+    "diagonal": Diagonal,
+    "diagonal_loop": DiagonalLoop,
+    "closed_form": ClosedForm,
+    "variational": Variational,
+    "natural": Natural,
+}
+LABELS = ("ground_truth", "sampled")
 
 
 @dataclass
@@ -36,12 +55,14 @@ class FisherEstimate(Mapping[str, Tensor]):
         shifted: the same on x'; empty if no perturbation was given.
         shift_weight: mean over images of exp(-(|eps_mu| + |eps_sigma|)), in (0, 1].
         images: how many images went into the mean.
+        notes: how it was made (estimator, labels, seed, strength of the shift), as strings.
     """
 
     f: dict[str, Tensor]
     shifted: dict[str, Tensor]
     shift_weight: float
     images: int
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.f[name]
@@ -52,12 +73,21 @@ class FisherEstimate(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.f)
 
+    def to(self, device: torch.device | str) -> "FisherEstimate":
+        """The same on another device."""
+        f, shifted = (
+            {name: value.to(device) for name, value in part.items()}
+            for part in (self.f, self.shifted)
+        )
+        return replace(self, f=f, shifted=shifted)
+
     def save(self, path: str | Path) -> None:
         """Writes the estimate as a safetensors file."""
         tensors = {f"f/{name}": value.cpu().contiguous() for name, value in self.f.items()}
         tensors |= {f"shifted/{name}": v.cpu().contiguous() for name, v in self.shifted.items()}
         numbers = {"shift_weight": repr(self.shift_weight), "images": str(self.images)}
-        save_file(tensors, str(path), metadata={"format": "fisher_estimate", **numbers})
+        texts = {"format": "fisher_estimate", "notes": json.dumps(self.notes)}
+        save_file(tensors, str(path), metadata={**texts, **numbers})
 
     @classmethod
     def load(cls, path: str | Path) -> "FisherEstimate":
@@ -79,6 +109,7 @@ class FisherEstimate(Mapping[str, Tensor]):
             tensors["shifted"],
             float(metadata["shift_weight"]),
             int(metadata["images"]),
+            json.loads(metadata["notes"]),
         )
 
 
@@ -88,128 +119,126 @@ def estimate_fisher(
     loss_fn: LossFn,
     candidates: Sequence[Candidate],
     *,
-    estimator: str = "closed_form",
+    estimator: str | Callable[[Sequence[Candidate]], Estimator] = "diagonal",
+    labels: str = "ground_truth",
     perturb: StatisticsPerturbation | None = None,
     seed: int = 0,
     progress: bool = True,
+    autocast: torch.dtype | None = None,
 ) -> FisherEstimate:
     """Measures F(x), and F(x') if a perturbation is given, without changing any weight.
 
     x and x' see the same random numbers (a loss that draws points draws the same ones), so that
     their difference is the shift's, and exactly 0 if the shift is switched off. Dropout and
     stochastic depth are off meanwhile. Where a process group exists, every process gives its own
-    batches, and sums are reduced over processes before the mean is taken.
+    batches, as many as the others, and sums are reduced over processes before the mean is taken.
+    Random numbers belong to the k-th batch of all, which is batch k // W of process k % W.
 
     Args:
         model: any module that holds the candidates; its mode and weights stay as they are.
         batches: each a sequence of B images (or dicts, or a tensor) that ``batch[i : i + 1]``
             splits; B of at least 2, or x' is x.
-        loss_fn: ``(model, batch) -> (B,)``, one loss per image of the batch. It is called on
-            batches of one, and without gradients on whole batches to measure Eq. 6's statistics.
+        loss_fn: ``(model, batch) -> (B,)``, one loss per image of the batch, whatever its own
+            reduction over pixels. An image's loss must not depend on the rest of its batch.
         candidates: what :func:`~fishertune_d2.fisher.find_candidates` found in ``model``.
-        estimator: a key of :data:`ESTIMATORS`.
+        estimator: a key of :data:`ESTIMATORS`, or a function from the candidates to an estimator,
+            such as ``partial(Variational, resolution="row")``.
+        labels: ``"ground_truth"``, those in the batch (the empirical Fisher), or ``"sampled"``,
+            drawn from the model (Eq. 4's expectation): then ``loss_fn.sampled(model, batch)`` is
+            called instead, which must return the negative log-likelihood of labels that it draws
+            from the model's own distribution, (B,); see
+            :class:`~fishertune_d2.fisher.SoftmaxLikelihood`.
         perturb: Eq. 6 with the points to perturb.
         seed: of the perturbation's and the loss's random numbers.
         progress: show a bar, on a terminal.
+        autocast: ``torch.bfloat16`` to compute losses and gradients under autocast; None not to.
+            Sums are float32 in any case, and an autocast that is on outside is switched off.
 
     Returns:
         The estimate, on the device of the parameters.
 
     Raises:
-        ValueError: if there is no batch, or ``estimator`` is unknown.
-        FloatingPointError: if a gradient is not finite, with the parameter's name and the image.
+        ValueError: if there is no batch or no candidate, an argument is unknown, or model and loss
+            do not fit the estimator.
+        FloatingPointError: if a loss or gradient is not finite, with the parameter's name and the
+            image.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}: choose from {sorted(ESTIMATORS)}")
-    with _dropout_off(model):
-        return ESTIMATORS[estimator](
-            model, tqdm(batches, "Fisher", disable=None if progress else True), loss_fn,
-            candidates, perturb, seed,
-        )  # fmt: skip
-
-
-def _squares_by_image(
-    model: nn.Module,
-    batches: Iterable[Sequence],
-    loss_fn: LossFn,
-    candidates: Sequence[Candidate],
-    perturb: StatisticsPerturbation | None,
-    seed: int,
-) -> FisherEstimate:
-    """Eq. 9 as a plain loop: one backward pass for each image, on x and on x'."""
-    parameters = {c.name: c.parameter for c in candidates}
-    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    shifted = {name: torch.zeros_like(t) for name, t in total.items()} if perturb else {}
-    device = next(iter(total.values())).device
+    name = str(estimator)
+    if isinstance(estimator, str):
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {estimator!r}: choose from {sorted(ESTIMATORS)}")
+        estimator = ESTIMATORS[estimator]
+    if autocast not in (None, torch.bfloat16):
+        raise ValueError(
+            f"autocast must be None or torch.bfloat16: got {autocast}; squares of gradients "
+            "underflow in float16"
+        )
+    if not candidates:
+        raise ValueError("there is no candidate to estimate the Fisher information of")
+    loss_fn = _with_labels(loss_fn, labels)
+    notes = {"estimator": name, "labels": labels, "seed": str(seed)}
+    if perturb is not None:
+        notes |= {"strength": str(perturb.strength), "eps_mode": perturb.eps_mode}
+    rank, world = rank_and_size()
+    device = candidates[0].parameter.device
+    on_x = estimator(candidates)
+    on_shifted = on_x.fresh()
+    domains = [(None, on_x)] + ([(perturb, on_shifted)] if perturb is not None else [])
     # Images seen and the sum of their shift weights; float64 to count exactly.
     counts = torch.zeros(2, dtype=torch.float64, device=device)
 
-    for step, batch in enumerate(batches):
-        if perturb is not None:
-            with _seeded(seed, _rank(), step, -1), torch.no_grad(), perturb.drawing():
-                loss_fn(model, batch)
-            counts[1] += perturb.weights().sum().item()
-        for i in range(len(batch)):
-            one, place = batch[i : i + 1], f"image {i} of batch {step}"
-            with _seeded(seed, _rank(), step, i):
-                _add_squares(total, loss_fn(model, one), parameters, place)
+    with _dropout_off(model), _requiring_gradients(candidates):
+        for step, batch in enumerate(tqdm(batches, "Fisher", disable=None if progress else True)):
+            for shift, gathered in domains:
+                gathered.update(
+                    BatchLosses(
+                        model,
+                        batch,
+                        loss_fn,
+                        perturb=shift,
+                        seed=mixed_seed(seed, step * world + rank),
+                        name=f"batch {step}",
+                        autocast=autocast,
+                        device_type=device.type,
+                    )
+                )
+            counts[0] += len(batch)
             if perturb is not None:
-                with _seeded(seed, _rank(), step, i), perturb.replaying(i):
-                    _add_squares(shifted, loss_fn(model, one), parameters, f"shifted {place}")
-        counts[0] += len(batch)
+                counts[1] += perturb.weights().sum().item()
 
-    if _is_distributed():
-        for tensor in [counts, *total.values(), *shifted.values()]:
-            torch.distributed.all_reduce(tensor)
-    images = int(counts[0])
+    sum_over_processes([counts])
+    images, weights = counts.tolist()
     if images == 0:
         raise ValueError("no batch to estimate the Fisher information from")
-    for tensor in [*total.values(), *shifted.values()]:
-        tensor.div_(images)
-    for name in total:
-        keep = _candidate_rows(name, total[name], candidates)
-        for sums in (total, shifted) if perturb else (total,):
-            sums[name][~keep] = 0.0
-    weight = counts[1].item() / images if perturb else 1.0
-    return FisherEstimate(total, shifted, weight, images)
+    f = on_x.fisher()
+    shifted = on_shifted.fisher() if perturb is not None else {}
+    _require_finite_sums(f, shifted)
+    return FisherEstimate(
+        f, shifted, weights / images if perturb is not None else 1.0, int(images), notes
+    )
 
 
-# With the constants gamma and tau of Eq. 11, the closed-form minimiser of the free energy is
-# Lambda = F / gamma + tau^-2 (score.py), so what has to be measured is F itself.
-ESTIMATORS = {"closed_form": _squares_by_image}
+def _with_labels(loss_fn: LossFn, labels: str) -> LossFn:
+    if labels not in LABELS:
+        raise ValueError(f"unknown labels {labels!r}: choose from {LABELS}")
+    if labels == "ground_truth":
+        return loss_fn
+    if not hasattr(loss_fn, "sampled"):
+        raise ValueError(
+            f"labels='sampled' needs a loss_fn with a method sampled(model, batch) -> (B,): "
+            f"{loss_fn} has none; a classifier's is SoftmaxLikelihood"
+        )
+    return loss_fn.sampled
 
 
-def _add_squares(
-    sums: dict[str, Tensor], loss: Tensor, parameters: dict[str, nn.Parameter], place: str
-) -> None:
-    names = list(parameters)
-    gradients = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
-    for name, gradient in zip(names, gradients, strict=True):
-        if gradient is None:  # a parameter the loss does not reach has no influence on it
-            continue
-        if not torch.isfinite(gradient).all():
-            raise FloatingPointError(f"the gradient of {name} is not finite on {place}")
-        sums[name].addcmul_(gradient.float(), gradient.float())
-
-
-def _candidate_rows(name: str, like: Tensor, candidates: Sequence[Candidate]) -> Tensor:
-    keep = torch.zeros(like.shape[0], dtype=torch.bool, device=like.device)
-    for candidate in candidates:
-        if candidate.name == name:
-            keep[candidate.rows] = True
-    return keep
-
-
-@contextmanager
-def _seeded(*numbers: int) -> Iterator[None]:
-    """Random numbers that depend on ``numbers`` alone; the global state is put back after."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 1_000_003 + number + 7) % (2**63)
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(mixed)
-        yield
+def _require_finite_sums(*estimates: Mapping[str, Tensor]) -> None:
+    # Each gradient was finite, but a square may overflow.
+    for estimate in estimates:
+        for name, value in estimate.items():
+            if not value.isfinite().all():
+                raise FloatingPointError(
+                    f"the Fisher information of {name} overflows {value.dtype}: scale the loss down"
+                )
 
 
 @contextmanager
@@ -225,9 +254,14 @@ def _dropout_off(model: nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _is_distributed() else 0
+@contextmanager
+def _requiring_gradients(candidates: Sequence[Candidate]) -> Iterator[None]:
+    """Candidates of a frozen model can be measured too; the flags are put back after."""
+    frozen = [c.parameter for c in candidates if not c.parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -78,10 +78,14 @@ class StatisticsPerturbation:
         self._drawn: list[_Shift] = []
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Perturbs one forward pass over a batch, drawing eps and Sigma, which are then kept."""
+    def drawing(self, generator: torch.Generator | None = None) -> Iterator[None]:
+        """Perturbs one forward pass over a batch, drawing eps and Sigma, which are then kept.
+
+        Args:
+            generator: to draw eps from, on the CPU; by default torch's own.
+        """
         self._drawn = []
-        apply = bool(torch.rand(()) < self.p)
+        apply = bool(torch.rand((), generator=generator) < self.p)
         shared: list[tuple[Tensor, Tensor]] = []
 
         def hook(module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
@@ -90,7 +94,8 @@ class StatisticsPerturbation:
             if self.eps_mode == "channel" or not shared:
                 shape = mu.shape if self.eps_mode == "channel" else (len(mu), 1, 1)
                 scale = self.strength if apply else 0.0
-                shared[:] = [(scale * torch.randn(shape).to(mu), scale * torch.randn(shape).to(mu))]
+                drawn = (torch.randn(shape, generator=generator) for _ in range(2))
+                shared[:] = [tuple(scale * eps.to(mu) for eps in drawn)]
             eps_mu, eps_sigma = shared[0]
             shift = _Shift(eps_mu, eps_sigma, _spread(mu), _spread(sigma))
             self._drawn.append(shift)

@@ -37,7 +37,13 @@ class Mask2FormerCriterion(Mask2FormerLoss):
 
     transformers asks accelerate for the processes, which knows nothing of a group that
     Detectron2's launcher made: each process would divide by its own count.
+
+    Attributes:
+        across_processes: False to count this process's masks only, as the loss of a single image
+            must, or it would depend on what other processes hold.
     """
+
+    across_processes = True
 
     def get_num_masks(self, class_labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
         """Counts the target masks.
@@ -50,9 +56,10 @@ class Mask2FormerCriterion(Mask2FormerLoss):
             Scalar: masks per process, averaged over processes, and at least 1.
         """
         count = torch.tensor(float(sum(len(labels) for labels in class_labels)), device=device)
-        if comm.get_world_size() > 1:
+        if self.across_processes and comm.get_world_size() > 1:
             torch.distributed.all_reduce(count)
-        return (count / comm.get_world_size()).clamp(min=1)
+            count /= comm.get_world_size()
+        return count.clamp(min=1)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -186,6 +193,33 @@ class Mask2FormerHead(nn.Module):
                 decoded.intermediate_hidden_states, decoded.masks_queries_logits, strict=True
             )
         ]
+
+    def loss_of_image(
+        self,
+        predictions: list[tuple[torch.Tensor, torch.Tensor]],
+        targets: torch.Tensor,
+        image: int,
+    ) -> torch.Tensor:
+        """The sum of the weighted losses of one image, as if it were a batch of its own.
+
+        The losses of a batch divide by numbers of the whole batch (of masks, of class weights), so
+        they are no sum over images.
+
+        Args:
+            predictions: what `predict` returns for the batch.
+            targets: (B, H, W) int64.
+            image: its index in the batch.
+
+        Returns:
+            A scalar. Raises as `losses` does.
+        """
+        one = slice(image, image + 1)
+        self.criterion.across_processes = False
+        try:
+            own = [(classes[one], masks[one]) for classes, masks in predictions]
+            return sum(self.losses(own, targets[one]).values())
+        finally:
+            self.criterion.across_processes = True
 
     def losses(
         self, predictions: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor

@@ -124,6 +124,26 @@ class VFMSegmentor(nn.Module):
             KeyError: if an image comes without ``sem_seg``.
             ValueError: if ``sem_seg`` has another size than its image.
         """
+        features, targets = self.features_and_targets(batched_inputs)
+        _, losses = self.sem_seg_head(features, targets)
+        return losses
+
+    def features_and_targets(
+        self, batched_inputs: list[dict]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Checks and stacks a batch, and passes it through the backbone.
+
+        Args:
+            batched_inputs: dicts with ``image`` and ``sem_seg``.
+
+        Returns:
+            The backbone's maps, and the class of each pixel, (B, H, W) int64, with the head's
+            ``ignore_value`` where images were padded.
+
+        Raises:
+            KeyError: if an image comes without ``sem_seg``.
+            ValueError: if ``sem_seg`` has another size than its image.
+        """
         for inputs in batched_inputs:
             if "sem_seg" not in inputs:
                 raise KeyError(
@@ -145,8 +165,7 @@ class VFMSegmentor(nn.Module):
             divisor,
             pad_value=self.sem_seg_head.ignore_value,
         )
-        _, losses = self.sem_seg_head(self.backbone(images.tensor), targets.tensor)
-        return losses
+        return self.backbone(images.tensor), targets.tensor
 
     @torch.no_grad()
     def inference(self, batched_inputs: list[dict]) -> list[dict[str, torch.Tensor]]:

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from fishertune_d2.fisher import FisherEstimate, domain_related_fisher, find_candidates
+from fishertune_d2.fisher import FisherEstimate, domain_related_fisher
 
-from .registry import TUNING_REGISTRY, TuningMethod
+from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod
 
 
-class FisherTune(TuningMethod):
+class FisherTune(SelectiveMethod):
     """Trains the candidates of Eq. 3 that DRF (Eq. 7, 15) ranks highest.
 
     Args:
@@ -18,16 +18,10 @@ class FisherTune(TuningMethod):
             :func:`~fishertune_d2.fisher.domain_related_fisher`, also for the other arguments.
     """
 
-    selects = True
-
     def __init__(self, *, form: str, gamma: float, tau: float, eps: float, rho: float):
         self.score_options = {"form": form, "gamma": gamma, "tau": tau, "eps": eps, "rho": rho}
 
-    def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that hold a candidate: whole tensors, of which a selection moves."""
-        return {c.name: c.parameter for c in find_candidates(backbone)}
-
-    def scores(self, estimate: FisherEstimate) -> Mapping[str, Tensor]:
+    def scores(self, backbone: nn.Module, estimate: FisherEstimate) -> Mapping[str, Tensor]:
         """DRF."""
         return domain_related_fisher(
             estimate.f, estimate.shifted, estimate.shift_weight, **self.score_options

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from fishertune_d2.fisher import FisherEstimate
+from fishertune_d2.fisher import FisherEstimate, find_candidates
 
 TUNING_REGISTRY = Registry("TUNING")
 
@@ -20,10 +20,12 @@ class TuningMethod:
 
     Attributes:
         selects: whether only the best-scored weights of the parameters move. If so, the trainer
-            estimates the Fisher information after warm-up and calls :meth:`scores`.
+            calls :meth:`scores` after warm-up.
+        estimates: whether :meth:`scores` needs the Fisher information; only read if ``selects``.
     """
 
     selects = False
+    estimates = True
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """The backbone's parameters that the optimizer holds in the tuning stage, by name.
@@ -34,9 +36,24 @@ class TuningMethod:
         """
         raise NotImplementedError
 
-    def scores(self, estimate: FisherEstimate) -> Mapping[str, Tensor]:
-        """One score for each weight of the parameters; only called if ``selects``."""
+    def scores(self, backbone: nn.Module, estimate: FisherEstimate | None) -> Mapping[str, Tensor]:
+        """One score for each weight of the parameters; only called if ``selects``.
+
+        Args:
+            backbone: as in :meth:`parameters`.
+            estimate: F(x) and F(x'); None if not ``estimates``.
+        """
         raise NotImplementedError
+
+
+class SelectiveMethod(TuningMethod):
+    """Base class of the methods that choose among the candidates of Eq. 3."""
+
+    selects = True
+
+    def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that hold a candidate: whole tensors, of which a selection moves."""
+        return {c.name: c.parameter for c in find_candidates(backbone)}
 
 
 def build_tuning_method(cfg: CfgNode) -> TuningMethod:

@@ -63,7 +63,9 @@ def test_is_not_the_square_of_the_mean_gradient():
     candidate = Candidate("w", "Q", 0, weight, slice(0, 1), 1)
     # Gradients +1 and -1: the mean gradient is 0, the mean square is 1.
     batches = [torch.tensor([1.0, -1.0])]
-    estimate = estimate_fisher(nn.Module(), batches, lambda m, x: weight * x, [candidate])
+    estimate = estimate_fisher(
+        nn.Module(), batches, lambda m, x: weight * x, [candidate], estimator="diagonal_loop"
+    )
     assert estimate["w"].item() == 1.0
 
 
@@ -118,10 +120,9 @@ def test_refuses():
     weight = nn.Parameter(torch.ones(1))
     candidate = Candidate("w", "Q", 0, weight, slice(0, 1), 1)
     model = nn.Module()
-    batches = [torch.tensor([1.0, torch.inf])]
     with pytest.raises(ValueError, match="no batch"):
         estimate_fisher(model, [], lambda m, b: weight, [candidate])
     with pytest.raises(ValueError, match="unknown estimator 'laplace': choose from"):
         estimate_fisher(model, [], lambda m, b: weight, [candidate], estimator="laplace")
-    with pytest.raises(FloatingPointError, match="of w is not finite on image 1 of batch 0"):
-        estimate_fisher(model, batches, lambda m, b: weight * b, [candidate])
+    with pytest.raises(ValueError, match="unknown labels 'mine': choose from"):
+        estimate_fisher(model, [], lambda m, b: weight, [candidate], labels="mine")

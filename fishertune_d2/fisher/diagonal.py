@@ -1,0 +1,247 @@
+"""The diagonal Fisher information (Eq. 8, 9): squares of per-image gradients, two ways.
+
+For each weight n, over the images i of all processes:
+
+    F_n = mean_i (d L_i / d theta_n)^2
+
+**Reduction**: L_i is the loss of one image, with whatever reduction over its own pixels the loss
+has; the square is taken per image; the mean runs over images. The square of a batch-mean gradient
+is a different and smaller number. Scaling every loss by c scales F by c^2, which no ranking sees,
+except where ``eps`` of Eq. 5 is compared with F.
+
+Shapes: B images, T tokens of an image; x (B, T, in), g (B, T, out), weight (out, in).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .batch_losses import BatchLosses
+from .candidates import Candidate
+from .linear_calls import LinearCall, LinearCalls
+from .processes import sum_over_processes
+
+# What the products of the batched way may take beside what a backward pass takes, in bytes; or
+# one weight's size, if that is more.
+CHUNK_BYTES = 64 * 2**20
+
+
+class DiagonalLoop:
+    """The reference: one forward and one backward pass for each image.
+
+    Works for any loss and any model. Memory: the gradients of one image and one number per weight.
+
+    Args:
+        candidates: whose squares to sum.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate]):
+        self.candidates = candidates
+        self.parameters = {c.name: c.parameter for c in candidates}
+        self.rows = row_ranges(candidates)
+        self.sums = zeros_like_parameters(self.parameters)
+        self.images = 0
+
+    def fresh(self) -> "DiagonalLoop":
+        """Another one that has seen nothing."""
+        return type(self)(self.candidates)
+
+    def update(self, losses: BatchLosses) -> None:
+        """Adds the squares of a batch.
+
+        Raises:
+            FloatingPointError: if a gradient is not finite, with the parameter's name and the
+                image.
+        """
+        self.images += losses.size
+        for image in range(losses.size):
+            gradients = torch.autograd.grad(
+                losses.alone(image), list(self.parameters.values()), allow_unused=True
+            )
+            for name, gradient in zip(self.parameters, gradients, strict=True):
+                if gradient is None:  # a parameter the loss does not reach has no influence on it
+                    continue
+                if not gradient.isfinite().all():
+                    raise FloatingPointError(
+                        f"the gradient of {name} is not finite on {losses.place(image)}"
+                    )
+                for rows in self.rows[name]:
+                    part = gradient[rows].to(self.sums[name].dtype)
+                    self.sums[name][rows].addcmul_(part, part)
+
+    def fisher(self) -> dict[str, Tensor]:
+        """F by parameter name; sums over processes, so every process must call it."""
+        return mean_over_images(self.sums, self.images)
+
+
+class Diagonal(DiagonalLoop):
+    """The same from one forward and one backward pass for each batch.
+
+    The gradient of image i in a linear layer is g_i^T x_i, with x the layer's input and g the
+    gradient of its output, so both are caught in one pass over the batch. It costs the
+    multiplications of the loop, without its many small passes. Extra memory: the inputs of the
+    candidate layers, which a backward pass keeps anyway, and :data:`CHUNK_BYTES`.
+
+    Needs a ``loss_fn`` that passes the whole batch through the model at once, and a model in which
+    images do not meet (no batch statistics) and every candidate is used by one linear layer, once.
+    """
+
+    def update(self, losses: BatchLosses) -> None:
+        """Adds the squares of a batch.
+
+        Raises:
+            ValueError: if the model does not fit; says what to use instead.
+            FloatingPointError: if a gradient is not finite, with the parameter's name and the
+                image.
+        """
+        self.images += losses.size
+        add_squares(self.sums, self.parameters, self.rows, losses)
+
+
+def add_squares(
+    sums: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    rows: Mapping[str, Sequence[slice]],
+    losses: BatchLosses,
+    linear: Callable[[LinearCall], Tensor] | None = None,
+) -> Tensor:
+    """Adds each image's squared gradients to ``sums``, from one pass over the batch.
+
+    Args:
+        sums: by name, in the parameter's shape.
+        parameters: by name.
+        rows: which rows of each to add to.
+        losses: the batch.
+        linear: computes a layer's output; by default ``F.linear``.
+
+    Returns:
+        The losses, (B,).
+    """
+    device = next(iter(parameters.values())).device
+    # Only this is differentiated with respect to, so that no gradient of a weight is computed,
+    # and every layer is reached, whichever weights require a gradient.
+    anchor = torch.zeros((), device=device, requires_grad=True)
+    finite: list[tuple[LinearCall, Tensor]] = []
+
+    def catch(call: LinearCall, x: Tensor, g: Tensor) -> None:
+        x, g = (_by_image(tensor, losses.size, call) for tensor in (x.to(g.dtype), g))
+        finite.append((call, g.isfinite().flatten(1).all(1)))
+        _add_products(sums, rows, call, x, g)
+
+    def run(call: LinearCall) -> Tensor:
+        y = linear(call) if linear else F.linear(call.x, call.weight, call.bias)
+        return _Caught.apply(y, anchor, call.x.detach(), partial(catch, call))
+
+    with torch.enable_grad(), LinearCalls(parameters, run) as calls:
+        values = losses.together()
+    missed = [name for name in parameters if name not in calls.seen]
+    _require_unused(values, {name: parameters[name] for name in missed})
+    if calls.seen:
+        torch.autograd.grad(values.sum(), anchor, allow_unused=True)
+    _require_finite(finite, losses)
+    return values.detach()
+
+
+class _Caught(torch.autograd.Function):
+    """The identity on y; in the backward pass it hands x and the gradient of y to a function."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, anchor: Tensor, x: Tensor, catch: Callable) -> Tensor:
+        # An attribute, not save_for_backward: an activation checkpoint counts what is saved.
+        ctx.x, ctx.catch = x, catch
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        ctx.catch(ctx.x, g)
+        ctx.x = ctx.catch = None  # frees the input as soon as a backward pass would
+        return g, g.new_zeros(()), None, None
+
+
+def _by_image(tensor: Tensor, images: int, call: LinearCall) -> Tensor:
+    # Windows folded into the first dimension lie image by image.
+    if tensor.shape[0] % images:
+        raise ValueError(
+            f"{call.names[0]} sees {tuple(tensor.shape)} in a batch of {images} images, which does "
+            "not split by image: use the estimator 'diagonal_loop'"
+        )
+    return tensor.reshape(images, -1, tensor.shape[-1])
+
+
+def _add_products(
+    sums: Mapping[str, Tensor],
+    rows: Mapping[str, Sequence[slice]],
+    call: LinearCall,
+    x: Tensor,
+    g: Tensor,
+) -> None:
+    for part in rows[call.weight_name] if call.weight_name else ():
+        total = sums[call.weight_name][part]
+        chunk = max(1, CHUNK_BYTES // (total.numel() * total.element_size()))
+        for start in range(0, len(x), chunk):
+            some = slice(start, start + chunk)
+            products = torch.bmm(g[some, :, part].mT, x[some]).to(total.dtype)
+            total.add_(products.square_().sum(0))  # Eq. 9, squares per image
+    for name, outputs in call.bias_names:
+        for part in rows[name]:
+            products = g[:, :, outputs][:, :, part].sum(1).to(sums[name].dtype)
+            sums[name][part].add_(products.square_().sum(0))
+
+
+def _require_unused(losses: Tensor, missed: Mapping[str, nn.Parameter]) -> None:
+    """Refuses parameters that the loss reaches in another way than by a linear layer."""
+    if not missed or not losses.requires_grad:
+        return
+    gradients = torch.autograd.grad(
+        losses.sum(), list(missed.values()), retain_graph=True, allow_unused=True
+    )
+    for name, gradient in zip(missed, gradients, strict=True):
+        if gradient is not None:
+            raise ValueError(
+                f"{name} is used otherwise than as the weight or bias of a linear layer: use the "
+                "estimator 'diagonal_loop'"
+            )
+
+
+def _require_finite(finite: Sequence[tuple[LinearCall, Tensor]], losses: BatchLosses) -> None:
+    if not finite or torch.stack([each for _, each in finite]).all():  # one wait for the device
+        return
+    call, each = next((call, each) for call, each in finite if not each.all())
+    image = int((~each).nonzero()[0])
+    raise FloatingPointError(
+        f"the gradient of {call.names[0]} is not finite on {losses.place(image)}"
+    )
+
+
+def row_ranges(candidates: Sequence[Candidate]) -> dict[str, list[slice]]:
+    """The candidate rows of each parameter, neighbouring ranges joined."""
+    ranges: dict[str, list[slice]] = {}
+    for candidate in candidates:
+        rows, known = candidate.rows, ranges.setdefault(candidate.name, [])
+        if known and known[-1].stop == rows.start:
+            known[-1] = slice(known[-1].start, rows.stop)
+        else:
+            known.append(rows)
+    return ranges
+
+
+def zeros_like_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Zeros in each parameter's shape, in float32 at least."""
+    return {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for name, p in parameters.items()
+    }
+
+
+def mean_over_images(sums: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
+    """The sums of all processes, divided by the images of all processes; leaves ``sums`` alone."""
+    first = next(iter(sums.values()))
+    # float64: counts exactly.
+    count = torch.tensor(float(images), dtype=torch.float64, device=first.device)
+    total = {name: value.clone() for name, value in sums.items()}
+    sum_over_processes([count, *total.values()])
+    return {name: value.div_(count.item()) for name, value in total.items()}

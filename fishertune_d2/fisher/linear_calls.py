@@ -1,0 +1,101 @@
+"""Where a forward pass multiplies by a candidate: every ``F.linear`` that uses one.
+
+Caught by the weight's identity, not by module, so that functional calls count too (timm's EVA puts
+its fused projection together from a matrix and separate biases).
+
+Shapes: x (B', ..., in), weight (out, in), bias (out,), y (B', ..., out). B' is B images, or B times
+the windows of each, image by image, as window attention folds them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class LinearCall:
+    """One call of ``F.linear`` in which at least one tensor is, or is joined from, candidates.
+
+    Attributes:
+        x: its input.
+        weight: the matrix.
+        bias: the bias, or None.
+        weight_name: the candidate that the matrix is, or None.
+        bias_names: the candidates that the bias is made of, with the outputs that each is added to.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    weight_name: str | None
+    bias_names: list[tuple[str, slice]] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """All candidates of the call."""
+        own = [] if self.weight_name is None else [self.weight_name]
+        return own + [name for name, _ in self.bias_names]
+
+
+class LinearCalls(TorchFunctionMode):
+    """While entered, hands every ``F.linear`` on a candidate to ``run``, which returns its output.
+
+    Args:
+        parameters: the candidates' parameters by name.
+        run: from the call to its output, (B', ..., out).
+
+    Attributes:
+        seen: names of the parameters that were used so far.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], run: Callable[[LinearCall], Tensor]):
+        super().__init__()
+        self.run = run
+        self.seen: set[str] = set()
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        # Biases that were joined from several parameters; the tensor is kept, or its id would be
+        # given to another.
+        self._joined: dict[int, tuple[Tensor, list[tuple[str, slice]]]] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """See torch.overrides."""
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return self._linear(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.cat:
+            self._join(result, *args, **kwargs)
+        return result
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(bias) in self._names:
+            bias_names = [(self._names[id(bias)], slice(0, len(bias)))]
+        else:
+            bias_names = self._joined.get(id(bias), (None, []))[1]
+        call = LinearCall(input, weight, bias, self._names.get(id(weight)), bias_names)
+        if not call.names:
+            return F.linear(input, weight, bias)
+        for name in call.names:
+            if name in self.seen:
+                raise ValueError(
+                    f"{name} is used twice in one forward pass over a batch, so that the gradient "
+                    "of an image is no single product: use the estimator 'diagonal_loop', or a "
+                    "loss_fn that passes the whole batch through the model at once"
+                )
+            self.seen.add(name)
+        return self.run(call)
+
+    def _join(self, result: Tensor, tensors=(), dim: int = 0, **kwargs) -> None:
+        start, parts = 0, []
+        if result.dim() != 1:
+            return
+        for tensor in tensors:
+            if id(tensor) in self._names:
+                parts.append((self._names[id(tensor)], slice(start, start + len(tensor))))
+            start += len(tensor)
+        if parts:
+            self._joined[id(result)] = (result, parts)

@@ -1,0 +1,45 @@
+"""Either term of DRF by itself: F(x), or dF (Table 4's rows)."""
+
+from collections.abc import Mapping
+
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from fishertune_d2.fisher import FisherEstimate, relative_change
+
+from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod
+
+
+class FisherOnly(SelectiveMethod):
+    """Trains the candidates that matter most for the task, whatever a shift does to them."""
+
+    def scores(self, backbone: nn.Module, estimate: FisherEstimate) -> Mapping[str, Tensor]:
+        """F(x), Eq. 4."""
+        return estimate.f
+
+
+class ChangeOnly(SelectiveMethod):
+    """Trains the candidates that react most to the shift, whether they matter or not.
+
+    Args:
+        eps: guard of the ratio in Eq. 5.
+    """
+
+    def __init__(self, eps: float):
+        self.eps = eps
+
+    def scores(self, backbone: nn.Module, estimate: FisherEstimate) -> Mapping[str, Tensor]:
+        """DF, Eq. 5."""
+        return relative_change(estimate.f, estimate.shifted, self.eps)
+
+
+@TUNING_REGISTRY.register()
+def fisher(cfg: CfgNode) -> TuningMethod:
+    """``TUNING.METHOD fisher``."""
+    return FisherOnly()
+
+
+@TUNING_REGISTRY.register()
+def delta_fisher(cfg: CfgNode) -> TuningMethod:
+    """``TUNING.METHOD delta_fisher``."""
+    return ChangeOnly(cfg.FISHER.EPS)
