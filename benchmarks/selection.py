@@ -56,10 +56,10 @@ def train(name: str, seed: int, config: str, options: list[str], output: Path, t
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder / "stdout.txt", "a") as log:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    for checkpoint in folder.glob("model_0*.pth"):
-        checkpoint.unlink()  # 260 MB each; model_warmup.pth and model_final.pth stay
     if done.returncode:
         return f"{folder}: failed with exit code {done.returncode}, see stdout.txt there"
+    for checkpoint in folder.glob("model_0*.pth"):
+        checkpoint.unlink()  # 260 MB each; model_warmup.pth and model_final.pth stay
     return f"{folder}: done"
 
 
@@ -79,7 +79,9 @@ def run(rows: list[str], seeds: list[int], output: Path, jobs: int) -> None:
             options += ["FISHER.ESTIMATE", str(shared)]
         return train(name, seed, "fishertune", options + ROWS.get(name, []), output, threads)
 
-    first = ["fishertune"] if any(name in SELECTIONS or name == "fishertune" for name in rows) else []
+    first = (
+        ["fishertune"] if any(name in SELECTIONS or name == "fishertune" for name in rows) else []
+    )
     rest = [name for name in rows if name != "fishertune"]
     with ThreadPoolExecutor(jobs) as pool:
         for names in (["freeze"], first, rest):
