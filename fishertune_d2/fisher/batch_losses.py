@@ -100,7 +100,6 @@ class BatchLosses:
         self._drawn = True
 
     def _losses(self, batch: Sequence, images: Sequence[int]) -> Tensor:
-        # Also where autocast is not asked for: one that is on outside must not reach the squares.
         enabled = self._autocast is not None
         token = _measured.set((self.seed, images))
         try:

@@ -187,7 +187,9 @@ def estimate_fisher(
     # Images seen and the sum of their shift weights; float64 to count exactly.
     counts = torch.zeros(2, dtype=torch.float64, device=device)
 
-    with _dropout_off(model), _requiring_gradients(candidates):
+    # An autocast that is on outside must not reach the squares, nor the backward passes.
+    plain = torch.autocast(device.type, enabled=False)
+    with plain, _dropout_off(model), _requiring_gradients(candidates):
         for step, batch in enumerate(tqdm(batches, "Fisher", disable=None if progress else True)):
             for shift, gathered in domains:
                 gathered.update(

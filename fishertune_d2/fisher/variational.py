@@ -10,7 +10,8 @@ the same thing.
 Shapes: x (B, ..., in), y (B, ..., out), weight (out, in).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,10 +26,27 @@ from .processes import sum_over_processes
 
 RESOLUTIONS = ("weight", "row")
 _MIN_VARIANCE = 1e-30  # the square root has no gradient at 0
+# Far from the optimum the gradient shrinks with every step; Adam's usual 0.999 would remember its
+# first size for longer than an estimate lasts, and hardly move.
+_BETAS = (0.9, 0.9)
+
+
+def _noisy_linear(
+    variance: Mapping[str, Tensor], sign: float, generator: torch.Generator, call: LinearCall
+) -> Tensor:
+    """A layer's outputs, drawn: each has the variance that its weights' variances give it."""
+    y = F.linear(call.x, call.weight, call.bias)
+    spread = y.new_zeros(())
+    if call.weight_name is not None:
+        spread = spread + F.linear(call.x.square(), variance[call.weight_name])
+    for name, outputs in call.bias_names:
+        spread = spread + F.pad(variance[name], (outputs.start, y.shape[-1] - outputs.stop))
+    noise = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+    return y + sign * noise * (spread + _MIN_VARIANCE).sqrt().to(y.dtype)
 
 
 class Variational:
-    """Learns log Lambda with Adam, one batch a step.
+    """Learns log Lambda with Adam, one step a batch, two passes a step.
 
     Starts from deviations of 0.22 tau (Task2Vec's variance: 5 % of the weights'). Memory: four
     numbers per weight, or per output row. Processes make each step together, so two processes do
@@ -78,22 +96,16 @@ class Variational:
         """
         if self._optimizer is None:
             self._start(losses)
-        device = next(iter(self.parameters.values())).device
-        generator = torch.Generator(device).manual_seed(losses.seed)
         variance = {name: self._variance(name) for name in self.parameters}
-
-        def noisy(call: LinearCall) -> Tensor:
-            y = F.linear(call.x, call.weight, call.bias)
-            spread = y.new_zeros(())
-            if call.weight_name is not None:
-                spread = spread + F.linear(call.x.square(), variance[call.weight_name])
-            for name, outputs in call.bias_names:
-                spread = spread + F.pad(variance[name], (outputs.start, y.shape[-1] - outputs.stop))
-            noise = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-            return y + noise * (spread + _MIN_VARIANCE).sqrt().to(y.dtype)
-
-        with torch.enable_grad(), LinearCalls(self.parameters, noisy):
-            total = losses.together().sum()
+        # Antithetic pairs: the loss's slope along the noise, which says nothing of its curvature
+        # and is far larger, has the opposite sign in the second pass and cancels.
+        device = next(iter(self.parameters.values())).device
+        total = torch.zeros((), device=device)
+        for sign in (1.0, -1.0):
+            generator = torch.Generator(device).manual_seed(losses.seed)
+            run = partial(_noisy_linear, variance, sign, generator)
+            with torch.enable_grad(), LinearCalls(self.parameters, run):
+                total = total + 0.5 * losses.together().sum()
         names = list(self._log_precision)
         gradients = torch.autograd.grad(
             total, list(self._log_precision.values()), allow_unused=True, materialize_grads=True
@@ -127,7 +139,7 @@ class Variational:
             self._log_precision[name] = torch.full(
                 shape, start, dtype=dtype, device=parameter.device, requires_grad=True
             )
-        self._optimizer = torch.optim.Adam(self._log_precision.values(), lr=self.lr)
+        self._optimizer = torch.optim.Adam(self._log_precision.values(), lr=self.lr, betas=_BETAS)
 
     def _variance(self, name: str) -> Tensor:
         """Lambda^-1 in the parameter's shape; 0 in rows that are no candidates."""

@@ -1,0 +1,115 @@
+"""The estimators of Lambda: on a quadratic loss they converge to the closed form (Eq. 14)."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from fishertune_d2.fisher import (
+    Candidate,
+    ClosedForm,
+    FreeEnergy,
+    Natural,
+    Variational,
+    estimate_fisher,
+)
+
+GAMMA, TAU = 1e-3, 2.0
+
+
+def _regression() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    """Least squares whose residuals are +1 or -1, so that squared gradients are the Hessian."""
+    torch.manual_seed(0)
+    scales = torch.tensor([0.3, 1.0, 2.0, 0.7])
+    x = torch.randn(32, 4) * scales
+    model = nn.Linear(4, 2, bias=False)
+    residuals = torch.where(torch.rand(32, 2) < 0.5, -1.0, 1.0)
+    return model, x, model(x).detach() + residuals
+
+
+def _precision(estimator, batches: int):
+    """Lambda of the regression's weights, by ``estimator``."""
+    model, x, y = _regression()
+    weight = model.weight
+    candidates = [Candidate("w", "FFN", 0, weight, slice(0, 2), weight.numel())]
+    made = []
+
+    def make(candidates):
+        made.append(estimator(candidates, FreeEnergy(GAMMA, TAU)))
+        return made[0]
+
+    def loss(model, batch):
+        return 0.5 * (model(x[batch]) - y[batch]).square().sum(1)
+
+    estimate = estimate_fisher(
+        model, [torch.arange(32)] * batches, loss, candidates, estimator=make, seed=1
+    )
+    f = GAMMA * (made[0].precision()["w"] - TAU**-2)  # Eq. 14
+    torch.testing.assert_close(estimate["w"], f, rtol=1e-4, atol=0.0)
+    return made[0].precision()["w"], (x**2).mean(0).expand(2, 4)
+
+
+def test_closed_form():
+    precision, hessian = _precision(ClosedForm, 1)
+    torch.testing.assert_close(precision, hessian / GAMMA + TAU**-2)
+
+
+def test_natural_gradient_converges_to_it():
+    precision, hessian = _precision(Natural, 300)
+    # Perturbed weights add x^T Lambda^-1 x = gamma * 4 to squares of 1; the rest is the noise of
+    # an average over 1 / beta = 50 batches.
+    torch.testing.assert_close(precision, hessian / GAMMA + TAU**-2, rtol=0.03, atol=0.0)
+
+
+def test_variational_converges_to_it():
+    precision, hessian = _precision(Variational, 800)
+    # What is left is the noise of Adam's last steps.
+    torch.testing.assert_close(precision, hessian / GAMMA + TAU**-2, rtol=0.1, atol=0.0)
+
+
+def test_variational_per_row_converges_to_the_rows_mean():
+    precision, hessian = _precision(partial(Variational, resolution="row"), 800)
+    # One Lambda for the row makes the sum of Eq. 14 over its weights stationary.
+    expected = hessian.mean(1, keepdim=True).expand(2, 4) / GAMMA + TAU**-2
+    torch.testing.assert_close(precision, expected, rtol=0.1, atol=0.0)
+
+
+def test_constants_from_the_first_batch():
+    weight = nn.Parameter(torch.tensor([[3.0, -1.0], [1.0, 5.0]]))
+    energy = FreeEnergy(loss_share=0.25)
+    energy.calibrate({"w": weight}, {"w": [slice(0, 1)]}, torch.tensor([2.0, 4.0]))
+    assert energy.tau == pytest.approx(((9 + 1) / 2) ** 0.5)  # of the candidate row
+    # Two weights add gamma / 2 each: together a quarter of the mean loss of 3.
+    assert 2 * energy.gamma / 2 == pytest.approx(0.25 * 3.0)
+    before = energy.gamma
+    energy.calibrate({"w": weight}, {"w": [slice(0, 2)]}, torch.tensor([7.0]))
+    assert energy.gamma == before
+
+
+def test_rows_that_are_no_candidates_stay_unperturbed_and_zero():
+    model = nn.Linear(3, 4)
+    rows = [Candidate("w", "Q", 0, model.weight, slice(1, 3), 6)]
+    x = torch.randn(6, 3)
+    outputs = []
+
+    def loss(model, batch):
+        outputs.append(model(x[batch]))
+        return outputs[-1].square().sum(1)
+
+    plain = model(x).detach()
+    for estimator in (Natural, Variational):
+        estimate = estimate_fisher(model, [torch.arange(6)] * 3, loss, rows, estimator=estimator)
+        torch.testing.assert_close(outputs[-1][:, [0, 3]], plain[:, [0, 3]])
+        assert not torch.allclose(outputs[-1][:, 1:3], plain[:, 1:3])
+        assert estimate["w"][[0, 3]].count_nonzero() == 0
+        assert estimate["w"][1:3].count_nonzero() > 0
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="gamma must be positive: got 0"):
+        FreeEnergy(gamma=0)
+    with pytest.raises(ValueError, match=r"beta must be in \(0, 1\]: got 2"):
+        Natural([], beta=2)
+    with pytest.raises(ValueError, match="unknown resolution 'block'"):
+        Variational([], resolution="block")

@@ -1,0 +1,69 @@
+"""Two gloo processes that hold half of the batches each measure what one process measures."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.multiprocessing import spawn
+
+from fishertune_d2.fisher import (
+    FisherEstimate,
+    StatisticsPerturbation,
+    estimate_fisher,
+    find_candidates,
+)
+
+# The others make each step together: a batch over two processes is not two batches of one.
+ADDITIVE = ("diagonal", "diagonal_loop", "closed_form")
+
+
+def _measure(estimator: str, first: int, step: int) -> FisherEstimate:
+    """F over batches first, first + step, ... of four."""
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(
+        img_size=16, patch_size=8, num_classes=3, embed_dim=8, depth=2, num_heads=2
+    ).double()
+    images = torch.randn(4, 2, 3, 16, 16, dtype=torch.float64)
+    perturb = StatisticsPerturbation([model.blocks[0]], num_prefix_tokens=1)
+
+    def loss(model, batch):
+        labels = torch.zeros(len(batch), dtype=torch.int64)
+        return nn.functional.cross_entropy(model(batch), labels, reduction="none")
+
+    return estimate_fisher(
+        model, list(images)[first::step], loss, find_candidates(model), estimator=estimator,
+        perturb=perturb, progress=False,
+    )  # fmt: skip
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    for estimator in ADDITIVE:
+        _measure(estimator, rank, 2).save(Path(folder) / f"{estimator}_{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder():
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_process, (folder,), nprocs=2)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("estimator", ADDITIVE)
+def test_two_processes_measure_what_one_does(folder, estimator):
+    one = _measure(estimator, 0, 1)
+    for rank in range(2):
+        two = FisherEstimate.load(folder / f"{estimator}_{rank}.safetensors")
+        assert two.images == one.images == 8
+        assert two.shift_weight == pytest.approx(one.shift_weight, rel=1e-6)
+        for name in one:
+            # atol: what float64 resolves of gamma * Lambda, for F by way of Lambda.
+            torch.testing.assert_close(two[name], one[name], rtol=1e-9, atol=1e-15)
+            torch.testing.assert_close(two.shifted[name], one.shifted[name], rtol=1e-9, atol=1e-15)
