@@ -109,7 +109,7 @@ class FisherEstimate(Mapping[str, Tensor]):
             tensors["shifted"],
             float(metadata["shift_weight"]),
             int(metadata["images"]),
-            json.loads(metadata["notes"]),
+            json.loads(metadata.get("notes", "{}")),
         )
 
 
@@ -163,11 +163,8 @@ def estimate_fisher(
         FloatingPointError: if a loss or gradient is not finite, with the parameter's name and the
             image.
     """
-    name = str(estimator)
-    if isinstance(estimator, str):
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {estimator!r}: choose from {sorted(ESTIMATORS)}")
-        estimator = ESTIMATORS[estimator]
+    if isinstance(estimator, str) and estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}: choose from {sorted(ESTIMATORS)}")
     if autocast not in (None, torch.bfloat16):
         raise ValueError(
             f"autocast must be None or torch.bfloat16: got {autocast}; squares of gradients "
@@ -176,12 +173,17 @@ def estimate_fisher(
     if not candidates:
         raise ValueError("there is no candidate to estimate the Fisher information of")
     loss_fn = _with_labels(loss_fn, labels)
-    notes = {"estimator": name, "labels": labels, "seed": str(seed)}
-    if perturb is not None:
-        notes |= {"strength": str(perturb.strength), "eps_mode": perturb.eps_mode}
     rank, world = rank_and_size()
     device = candidates[0].parameter.device
-    on_x = estimator(candidates)
+    named = isinstance(estimator, str)
+    on_x = (ESTIMATORS[estimator] if named else estimator)(candidates)
+    notes = {
+        "estimator": estimator if named else type(on_x).__name__,
+        "labels": labels,
+        "seed": str(seed),
+    }
+    if perturb is not None:
+        notes |= {"strength": str(perturb.strength), "eps_mode": perturb.eps_mode}
     on_shifted = on_x.fresh()
     domains = [(None, on_x)] + ([(perturb, on_shifted)] if perturb is not None else [])
     # Images seen and the sum of their shift weights; float64 to count exactly.

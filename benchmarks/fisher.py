@@ -1,0 +1,385 @@
+#!/usr/bin/env python
+"""How well and how fast each estimator measures F: real DINOv2 weights, CamVid by day.
+
+    python train_net.py --config-file configs/camvid/freeze.yaml     # the decoder to measure with
+    python benchmarks/fisher.py convergence       # 40 minutes on two CPU cores
+    python benchmarks/fisher.py shift             # 5 minutes
+    python benchmarks/fisher.py cost              # 5 minutes
+    python benchmarks/fisher.py ranking           # 1 minute
+    python benchmarks/fisher.py report > docs/results/fisher.md
+
+Each step writes a JSON file into outputs/fisher; ``convergence`` keeps what it has measured and can
+be stopped and started. Needs CamVid under $DETECTRON2_DATASETS.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import scipy.stats
+import timm
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fishertune_d2.fisher import (  # noqa: E402 - the package need not be installed
+    ESTIMATORS,
+    KINDS,
+    FisherEstimate,
+    Selection,
+    StatisticsPerturbation,
+    Variational,
+    diagonal,
+    domain_related_fisher,
+    estimate_fisher,
+    find_candidates,
+    overlap,
+    relative_change,
+)
+from fishertune_d2.fisher.linear_calls import LinearCalls  # noqa: E402
+
+BATCH = 8  # images; a trade of memory, and what the issue of cost is asked about
+REFERENCE_IMAGES = 320
+MARKS = (8, 16, 32, 64, 128, 192, 256, 320)
+HALF = 64  # images in each of two halves of the data
+STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+SHARE = 0.05
+# E[exp(-(|a| + |b|))] of two standard normal numbers, for every mark alike.
+SHIFT_WEIGHT = float((2 * np.exp(0.5) * scipy.stats.norm.cdf(-1)) ** 2)
+# How far each curve goes: the default as far as the reference, the others a fifth of it.
+CURVES: dict[str, tuple[Callable, int]] = {
+    "diagonal": (ESTIMATORS["diagonal"], REFERENCE_IMAGES),
+    "closed_form": (ESTIMATORS["closed_form"], HALF),
+    "natural": (ESTIMATORS["natural"], HALF),
+    "variational": (ESTIMATORS["variational"], HALF),
+    "variational, per row": (partial(Variational, resolution="row"), HALF),
+}
+
+
+class Setting:
+    """The model after warm-up, its loss, and streams of batches from CamVid's day.
+
+    Args:
+        warmup: the checkpoint at the end of a warm-up by configs/camvid/freeze.yaml.
+        output: where the trainer may write.
+    """
+
+    def __init__(self, warmup: Path, output: Path):
+        from detectron2.config import get_cfg
+
+        from fishertune_d2 import add_fishertune_config
+        from fishertune_d2.engine import Trainer
+        from fishertune_d2.engine.image_losses import SegmentationLoss
+
+        cfg = get_cfg()
+        add_fishertune_config(cfg)
+        cfg.merge_from_file(str(ROOT / "configs/camvid/fishertune.yaml"))
+        cfg.merge_from_list(["TUNING.WARMUP_CHECKPOINT", str(warmup), "OUTPUT_DIR", str(output)])
+        cfg.merge_from_list(["FISHER.IMS_PER_BATCH", BATCH])
+        self.cfg, self.trainer = cfg, Trainer(cfg)
+        self.trainer.resume_or_load(resume=False)
+        self.model = self.trainer.segmentor
+        self.backbone = self.model.backbone
+        self.candidates = find_candidates(self.backbone)
+        self.loss_fn = SegmentationLoss()
+        self.base = sum(p.numel() for p in self.backbone.parameters())
+
+    def batches(self, images: int, skip: int = 0) -> Iterator[list[dict]]:
+        """``images`` random crops, after ``skip`` others of the one endless stream."""
+        stream = self.trainer._estimation_batches
+        self.cfg.defrost()
+        self.cfg.FISHER.BATCHES = (skip + images) // BATCH
+        return islice(stream(), skip // BATCH, None)
+
+    def estimate(self, batches, estimator, strength: float = 1.0) -> FisherEstimate:
+        """F(x) and F(x')."""
+        perturb = StatisticsPerturbation(
+            self.backbone.perturbation_points(),
+            num_prefix_tokens=self.backbone.num_prefix_tokens,
+            strength=strength,
+        )
+        return estimate_fisher(
+            self.model, batches, self.loss_fn, self.candidates, estimator=estimator, perturb=perturb
+        )
+
+    def selection(self, scores: dict[str, Tensor]) -> Selection:
+        """The best 5 % of the backbone."""
+        # A learned Lambda leaves F at 0 where it fell to the prior's: then there are fewer.
+        positive = sum(int((score > 0).sum()) for score in scores.values())
+        return Selection.from_scores(scores, min(SHARE, positive / self.base), self.base)
+
+
+def drf(estimate: FisherEstimate) -> dict[str, Tensor]:
+    """DRF in its default form."""
+    return domain_related_fisher(estimate.f, estimate.shifted, estimate.shift_weight)
+
+
+def sampled_values(scores: dict[str, Tensor], count: int = 200_000) -> np.ndarray:
+    """The same entries of any scores, enough for a rank correlation of three digits."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    places = torch.randint(len(flat), (count,), generator=torch.Generator().manual_seed(0))
+    return flat[places].numpy()
+
+
+def agreement(setting: Setting, a: FisherEstimate, b: FisherEstimate) -> dict[str, float]:
+    """Spearman and overlap of the best 5 %, of F and of DRF."""
+    result = {}
+    for prefix, scores in (("", (a.f, b.f)), ("drf_", (drf(a), drf(b)))):
+        values = [sampled_values(score) for score in scores]
+        result[f"{prefix}spearman"] = float(scipy.stats.spearmanr(*values).statistic)
+        selections = [setting.selection(score) for score in scores]
+        result[f"{prefix}overlap"] = overlap(*selections)
+    return result
+
+
+def watched(
+    setting: Setting, make: Callable, batches, marks: Sequence[int]
+) -> list[tuple[int, float, FisherEstimate]]:
+    """Runs an estimator over batches; images, seconds and the estimate at each mark."""
+    made, seen = [], []
+
+    def making(candidates):
+        made.append(make(candidates))
+        fresh = made[0].fresh
+        made[0].fresh = lambda: made.append(fresh()) or made[1]
+        return made[0]
+
+    def watching():
+        images, seconds = 0, 0.0
+        for batch in batches:
+            start = time.perf_counter()
+            yield batch
+            seconds += time.perf_counter() - start  # not the loading, nor what follows
+            images += len(batch)
+            if images in marks:
+                estimate = FisherEstimate(made[0].fisher(), made[1].fisher(), SHIFT_WEIGHT, images)
+                seen.append((images, seconds, estimate))
+
+    setting.estimate(watching(), making)
+    return seen
+
+
+def convergence(setting: Setting, output: Path) -> None:
+    """Each estimator against the plain loop over many other images, and half against half."""
+    path = output / "convergence.json"
+    result = json.loads(path.read_text()) if path.is_file() else {"curves": [], "halves": {}}
+    reference_file = output / "reference.safetensors"
+    if not reference_file.is_file():
+        stream = setting.batches(REFERENCE_IMAGES)
+        ((images, seconds, reference),) = watched(
+            setting, ESTIMATORS["diagonal_loop"], stream, [REFERENCE_IMAGES]
+        )
+        reference.save(reference_file)
+        result["reference"] = {"images": images, "seconds_per_image": seconds / images}
+        path.write_text(json.dumps(result, indent=1))
+    reference = FisherEstimate.load(reference_file)
+    done = {curve["estimator"] for curve in result["curves"]}
+    for name, (make, images) in CURVES.items():
+        if name in done:
+            continue
+        stream = setting.batches(images, skip=REFERENCE_IMAGES)
+        curve: dict[str, list] = {"images": [], "seconds": []}
+        for seen, seconds, estimate in watched(setting, make, stream, MARKS):
+            curve["images"].append(seen)
+            curve["seconds"].append(seconds)
+            for key, value in agreement(setting, reference, estimate).items():
+                curve.setdefault(key, []).append(value)
+            if seen == HALF:
+                first = estimate
+        stream = setting.batches(HALF, skip=REFERENCE_IMAGES + images)
+        ((_, _, second),) = watched(setting, make, stream, [HALF])
+        result["curves"].append({"estimator": name, **curve})
+        result["halves"][name] = {**agreement(setting, first, second), "images": HALF}
+        path.write_text(json.dumps(result, indent=1))
+        print(name, result["halves"][name], flush=True)
+
+
+def shift(setting: Setting, output: Path) -> None:
+    """F and DRF as the simulated shift grows (Fig. 4)."""
+    images = 32
+    keys = ("change", "fisher", "drf", "overlap_fisher", "overlap_change")
+    result: dict = {"images": images, "seed": 0, "strengths": list(STRENGTHS)}
+    result |= {key: [] for key in keys} | {"kinds": {kind: [] for kind in KINDS}}
+
+    def mean(scores: dict[str, Tensor]) -> float:
+        return sum(s.sum(dtype=torch.float64).item() for s in scores.values())
+
+    for strength in STRENGTHS:
+        estimate = setting.estimate(setting.batches(images), "diagonal", strength)
+        scores, change = drf(estimate), relative_change(estimate.f, estimate.shifted, 1e-8)
+        selection, total = setting.selection(scores), mean(estimate.f)
+        difference = {n: (estimate.f[n] - estimate.shifted[n]).abs() for n in estimate}
+        result["change"].append(mean(difference) / total)
+        result["fisher"].append(mean(estimate.shifted) / total)
+        result["drf"].append(mean(scores) / total)
+        result["overlap_fisher"].append(overlap(selection, setting.selection(estimate.f)))
+        alone = setting.selection(change) if strength else None
+        result["overlap_change"].append(overlap(selection, alone) if alone else 0.0)
+        counts = selection.summary()
+        for kind in KINDS:
+            part = sum(count for (k, _), count in counts.items() if k == kind)
+            result["kinds"][kind].append(part / sum(counts.values()))
+        print(strength, result["drf"][-1], flush=True)
+    (output / "shift.json").write_text(json.dumps(result, indent=1))
+
+
+def cost(setting: Setting, output: Path, warmup: Path) -> None:
+    """Where the time of a batch goes, and the peak memory; ratios to the plain loop."""
+    batch = next(setting.batches(BATCH))
+    model, candidates = setting.model, setting.candidates
+
+    def forward():
+        with torch.no_grad():
+            setting.loss_fn(model, batch).sum()
+
+    def backward():  # as one estimate does it, with nothing squared
+        parameters = {c.name: c.parameter for c in candidates}
+        anchor = torch.zeros((), requires_grad=True)
+
+        def run(call):
+            return F.linear(call.x, call.weight, call.bias) + anchor
+
+        with LinearCalls(parameters, run):
+            losses = setting.loss_fn(model, batch)
+        torch.autograd.grad(losses.sum(), anchor)
+
+    def estimator(name, **options):
+        return lambda: estimate_fisher(
+            model, [batch], setting.loss_fn, candidates, estimator=name, progress=False, **options
+        )
+
+    # Two batches: the first of these two takes no perturbed pass.
+    ways = {
+        "forward pass": forward,
+        "forward and backward pass": backward,
+        "diagonal": estimator("diagonal"),
+        "diagonal_loop": estimator("diagonal_loop"),
+        "closed_form": estimator("closed_form"),
+        "natural": estimator("natural"),
+        "variational": estimator("variational"),
+        "diagonal, bfloat16": estimator("diagonal", autocast=torch.bfloat16),
+        "diagonal, sampled labels": estimator("diagonal", labels="sampled"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(6):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: median(values[1:]) for name, values in seconds.items()}  # the first warms up
+    peaks = {}
+    for name in ("nothing", "training step", "diagonal", "diagonal_loop", "natural", "variational"):
+        command = [sys.executable, __file__, "peak", "--way", name, "--warmup", str(warmup)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks[name] = int(text.split()[-1])
+        print(name, peaks[name], flush=True)
+    result = {
+        "batch": BATCH,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": medians,
+        "peak_bytes": peaks,
+        "arithmetic": {name: arithmetic(name, size) for name, size in ARITHMETIC.items()},
+    }
+    (output / "cost.json").write_text(json.dumps(result, indent=1))
+
+
+def peak(setting: Setting, way: str) -> None:
+    """Runs one way in this process, and prints what the process held at most, in bytes."""
+    batch = next(setting.batches(BATCH))
+    if way == "training step":
+        losses = setting.loss_fn(setting.model, batch)
+        torch.autograd.grad(losses.sum(), list({c.parameter for c in setting.candidates}))
+    elif way != "nothing":
+        estimate_fisher(setting.model, [batch], setting.loss_fn, setting.candidates, estimator=way)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+ARITHMETIC = {
+    "vit_small_patch14_dinov2": (210, 280, 14),
+    "vit_large_patch14_dinov2": (512, 512, 16),
+    "vit_huge_patch14_224": (512, 512, 16),
+}
+
+
+def arithmetic(name: str, size: tuple[int, int, int]) -> dict[str, int]:
+    """What the batched diagonal holds for one ViT at a batch of 4, computed on the meta device."""
+    height, width, patch = size
+    inputs: dict[int, Tensor] = {}
+
+    def run(call):
+        inputs[id(call.x)] = call.x  # separate projections share one input
+        return F.linear(call.x, call.weight, call.bias)
+
+    with torch.device("meta"):
+        vit = timm.create_model(name, num_classes=0, img_size=(height, width), patch_size=patch)
+        candidates = find_candidates(vit)
+        with LinearCalls({c.name: c.parameter for c in candidates}, run):
+            vit.forward_features(torch.empty(4, 3, height, width))
+    weights = sum(c.numel for c in candidates)
+    largest = max(c.parameter.numel() for c in candidates)
+    tokens = next(iter(inputs.values())).shape[1]
+    return {
+        "batch": 4,
+        "tokens": tokens,
+        "candidates": weights,
+        "bytes_sums": 2 * 4 * weights,
+        "bytes_inputs": sum(4 * x.numel() for x in inputs.values()),
+        "bytes_products": max(diagonal.CHUNK_BYTES, 4 * largest),
+        "flops_products_per_image": 2 * tokens * weights,
+    }
+
+
+def ranking(output: Path) -> None:
+    """Ranks as many scores as ViT-L has candidates; time, and memory beside the scores."""
+    torch.manual_seed(0)
+    count, base = 277_020_672, 304_198_656
+    scores = {str(i): torch.rand(count // 24).pow_(8) for i in range(24)}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    selection = Selection.from_scores(scores, SHARE, base)
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = {
+        "scores": count,
+        "selected": sum(len(places) for places in selection.indices.values()),
+        "seconds": seconds,
+        "bytes_scores": 4 * count,
+        "bytes_beside": (after - before) * 1024,
+    }
+    (output / "ranking.json").write_text(json.dumps(result, indent=1))
+    print(result)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=["convergence", "shift", "cost", "ranking", "peak"])
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs/fisher")
+    parser.add_argument(
+        "--warmup", type=Path, default=ROOT / "outputs/camvid/freeze/model_warmup.pth"
+    )
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.step == "ranking":
+        ranking(args.output)
+    else:
+        setting = Setting(args.warmup.resolve(), args.output)
+        if args.step == "cost":
+            cost(setting, args.output, args.warmup.resolve())
+        elif args.step == "peak":
+            peak(setting, args.way)
+        else:
+            {"convergence": convergence, "shift": shift}[args.step](setting, args.output)

@@ -1,0 +1,132 @@
+"""How sensitive each group of weights is: F and DRF by block and kind, as the paper's Fig. 6.
+
+python -m fishertune_d2.analysis.sensitivity_map outputs/demo [outputs/another ...]
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from fishertune_d2.fisher import KINDS, FisherEstimate, domain_related_fisher
+from fishertune_d2.fisher.candidates import groups_of
+
+matplotlib.use("Agg")  # also where there is no display
+import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import LogNorm  # noqa: E402
+from matplotlib.image import AxesImage  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
+
+
+def mean_by_group(scores: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """The mean score of each group's weights, over the mean of all candidates: 1 is average.
+
+    Args:
+        scores: by parameter name, not negative.
+
+    Returns:
+        (kinds, blocks), kinds in the order of ``KINDS``; NaN for a group that the model lacks.
+
+    Raises:
+        ValueError: if no candidate scores above 0, so that there is no mean to divide by.
+    """
+    sums: dict[tuple[str, int], float] = {}
+    counts: dict[tuple[str, int], int] = {}
+    for name, score in scores.items():
+        for kind, block, rows in groups_of(name, len(score)):
+            part = score[rows]
+            # In float64: a group holds millions of numbers around 1e-8.
+            total = part.sum(dtype=torch.float64).item()
+            sums[kind, block] = sums.get((kind, block), 0.0) + total
+            counts[kind, block] = counts.get((kind, block), 0) + part.numel()
+    if not sum(sums.values()) > 0:
+        raise ValueError(
+            f"none of the {len(scores)} parameters has a candidate that scores above 0: "
+            "estimate with a loss that reaches the backbone's blocks"
+        )
+    average = sum(sums.values()) / sum(counts.values())
+    means = np.full((len(KINDS), 1 + max(block for _, block in sums)), np.nan)
+    for (kind, block), total in sums.items():
+        means[KINDS.index(kind), block] = total / counts[kind, block] / average
+    return means
+
+
+def draw_sensitivity_map(estimates: Sequence[tuple[str, FisherEstimate]], path: Path) -> None:
+    """Draws :func:`mean_by_group` of F(x) and of DRF, two panels for each estimate.
+
+    Args:
+        estimates: each with a name to print above its panels.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: if an estimate has no F(x'), which DRF needs.
+    """
+    panels = []
+    for name, estimate in estimates:
+        if not estimate.shifted:
+            raise ValueError(f"{name} has no F(x') to compute DRF from: estimate with `perturb`")
+        drf = domain_related_fisher(estimate.f, estimate.shifted, estimate.shift_weight)
+        known = {key: estimate.notes.get(key, "unknown") for key in ("estimator", "labels")}
+        made = f"{known['estimator']}, {known['labels']} labels, {estimate.images} images"
+        panels.append((f"{name}, F(x): {made}", mean_by_group(estimate.f)))
+        panels.append((f"{name}, DRF: {made}", mean_by_group(drf)))
+    positive = np.concatenate([means[means > 0] for _, means in panels])
+    norm = LogNorm(positive.min(), positive.max())
+    blocks = max(means.shape[1] for _, means in panels)
+    figure, axes = plt.subplots(
+        len(panels),
+        figsize=(2.2 + 0.43 * blocks, 0.3 + 1.7 * len(panels)),
+        layout="constrained",
+    )
+    # One below the other, so that a block is in the same place in all of them.
+    for panel, (title, means) in zip(axes, panels, strict=True):
+        image = _draw_panel(panel, means, norm)
+        panel.set_title(title, fontsize=9)
+    axes[-1].set_xlabel("block")
+    bar = figure.colorbar(image, ax=axes, label="mean of the group / mean of all candidates")
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_panel(axes: Axes, means: np.ndarray, norm: LogNorm) -> AxesImage:
+    image = axes.imshow(means, cmap="viridis", aspect="auto", norm=norm)
+    kinds, blocks = means.shape
+    for kind in range(kinds):
+        for block in range(blocks):
+            value = means[kind, block]
+            if np.isnan(value):
+                continue
+            # A mean of 0 has no colour on a log scale: black on the bare background.
+            color = "black" if value == 0 or norm(value) > 0.6 else "white"
+            axes.text(block, kind, _short(value), ha="center", va="center", color=color, fontsize=7)
+    axes.set_xticks(range(blocks), range(blocks))
+    axes.set_yticks(range(kinds), KINDS)
+    return image
+
+
+def _short(value: float) -> str:
+    if value >= 9.5:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output_dirs", nargs="+", type=Path, help="OUTPUT_DIR of each run")
+    parser.add_argument("--output", type=Path, help="default: sensitivity.png in the first of them")
+    args = parser.parse_args()
+    files = [folder / "fisher.safetensors" for folder in args.output_dirs]
+    for file in files:
+        if not file.is_file():
+            parser.error(f"there is no {file.name} in {file.parent}: its run estimated nothing")
+    picture = args.output or args.output_dirs[0] / "sensitivity.png"
+    loaded = [(file.resolve().parent.name, FisherEstimate.load(file)) for file in files]
+    draw_sensitivity_map(loaded, picture)
+    print(picture)

@@ -1,0 +1,77 @@
+"""F against DRF as the simulated shift grows, as the paper's Fig. 4.
+
+python -m fishertune_d2.analysis.shift_curve shift.json
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from fishertune_d2.fisher import KINDS
+
+matplotlib.use("Agg")  # also where there is no display
+import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+
+
+def draw_shift_curve(measured: Mapping[str, Any], path: Path) -> None:
+    """Draws how the information, the choice and its kinds change with the shift.
+
+    Args:
+        measured: lists over ``strengths`` of the shift, each with an entry for each strength:
+            ``fisher``, mean F(x') over mean F(x); ``drf``, mean DRF over mean F(x);
+            ``overlap_fisher`` and ``overlap_change``, the share of what DRF selects that F(x) or
+            dF alone selects too, in [0, 1]; ``kinds``, for each kind the share of what DRF
+            selects that is of this kind, in [0, 1]. None where there is no value, such as for dF
+            at strength 0. And ``images`` and ``seed`` of the measurement.
+        path: the PNG to write.
+    """
+    strengths = measured["strengths"]
+
+    def curve(key: str) -> np.ndarray:
+        return np.array(measured[key], dtype=float)  # None becomes NaN, a gap in the line
+
+    figure, (values, overlaps, kinds) = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    values.plot(strengths, curve("fisher"), marker="o", label="F(x')")
+    values.plot(strengths, curve("drf"), marker="s", label="DRF")
+    values.axhline(1, color="grey", linewidth=0.8, linestyle=":", label="F(x)")
+    values.set_ylim(bottom=0)
+    values.set_ylabel("mean / mean F(x)")
+    values.set_title("information over all candidates", fontsize=9)
+
+    overlaps.plot(strengths, 100 * curve("overlap_fisher"), marker="o", label="with F(x) alone")
+    overlaps.plot(strengths, 100 * curve("overlap_change"), marker="^", label="with dF alone")
+    overlaps.set_ylim(-3, 103)
+    overlaps.set_ylabel("% of the selected weights")
+    overlaps.set_title("what DRF selects, in common", fontsize=9)
+
+    shares = [100 * np.array(measured["kinds"][kind], dtype=float) for kind in KINDS]
+    kinds.stackplot(strengths, shares, labels=KINDS, alpha=0.8)
+    kinds.set_ylim(0, 100)
+    kinds.set_ylabel("% of the selected weights")
+    kinds.set_title("what DRF selects, by kind", fontsize=9)
+    kinds.margins(x=0)
+
+    for panel in (values, overlaps, kinds):
+        panel.set_xlabel("strength of the simulated shift")
+    values.legend(fontsize=8)
+    overlaps.legend(fontsize=8)
+    # Beside the areas, which fill their panel, and in their order from the top.
+    kinds.legend(fontsize=8, reverse=True, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(f"{measured['images']} images, seed {measured['seed']}", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="JSON that a benchmark wrote")
+    parser.add_argument("--output", type=Path, help="default: FILE with .png")
+    args = parser.parse_args()
+    picture = args.output or args.file.with_suffix(".png")
+    draw_shift_curve(json.loads(args.file.read_text()), picture)
+    print(picture)
