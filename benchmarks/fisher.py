@@ -6,7 +6,7 @@
     python benchmarks/fisher.py shift             # 5 minutes
     python benchmarks/fisher.py cost              # 5 minutes
     python benchmarks/fisher.py ranking           # 1 minute
-    python benchmarks/fisher.py report > docs/results/fisher.md
+    python benchmarks/fisher_tables.py            # what docs/results/fisher.md shows
 
 Each step writes a JSON file into outputs/fisher; ``convergence`` keeps what it has measured and can
 be stopped and started. Needs CamVid under $DETECTRON2_DATASETS.
@@ -209,24 +209,23 @@ def convergence(setting: Setting, output: Path) -> None:
 def shift(setting: Setting, output: Path) -> None:
     """F and DRF as the simulated shift grows (Fig. 4)."""
     images = 32
-    keys = ("change", "fisher", "drf", "overlap_fisher", "overlap_change")
+    keys = ("fisher", "drf", "overlap_fisher", "overlap_change")
     result: dict = {"images": images, "seed": 0, "strengths": list(STRENGTHS)}
     result |= {key: [] for key in keys} | {"kinds": {kind: [] for kind in KINDS}}
 
-    def mean(scores: dict[str, Tensor]) -> float:
+    def total(scores: dict[str, Tensor]) -> float:
         return sum(s.sum(dtype=torch.float64).item() for s in scores.values())
 
     for strength in STRENGTHS:
         estimate = setting.estimate(setting.batches(images), "diagonal", strength)
         scores, change = drf(estimate), relative_change(estimate.f, estimate.shifted, 1e-8)
-        selection, total = setting.selection(scores), mean(estimate.f)
-        difference = {n: (estimate.f[n] - estimate.shifted[n]).abs() for n in estimate}
-        result["change"].append(mean(difference) / total)
-        result["fisher"].append(mean(estimate.shifted) / total)
-        result["drf"].append(mean(scores) / total)
+        selection = setting.selection(scores)
+        result["fisher"].append(total(estimate.shifted) / total(estimate.f))
+        result["drf"].append(total(scores) / total(estimate.f))
         result["overlap_fisher"].append(overlap(selection, setting.selection(estimate.f)))
-        alone = setting.selection(change) if strength else None
-        result["overlap_change"].append(overlap(selection, alone) if alone else 0.0)
+        # Without a shift dF is 0 everywhere and selects nothing.
+        alone = overlap(selection, setting.selection(change)) if strength else None
+        result["overlap_change"].append(alone)
         counts = selection.summary()
         for kind in KINDS:
             part = sum(count for (k, _), count in counts.items() if k == kind)
@@ -260,7 +259,6 @@ def cost(setting: Setting, output: Path, warmup: Path) -> None:
             model, [batch], setting.loss_fn, candidates, estimator=name, progress=False, **options
         )
 
-    # Two batches: the first of these two takes no perturbed pass.
     ways = {
         "forward pass": forward,
         "forward and backward pass": backward,
@@ -363,9 +361,11 @@ def ranking(output: Path) -> None:
     print(result)
 
 
+STEPS = ("convergence", "shift", "cost", "ranking")
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=["convergence", "shift", "cost", "ranking", "peak"])
+    parser.add_argument("step", choices=[*STEPS, "peak"])
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/fisher")
     parser.add_argument(
         "--warmup", type=Path, default=ROOT / "outputs/camvid/freeze/model_warmup.pth"
