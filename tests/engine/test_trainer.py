@@ -244,3 +244,49 @@ def test_refuses(tiny_cfg):
         Trainer(tiny_cfg(TUNING__WARMUP_ITERS=8))
     with pytest.raises(KeyError, match="sparse"):
         Trainer(tiny_cfg(TUNING__METHOD="sparse"))
+
+
+@pytest.mark.parametrize("method", ["random", "random_v", "fisher", "delta_fisher"])
+def test_every_selective_method_trains(tiny_cfg, method):
+    cfg = tiny_cfg(TUNING__METHOD=method, TUNING__D_MAX=0.02)
+    trainer = _run(cfg)
+    out = Path(cfg.OUTPUT_DIR)
+    assert (out / "fisher.safetensors").is_file() == trainer.method.estimates
+    moved = Selection.load(out / "selection.safetensors").masks(0.02)
+    warm, final = _state(out / "model_warmup.pth"), _state(out / "model_final.pth")
+    for name, value in final.items():
+        if name.startswith("backbone."):
+            still = ~moved.get(name.removeprefix("backbone."), torch.zeros(value.shape).bool())
+            assert torch.equal(value[still], warm[name][still]), name
+
+
+def test_runs_can_share_one_estimate(tiny_cfg):
+    alone = tiny_cfg("alone", TUNING__D_MAX=0.02)
+    _run(alone)
+    file = Path(alone.OUTPUT_DIR) / "fisher.safetensors"
+    shared = tiny_cfg("shared", TUNING__D_MAX=0.02, FISHER__ESTIMATE=str(file))
+    trainer = Trainer(shared)
+    trainer._estimation_batches = None  # not needed
+    trainer.train()
+    expected, got = (_state(Path(c.OUTPUT_DIR) / "model_final.pth") for c in (alone, shared))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_the_estimate_follows_its_keys(tiny_cfg):
+    def estimate(name, **options):
+        return Trainer(tiny_cfg(name, **options))._estimate()
+
+    default = estimate("default")
+    assert default.notes["estimator"] == "diagonal"
+    others = {
+        "points": estimate("points", FISHER__PERTURB__POINTS=[0]),
+        "labels": estimate("labels", FISHER__LABELS="sampled"),
+        "precision": estimate("precision", FISHER__PRECISION="bfloat16"),
+        "natural": estimate("natural", FISHER__ESTIMATOR="natural"),
+    }
+    name = "vit.blocks.3.mlp.fc1.weight"
+    for key, other in others.items():
+        assert torch.equal(default.f[name], other.f[name]) == (key == "points")
+        assert not torch.equal(default.shifted[name], other.shifted[name])
+    with pytest.raises(ValueError, match="FISHER.PRECISION is 'float16': choose from float32, b"):
+        Trainer(tiny_cfg("half", FISHER__PRECISION="float16"))

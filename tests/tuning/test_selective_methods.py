@@ -1,0 +1,85 @@
+"""What each method that selects among the candidates scores."""
+
+import pytest
+import timm
+import torch
+from detectron2.config import get_cfg
+
+from fishertune_d2 import add_fishertune_config
+from fishertune_d2.fisher import FisherEstimate, Selection, domain_related_fisher, find_candidates
+from fishertune_d2.tuning import build_tuning_method
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=0)
+
+
+@pytest.fixture
+def estimate(backbone) -> FisherEstimate:
+    names = [c.name for c in find_candidates(backbone)]
+    parameters = dict(backbone.named_parameters())
+    f, shifted = ({n: torch.rand_like(parameters[n]) for n in names} for _ in range(2))
+    return FisherEstimate(f, shifted, 0.3, 4)
+
+
+def _method(name: str, **options):
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    cfg.TUNING.METHOD = name
+    for key, value in options.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    return build_tuning_method(cfg)
+
+
+def test_the_terms_of_drf(backbone, estimate):
+    assert _method("fisher").scores(backbone, estimate) is estimate.f
+    change = _method("delta_fisher", FISHER__EPS=0.5).scores(backbone, estimate)
+    name = "blocks.0.mlp.fc1.weight"
+    f, shifted = estimate.f[name], estimate.shifted[name]
+    torch.testing.assert_close(
+        change[name], (f - shifted).abs() / (torch.minimum(f, shifted) + 0.5)
+    )
+
+
+@pytest.mark.parametrize("form", ["balanced", "eq7", "eq15", "rank"])
+def test_fishertune_scores_drf_in_the_configured_form(form, backbone, estimate):
+    scores = _method("fishertune", FISHER__FORM=form).scores(backbone, estimate)
+    expected = domain_related_fisher(estimate.f, estimate.shifted, 0.3, form=form)
+    assert all(torch.equal(scores[name], expected[name]) for name in expected)
+
+
+def _chosen(name: str, backbone, share: float, **options) -> Selection:
+    method = _method(name, **options)
+    assert method.selects and not method.estimates
+    scores = method.scores(backbone, None)
+    shapes = {n: p.shape for n, p in method.parameters(backbone).items()}
+    assert {n: score.shape for n, score in scores.items()} == shapes
+    base = sum(p.numel() for p in backbone.parameters())
+    return Selection.from_scores(scores, share, base)
+
+
+def test_random_is_uniform_over_the_candidates(backbone):
+    counts = _chosen("random", backbone, 0.05).summary()
+    sizes: dict = {}
+    for c in find_candidates(backbone):
+        sizes[c.kind, c.block] = sizes.get((c.kind, c.block), 0) + c.numel
+    total, candidates = sum(counts.values()), sum(sizes.values())
+    for group, size in sizes.items():
+        expected = total * size / candidates
+        assert abs(counts[group] - expected) < 5 * expected**0.5  # five standard deviations
+
+
+@pytest.mark.parametrize("kind", ["Q", "K", "V"])
+def test_random_of_one_kind_stays_in_it(kind, backbone):
+    counts = _chosen(f"random_{kind.lower()}", backbone, 0.02).summary()
+    assert sum(counts.values()) > 0
+    assert all(count == 0 for (k, _), count in counts.items() if k != kind)
+
+
+def test_random_depends_on_the_seed_alone(backbone):
+    first, again, other = (_chosen("random", backbone, 0.02, SEED=seed) for seed in (1, 1, 2))
+    masks = [selection.masks(0.02) for selection in (first, again, other)]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert not all(torch.equal(masks[0][name], masks[2][name]) for name in masks[0])
