@@ -1,14 +1,21 @@
 """FisherTune for Detectron2.
 
 Importing this package registers its models and data sets with Detectron2; it needs no data, no
-network and no compiler.
+network and no compiler. Where Detectron2 is not installed, ``fishertune_d2.fisher``, which is pure
+PyTorch, can still be imported.
 """
 
 from . import compat
 
-compat.require_detectron2()
-
-from . import data, engine, evaluation, modeling, tuning  # noqa: E402 - after the check above
-from .config import add_fishertune_config  # noqa: E402
-
 __all__ = ["add_fishertune_config", "data", "engine", "evaluation", "modeling", "tuning"]
+
+if compat.has_detectron2():
+    from . import data, engine, evaluation, modeling, tuning
+    from .config import add_fishertune_config
+else:
+
+    def __getattr__(name: str):
+        """Says what is missing when something that needs Detectron2 is asked for."""
+        if name in __all__:
+            compat.require_detectron2()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

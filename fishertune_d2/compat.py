@@ -1,11 +1,17 @@
 """Guards against what is known to break in the dependencies, one function for each."""
 
 import warnings
+from importlib.util import find_spec
 
 from torch import nn
 
 # fvcore and Detectron2 compile losses with torch.jit.script as they are imported.
 warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
+
+
+def has_detectron2() -> bool:
+    """Whether Detectron2 can be imported, without importing it."""
+    return find_spec("detectron2") is not None
 
 
 def require_detectron2() -> None:
