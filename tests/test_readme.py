@@ -1,4 +1,4 @@
-"""The README's example of one's own data, as a reader would run it."""
+"""The README's examples, as a reader would run them."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,21 @@ from fishertune_d2.data import check_datasets, load_datasets
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
+def _run_example(about: str) -> dict:
+    """Executes the one example that mentions ``about``; returns its variables."""
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (example,) = [text for text in examples if about in text]
+    variables: dict = {}
+    exec(compile(example, "README.md", "exec"), variables)
+    return variables
+
+
+def test_without_detectron2():
+    variables = _run_example("estimate_fisher")
+    chosen = sum(int(mask.sum()) for mask in variables["masks"].values())
+    assert chosen == int(0.05 * variables["base"])
+
+
 def test_own_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FISHERTUNE_CACHE", str(tmp_path / "cache"))
@@ -20,10 +35,9 @@ def test_own_data(tmp_path, monkeypatch):
             (tmp_path / folder / part).mkdir(parents=True)
             picture = Image.fromarray(np.full(pixels, 2, dtype=np.uint8))
             picture.save(tmp_path / folder / part / "a.png")
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     names = ["my_city", "my_city_at_night"]
     try:
-        exec(compile(example, "README.md", "exec"), {})
+        _run_example("register_sem_seg")
         check_datasets(names, num_classes=3)
         assert [Path(item["file_name"]).parts[-3] for item in load_datasets(names)] == [
             "my_city",

@@ -217,3 +217,14 @@ def test_a_frozen_model_can_be_measured(vit, images, loss):
         name = "blocks.0.mlp.fc1.weight"
         torch.testing.assert_close(frozen[name], trainable[name])
         assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_activation_checkpoints_change_nothing(vit, images, loss):
+    model = vit(dtype=torch.float64)
+    make = partial(estimate_fisher, model, [images(3)], loss, find_candidates(model))
+    plain = make()
+    model.set_grad_checkpointing()
+    for way in WAYS:
+        checkpointed = make(estimator=way)
+        for name in plain:
+            torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-9, atol=1e-20)
