@@ -184,8 +184,9 @@ def estimate_fisher(
     }
     if perturb is not None:
         notes |= {"strength": str(perturb.strength), "eps_mode": perturb.eps_mode}
-    on_shifted = on_x.fresh()
-    domains = [(None, on_x)] + ([(perturb, on_shifted)] if perturb is not None else [])
+    domains: list[tuple[StatisticsPerturbation | None, Estimator]] = [(None, on_x)]
+    if perturb is not None:
+        domains.append((perturb, on_x.fresh()))
     # Images seen and the sum of their shift weights; float64 to count exactly.
     counts = torch.zeros(2, dtype=torch.float64, device=device)
 
@@ -214,12 +215,10 @@ def estimate_fisher(
     images, weights = counts.tolist()
     if images == 0:
         raise ValueError("no batch to estimate the Fisher information from")
-    f = on_x.fisher()
-    shifted = on_shifted.fisher() if perturb is not None else {}
+    f, shifted, *_ = [gathered.fisher() for _, gathered in domains] + [{}]
     _require_finite_sums(f, shifted)
-    return FisherEstimate(
-        f, shifted, weights / images if perturb is not None else 1.0, int(images), notes
-    )
+    weight = weights / images if perturb is not None else 1.0
+    return FisherEstimate(f, shifted, weight, int(images), notes)
 
 
 def _with_labels(loss_fn: LossFn, labels: str) -> LossFn:
