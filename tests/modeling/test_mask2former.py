@@ -390,11 +390,25 @@ def _count_on_rank(rank: int, folder: str) -> None:
     for masks in [(3, 0), (0, 0), (2, 5)]:
         labels = [torch.zeros(masks[rank], dtype=torch.long)]
         counts.append(criterion.get_num_masks(labels, torch.device("cpu")).item())
-    torch.save(counts, f"{folder}/{rank}.pt")
+    losses = _losses_of_images(range(rank, 2))  # rank 0 has one more: waiting would never end
+    torch.save((counts, losses), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_the_number_of_masks_is_averaged_over_processes(tmp_path):
+def _losses_of_images(images) -> list[float]:
+    head, targets = tiny_head(), blocky_targets()
+    predictions = head.predict(random_features())
+    losses = []
+    for image in images:
+        torch.manual_seed(image)
+        losses.append(head.loss_of_image(predictions, targets, image).item())
+    return losses
+
+
+def test_the_number_of_masks_is_averaged_over_processes_but_for_single_images(tmp_path):
     torch.multiprocessing.spawn(_count_on_rank, (str(tmp_path),), nprocs=2)
+    alone = _losses_of_images(range(2))
     for rank in (0, 1):
-        assert torch.load(tmp_path / f"{rank}.pt") == [1.5, 1.0, 3.5]
+        counts, losses = torch.load(tmp_path / f"{rank}.pt")
+        assert counts == [1.5, 1.0, 3.5]
+        assert losses == pytest.approx(alone[rank:], rel=1e-5)
