@@ -1,0 +1,62 @@
+"""What each form of the score would select from one estimate, and what they have in common.
+
+python -m fishertune_d2.analysis.forms OUTPUT_DIR [--share 0.05]
+"""
+
+import argparse
+from pathlib import Path
+
+from tabulate import tabulate
+
+from fishertune_d2.fisher import (
+    KINDS,
+    FisherEstimate,
+    Selection,
+    domain_related_fisher,
+    overlap,
+    relative_change,
+)
+from fishertune_d2.fisher.score import FORMS
+
+
+def select_by_each(estimate: FisherEstimate, share: float) -> dict[str, Selection]:
+    """The selection by F alone, by dF alone, and by DRF in each form with its defaults.
+
+    Args:
+        estimate: with F(x').
+        share: of the candidates' tensors, in [0, 1].
+    """
+    base = sum(value.numel() for value in estimate.values())
+    scores = {"F": estimate.f, "dF": relative_change(estimate.f, estimate.shifted, eps=1e-8)}
+    for form in FORMS:
+        scores[form] = domain_related_fisher(
+            estimate.f, estimate.shifted, estimate.shift_weight, form=form
+        )
+    return {name: Selection.from_scores(score, share, base) for name, score in scores.items()}
+
+
+def table(selections: dict[str, Selection]) -> str:
+    """Formats, in percent, what each selection shares with the others and where it lies."""
+    rows = []
+    for name, selection in selections.items():
+        counts = selection.summary()
+        total = sum(counts.values())
+        kinds = [sum(n for (kind, _), n in counts.items() if kind == k) / total for k in KINDS]
+        half = (1 + max(block for _, block in counts)) / 2
+        deep = sum(n for (_, block), n in counts.items() if block >= half) / total
+        common = [overlap(selection, other) for other in selections.values()]
+        rows.append([name, *(f"{100 * value:.1f}" for value in [*common, *kinds, deep])])
+    headers = ["selected by", *(f"% also by {name}" for name in selections)]
+    headers += [*(f"% in {kind}" for kind in KINDS), "% in the deeper half"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of a run that estimated")
+    parser.add_argument("--share", type=float, default=0.05, help="of the candidates' tensors")
+    args = parser.parse_args()
+    file = args.output_dir / "fisher.safetensors"
+    if not file.is_file():
+        parser.error(f"there is no {file.name} in {args.output_dir}: its run estimated nothing")
+    print(table(select_by_each(FisherEstimate.load(file), args.share)))
