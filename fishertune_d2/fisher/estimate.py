@@ -44,6 +44,7 @@ ESTIMATORS: dict[str, Callable[[Sequence[Candidate]], Estimator]] = {
     "natural": Natural,
 }
 LABELS = ("ground_truth", "sampled")
+_FORMAT = "fisher_estimate_v1"
 
 
 @dataclass
@@ -86,8 +87,9 @@ class FisherEstimate(Mapping[str, Tensor]):
         tensors = {f"f/{name}": value.cpu().contiguous() for name, value in self.f.items()}
         tensors |= {f"shifted/{name}": v.cpu().contiguous() for name, v in self.shifted.items()}
         numbers = {"shift_weight": repr(self.shift_weight), "images": str(self.images)}
-        texts = {"format": "fisher_estimate", "notes": json.dumps(self.notes)}
-        save_file(tensors, str(path), metadata={**texts, **numbers})
+        # The file sorts its tensors by name; a selection breaks ties by the order here.
+        texts = {"names": json.dumps(list(self.f)), "notes": json.dumps(self.notes)}
+        save_file(tensors, str(path), metadata={"format": _FORMAT, **texts, **numbers})
 
     @classmethod
     def load(cls, path: str | Path) -> "FisherEstimate":
@@ -98,19 +100,19 @@ class FisherEstimate(Mapping[str, Tensor]):
         """
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "fisher_estimate":
-                raise ValueError(f"{path} is no Fisher estimate: its format is {metadata}")
-            tensors: dict[str, dict[str, Tensor]] = {"f": {}, "shifted": {}}
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                part, name = key.split("/", 1)
-                tensors[part][name] = file.get_tensor(key)
-        return cls(
-            tensors["f"],
-            tensors["shifted"],
-            float(metadata["shift_weight"]),
-            int(metadata["images"]),
-            json.loads(metadata.get("notes", "{}")),
-        )
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path} is no {_FORMAT} file: its format is {metadata}")
+            keys = set(file.keys())
+            f, shifted = (
+                {
+                    name: file.get_tensor(f"{part}/{name}")
+                    for name in json.loads(metadata["names"])
+                    if f"{part}/{name}" in keys
+                }
+                for part in ("f", "shifted")
+            )
+        numbers = float(metadata["shift_weight"]), int(metadata["images"])
+        return cls(f, shifted, *numbers, json.loads(metadata["notes"]))
 
 
 def estimate_fisher(

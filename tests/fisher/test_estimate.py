@@ -138,10 +138,11 @@ def test_the_scale_of_a_grad_scaler_does_not_leak(vit, images, loss):
 
 
 def test_file_round_trip(tmp_path):
-    f, shifted = {"a.b": torch.rand(2, 3)}, {"a.b": torch.rand(2, 3)}
+    f, shifted = ({name: torch.rand(2, 3) for name in ("b", "a.b")} for _ in range(2))
     estimate = FisherEstimate(f, shifted, 0.3, 7, {"seed": "5"})
     estimate.save(tmp_path / "fisher.safetensors")
     loaded = FisherEstimate.load(tmp_path / "fisher.safetensors")
+    assert list(loaded) == list(loaded.shifted) == ["b", "a.b"]  # ties are broken by the order
     assert torch.equal(loaded["a.b"], estimate["a.b"])
     assert torch.equal(loaded.shifted["a.b"], estimate.shifted["a.b"])
     assert (loaded.shift_weight, loaded.images, loaded.notes) == (0.3, 7, {"seed": "5"})
