@@ -58,9 +58,10 @@ STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 SHARE = 0.05
 # E[exp(-(|a| + |b|))] of two standard normal numbers, for every mark alike.
 SHIFT_WEIGHT = float((2 * np.exp(0.5) * scipy.stats.norm.cdf(-1)) ** 2)
-# How far each curve goes: the default as far as the reference, the others a fifth of it.
+# How far each curve goes: the plain squares as far as the reference, the others a fifth of it.
 CURVES: dict[str, tuple[Callable, int]] = {
     "diagonal": (ESTIMATORS["diagonal"], REFERENCE_IMAGES),
+    "smoothed": (ESTIMATORS["smoothed"], REFERENCE_IMAGES),
     "closed_form": (ESTIMATORS["closed_form"], HALF),
     "natural": (ESTIMATORS["natural"], HALF),
     "variational": (ESTIMATORS["variational"], HALF),

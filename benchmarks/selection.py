@@ -35,6 +35,7 @@ ROWS: dict[str, tuple[str, str | None, list[str]]] = {
     "rank": ("fishertune", "fishertune", ["FISHER.FORM", "rank"]),
     "share_1": ("fishertune", "fishertune", ["TUNING.D_MAX", "0.01"]),
     "share_20": ("fishertune", "fishertune", ["TUNING.D_MAX", "0.2"]),
+    "smoothed": ("fishertune", None, ["FISHER.ESTIMATOR", "smoothed"]),
     "natural": ("fishertune", None, ["FISHER.ESTIMATOR", "natural"]),
     "variational": ("fishertune", None, ["FISHER.ESTIMATOR", "variational"]),
     "fisher_variational": ("fishertune", "variational", ["TUNING.METHOD", "fisher"]),

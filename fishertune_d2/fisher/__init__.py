@@ -12,6 +12,7 @@ from .perturb import StatisticsPerturbation
 from .schedule import tuned_share
 from .score import domain_related_fisher, relative_change
 from .selection import Selection, count_of_share, overlap
+from .smoothed import Smoothed
 from .variational import Variational
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "FreeEnergy",
     "Natural",
     "Selection",
+    "Smoothed",
     "SoftmaxLikelihood",
     "StatisticsPerturbation",
     "Variational",

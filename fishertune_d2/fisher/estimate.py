@@ -20,6 +20,7 @@ from .diagonal import Diagonal, DiagonalLoop
 from .natural import Natural
 from .perturb import StatisticsPerturbation
 from .processes import rank_and_size, sum_over_processes
+from .smoothed import Smoothed
 from .variational import Variational
 
 
@@ -39,6 +40,7 @@ class Estimator(Protocol):
 ESTIMATORS: dict[str, Callable[[Sequence[Candidate]], Estimator]] = {
     "diagonal": Diagonal,
     "diagonal_loop": DiagonalLoop,
+    "smoothed": Smoothed,
     "closed_form": ClosedForm,
     "variational": Variational,
     "natural": Natural,
