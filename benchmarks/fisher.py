@@ -14,7 +14,7 @@ be stopped and started. Needs CamVid under $DETECTRON2_DATASETS.
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -91,6 +91,7 @@ class Setting:
         cfg.merge_from_list(["FISHER.IMS_PER_BATCH", BATCH])
         self.cfg, self.trainer = cfg, Trainer(cfg)
         self.trainer.resume_or_load(resume=False)
+        self.trainer.start_stage("tuning")
         self.model = self.trainer.segmentor
         self.backbone = self.model.backbone
         self.candidates = find_candidates(self.backbone)
@@ -265,6 +266,7 @@ def cost(setting: Setting, output: Path, warmup: Path) -> None:
         "forward and backward pass": backward,
         "diagonal": estimator("diagonal"),
         "diagonal_loop": estimator("diagonal_loop"),
+        "smoothed": estimator("smoothed"),
         "closed_form": estimator("closed_form"),
         "natural": estimator("natural"),
         "variational": estimator("variational"),
@@ -272,26 +274,25 @@ def cost(setting: Setting, output: Path, warmup: Path) -> None:
         "diagonal, sampled labels": estimator("diagonal", labels="sampled"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(6):
+    for _ in range(4):
         for name, way in ways.items():
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    medians = {name: median(values[1:]) for name, values in seconds.items()}  # the first warms up
+    result: dict = {
+        "batch": BATCH,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": {name: median(values[1:]) for name, values in seconds.items()},  # 0 warms up
+        "arithmetic": {name: arithmetic(name, size) for name, size in ARITHMETIC.items()},
+    }
     peaks = {}
     for name in ("nothing", "training step", "diagonal", "diagonal_loop", "natural", "variational"):
         command = [sys.executable, __file__, "peak", "--way", name, "--warmup", str(warmup)]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[name] = int(text.split()[-1])
         print(name, peaks[name], flush=True)
-    result = {
-        "batch": BATCH,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "seconds": medians,
-        "peak_bytes": peaks,
-        "arithmetic": {name: arithmetic(name, size) for name, size in ARITHMETIC.items()},
-    }
+    result["peak_bytes"] = peaks
     (output / "cost.json").write_text(json.dumps(result, indent=1))
 
 
@@ -303,7 +304,13 @@ def peak(setting: Setting, way: str) -> None:
         torch.autograd.grad(losses.sum(), list({c.parameter for c in setting.candidates}))
     elif way != "nothing":
         estimate_fisher(setting.model, [batch], setting.loss_fn, setting.candidates, estimator=way)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_memory())
+
+
+def peak_memory() -> int:
+    """The most this process has held, in bytes; ru_maxrss would start with the parent's."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) * 1024
 
 
 ARITHMETIC = {
@@ -346,17 +353,17 @@ def ranking(output: Path) -> None:
     torch.manual_seed(0)
     count, base = 277_020_672, 304_198_656
     scores = {str(i): torch.rand(count // 24).pow_(8) for i in range(24)}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     selection = Selection.from_scores(scores, SHARE, base)
     seconds = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = peak_memory()
     result = {
         "scores": count,
         "selected": sum(len(places) for places in selection.indices.values()),
         "seconds": seconds,
         "bytes_scores": 4 * count,
-        "bytes_beside": (after - before) * 1024,
+        "bytes_beside": after - before,
     }
     (output / "ranking.json").write_text(json.dumps(result, indent=1))
     print(result)
