@@ -12,7 +12,7 @@ except where ``eps`` of Eq. 5 is compared with F.
 Shapes: B images, T tokens of an image; x (B, T, in), g (B, T, out), weight (out, in).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 
 import torch
@@ -137,8 +137,7 @@ def add_squares(
 
     with torch.enable_grad(), LinearCalls(parameters, run) as calls:
         values = losses.together()
-    missed = [name for name in parameters if name not in calls.seen]
-    _require_unused(values, {name: parameters[name] for name in missed})
+    require_all_caught(values, parameters, calls.seen)
     if calls.seen:
         torch.autograd.grad(values.sum(), anchor, allow_unused=True)
     _require_finite(finite, losses)
@@ -192,8 +191,20 @@ def _add_products(
             sums[name][part].add_(products.square_().sum(0))
 
 
-def _require_unused(losses: Tensor, missed: Mapping[str, nn.Parameter]) -> None:
-    """Refuses parameters that the loss reaches in another way than by a linear layer."""
+def require_all_caught(
+    losses: Tensor, parameters: Mapping[str, nn.Parameter], seen: Set[str]
+) -> None:
+    """Refuses parameters that the loss reaches in another way than by a linear layer.
+
+    Args:
+        losses: (B,), with their graph, which is kept.
+        parameters: the candidates' by name.
+        seen: names of those that linear layers were caught using.
+
+    Raises:
+        ValueError: if the loss depends on one of the others.
+    """
+    missed = {name: p for name, p in parameters.items() if name not in seen}
     if not missed or not losses.requires_grad:
         return
     gradients = torch.autograd.grad(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .batch_losses import BatchLosses
 from .candidates import Candidate
-from .diagonal import row_ranges
+from .diagonal import require_all_caught, row_ranges
 from .free_energy import FreeEnergy
 from .linear_calls import LinearCall, LinearCalls
 from .processes import sum_over_processes
@@ -96,20 +96,24 @@ class Variational:
         """
         if self._optimizer is None:
             self._start(losses)
-        variance = {name: self._variance(name) for name in self.parameters}
+        device = next(iter(self.parameters.values())).device
+        names, learned = zip(*self._log_precision.items(), strict=True)
+        gradients = [torch.zeros_like(each) for each in learned]
         # Antithetic pairs: the loss's slope along the noise, which says nothing of its curvature
         # and is far larger, has the opposite sign in the second pass and cancels.
-        device = next(iter(self.parameters.values())).device
-        total = torch.zeros((), device=device)
         for sign in (1.0, -1.0):
             generator = torch.Generator(device).manual_seed(losses.seed)
-            run = partial(_noisy_linear, variance, sign, generator)
-            with torch.enable_grad(), LinearCalls(self.parameters, run):
-                total = total + 0.5 * losses.together().sum()
-        names = list(self._log_precision)
-        gradients = torch.autograd.grad(
-            total, list(self._log_precision.values()), allow_unused=True, materialize_grads=True
-        )
+            with torch.enable_grad():
+                variance = {name: self._variance(name) for name in self.parameters}
+                run = partial(_noisy_linear, variance, sign, generator)
+                with LinearCalls(self.parameters, run) as calls:
+                    values = losses.together()
+            require_all_caught(values, self.parameters, calls.seen)
+            parts = torch.autograd.grad(
+                0.5 * values.sum(), learned, allow_unused=True, materialize_grads=True
+            )
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient += part
         images = torch.tensor(float(losses.size), device=device)
         sum_over_processes([images, *gradients])
         prior = self.free_energy.prior_precision
