@@ -1,124 +1,20 @@
-"""The table of data sets, and their registration.
+"""Registers the data sets in Detectron2's catalogs, and a person's own beside them.
 
-A new data set is one row in ``DATASETS``. Rows are registered in Detectron2's catalogs at import;
-the disk is looked at when a data set is first loaded, below the folder that the environment
-variable DETECTRON2_DATASETS names (default: ``datasets``).
+The rows of `DATASETS` are registered at import; the disk is looked at when a data set is first
+loaded, below the folder that the environment variable DETECTRON2_DATASETS names (default:
+``datasets``).
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.colormap import colormap
 
 from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_SPACES, Color, identity_space
-from fishertune_d2.data.pairs import (
-    IMAGE_SUFFIXES,
-    SemSegDataset,
-    cache_root,
-    datasets_root,
-    load_pairs,
-)
-
-_log = logging.getLogger(__name__)
-
-
-def _streets_root() -> Path:
-    """Draws the built-in scenes if they are not there yet, and returns their folder."""
-    from fishertune_d2.data.streets import ensure_streets  # costs only those who use it
-
-    root = datasets_root() / "streets"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # data folders are often mounted read-only
-        root = cache_root() / "streets"
-        _log.info("DETECTRON2_DATASETS cannot hold the built-in data (%s): %s does", error, root)
-    return ensure_streets(root)
-
-
-def _is_dusk(stem: str) -> bool:
-    return stem.startswith("0001TP")  # the one CamVid sequence that was filmed at dusk
-
-
-def _is_day(stem: str) -> bool:
-    return not _is_dusk(stem)
-
-
-def _camvid(name: str, split: str, domain: str, keep: Callable[[str], bool]) -> SemSegDataset:
-    return SemSegDataset(
-        name=name,
-        image_dir=f"CamVid/{split}",
-        label_dir=f"CamVid/{split}annot",
-        label_map="camvid",
-        label_space=LABEL_SPACES["camvid11"],
-        domain=domain,
-        keep=keep,
-    )
-
-
-def _streets(split: str, domain: str) -> SemSegDataset:
-    return SemSegDataset(
-        name=f"streets_{domain}_{split}",
-        image_dir=f"leftImg8bit/{split}/{domain}",
-        label_dir=f"gtFine/{split}/{domain}",
-        image_suffixes=("_leftImg8bit.png",),
-        label_suffix="_gtFine_labelTrainIds.png",
-        label_map="train_ids",
-        domain=f"streets_{domain}",
-        root=_streets_root,
-    )
-
-
-DATASETS: tuple[SemSegDataset, ...] = (
-    _camvid("camvid_day_train", "train", "camvid_day", _is_day),
-    _camvid("camvid_day_val", "val", "camvid_day", _is_day),
-    _camvid("camvid_day_test", "test", "camvid_day", _is_day),
-    _camvid("camvid_dusk_dev", "train", "camvid_dusk", _is_dusk),
-    _camvid("camvid_dusk_test", "test", "camvid_dusk", _is_dusk),
-    _streets("train", "day"),
-    _streets("val", "day"),
-    _streets("val", "dusk"),
-    _streets("val", "night"),
-    _streets("val", "fog"),
-    _streets("val", "rain"),
-    _streets("val", "snow"),
-    SemSegDataset(
-        name="gtav_train",
-        image_dir="gta/images",
-        label_dir="gta/labels",
-        label_map="label_ids",
-        domain="gtav",
-        drop_mismatched=True,  # 62 of the 24,966 published pairs differ in size
-    ),
-    SemSegDataset(
-        name="cityscapes_val",
-        image_dir="cityscapes/leftImg8bit/val",
-        label_dir="cityscapes/gtFine/val",
-        image_suffixes=("_leftImg8bit.png",),
-        label_suffix="_gtFine_labelIds.png",
-        label_map="label_ids",
-        domain="cityscapes",
-        test_size=(1024, 512),
-    ),
-    SemSegDataset(
-        name="bdd100k_val",
-        image_dir="bdd100k/images/10k/val",
-        label_dir="bdd100k/labels/sem_seg/masks/val",
-        label_map="train_ids",
-        domain="bdd100k",
-        test_size=(1280, 720),
-    ),
-    SemSegDataset(
-        name="mapillary_val",
-        image_dir="mapillary/validation/images",
-        label_dir="mapillary/validation/labels",
-        label_map="mapillary_rein",
-        domain="mapillary",
-        test_size=(1024, 512),
-    ),
-)
+from fishertune_d2.data.labels import IGNORE_LABEL, Color, identity_space
+from fishertune_d2.data.pairs import IMAGE_SUFFIXES, SemSegDataset, load_pairs
+from fishertune_d2.data.rows import DATASETS
 
 
 def register(row: SemSegDataset) -> None:
@@ -143,6 +39,7 @@ def register(row: SemSegDataset) -> None:
         domain=row.domain,
         label_space=row.label_space,
         test_size=row.test_size,
+        halve_labels=row.halve_labels,
     )
 
 
@@ -195,7 +92,7 @@ def register_sem_seg(
             label_map=f"identity_{len(classes)}",
             domain=domain or name,
             image_suffixes=tuple(image_suffixes),
-            label_suffix=label_suffix,
+            label_suffixes=(label_suffix,),
             label_space=identity_space(classes, rgb),
             test_size=test_size,
             root=Path.cwd,

@@ -75,25 +75,40 @@ _LABEL_IDS = {
 # Buses and trucks are labelled car, traffic lights sign, riders bicyclist.
 _CAMVID = {0: 10, 1: 2, 2: 5, 3: 0, 4: 1, 5: 8, 6: 7, 7: 4, 8: 13, 9: 11, 10: 18}
 
-# Mapillary Vistas 1.2 (ids 0 to 65) as Rein maps it: bike lanes, crosswalks, parking and service
-# lanes are road, curb cuts and pedestrian areas sidewalk, street lights pole, the backs and
-# frames of signs sign. Other projects ignore these, so scores differ between the two maps.
-_MAPILLARY_REIN = {
-    13: 0, 24: 0, 7: 0, 8: 0, 10: 0, 14: 0, 23: 0, 2: 1, 15: 1, 9: 1, 11: 1, 17: 2, 6: 3, 3: 4,
-    45: 5, 47: 5, 44: 5, 48: 6, 50: 7, 46: 7, 49: 7, 30: 8, 29: 9, 27: 10, 19: 11, 20: 12, 21: 12,
-    22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18,
+# SYNTHIA-RAND-CITYSCAPES. Its 9,400 images hold no terrain (16), truck (18) or train (20).
+_SYNTHIA = {
+    3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13,
+    18: 14, 19: 15, 20: 16, 12: 17, 11: 18,
 }  # fmt: skip
+
+# Mapillary Vistas 1.2 (ids 0 to 65; version 2.0 numbers its 124 classes anew). What all projects
+# agree on: curbs are sidewalk, utility poles pole, general lane markings road, whoever rides rider.
+_MAPILLARY = {
+    13: 0, 24: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10,
+    19: 11, 20: 12, 21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18,
+}  # fmt: skip
+# Rein's map: bike lanes, crosswalks, parking and service lanes are road, curb cuts and pedestrian
+# areas sidewalk, street lights pole, the backs and frames of signs sign.
+_MAPILLARY_REIN = {7: 0, 8: 0, 10: 0, 14: 0, 23: 0, 9: 1, 11: 1, 44: 5, 46: 7, 49: 7}
+# HRDA's map, also CLOUDS' and VLTSeg's, ignores all of these: manholes are road. Other pixels are
+# scored, so numbers from the two maps do not compare.
+_MAPILLARY_HRDA = {41: 0}
 
 LABEL_MAPS: dict[str, np.ndarray] = {
     "train_ids": _identity_map(19),
     "label_ids": make_label_map(_LABEL_IDS, ignored=[*range(35), IGNORE_LABEL]),
     "camvid": make_label_map(_CAMVID, ignored=[11]),
-    "mapillary_rein": make_label_map(_MAPILLARY_REIN, ignored=range(66)),
+    "synthia": make_label_map(_SYNTHIA, ignored=range(23)),
+    "mapillary_v1.2_rein": make_label_map(_MAPILLARY | _MAPILLARY_REIN, ignored=range(66)),
+    "mapillary_v1.2_hrda": make_label_map(_MAPILLARY | _MAPILLARY_HRDA, ignored=range(66)),
     # A person's own n classes are ids 0 to n-1. All of these exist from the start, so that a
     # worker process finds the map of a data set that only its parent registered.
     **{f"identity_{n}": _identity_map(n) for n in range(1, IGNORE_LABEL + 1)},
 }
 """Label maps by name, each (256,) int16; see `make_label_map`."""
+
+FIRST_CHANNEL_MAPS = frozenset({"synthia"})
+"""Maps of files with several channels: the class id is in the first, instances in the second."""
 
 
 @dataclass(frozen=True)

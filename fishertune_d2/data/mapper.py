@@ -3,12 +3,13 @@
 Shapes: H, W are the height and width after augmentation, in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
 
@@ -32,7 +33,7 @@ class SegmentationMapper:
 
     Training: resize to a random short edge, crop, colour jitter, flip, pad to the crop's size.
     Test: only the resize into the data set's ``test_size``; the label stays on disk, where the
-    evaluator reads it at its own size.
+    evaluator reads it, at its own size or halved.
     """
 
     @configurable
@@ -45,6 +46,8 @@ class SegmentationMapper:
         pad_to: tuple[int, int] | None = None,
         pad_value: Sequence[float] = (0.0, 0.0, 0.0),
         ignore_label: int = 255,
+        test_sizes: Mapping[str, tuple[int, int] | None] | None = None,
+        native_labels: bool = False,
     ):
         """Stores the augmentations.
 
@@ -56,7 +59,21 @@ class SegmentationMapper:
                 bottom, so that a batch stacks; None pads nothing.
             pad_value: colour of the padding, 0..255; the pixel mean, which is 0 to the model.
             ignore_label: label of the padding.
+            test_sizes: by name of a data set the (width, height) to use in place of its own
+                ``test_size``; None tests at the file's size.
+            native_labels: score at the label files' size where a data set's labels are halved.
+
+        Raises:
+            ValueError: if ``test_sizes`` names something that is not registered.
         """
+        self.test_sizes = dict(test_sizes or {})
+        unknown = self.test_sizes.keys() - set(DatasetCatalog.list())
+        if unknown:
+            raise ValueError(
+                f"Test sizes are given for {sorted(unknown)}, but no such data set is registered; "
+                "correct the name."
+            )
+        self.native_labels = native_labels
         self.is_train = is_train
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
@@ -66,7 +83,7 @@ class SegmentationMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Reads cfg.INPUT, cfg.MODEL.PIXEL_MEAN and MODEL.SEM_SEG_HEAD.IGNORE_VALUE.
+        """Reads cfg.INPUT, cfg.TEST, cfg.MODEL.PIXEL_MEAN and MODEL.SEM_SEG_HEAD.IGNORE_VALUE.
 
         Raises:
             ValueError: if crops are enabled with a type other than "absolute".
@@ -109,6 +126,8 @@ class SegmentationMapper:
             "pad_to": tuple(crop.SIZE) if is_train and crop.ENABLED else None,
             "pad_value": cfg.MODEL.PIXEL_MEAN,
             "ignore_label": ignore_label,
+            "test_sizes": {name: (width, height) for name, width, height in cfg.TEST.SIZES},
+            "native_labels": cfg.TEST.NATIVE_LABELS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -116,16 +135,15 @@ class SegmentationMapper:
 
         Returns:
             A copy with ``image``, (3, H, W) uint8, and in training ``sem_seg``, (H, W) int64
-            train ids; ``height`` and ``width`` stay those of the label file.
+            train ids. ``height`` and ``width`` stay those of the label file, except at test where
+            ``halve_label`` is true: there they are half of it, rounded down.
 
         Raises:
             DatasetError: if a file cannot be read or holds a label out of range.
         """
         image = read_image(dataset_dict["file_name"], self.image_format)
         if not self.is_train:
-            if dataset_dict.get("test_size") is not None:
-                image = _fit_into(image, dataset_dict["test_size"])
-            return {**dataset_dict, "image": _to_tensor(image)}
+            return {**dataset_dict, **self._protocol(dataset_dict, image)}
 
         label = read_label(dataset_dict["sem_seg_file_name"], dataset_dict["label_map"])
         augmented = T.AugInput(image, sem_seg=label)
@@ -137,6 +155,19 @@ class SegmentationMapper:
             **dataset_dict,
             "image": _to_tensor(image),
             "sem_seg": torch.from_numpy(label.astype(np.int64)),
+        }
+
+    def _protocol(self, item: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
+        """Returns the image at the size to test at, and the size to score at."""
+        size = self.test_sizes.get(item.get("dataset_name"), item.get("test_size"))
+        halve = item.get("halve_label", False) and not self.native_labels
+        parts = 2 if halve else 1
+        return {
+            "image": _to_tensor(image if size is None else _fit_into(image, size)),
+            "test_size": size,
+            "halve_label": halve,
+            "height": item["height"] // parts,
+            "width": item["width"] // parts,
         }
 
     def _pad(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

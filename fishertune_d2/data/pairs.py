@@ -2,10 +2,11 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from glob import escape, glob
+from pathlib import Path, PurePosixPath
 
 from fishertune_d2.data.files import DatasetError, image_size
 from fishertune_d2.data.labels import (
@@ -36,11 +37,29 @@ def cache_root() -> Path:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What is known of a data set as its authors publish it; the check compares with it.
+
+    Attributes:
+        pairs: their number, without those that ``drop_mismatched`` drops.
+        sizes: (width, height) in pixels of its images; empty where they vary.
+        absent: classes that its labels never hold; None where this is not known.
+        shares: for some classes their percentage of all pixels, the ignored ones included.
+    """
+
+    pairs: int
+    sizes: tuple[tuple[int, int], ...] = ()
+    absent: tuple[str, ...] | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SemSegDataset:
     """One row: where a data set lies, and what its labels mean.
 
-    An image ``image_dir/x/y<image suffix>`` belongs to the label ``label_dir/x/y<label_suffix>``,
-    at any depth of folders.
+    An image ``image_dir/x/y<image suffix>`` belongs to the label ``label_dir/x/y<label suffix>``,
+    at any depth of folders. A ``*`` in a folder's path stands for any one folder name; all folders
+    that fit are read as one.
 
     Attributes:
         name: the name in Detectron2's catalogs.
@@ -49,13 +68,19 @@ class SemSegDataset:
         label_map: a name in `LABEL_MAPS`.
         domain: where and when it was taken. A test set whose domain is trained on is a source,
             any other is unseen.
+        other_dirs: pairs of (image_dir, label_dir) for the same files as other projects or other
+            releases arrange them; the first pair of which both exist is read.
         image_suffixes: how image names end; several where copies of a data set differ.
-        label_suffix: how label names end.
+        label_suffixes: how label names end; several where kinds of labels are mixed.
+        image_list: a text file, relative to the root, that names the images to use, one in a line,
+            by their path below the folder that holds ``image_dir``. None uses all.
         label_space: the classes it is scored in.
         test_size: (width, height) in pixels into which test images are fitted, keeping their
             ratio; None tests at the file's size.
-        keep: picks files by their path below ``image_dir`` without the suffix, as "x/y".
+        halve_labels: whether it is scored on labels of half the width and height.
+        keep: picks files by their path below the folder without the suffix, as "x/y".
         drop_mismatched: drop and count pairs of unequal size instead of refusing them.
+        published: known numbers; None where there are none.
         root: finds the root folder when the data set is loaded.
         classes: the classes its label map leads to, which the model is trained on.
         colors: their RGB colours.
@@ -66,24 +91,38 @@ class SemSegDataset:
     label_dir: str
     label_map: str
     domain: str
+    other_dirs: tuple[tuple[str, str], ...] = ()
     image_suffixes: tuple[str, ...] = IMAGE_SUFFIXES
-    label_suffix: str = ".png"
+    label_suffixes: tuple[str, ...] = (".png",)
+    image_list: str | None = None
     label_space: LabelSpace = LABEL_SPACES["cityscapes19"]
     test_size: tuple[int, int] | None = None
+    halve_labels: bool = False
     keep: Callable[[str], bool] | None = None
     drop_mismatched: bool = False
+    published: Published | None = None
     root: Callable[[], Path] = datasets_root
     classes: tuple[str, ...] = CITYSCAPES_CLASSES
     colors: tuple[Color, ...] = CITYSCAPES_COLORS
 
+    def dirs(self) -> tuple[tuple[str, str], ...]:
+        """Returns all pairs of (image_dir, label_dir), the authors' first."""
+        return ((self.image_dir, self.label_dir), *self.other_dirs)
+
     def tree(self, root: Path) -> str:
         """Describes the folders that this row expects below ``root``."""
         images = " or ".join(f"*{suffix}" for suffix in self.image_suffixes)
-        return (
-            f"  {root / self.image_dir}/**/{images}    (images)\n"
-            f"  {root / self.label_dir}/**/*{self.label_suffix}    "
-            f"(labels with {self.label_map!r} ids)"
-        )
+        labels = " or ".join(f"*{suffix}" for suffix in self.label_suffixes)
+        lines = []
+        for image_dir, label_dir in self.dirs():
+            lines += ["or"] if lines else []
+            lines.append(f"  {root / image_dir}/**/{images}    (images)")
+            lines.append(
+                f"  {root / label_dir}/**/{labels}    (labels with {self.label_map!r} ids)"
+            )
+        if self.image_list:
+            lines.append(f"  {root / self.image_list}    (the images to use)")
+        return "\n".join(lines)
 
 
 def load_pairs(row: SemSegDataset) -> list[dict]:
@@ -91,28 +130,28 @@ def load_pairs(row: SemSegDataset) -> list[dict]:
 
     Returns:
         One dict per pair, sorted by path: file_name, sem_seg_file_name, height, width (pixels of
-        image and label), image_id (the path below ``image_dir``, without suffix), label_map,
-        test_size.
+        image and label), image_id (the path below ``image_dir``, without suffix), dataset_name,
+        label_map, test_size, halve_label.
 
     Raises:
         DatasetError: if a folder, an image or a label is missing, a header cannot be read, or an
             image and its label differ in size.
     """
     root = row.root()
-    image_dir, label_dir = root / row.image_dir, root / row.label_dir
-    for folder in (image_dir, label_dir):
-        if not folder.is_dir():
-            raise DatasetError(_missing_folder(row, root, folder))
-    images = _find(image_dir, row.image_suffixes, row.keep)
-    labels = _find(label_dir, (row.label_suffix,), row.keep)
+    image_dir, label_dir = choose_dirs(row, root)
+    images = _find(folders(root, image_dir), row.image_suffixes, row.keep)
+    labels = _find(folders(root, label_dir), row.label_suffixes, row.keep)
+    if row.image_list is not None:
+        listed = _read_list(row, root, images)
+        images = {stem: path for stem, path in images.items() if stem in listed}
+        labels = {stem: path for stem, path in labels.items() if stem in listed}
     if not images:
         raise DatasetError(f"{row.name}: no image found. It needs\n{row.tree(root)}")
-    _check_pairs(row, images, labels, image_dir, label_dir)
+    _check_pairs(row, images, labels, root / image_dir, root / label_dir)
 
     stems = sorted(images)
-    with ThreadPoolExecutor(max_workers=8) as pool:  # waiting for the disk, mostly
-        image_sizes = list(pool.map(image_size, (images[stem] for stem in stems)))
-        label_sizes = list(pool.map(image_size, (labels[stem] for stem in stems)))
+    sizes = _image_sizes([*(images[s] for s in stems), *(labels[s] for s in stems)])
+    image_sizes, label_sizes = sizes[: len(stems)], sizes[len(stems) :]
     mismatched = [
         f"{images[stem]} has {a[1]}x{a[0]} pixels and {labels[stem]} {b[1]}x{b[0]}"
         for stem, a, b in zip(stems, image_sizes, label_sizes, strict=True)
@@ -125,56 +164,137 @@ def load_pairs(row: SemSegDataset) -> list[dict]:
         )
     if mismatched:
         _log.warning("%s: dropped %d pairs of unequal size", row.name, len(mismatched))
+    found = len(stems) - len(mismatched)
+    if row.published and found != row.published.pairs:
+        _log.warning(
+            "%s: %d pairs, %d are published; scores will not compare with those of others",
+            row.name,
+            found,
+            row.published.pairs,
+        )
     return [
         {
-            "file_name": str(images[stem]),
-            "sem_seg_file_name": str(labels[stem]),
+            "file_name": images[stem],
+            "sem_seg_file_name": labels[stem],
             "height": size[0],
             "width": size[1],
             "image_id": stem,
+            "dataset_name": row.name,
             "label_map": row.label_map,
             "test_size": row.test_size,
+            "halve_label": row.halve_labels,
         }
         for stem, size, label_size in zip(stems, image_sizes, label_sizes, strict=True)
         if size == label_size
     ]
 
 
+def folders(root: Path, pattern: str) -> list[str]:
+    """Returns the existing folders that ``pattern`` names below ``root``."""
+    path = str(root / pattern)
+    if "*" in pattern:
+        candidates = sorted(glob(os.path.join(escape(str(root)), pattern)))
+    else:  # as it is: a person's own path may hold brackets
+        candidates = [path]
+    return [folder for folder in candidates if os.path.isdir(folder)]
+
+
+def choose_dirs(row: SemSegDataset, root: Path) -> tuple[str, str]:
+    """Returns the first pair of (image_dir, label_dir) of which both exist.
+
+    Raises:
+        DatasetError: if there is none; it names the folder that is missing, and the remedy.
+    """
+    for image_dir, label_dir in row.dirs():
+        if folders(root, image_dir) and folders(root, label_dir):
+            return image_dir, label_dir
+    absent = row.label_dir if folders(root, row.image_dir) else row.image_dir
+    remedy = (
+        f"Put the data there, or set DETECTRON2_DATASETS (now {str(root)!r}) to the folder that "
+        "holds them."
+        if row.root is datasets_root
+        else "Put the data there, or correct the path."
+    )
+    raise DatasetError(
+        f"{row.name}: no folder {root / absent}. It needs\n{row.tree(root)}\n{remedy}"
+    )
+
+
 def _find(
-    folder: Path, suffixes: Sequence[str], keep: Callable[[str], bool] | None
-) -> dict[str, Path]:
-    """Maps the path below ``folder`` without suffix to the file."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        suffix = next((s for s in suffixes if path.name.endswith(s)), None)
-        if suffix is None or path.name.startswith("."):  # "._x.png" are macOS's notes on x.png
-            continue
-        if path.name.endswith(_CONVERTED) and not suffix.endswith(_CONVERTED):
-            continue
-        stem = path.relative_to(folder).as_posix().removesuffix(suffix)
-        if keep is not None and not keep(stem):
-            continue
-        if stem in found:
-            raise DatasetError(f"{found[stem]} and {path} are the same image twice; remove one.")
-        found[stem] = path
+    where: Sequence[str], suffixes: Sequence[str], keep: Callable[[str], bool] | None
+) -> dict[str, str]:
+    """Maps the path below its folder, without suffix, to the file."""
+    found: dict[str, str] = {}
+    for folder in where:
+        for stem, path in _walk(folder, suffixes):
+            if keep is not None and not keep(stem):
+                continue
+            if stem in found:
+                raise DatasetError(
+                    f"{found[stem]} and {path} are the same image twice; remove one."
+                )
+            found[stem] = path
     return found
+
+
+def _walk(folder: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields the path below ``folder`` without suffix, and the path, of the files that fit."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        below = os.path.relpath(parent, folder).replace(os.sep, "/")
+        prefix = "" if below == "." else f"{below}/"
+        for name in sorted(names):
+            suffix = next((s for s in suffixes if name.endswith(s)), None)
+            if suffix is None or name.startswith("."):  # "._x.png" are macOS's notes on x.png
+                continue
+            if name.endswith(_CONVERTED) and not suffix.endswith(_CONVERTED):
+                continue
+            yield prefix + name[: -len(suffix)], os.path.join(parent, name)
+
+
+def _read_list(row: SemSegDataset, root: Path, images: Mapping[str, str]) -> set[str]:
+    """Reads the images to use from the authors' list, as keys of ``images``."""
+    path = root / row.image_list
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(
+            f"{row.name}: cannot read {path} ({type(error).__name__}: {error}), which names the "
+            f"images to use. It needs\n{row.tree(root)}"
+        ) from error
+    prefix = f"{PurePosixPath(row.image_dir).name}/"
+    listed: set[str] = set()
+    absent: list[str] = []
+    for line in lines:
+        suffix = next((s for s in row.image_suffixes if line.endswith(s)), "")
+        stem = line.removeprefix(prefix).removesuffix(suffix)
+        listed.add(stem)
+        if stem not in images:
+            absent.append(line)
+    if absent:
+        raise DatasetError(
+            f"{row.name}: {path} names {len(absent)} of {len(lines)} images that are not there: "
+            f"{some(absent)}. Restore them, or the list as its authors ship it."
+        )
+    return listed
 
 
 def _check_pairs(
     row: SemSegDataset,
-    images: dict[str, Path],
-    labels: dict[str, Path],
+    images: Mapping[str, str],
+    labels: Mapping[str, str],
     image_dir: Path,
     label_dir: Path,
 ) -> None:
     """Raises if an image has no label or a label no image."""
     no_label = [
-        f"{label_dir / stem}{row.label_suffix}" for stem in sorted(images.keys() - labels.keys())
+        f"{label_dir / stem}{row.label_suffixes[0]}"
+        for stem in sorted(images.keys() - labels.keys())
     ]
     if no_label:
         raise DatasetError(
             f"{row.name}: {len(no_label)} of {len(images)} images have no label. Missing: "
-            f"{some(no_label)}. Restore the labels, or remove those images."
+            f"{some(no_label)}{_or_others(row.label_suffixes)}. Restore the labels, or remove "
+            "those images."
         )
     no_image = [
         f"{image_dir / stem}{row.image_suffixes[0]}"
@@ -183,19 +303,22 @@ def _check_pairs(
     if no_image:
         raise DatasetError(
             f"{row.name}: {len(no_image)} of {len(labels)} labels have no image. Missing: "
-            f"{some(no_image)} (or {', '.join(row.image_suffixes)}). Restore the images, or "
-            "remove those labels."
+            f"{some(no_image)}{_or_others(row.image_suffixes)}. Restore the images, or remove "
+            "those labels."
         )
 
 
-def _missing_folder(row: SemSegDataset, root: Path, folder: Path) -> str:
-    remedy = (
-        f"Put the data there, or set DETECTRON2_DATASETS (now {str(root)!r}) to the folder that "
-        "holds them."
-        if row.root is datasets_root
-        else "Put the data there, or correct the path."
-    )
-    return f"{row.name}: no folder {folder}. It needs\n{row.tree(root)}\n{remedy}"
+def _or_others(suffixes: Sequence[str]) -> str:
+    return f" (or {', '.join(suffixes[1:])})" if len(suffixes) > 1 else ""
+
+
+def _image_sizes(paths: Sequence[str]) -> list[tuple[int, int]]:
+    """Reads the sizes from all headers; several at once, as it is mostly waiting for the disk."""
+    chunk = 256  # one task for each file would cost more than the reading
+    chunks = [paths[i : i + chunk] for i in range(0, len(paths), chunk)]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        read = pool.map(lambda part: [image_size(path) for path in part], chunks)
+        return [size for part in read for size in part]
 
 
 def some(items: Sequence[str]) -> str:

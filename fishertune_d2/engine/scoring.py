@@ -43,7 +43,7 @@ def score_datasets(cfg: CfgNode, model: nn.Module) -> OrderedDict:
         results[name] = inference_on_dataset(model, loader, evaluator)
     if not comm.is_main_process() or not results:
         return OrderedDict()
-    summary = summarize(results, cfg.DATASETS.TRAIN, _protocol(cfg))
+    summary = summarize(results, cfg.DATASETS.TRAIN, _protocol(cfg), mapper)
     summary |= count_parameters(cfg, model.backbone)
     path = Path(cfg.OUTPUT_DIR) / "results.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -129,7 +130,8 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
         """
         for item, output in zip(inputs, outputs, strict=True):
             scores = output["sem_seg"]
-            label = read_label(item["sem_seg_file_name"], item["label_map"])
+            halve = item.get("halve_label", False)
+            label = read_label(item["sem_seg_file_name"], item["label_map"], halve)
             if tuple(scores.shape) != (len(self.space.collapse), *label.shape):
                 raise ValueError(
                     f"{self.dataset_name}: scores have shape {tuple(scores.shape)}, but "
@@ -141,6 +143,9 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
             self.confusion += confusion_matrix(label, prediction, len(self.space.classes))
             if item["image_id"] in self._pictures:
                 image = read_image(item["file_name"])
+                if image.shape[:2] != label.shape:  # scored on halved labels
+                    size = label.shape[::-1]
+                    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
                 draw_comparison(
                     image, label, prediction, self.space, self._pictures[item["image_id"]]
                 )

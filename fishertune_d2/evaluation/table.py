@@ -6,11 +6,16 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
+from fishertune_d2.data.mapper import SegmentationMapper
+
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def summarize(
-    results: Results, train_names: Sequence[str], protocol: Mapping[str, Any]
+    results: Results,
+    train_names: Sequence[str],
+    protocol: Mapping[str, Any],
+    mapper: SegmentationMapper,
 ) -> dict[str, Any]:
     """Sorts results into source and unseen domains, ready to be written as JSON.
 
@@ -18,11 +23,13 @@ def summarize(
         results: for each test set what its evaluator returned, in percent.
         train_names: the data sets trained on. A test set of one of their domains is a source.
         protocol: how the scores came about (inference mode, window, stride, class rule, ...).
+        mapper: what the test images passed through; it knows their sizes.
 
     Returns:
         source and targets: mIoU by data set; target_average: the mean over targets, None where
         there are none; per_class: IoU by data set and class; protocol: as given, with the test
-        size (width, height; None is the file's size) and the classes scored of each data set.
+        size (width, height; None is the file's size) and the classes scored of each data set, and
+        the data sets scored on halved labels.
     """
     train_domains = {MetadataCatalog.get(name).domain for name in train_names}
     source, targets, per_class = {}, {}, {}
@@ -34,6 +41,8 @@ def summarize(
             key.removeprefix("IoU-"): iou for key, iou in scores.items() if key.startswith("IoU-")
         }
     metadata = {name: MetadataCatalog.get(name) for name in results}
+    sizes = {name: mapper.test_sizes.get(name, m.test_size) for name, m in metadata.items()}
+    halved = [name for name, m in metadata.items() if m.halve_labels and not mapper.native_labels]
     return {
         "source": source,
         "targets": targets,
@@ -41,9 +50,8 @@ def summarize(
         "per_class": per_class,
         "protocol": {
             **protocol,
-            "test_size": {
-                name: list(m.test_size) if m.test_size else None for name, m in metadata.items()
-            },
+            "test_size": {name: list(size) if size else None for name, size in sizes.items()},
+            "halved_labels": halved,
             "classes": {name: list(m.label_space.classes) for name, m in metadata.items()},
         },
     }

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fishertune_d2.data import check
-from fishertune_d2.data.check import check_datasets
+from fishertune_d2.data.check import check_datasets, reading
 from fishertune_d2.data.files import DatasetError
 
 NAMES = ["camvid_day_train", "camvid_dusk_dev"]
@@ -12,8 +11,8 @@ NAMES = ["camvid_day_train", "camvid_dusk_dev"]
 def test_good_files_are_read_once(camvid_tree, monkeypatch):
     folder = camvid_tree()
     read = []
-    original = check.read_image
-    monkeypatch.setattr(check, "read_image", lambda path: read.append(path) or original(path))
+    original = reading.read_image
+    monkeypatch.setattr(reading, "read_image", lambda path: read.append(path) or original(path))
     check_datasets([*NAMES, NAMES[0]], num_classes=19)
     assert len(read) == 3
     check_datasets(NAMES)

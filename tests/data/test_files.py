@@ -1,5 +1,8 @@
+import cv2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from fishertune_d2.data.files import DatasetError, image_size, read_image, read_label
@@ -74,3 +77,64 @@ def test_grey_images_become_three_channels_and_bgr_is_the_reverse(tmp_path):
     Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "rgb.png")
     assert read_image(tmp_path / "rgb.png")[0, 0].tolist() == [1, 2, 3]
     assert read_image(tmp_path / "rgb.png", "BGR")[0, 0].tolist() == [3, 2, 1]
+
+
+def save_synthia(path, ids, instances=300, dtype=np.uint16):
+    """A label as SYNTHIA ships it: class, instance and nothing in 16-bit red, green and blue."""
+    pixels = np.zeros((*ids.shape, 3), dtype)
+    pixels[:, :, 2], pixels[:, :, 1] = ids, instances
+    cv2.imwrite(str(path), pixels)
+
+
+def test_synthias_class_is_in_the_first_of_its_channels(tmp_path):
+    ids = np.array([[3, 0, 1], [22, 21, 17]])
+    save_synthia(tmp_path / "x.png", ids)
+    pillow = np.asarray(Image.open(tmp_path / "x.png"))
+    assert (pillow[:, :, 0] == 0).all()  # why OpenCV reads it
+    assert read_label(tmp_path / "x.png", "synthia").tolist() == [[0, 255, 10], [255, 3, 12]]
+
+
+def test_synthias_classes_saved_alone_are_read_too(tmp_path):
+    Image.fromarray(np.array([[3, 0, 8]], dtype=np.uint8)).save(tmp_path / "x.png")
+    assert read_label(tmp_path / "x.png", "synthia").tolist() == [[0, 255, 13]]
+
+
+def test_a_synthia_label_out_of_range_is_named(tmp_path):
+    save_synthia(tmp_path / "x.png", np.array([[3, 23]]))
+    with pytest.raises(DatasetError, match=r"label 23 is out of range.*'synthia' knows 0-22\."):
+        read_label(tmp_path / "x.png", "synthia")
+
+
+def test_a_truncated_synthia_label_is_named(tmp_path):
+    path = tmp_path / "x.png"
+    save_synthia(path, np.random.default_rng(0).integers(0, 23, (64, 64)))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DatasetError, match=r"x\.png: cannot be read.*again"):
+        read_label(path, "synthia")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(height=st.integers(2, 40), width=st.integers(2, 40))
+def test_halving_takes_the_pixels_that_pillow_takes(tmp_path, height, width):
+    ids = np.random.default_rng(height * 41 + width).integers(0, 19, (height, width))
+    image = Image.fromarray(ids.astype(np.uint8))
+    image.save(tmp_path / "x.png")
+    halved = image.resize((width // 2, height // 2), Image.Resampling.NEAREST)
+    label = read_label(tmp_path / "x.png", "train_ids", halve=True)
+    assert label.tolist() == np.asarray(halved).tolist()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [(".png", "L"), (".png", "P"), (".png", "RGB"), (".jpg", "L"), (".jpg", "RGB"), (".tif", "L")],
+)
+def test_the_size_is_read_from_any_header(tmp_path, suffix, mode):
+    Image.new(mode, (700, 3)).save(tmp_path / f"x{suffix}")
+    assert image_size(tmp_path / f"x{suffix}") == (3, 700)
+
+
+def test_a_png_that_ends_within_its_header_is_named(tmp_path):
+    Image.new("L", (7, 3)).save(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:22])
+    with pytest.raises(DatasetError, match=r"x\.png: cannot be read"):
+        image_size(tmp_path / "x.png")

@@ -9,32 +9,71 @@ from fishertune_d2.data.labels import (
     UNKNOWN_ID,
 )
 
+# Every id that is trained on, as "file id>train id", in the order of the authors' or the projects'
+# own tables; the number is that of all ids of the map, 255 aside.
+TABLES = {
+    "train_ids": (19, " ".join(f"{k}>{k}" for k in range(19))),
+    "label_ids": (
+        35,
+        "7>0 8>1 11>2 12>3 13>4 17>5 19>6 20>7 21>8 22>9 23>10 24>11 25>12 26>13 27>14 28>15 31>16 "
+        "32>17 33>18",
+    ),
+    "synthia": (
+        23,
+        "3>0 4>1 2>2 21>3 5>4 7>5 15>6 9>7 6>8 16>9 1>10 10>11 17>12 8>13 18>14 19>15 20>16 12>17 "
+        "11>18",
+    ),
+    "mapillary_v1.2_rein": (
+        66,
+        "13>0 24>0 2>1 15>1 17>2 6>3 3>4 45>5 47>5 48>6 50>7 30>8 29>9 27>10 19>11 20>12 21>12 "
+        "22>12 55>13 61>14 54>15 58>16 57>17 52>18 7>0 8>0 10>0 14>0 23>0 9>1 11>1 44>5 46>7 49>7",
+    ),
+    "mapillary_v1.2_hrda": (
+        66,
+        "13>0 24>0 41>0 2>1 15>1 17>2 6>3 3>4 45>5 47>5 48>6 50>7 30>8 29>9 27>10 19>11 20>12 "
+        "21>12 22>12 55>13 61>14 54>15 58>16 57>17 52>18",
+    ),
+    "camvid": (12, "0>10 1>2 2>5 3>0 4>1 5>8 6>7 7>4 8>13 9>11 10>18"),
+}
 
-def trained_as(label_map: str, file_id: int) -> str:
-    return CITYSCAPES_CLASSES[LABEL_MAPS[label_map][file_id]]
+
+@pytest.mark.parametrize("label_map", TABLES)
+def test_maps_number_by_number(label_map):
+    known, pairs = TABLES[label_map]
+    expected = {k: IGNORE_LABEL for k in range(known)}
+    expected |= {int(a): int(b) for a, b in (pair.split(">") for pair in pairs.split())}
+    table = LABEL_MAPS[label_map].tolist()
+    assert {k: table[k] for k in range(known)} == expected
+    assert set(table[known:255]) == {UNKNOWN_ID}
+
+
+def test_every_map_has_its_table():
+    assert {name for name in LABEL_MAPS if not name.startswith("identity_")} == set(TABLES)
 
 
 @pytest.mark.parametrize(
     ("label_map", "file_id", "name"),
     [
-        ("train_ids", 0, "road"),
-        ("train_ids", 18, "bicycle"),
         ("label_ids", 7, "road"),
-        ("label_ids", 24, "person"),
         ("label_ids", 33, "bicycle"),
-        ("camvid", 0, "sky"),
-        ("camvid", 3, "road"),
+        ("synthia", 1, "sky"),
+        ("synthia", 17, "rider"),
         ("camvid", 6, "traffic sign"),
-        ("camvid", 10, "bicycle"),
-        ("mapillary_rein", 13, "road"),
-        ("mapillary_rein", 8, "road"),  # crosswalk
-        ("mapillary_rein", 44, "pole"),  # street light
-        ("mapillary_rein", 27, "sky"),
-        ("mapillary_rein", 52, "bicycle"),
+        ("mapillary_v1.2_rein", 8, "road"),  # crosswalk
+        ("mapillary_v1.2_rein", 44, "pole"),  # street light
+        ("mapillary_v1.2_hrda", 41, "road"),  # manhole
+        ("mapillary_v1.2_hrda", 52, "bicycle"),
     ],
 )
 def test_ids_lead_to_their_class(label_map, file_id, name):
-    assert trained_as(label_map, file_id) == name
+    assert CITYSCAPES_CLASSES[LABEL_MAPS[label_map][file_id]] == name
+
+
+def test_the_maps_of_mapillary_differ_in_eleven_ids():
+    rein, hrda = LABEL_MAPS["mapillary_v1.2_rein"], LABEL_MAPS["mapillary_v1.2_hrda"]
+    differing = np.flatnonzero(rein != hrda).tolist()
+    assert differing == [7, 8, 9, 10, 11, 14, 23, 41, 44, 46, 49]
+    assert all(IGNORE_LABEL in (rein[k], hrda[k]) for k in differing)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +84,9 @@ def test_ids_lead_to_their_class(label_map, file_id, name):
         ("label_ids", 0, 254),
         ("camvid", 11, 12),
         ("camvid", 11, 255),
-        ("mapillary_rein", 65, 66),  # version 2.0 goes on to 123
+        ("synthia", 22, 255),
+        ("mapillary_v1.2_rein", 65, 66),  # version 2.0 goes on to 123
+        ("mapillary_v1.2_hrda", 44, 123),
         ("identity_3", 255, 3),
     ],
 )
@@ -54,7 +95,7 @@ def test_ignored_is_not_unknown(label_map, ignored, unknown):
     assert LABEL_MAPS[label_map][unknown] == UNKNOWN_ID
 
 
-@pytest.mark.parametrize("label_map", ["train_ids", "label_ids", "mapillary_rein"])
+@pytest.mark.parametrize("label_map", [n for n in TABLES if n != "camvid"])
 def test_maps_reach_all_19_classes(label_map):
     assert set(range(19)) <= set(LABEL_MAPS[label_map].tolist())
 

@@ -6,7 +6,9 @@ import torch
 from detectron2.config import get_cfg
 from PIL import Image
 
+import fishertune_d2.data.datasets  # noqa: F401  (registers the names)
 from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.data.files import read_label
 from fishertune_d2.data.labels import LABEL_MAPS
 from fishertune_d2.data.mapper import SegmentationMapper
 
@@ -142,6 +144,50 @@ def test_at_test_time_the_image_is_fitted_and_the_label_left_alone(item, test_si
     assert out["image"].shape == shape
     assert (out["height"], out["width"]) == (20, 32)
     assert "sem_seg" not in out
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [((32, 20), (3, 20, 32)), ((8, 8), (3, 5, 8)), (None, (3, 20, 32))]
+)
+def test_a_test_size_can_be_set_by_name(item, size, shape):
+    item |= {"dataset_name": "camvid_day_val", "test_size": (16, 10)}
+    mapper = SegmentationMapper(make_cfg(), is_train=False, test_sizes={"camvid_day_val": size})
+    out = mapper(item)
+    assert out["image"].shape == shape and out["test_size"] == size
+    other = mapper({**item, "dataset_name": "camvid_day_test"})
+    assert other["image"].shape == (3, 10, 16)
+
+
+def test_the_config_gives_sizes_and_native_labels():
+    sizes = [["camvid_day_val", 64, 48], ["cityscapes_val", 2048, 1024]]
+    cfg = make_cfg(**{"TEST.SIZES": sizes, "TEST.NATIVE_LABELS": True})
+    mapper = SegmentationMapper(cfg, is_train=False)
+    assert mapper.test_sizes == {"camvid_day_val": (64, 48), "cityscapes_val": (2048, 1024)}
+    assert mapper.native_labels
+    assert not SegmentationMapper(make_cfg(), is_train=False).native_labels
+
+
+def test_a_test_size_for_an_unknown_name_is_an_error_at_once():
+    with pytest.raises(ValueError, match=r"\['camvid_dya_val'\], but no such data set"):
+        SegmentationMapper(make_cfg(), False, test_sizes={"camvid_dya_val": (8, 8)})
+
+
+@pytest.mark.parametrize(("size", "half"), [((20, 32), (10, 16)), ((21, 33), (10, 16))])
+def test_labels_are_halved_where_the_data_set_says_so(tmp_path, size, half):
+    ids = np.random.default_rng(0).integers(0, 12, size, dtype=np.uint8)
+    item = make_item(tmp_path, np.zeros((*size, 3), np.uint8), ids, halve_label=True)
+    out = SegmentationMapper(make_cfg(), is_train=False)(item)
+    label = read_label(out["sem_seg_file_name"], out["label_map"], out["halve_label"])
+    assert (out["height"], out["width"]) == label.shape == half
+
+    native = SegmentationMapper(make_cfg(), is_train=False, native_labels=True)(item)
+    label = read_label(native["sem_seg_file_name"], native["label_map"], native["halve_label"])
+    assert (native["height"], native["width"]) == label.shape == size
+
+    cfg = make_cfg(**{"INPUT.CROP.ENABLED": False})
+    trained = run(SegmentationMapper(cfg, is_train=True), item)
+    assert trained["sem_seg"].shape[0] == 40  # training resizes by itself
+    assert (trained["height"], trained["width"]) == size
 
 
 def test_crops_of_unequal_sizes_are_refused():

@@ -1,12 +1,17 @@
 import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from fishertune_d2.data.datasets import DATASETS, load_datasets
 from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.pairs import load_pairs
+from fishertune_d2.data.pairs import SemSegDataset, load_pairs
 
 ROWS = {row.name: row for row in DATASETS}
 
@@ -23,8 +28,10 @@ def test_pairs_are_sorted_filtered_and_complete(camvid_tree, suffix):
         "height": 12,
         "width": 16,
         "image_id": "a",
+        "dataset_name": "camvid_day_train",
         "label_map": "camvid",
         "test_size": None,
+        "halve_label": False,
     }
 
 
@@ -124,6 +131,65 @@ def test_nested_folders_pair_by_path_and_suffix(tmp_path, monkeypatch):
     assert [item["image_id"] for item in pairs] == ["bonn/bonn_1", "ulm/ulm_1"]
     assert pairs[1]["sem_seg_file_name"].endswith("ulm/ulm_1_gtFine_labelIds.png")
     assert pairs[0]["test_size"] == (1024, 512)
+
+
+def write_grey(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (2, 1)).save(path)
+
+
+STEMS = st.lists(st.text("ab_", min_size=1, max_size=3), min_size=1, max_size=3).map("/".join)
+
+
+@settings(deadline=None, max_examples=50)
+@given(images=st.sets(STEMS, min_size=1, max_size=5), labels=st.sets(STEMS, max_size=5))
+def test_any_tree_gives_all_its_pairs_or_an_error(images, labels):
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        row = SemSegDataset("x", "i", "l", "train_ids", "x", root=lambda: root)
+        for part, stems in (("i", images), ("l", labels | images)):
+            for stem in stems:
+                write_grey(root / part / f"{stem}.png")
+        if labels <= images:
+            assert [item["image_id"] for item in load_pairs(row)] == sorted(images)
+        else:
+            extra, total = len(labels - images), len(labels | images)
+            with pytest.raises(DatasetError, match=f"{extra} of {total} labels have no image"):
+                load_pairs(row)
+
+
+def test_linked_folders_are_followed(camvid_tree, tmp_path):
+    folder = camvid_tree(("x/a", "x/b"))
+    for part in ("train", "trainannot"):
+        os.rename(folder / part / "x", tmp_path / f"{part}_elsewhere")
+        (folder / part / "x").symlink_to(tmp_path / f"{part}_elsewhere")
+    pairs = load_pairs(ROWS["camvid_day_train"])
+    assert [item["image_id"] for item in pairs] == ["x/a", "x/b"]
+
+
+@pytest.mark.parametrize("part", ["train", "*in"])
+def test_brackets_in_paths_are_no_pattern(camvid_tree, tmp_path, monkeypatch, part):
+    os.renames(camvid_tree(), tmp_path / "[a]/CamVid")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "[a]"))
+    row = replace(ROWS["camvid_day_train"], image_dir=f"CamVid/{part}")
+    assert len(load_pairs(row)) == 2
+
+
+def test_folders_that_fit_a_pattern_are_read_as_one(tmp_path):
+    row = SemSegDataset("x", "x/*/i", "x/*/l", "train_ids", "x", root=lambda: tmp_path)
+    for path in ("one/i/a", "one/l/a", "two/i/d/b", "two/l/d/b"):
+        write_grey(tmp_path / f"x/{path}.png")
+    assert [item["image_id"] for item in load_pairs(row)] == ["a", "d/b"]
+    write_grey(tmp_path / "x/two/i/c.png")
+    with pytest.raises(
+        DatasetError, match=r"1 of 3 images have no label. Missing: .*/x/\*/l/c.png"
+    ):
+        load_pairs(row)
+    (tmp_path / "x/two/i/c.png").rename(tmp_path / "x/two/i/a.png")
+    with pytest.raises(
+        DatasetError, match=r"one/i/a.png and .*two/i/a.png are the same image twice"
+    ):
+        load_pairs(row)
 
 
 def test_converted_labels_and_mac_notes_beside_the_originals_are_no_orphans(camvid_tree):

@@ -188,3 +188,18 @@ def test_two_ranks_score_as_one(scored, tmp_path):
         assert process.exitcode == 0
     assert results[0] == expected
     assert results[1] is None
+
+
+def test_halved_labels_are_scored_and_drawn_at_their_size(scored, tmp_path):
+    dicts, scores, labels = scored
+    out = tmp_path / "out"
+    evaluator = DomainGeneralizationEvaluator("own_scored", output_dir=str(out), num_pictures=1)
+    confusion = 0
+    for item, score, label in zip(dicts, scores, labels, strict=True):
+        half, ids = score[:, 1::2, 1::2], label[1::2, 1::2]  # 9 x 11 becomes 4 x 5
+        evaluator.process([{**item, "halve_label": True}], [{"sem_seg": half}])
+        prediction = half.argmax(0).numpy().astype(np.uint8)
+        confusion = confusion + confusion_matrix(ids.numpy().astype(np.uint8), prediction, 5)
+    assert np.array_equal(evaluator.confusion, confusion)
+    (picture,) = (out / "pictures").rglob("*.png")
+    assert Image.open(picture).width == 3 * 5

@@ -1,6 +1,6 @@
 import json
 
-import fishertune_d2.data.datasets  # noqa: F401  (registers the names)
+from fishertune_d2.data import SegmentationMapper
 from fishertune_d2.evaluation import format_table, summarize
 
 RESULTS = {
@@ -9,10 +9,11 @@ RESULTS = {
     "cityscapes_val": {"sem_seg": {"mIoU": 30.0, "IoU-road": 80.0}},
 }
 PROTOCOL = {"mode": "slide", "class_rule": "present"}
+MAPPER = SegmentationMapper(is_train=False)
 
 
 def test_the_domain_decides_what_is_source():
-    summary = summarize(RESULTS, ["camvid_day_train"], PROTOCOL)
+    summary = summarize(RESULTS, ["camvid_day_train"], PROTOCOL, MAPPER)
     assert summary["source"] == {"camvid_day_test": 60.0}
     assert summary["targets"] == {"camvid_dusk_test": 40.0, "cityscapes_val": 30.0}
     assert summary["target_average"] == 35.0
@@ -20,7 +21,7 @@ def test_the_domain_decides_what_is_source():
 
 
 def test_the_protocol_is_written_with_each_data_sets_own():
-    protocol = summarize(RESULTS, ["camvid_day_train"], PROTOCOL)["protocol"]
+    protocol = summarize(RESULTS, ["camvid_day_train"], PROTOCOL, MAPPER)["protocol"]
     assert protocol["mode"] == "slide" and protocol["class_rule"] == "present"
     assert protocol["test_size"]["cityscapes_val"] == [1024, 512]
     assert protocol["test_size"]["camvid_day_test"] is None
@@ -28,9 +29,24 @@ def test_the_protocol_is_written_with_each_data_sets_own():
     assert len(protocol["classes"]["cityscapes_val"]) == 19
 
 
+def test_the_protocol_tells_what_a_person_chose():
+    results = {"mapillary_val": {"sem_seg": {"mIoU": 50.0}}, **RESULTS}
+    default = summarize(results, ["camvid_day_train"], PROTOCOL, MAPPER)["protocol"]
+    assert default["halved_labels"] == ["mapillary_val"]
+    chosen = SegmentationMapper(
+        is_train=False,
+        test_sizes={"cityscapes_val": (2048, 1024), "mapillary_val": None},
+        native_labels=True,
+    )
+    protocol = summarize(results, ["camvid_day_train"], PROTOCOL, chosen)["protocol"]
+    assert protocol["halved_labels"] == []
+    assert protocol["test_size"]["cityscapes_val"] == [2048, 1024]
+    assert protocol["test_size"]["mapillary_val"] is None
+
+
 def test_a_summary_is_json_also_without_targets():
     summary = summarize(
-        {"camvid_day_test": RESULTS["camvid_day_test"]}, ["camvid_day_train"], PROTOCOL
+        {"camvid_day_test": RESULTS["camvid_day_test"]}, ["camvid_day_train"], PROTOCOL, MAPPER
     )
     assert summary["target_average"] is None and summary["targets"] == {}
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
@@ -38,7 +54,7 @@ def test_a_summary_is_json_also_without_targets():
 
 
 def test_the_table_shows_scores_and_gaps():
-    text = format_table(summarize(RESULTS, ["camvid_day_train"], PROTOCOL))
+    text = format_table(summarize(RESULTS, ["camvid_day_train"], PROTOCOL, MAPPER))
     lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line}
     assert lines["camvid_day_test"] == ["camvid_day_test", "source", "60.00"]
     assert lines["camvid_dusk_test"][1:] == ["unseen", "40.00"]

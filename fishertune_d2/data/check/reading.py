@@ -3,9 +3,10 @@
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
@@ -15,6 +16,7 @@ from fishertune_d2.data.files import DatasetError, read_image, read_label
 from fishertune_d2.data.pairs import cache_root, some
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def check_datasets(names: Sequence[str], num_classes: int | None = None) -> None:
@@ -56,13 +58,22 @@ def _check_classes(name: str, num_classes: int | None) -> None:
 
 def _check_files(name: str, dicts: list[dict[str, Any]]) -> None:
     """Decodes all files of a data set, unless they passed before."""
-    digest = _digest(dicts)
-    stamp = cache_root() / "checked" / name
+    digest, stamp = state_of_files(dicts), _stamp(name)
     if stamp.is_file() and stamp.read_text() == digest:
         return
+    problems = [text for text in for_each_pair(name, dicts, _problem) if text is not None]
+    if problems:
+        raise DatasetError(bad_files(name, problems))
+    note_passed(name, digest)
+
+
+def for_each_pair(
+    name: str, dicts: Sequence[dict[str, Any]], look: Callable[[dict[str, Any]], _T]
+) -> Iterable[_T]:
+    """Applies ``look`` to all pairs in threads, with a progress bar on terminals."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(_problem, dicts)  # decoding releases the interpreter's lock
-        bar = tqdm(
+        results = pool.map(look, dicts)  # decoding releases the interpreter's lock
+        yield from tqdm(
             results,
             f"Checking {name}",
             total=len(dicts),
@@ -70,14 +81,25 @@ def _check_files(name: str, dicts: list[dict[str, Any]]) -> None:
             leave=False,
             disable=None,  # only on a terminal
         )
-        problems = [text for text in bar if text is not None]
-    if problems:
-        raise DatasetError(f"{name}: {len(problems)} bad files. {some(problems)}")
+
+
+def bad_files(name: str, problems: Sequence[str]) -> str:
+    """Formats what is wrong with files of a data set."""
+    return f"{name}: {len(problems)} bad files. {some(problems)}"
+
+
+def note_passed(name: str, digest: str) -> None:
+    """Notes that all files in the state ``digest`` can be read and hold ids of their map."""
+    stamp = _stamp(name)
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(digest)
     except OSError as error:  # only the time of the next check is lost
         _log.info("Cannot note that %s was checked: %s", name, error)
+
+
+def _stamp(name: str) -> Path:
+    return cache_root() / "checked" / name
 
 
 def _problem(item: dict[str, Any]) -> str | None:
@@ -90,7 +112,7 @@ def _problem(item: dict[str, Any]) -> str | None:
     return None
 
 
-def _digest(dicts: list[dict[str, Any]]) -> str:
+def state_of_files(dicts: Sequence[dict[str, Any]]) -> str:
     """Identifies the state of all files without reading them."""
     digest = hashlib.sha256()
     for item in dicts:

@@ -1,0 +1,200 @@
+"""What a data set on disk holds, against what is known of it: numbers, sizes, classes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from fishertune_d2.data.check.reading import (
+    bad_files,
+    for_each_pair,
+    note_passed,
+    state_of_files,
+)
+from fishertune_d2.data.files import DatasetError, read_image, read_label
+from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS
+from fishertune_d2.data.pairs import Published, SemSegDataset, load_pairs
+
+# Data sets beside each other in the table of classes; more do not fit a terminal.
+_COLUMNS = 5
+_REMEDY = "datasets/README.md shows the tree and where the files come from."
+
+
+@dataclass
+class Survey:
+    """What was found of one data set.
+
+    Attributes:
+        row: the data set.
+        pairs: how many pairs of an image and a label there are.
+        sizes: how many of them have which (width, height).
+        pixels: (256,) int64, label pixels by train id; ``IGNORE_LABEL`` counts the ignored.
+        problems: what is wrong, each with the remedy.
+    """
+
+    row: SemSegDataset
+    pairs: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+    problems: list[str] = field(default_factory=list)
+
+    def ignored(self) -> float | None:
+        """Returns the percentage of ignored pixels; None where nothing was read."""
+        total = self.pixels.sum()
+        return float(100 * self.pixels[IGNORE_LABEL] / total) if total else None
+
+    def shares(self) -> dict[str, float]:
+        """Returns the percentage of the labelled pixels of each class that the labels can hold."""
+        labelled = self.pixels[: len(self.row.classes)]
+        total = max(int(labelled.sum()), 1)
+        reachable = set(LABEL_MAPS[self.row.label_map].tolist())
+        return {
+            name: 100 * count / total
+            for k, (name, count) in enumerate(zip(self.row.classes, labelled.tolist(), strict=True))
+            if k in reachable
+        }
+
+    def absent(self) -> list[str]:
+        """Returns the classes that could occur and do not."""
+        return [name for name, share in self.shares().items() if share == 0]
+
+
+def survey(row: SemSegDataset) -> Survey:
+    """Loads a data set, reads all of its files, and compares it with what is published."""
+    found = Survey(row)
+    try:
+        dicts = load_pairs(row)
+    except DatasetError as error:
+        found.problems.append(str(error))
+        return found
+    found.pairs = len(dicts)
+    found.sizes = Counter((item["width"], item["height"]) for item in dicts)
+    state, bad = state_of_files(dicts), []
+    for result in for_each_pair(row.name, dicts, _read):
+        if isinstance(result, str):
+            bad.append(result)
+        else:
+            found.pixels += result
+    if bad:
+        found.problems.append(bad_files(row.name, bad))
+    else:
+        note_passed(row.name, state)
+    if row.published is not None:
+        found.problems += _differences(found, row.published, complete=not bad)
+    return found
+
+
+def _read(item: dict[str, Any]) -> np.ndarray | str:
+    """Returns the pixels of a label by train id, or what is wrong with the pair."""
+    try:
+        read_image(item["file_name"])
+        label = read_label(item["sem_seg_file_name"], item["label_map"])
+    except DatasetError as error:
+        return str(error)
+    return np.bincount(label.ravel(), minlength=256)
+
+
+def _differences(found: Survey, published: Published, complete: bool) -> list[str]:
+    """Compares with the published numbers; the classes only where all pairs were read."""
+    name, problems = found.row.name, []
+    if found.pairs < published.pairs:
+        problems.append(
+            f"{name}: {found.pairs} pairs, {published.pairs} are published. Download and unpack "
+            f"what is missing. {_REMEDY}"
+        )
+    if found.pairs > published.pairs:
+        problems.append(
+            f"{name}: {found.pairs} pairs, {published.pairs} are published. Remove the files that "
+            f"came from another split or data set. {_REMEDY}"
+        )
+    others = {size: n for size, n in found.sizes.items() if size not in published.sizes}
+    if published.sizes and others:
+        problems.append(
+            f"{name}: {sum(others.values())} pairs have {_format_sizes(others)} pixels, published "
+            f"are {_format_sizes(dict.fromkeys(published.sizes))}. Use the files at the size in "
+            "which they are published: the tests resize by themselves."
+        )
+    if complete and found.pairs == published.pairs:
+        problems += _wrong_classes(found, published)
+    return problems
+
+
+def _wrong_classes(found: Survey, published: Published) -> list[str]:
+    row, problems = found.row, []
+    remedy = (
+        f"The label map {row.label_map!r} needs the ids that the authors ship: were these labels "
+        "converted? Restore the files of the authors."
+    )
+    absent = found.absent()
+    if published.absent is not None and set(absent) != set(published.absent):
+        problems.append(
+            f"{row.name}: never labelled is {_list(absent)}; published is {_list(published.absent)}"
+            f". {remedy}"
+        )
+    total = found.pixels.sum()
+    for name, known in published.shares.items():
+        share = 100 * found.pixels[row.classes.index(name)] / total
+        if abs(share - known) > known / 4:
+            problems.append(
+                f"{row.name}: {share:.1f} % of all pixels are {name}, known are {known:.1f} %. "
+                f"{remedy}"
+            )
+    return problems
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) or "no class"
+
+
+def _format_sizes(sizes: dict[tuple[int, int], int | None]) -> str:
+    """Writes the most frequent sizes, and how many others there are."""
+    shown = [
+        f"{width}x{height}" + (f" ({count})" if count is not None and len(sizes) > 1 else "")
+        for (width, height), count in sorted(sizes.items(), key=lambda s: (-(s[1] or 0), s[0]))
+    ]
+    more = f" and {len(shown) - 2} others" if len(shown) > 2 else ""
+    return ", ".join(shown[:2]) + more
+
+
+def format_surveys(surveys: Sequence[Survey]) -> str:
+    """Formats numbers, sizes and classes as tables, and below them all problems.
+
+    Args:
+        surveys: what `survey` returned for each data set.
+
+    Returns:
+        Lines of text. Shares are percentages; "-" where there is no number.
+    """
+    head = ["data set", "pairs", "published", "width x height", "ignored %", "never labelled"]
+    rows = [
+        [
+            found.row.name,
+            found.pairs,
+            found.row.published.pairs if found.row.published else None,
+            _format_sizes(found.sizes) or None,
+            found.ignored(),
+            (", ".join(found.absent()) or "none") if found.pixels.any() else None,
+        ]
+        for found in surveys
+    ]
+    parts = [tabulate(rows, head, floatfmt=".1f", missingval="-")]
+
+    read = [found for found in surveys if found.pixels.any()]
+    parts += [_class_table(read[i : i + _COLUMNS]) for i in range(0, len(read), _COLUMNS)]
+    problems = [problem for found in surveys for problem in found.problems]
+    parts += [f"Problem: {problem}" for problem in problems] or ["No problem found."]
+    return "\n\n".join(parts)
+
+
+def _class_table(surveys: Sequence[Survey]) -> str:
+    shares = [found.shares() for found in surveys]
+    classes = dict.fromkeys(name for found in surveys for name in found.row.classes)
+    return tabulate(
+        [[name, *(share.get(name) for share in shares)] for name in classes],
+        ["% of labelled pixels", *(found.row.name for found in surveys)],
+        floatfmt=".3f",
+        missingval="-",
+    )

@@ -1,0 +1,68 @@
+"""datasets/README.md says what the rows say."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from fishertune_d2.data.datasets import DATASETS, load_datasets
+
+README = (Path(__file__).resolve().parents[2] / "datasets/README.md").read_text()
+TABLE = {
+    cells[0].strip("`"): cells[1:]
+    for cells in (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in README.splitlines()
+        if line.startswith("| `")
+    )
+}
+
+
+def test_the_readme_has_every_row_and_no_other():
+    assert list(TABLE) == [row.name for row in DATASETS]
+
+
+@pytest.mark.parametrize("row", DATASETS, ids=lambda row: row.name)
+def test_the_readmes_numbers_are_the_rows(row):
+    sizes = ", ".join(f"{width}x{height}" for width, height in row.published.sizes)
+    test_size = "x".join(map(str, row.test_size)) if row.test_size else "file"
+    assert TABLE[row.name] == [
+        f"{row.published.pairs:,}",
+        sizes or "varied",
+        test_size,
+        row.label_map,
+        row.domain,
+    ]
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in DATASETS if "streets" not in row.name], ids=lambda row: row.name
+)
+def test_the_readme_shows_every_tree(row):
+    top = row.image_dir.split("/")[0]
+    trees = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+    (tree,) = [text for text in trees if text.startswith(f"{top}/")]
+    words = set(re.findall(r"\w+", tree))
+    for folder in (row.image_dir, row.label_dir):
+        parts = [part.removesuffix("annot") for part in folder.split("/") if "*" not in part]
+        assert set(parts) <= words
+    assert all(suffix in tree for suffix in row.label_suffixes)
+
+
+def test_the_example_of_own_data_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos/day1", "masks/day1"):
+        (tmp_path / "harbour" / folder).mkdir(parents=True)
+    Image.new("RGB", (6, 4)).save(tmp_path / "harbour/photos/day1/7_rgb.jpg")
+    ids = np.array([[0, 1, 2, 255, 0, 0]] * 4, dtype=np.uint8)
+    Image.fromarray(ids).save(tmp_path / "harbour/masks/day1/7_mask.png")
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    try:
+        exec(compile(example, "datasets/README.md", "exec"), {})
+        assert [item["image_id"] for item in load_datasets(["harbour"])] == ["day1/7"]
+    finally:
+        DatasetCatalog.remove("harbour")
+        MetadataCatalog.remove("harbour")
