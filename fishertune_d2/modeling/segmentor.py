@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishertune_d2.modeling.sliding import sliding_average
+from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
 
 TEST_MODES = ("whole", "slide")
 
@@ -65,7 +66,7 @@ class VFMSegmentor(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        """Builds the parts that MODEL names and reads MODEL.PIXEL_* and TEST.
+        """Builds the parts that MODEL names and reads MODEL.PIXEL_*, MODEL.VFM and TEST.
 
         Args:
             cfg: the configuration.
@@ -74,11 +75,13 @@ class VFMSegmentor(nn.Module):
             The arguments of ``__init__``.
         """
         backbone = build_backbone(cfg)
+        vfm, configured = cfg.MODEL.VFM, Pixels(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+        pixels = pixel_statistics(vfm.NAME, vfm.PIXELS, configured)
         return {
             "backbone": backbone,
             "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "pixel_mean": pixels.mean,
+            "pixel_std": pixels.std,
             "test_mode": cfg.TEST.MODE,
             "crop_size": cfg.TEST.CROP_SIZE,
             "stride": cfg.TEST.STRIDE,

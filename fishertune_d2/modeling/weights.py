@@ -6,20 +6,18 @@ Shapes: D channels, p patch side in pixels, (h, w) grid of patches, P prefix tok
 import logging
 from collections import Counter
 from collections.abc import Callable
-from importlib import import_module
 from math import isqrt
 from pathlib import Path
 
-import timm
-import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, try_to_load_from_cache
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from timm.models import load_state_dict, load_state_dict_from_hf
+from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, resample_patch_embed
+from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
-# In public files, but no part of an encoder: DINOv2's mask token, a classifier.
-IGNORED = ("mask_token", "head.")
+from .checkpoints import StateDict, read_checkpoint
+from .weight_names import to_timm_names
+
 GROUPS = {
     "patch_embed": ("patch_embed.",),
     "tokens": ("pos_embed", "cls_token", "reg_token"),
@@ -27,12 +25,11 @@ GROUPS = {
     "norm": ("norm", "fc_norm"),
 }
 REMEDY = (
-    "Set MODEL.VFM.WEIGHTS to a file for this VFM (safetensors or pth, with the names of timm "
-    "or of the authors; for example model.safetensors from https://huggingface.co/timm), or to "
+    "Set MODEL.VFM.WEIGHTS to a file for this VFM (as its authors publish it, or safetensors "
+    "with timm's names, for example model.safetensors from https://huggingface.co/timm), or to "
     '"random" for untrained weights.'
 )
 
-StateDict = dict[str, Tensor]
 logger = logging.getLogger(__name__)
 
 
@@ -41,6 +38,7 @@ def load_vfm_weights(
     weights: str,
     patch_resize: str = "bicubic",
     fallback: Callable[[], Path] | None = None,
+    source: str = "https://huggingface.co/timm",
 ) -> None:
     """Loads public weights into a ViT, all of them or none, and logs what was loaded.
 
@@ -48,6 +46,7 @@ def load_vfm_weights(
     does this by plain bicubic interpolation, as Rein does: a kernel's sum, so the response to a
     uniform image, grows by (new p / old p)^2, 1.306 from 14 to 16. "pi" is timm's way: the
     pseudo-inverse keeps the response, and the position embedding is resized with antialiasing.
+    SAM's relative positions are resized linearly, as its authors do it in every forward pass.
 
     Args:
         vit: a ViT of timm's, built without a head; changed in place.
@@ -55,6 +54,7 @@ def load_vfm_weights(
             initial values.
         patch_resize: "bicubic" or "pi".
         fallback: returns a file with timm's names; asked when the hub fails.
+        source: where a person finds the weights; named when none were found.
 
     Raises:
         ValueError: ``patch_resize`` is unknown, the file cannot be read, or it does not fit.
@@ -69,48 +69,42 @@ def load_vfm_weights(
             return
         logger.warning(f'{name} keeps its random initialisation (MODEL.VFM.WEIGHTS "random")')
         return
-    state, source = _read(weights) if weights else _find(vit, fallback)
-    state = _to_timm_names(state, vit)
+    state, found = _read(weights) if weights else _find(name, vit, fallback, source)
+    state, ignored = to_timm_names(state, vit)
     state = {key: value.float() for key, value in state.items()}
     _resize(state, vit, patch_resize)
-    _load(vit, state, f"{name} from {source}")
+    _load(vit, state, ignored, f"{name} from {found}")
 
 
 def _read(path: str | Path) -> tuple[StateDict, str]:
-    """Reads a state dict, bare or under "model", "state_dict" or "teacher"."""
+    """Reads a file, and says what to do about one that cannot be read."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}. {REMEDY}")
     try:
-        state = load_state_dict(str(path), use_ema=False, weights_only=True)
-        state = state.get("teacher", state)
-    # Each format has errors of its own: pickle's, zip's, safetensors', timm's.
-    except Exception as error:
-        raise ValueError(
-            f"cannot read weights from {path}: it is damaged, or holds more than tensors "
-            f"(such files are refused, as they can run code). {REMEDY}"
-        ) from error
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: {', '.join(list(state)[:5])}. {REMEDY}")
-    return state, str(path)
+        return read_checkpoint(path), str(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. {REMEDY}") from error
 
 
-def _find(vit: nn.Module, fallback: Callable[[], Path] | None) -> tuple[StateDict, str]:
+def _find(
+    name: str, vit: nn.Module, fallback: Callable[[], Path] | None, source: str
+) -> tuple[StateDict, str]:
     """Asks timm's hub, then the fallback."""
     sources = [("timm's hub", lambda: _from_hub(vit))]
     if fallback is not None:
         sources.append(("the fallback", lambda: _read(fallback())))
     failures = []
-    for label, source in sources:
+    for label, ask in sources:
         try:
-            return source()
+            return ask()
         # What a network raises depends on the client and its version (requests, httpx, pip).
         except Exception as error:
             failures.append(f"{label}: {type(error).__name__}: {error}")
             logger.warning(f"no weights from {failures[-1]}")
     reasons = "\n".join(f"- {failure}" for failure in failures)
     raise RuntimeError(
-        f"no weights for {vit.pretrained_cfg['architecture']}. {REMEDY}\nTried:\n{reasons}"
+        f"no weights for {name}. Its authors publish them at {source}. {REMEDY}\nTried:\n{reasons}"
     )
 
 
@@ -127,18 +121,10 @@ def _from_hub(vit: nn.Module) -> tuple[StateDict, str]:
     return load_state_dict_from_hf(repo), f"https://huggingface.co/{repo}"
 
 
-def _to_timm_names(state: StateDict, vit: nn.Module) -> StateDict:
-    """Converts the authors' names with timm's converter for this family of models."""
-    if {key for key in state if not key.startswith(IGNORED)} == set(vit.state_dict()):
-        return state
-    # The converter also resizes to the model it is given; one of the native size prevents that.
-    with torch.device("meta"):
-        native = timm.create_model(vit.pretrained_cfg["architecture"], num_classes=0)
-    return import_module(type(vit).__module__).checkpoint_filter_fn(state, native)
-
-
 def _resize(state: StateDict, vit: nn.Module, patch_resize: str) -> None:
-    """Resizes patch kernel and position embedding to those of ``vit``, in place."""
+    """Resizes patch kernel and positions to those of ``vit``, in place."""
+    before = {key: tuple(value.shape) for key, value in state.items()}
+    antialias = patch_resize == "pi"
     kernel = state.get("patch_embed.proj.weight")  # (D, 3, p, p)
     size = vit.patch_embed.patch_size
     if kernel is not None and kernel.ndim == 4 and tuple(kernel.shape[-2:]) != tuple(size):
@@ -147,32 +133,42 @@ def _resize(state: StateDict, vit: nn.Module, patch_resize: str) -> None:
         else:
             resized = F.interpolate(kernel, size=size, mode="bicubic", align_corners=False)
         state["patch_embed.proj.weight"] = resized
-        logger.info(f"patch kernel {tuple(kernel.shape[-2:])} -> {tuple(size)} ({patch_resize})")
+    embedding = state.get("pos_embed")
+    if embedding is not None and embedding.ndim == 4:  # (1, h, w, D)
+        grid = list(vit.patch_embed.grid_size)
+        state["pos_embed"] = resample_abs_pos_embed_nhwc(embedding, grid, antialias=antialias)
+    elif embedding is not None and embedding.ndim == 3:  # (1, P + h*w, D)
+        state["pos_embed"] = _resized_positions(embedding, vit, antialias)
+    for key, value in vit.state_dict().items():
+        if key.endswith(("rel_pos_h", "rel_pos_w")) and key in state:  # (2*h - 1, D of a head)
+            state[key] = F.interpolate(state[key].T[None], len(value), mode="linear")[0].T
+    for key, shape in before.items():
+        if shape != tuple(state[key].shape):
+            logger.info(f"{key} {shape} -> {tuple(state[key].shape)}")
 
-    embedding = state.get("pos_embed")  # (1, P + h*w, D)
-    if embedding is None or embedding.ndim != 3:
-        return
-    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+
+def _resized_positions(embedding: Tensor, vit: nn.Module, antialias: bool) -> Tensor:
+    """Resizes a position embedding (1, P + h*w, D); the first P entries stay as they are."""
+    # SAM's class has no such switch, as it has no class token.
+    prefix = 0 if getattr(vit, "no_embed_class", True) else vit.num_prefix_tokens
     patches = embedding.shape[1] - prefix
     side = isqrt(max(patches, 0))
     grid = tuple(vit.patch_embed.grid_size)
     # VFMs are trained on square images; another count fits as it is, or is refused as a mismatch.
-    if side * side == patches and (side, side) != grid:
-        state["pos_embed"] = resample_abs_pos_embed(
-            embedding,
-            list(grid),
-            old_size=[side, side],
-            num_prefix_tokens=prefix,
-            antialias=patch_resize == "pi",
-            align_corners=False,
-        )
-        logger.info(f"position embedding {(side, side)} -> {grid} ({patch_resize})")
+    if side * side != patches or (side, side) == grid:
+        return embedding
+    return resample_abs_pos_embed(
+        embedding,
+        list(grid),
+        old_size=[side, side],
+        num_prefix_tokens=prefix,
+        antialias=antialias,
+        align_corners=False,
+    )
 
 
-def _load(vit: nn.Module, state: StateDict, title: str) -> None:
+def _load(vit: nn.Module, state: StateDict, ignored: list[str], title: str) -> None:
     """Loads ``state`` if it fits in names and shapes, and reports by group."""
-    ignored = sorted(key for key in state if key.startswith(IGNORED))
-    state = {key: value for key, value in state.items() if key not in ignored}
     wanted = vit.state_dict()
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
@@ -181,7 +177,6 @@ def _load(vit: nn.Module, state: StateDict, title: str) -> None:
         for key, value in wanted.items()
         if key in state and state[key].shape != value.shape
     ]
-    loaded = [key for key in wanted if key in state]
     if missing or unexpected or misshapen:
         raise ValueError(
             f"weights do not fit: {title}. Missing: {_some(missing)}. Unexpected: "
@@ -190,15 +185,15 @@ def _load(vit: nn.Module, state: StateDict, title: str) -> None:
         )
     vit.load_state_dict(state)
     logger.info(
-        f"{title}: loaded {_by_group(loaded)}; missing {_by_group(missing)}; "
-        f"unexpected {_by_group(unexpected)}; ignored {_some(ignored)}"
+        f"{title}: loaded {_by_group(list(wanted))}; missing 0; unexpected 0; "
+        f"ignored {_by_group(ignored)}"
     )
 
 
 def _by_group(names: list[str]) -> str:
     """Counts names by group: "174 (patch_embed 2, tokens 2, blocks 168, norm 2)"."""
     counts = Counter(
-        next((g for g, prefixes in GROUPS.items() if name.startswith(prefixes)), "other")
+        next((g for g, starts in GROUPS.items() if name.startswith(starts)), name.split(".")[0])
         for name in names
     )
     groups = ", ".join(f"{group} {count}" for group, count in counts.items())

@@ -221,3 +221,14 @@ def test_sliding_average_of_a_pointwise_function_is_the_function():
     result = sliding_average(predict, image, (16, 20), (11, 13))
     torch.testing.assert_close(result, 2 * image)
     assert sizes == {(16, 20)}
+
+
+def test_images_are_normalised_as_the_config_or_the_authors_say():
+    vfm = ["MODEL.VFM.NAME", "clip_vitl"]
+    config = build(*vfm)
+    assert config.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    authors = build(*vfm, "MODEL.VFM.PIXELS", "authors")
+    assert authors.pixel_mean.flatten().tolist() == pytest.approx([122.771, 116.746, 104.094])
+    assert authors.pixel_std.flatten().tolist() == pytest.approx([68.501, 66.632, 70.323])
+    with pytest.raises(ValueError, match="MODEL.VFM.PIXELS is 'mine'"):
+        build(*vfm, "MODEL.VFM.PIXELS", "mine")

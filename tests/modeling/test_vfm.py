@@ -1,4 +1,3 @@
-import timm
 import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
@@ -7,7 +6,7 @@ from pytest import approx, mark, raises
 
 from fishertune_d2.config import add_fishertune_config
 from fishertune_d2.modeling.pyramid import build_pyramid, resize_to_stride
-from fishertune_d2.modeling.vfm import VFM, VFMS, VFMBackbone
+from fishertune_d2.modeling.vfm import VFMBackbone
 
 STRIDE_OF = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
@@ -108,17 +107,6 @@ def test_an_image_of_img_size_uses_the_stored_position_embedding():
     assert tiny(img_size=(60, 100)).vit.patch_embed.grid_size == (4, 7)
 
 
-@mark.parametrize(
-    ("name", "taps"), [("dinov2_vitb", [3, 5, 7, 11]), ("dinov2_vitl", [7, 11, 15, 23])]
-)
-def test_perturbation_points(name, taps):
-    backbone = on_meta(name=name)
-    vit = backbone.vit
-    assert backbone.taps == taps
-    expected = [vit.patch_embed, *(vit.blocks[i] for i in taps[:3])]
-    assert all(a is b for a, b in zip(backbone.perturbation_points(), expected, strict=True))
-
-
 def test_parameters_of_vitl_as_in_the_paper():
     backbone = on_meta(name="dinov2_vitl", img_size=(512, 512))
     count = sum(p.numel() for p in backbone.parameters())
@@ -140,29 +128,6 @@ def test_a_frozen_backbone_builds_no_graph():
 def test_train_mode_is_deterministic():
     backbone, image = tiny().train(), torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(backbone(image)["res5"], backbone(image)["res5"], rtol=0, atol=0)
-
-
-@mark.parametrize(
-    ("timm_name", "patch_size", "prefix", "channels"),
-    [
-        ("vit_large_patch14_clip_quickgelu_224.openai", 14, 1, 1024),
-        ("vit_large_patch16_224.mae", 16, 1, 1024),
-        ("eva02_large_patch14_224.mim_m38m", 14, 1, 1024),
-        ("vit_small_patch14_reg4_dinov2.lvd142m", 14, 5, 384),
-    ],
-)
-def test_a_further_vfm_is_a_further_row(monkeypatch, timm_name, patch_size, prefix, channels):
-    monkeypatch.setitem(VFMS, "further", VFM(timm_name, patch_size))
-    backbone = on_meta(name="further", patch_size=0)
-    assert backbone.size_divisibility == patch_size
-    assert backbone.num_prefix_tokens == prefix
-    maps = backbone(torch.zeros(1, 3, 96, 130, device="meta"))
-    assert maps["res3"].shape == (1, channels, 12, 17)
-
-
-def test_every_row_names_a_model_and_weights_that_timm_knows():
-    for row in VFMS.values():
-        assert timm.models.get_pretrained_cfg(row.timm_name).hf_hub_id
 
 
 @mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from fishertune_d2.modeling import weights as weights_module
-from fishertune_d2.modeling.vfm import VFM, VFMS, VFMBackbone
+from fishertune_d2.modeling.vfm import VFMBackbone
 from fishertune_d2.modeling.weights import load_vfm_weights
 
 
@@ -79,22 +79,7 @@ def test_metas_extras_are_ignored_and_reported(tmp_path, caplog):
         assert_same(backbone(tmp_path / "meta.pth").vit.state_dict(), state)
     report = caplog.messages[-1]
     assert "loaded 78 (tokens 2, patch_embed 2, blocks 72, norm 2); missing 0; unexp" in report
-    assert report.endswith("ignored head.weight, mask_token")
-
-
-def test_metas_names_with_registers_are_converted(tmp_path, monkeypatch):
-    """Meta stores registers under another name, and a position embedding for the class token."""
-    monkeypatch.setitem(VFMS, "registers", VFM("vit_small_patch14_reg4_dinov2.lvd142m", 14))
-    torch.manual_seed(0)
-    ours = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0).state_dict()
-    position = torch.full((1, 1, 384), 0.25)
-    theirs = dict(ours) | {"mask_token": torch.zeros(1, 384)}
-    theirs["register_tokens"] = theirs.pop("reg_token")
-    theirs["cls_token"] = ours["cls_token"] - position
-    theirs["pos_embed"] = torch.cat([position, ours["pos_embed"]], dim=1)
-    torch.save(theirs, tmp_path / "meta.pth")
-    got = backbone(tmp_path / "meta.pth", name="registers", img_size=(518, 518), patch_size=14)
-    assert_same(got.vit.state_dict(), ours, rtol=0, atol=1e-6)
+    assert report.endswith("ignored 2 (mask_token 1, head 1)")
 
 
 def test_pi_resizes_as_timm_itself_does(public):
@@ -158,8 +143,9 @@ def test_without_any_source_the_error_names_causes_and_remedies(no_network):
         raise OSError("no index either")
 
     with raises(RuntimeError) as error:
-        load_vfm_weights(tiny_vit(), "", fallback=broken)
-    for part in ("no route to the hub", "no index either", "MODEL.VFM.WEIGHTS", '"random"'):
+        load_vfm_weights(tiny_vit(), "", fallback=broken, source="https://authors.org/vit.pth")
+    causes = ("no route to the hub", "no index either")
+    for part in (*causes, "https://authors.org/vit.pth", "MODEL.VFM.WEIGHTS", '"random"'):
         assert part in str(error.value)
 
 
