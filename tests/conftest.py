@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -14,3 +15,12 @@ def shared_dir() -> Path:
     if not (folder / "datasets").is_dir():
         pytest.skip(f"needs real data and weights: no such folder {folder} (FISHERTUNE_SHARED)")
     return folder
+
+
+@pytest.fixture
+def one_thread():
+    """Threads cost more than they save on tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

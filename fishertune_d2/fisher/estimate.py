@@ -219,9 +219,11 @@ def estimate_fisher(
     images, weights = counts.tolist()
     if images == 0:
         raise ValueError("no batch to estimate the Fisher information from")
-    f, shifted, *_ = [gathered.fisher() for _, gathered in domains] + [{}]
-    _require_finite_sums(f, shifted)
-    weight = weights / images if perturb is not None else 1.0
+    measured = [gathered.fisher() for _, gathered in domains]
+    _require_finite_sums(*measured)
+    f, shifted, weight = measured[0], {}, 1.0
+    if perturb is not None:
+        shifted, weight = measured[1], weights / images
     return FisherEstimate(f, shifted, weight, int(images), notes)
 
 

@@ -61,6 +61,8 @@ class FreeEnergy:
             rows: their candidate rows.
             losses: of the first batch, (B,).
         """
+        if self.tau is not None and self.gamma is not None:
+            return
         parts = [parameters[name].detach()[part] for name in parameters for part in rows[name]]
         count = sum(part.numel() for part in parts)
         if self.tau is None:

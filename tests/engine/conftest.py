@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
@@ -30,12 +29,8 @@ TINY_HEAD = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they save on tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def every_test_on_one_thread(one_thread):
+    """Applies to all tests of this folder."""
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,8 @@ CLASSES = 3
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they save on tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def every_test_on_one_thread(one_thread):
+    """Applies to all tests of this folder."""
 
 
 @pytest.fixture
