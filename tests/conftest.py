@@ -1,10 +1,15 @@
-"""Fixtures that several tests share."""
+"""What the tests of several rooms share: real data, small ViTs of every layout, images, a loss."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from torch import nn
+
+CLASSES = 3
 
 
 @pytest.fixture
@@ -24,3 +29,73 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def vit() -> Callable[..., nn.Module]:
+    """Returns a function that builds a classifier of two blocks, the same at every call."""
+
+    def make(family: str = "vit", dtype: torch.dtype = torch.float32) -> nn.Module:
+        torch.manual_seed(0)
+        return _FAMILIES[family]().to(dtype).train()
+
+    return make
+
+
+def _eva(**options) -> nn.Module:
+    # Without QK normalisation and with rotary embeddings, as EVA-02's models are.
+    return timm.models.eva.Eva(
+        img_size=32, patch_size=8, num_classes=CLASSES, embed_dim=24, depth=2, num_heads=2,
+        use_rot_pos_emb=True, **options,
+    )  # fmt: skip
+
+
+def _plain(**options) -> nn.Module:
+    return timm.models.VisionTransformer(
+        img_size=32, patch_size=8, num_classes=CLASSES, embed_dim=24, depth=2, num_heads=2,
+        **options,
+    )  # fmt: skip
+
+
+_FAMILIES = {
+    "vit": _plain,
+    "vit with registers and LayerScale": lambda: _plain(reg_tokens=2, init_values=0.1),
+    "packed SwiGLU": lambda: _plain(mlp_layer=timm.layers.SwiGLUPacked),
+    "fused qkv, separate biases": lambda: _eva(qkv_fused=True, swiglu_mlp=True),
+    "separate q, k, v and SwiGLU": lambda: _eva(qkv_fused=False, swiglu_mlp=True, scale_mlp=True),
+    # Windows of 3 x 3 patches on a map of 4 x 4: padded, and folded into the batch.
+    "windowed attention": lambda: timm.models.VisionTransformerSAM(
+        img_size=32, patch_size=8, num_classes=CLASSES, embed_dim=24, depth=2, num_heads=2,
+        window_size=3, global_attn_indexes=(1,), use_rel_pos=True, neck_chans=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(_FAMILIES))
+def family(request) -> str:
+    """Every way in which a ViT's candidates are laid out."""
+    return request.param
+
+
+@pytest.fixture
+def images() -> Callable[[int], list[tuple[torch.Tensor, int]]]:
+    """Returns a function that draws (image, class) pairs, the same at every call."""
+
+    def draw(count: int) -> list[tuple[torch.Tensor, int]]:
+        generator = torch.Generator().manual_seed(1)
+        return [(torch.randn(3, 32, 32, generator=generator), i % CLASSES) for i in range(count)]
+
+    return draw
+
+
+@pytest.fixture
+def loss() -> Callable[[nn.Module, Sequence], torch.Tensor]:
+    """Cross entropy of each image."""
+
+    def cross_entropy(model: nn.Module, batch: Sequence) -> torch.Tensor:
+        pixels = torch.stack([image for image, _ in batch])
+        labels = torch.tensor([label for _, label in batch])
+        logits = model(pixels.to(next(model.parameters()).dtype))
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    return cross_entropy

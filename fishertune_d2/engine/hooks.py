@@ -1,7 +1,8 @@
 """The three stages as hooks: warm-up, estimation, tuning.
 
-They are registered in this order. At the first iteration after warm-up, ``WarmupFreeze`` starts the
-tuning stage, ``FisherEstimation`` ranks the weights, and ``ParameterMask`` restricts the optimizer.
+They are registered in this order: at the first iteration after warm-up, ``FisherEstimation`` ranks
+the weights, ``WarmupFreeze`` starts the tuning stage with what it trains, and ``ParameterMask`` lets
+ever more of the ranked weights move.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from pathlib import Path
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 
 from fishertune_d2.fisher import (
     KINDS,
@@ -22,7 +23,7 @@ from fishertune_d2.fisher import (
     relative_change,
     tuned_share,
 )
-from fishertune_d2.tuning import MaskedUpdate
+from fishertune_d2.tuning import MaskedUpdate, SelectedWeights
 
 from .optimizer import is_backbone
 
@@ -182,8 +183,9 @@ class ParameterMask(HookBase):
     """Lets only the selected weights move, ever more of them (Algorithm 1, step 3; Eq. 16).
 
     Args:
-        estimation: the hook that makes or loads the selection; registered before this one.
-        parameters: the parameters that the selection ranks, by its names.
+        update: called at the first iteration of the tuning stage; returns what restricts it:
+            ``SelectedWeights``, or, for an optimizer that already holds the dense tensors,
+            ``MaskedUpdate``.
         start: first iteration of the tuning stage, T1.
         iters: its length, T3.
         d_min: share tuned at the first iteration.
@@ -193,8 +195,7 @@ class ParameterMask(HookBase):
 
     def __init__(
         self,
-        estimation: FisherEstimation,
-        parameters: Mapping[str, nn.Parameter],
+        update: Callable[[], SelectedWeights | MaskedUpdate],
         *,
         start: int,
         iters: int,
@@ -202,14 +203,13 @@ class ParameterMask(HookBase):
         d_max: float,
         schedule: str = "text",
     ):
-        self.estimation = estimation
-        self.parameters = parameters
+        self.update = update
         self.start = start
         self.iters = iters
         self.d_min = d_min
         self.d_max = d_max
         self.schedule = schedule
-        self._update: MaskedUpdate | None = None
+        self._update: SelectedWeights | MaskedUpdate | None = None
 
     def before_step(self) -> None:
         """Selects what this iteration may move."""
@@ -220,8 +220,7 @@ class ParameterMask(HookBase):
             min(1.0, step / max(1, self.iters - 1)), self.d_min, self.d_max, form=self.schedule
         )
         if self._update is None:
-            selection = self.estimation.selection
-            self._update = MaskedUpdate(self.trainer.optimizer, self.parameters, selection)
+            self._update = self.update()
             self._log(share)
         tuned = self._update.grow(share)
         self.trainer.storage.put_scalars(
@@ -229,12 +228,13 @@ class ParameterMask(HookBase):
         )
 
     def after_train(self) -> None:
-        """Says what was tuned in the end."""
+        """Says what was tuned in the end, and leaves model and optimizer as without the hook."""
         if self._update is not None and self.trainer.iter >= self.start + self.iters:
             self._log(None)
+            self._update.release()
 
     def _log(self, share: float | None) -> None:
-        selection = self.estimation.selection
+        selection = self._update.selection
         counts = selection.summary(share)
         total = sum(counts.values())
         logger.info(

@@ -26,7 +26,7 @@ from fishertune_d2.fisher import (
     find_candidates,
     tuned_share,
 )
-from fishertune_d2.tuning import build_tuning_method
+from fishertune_d2.tuning import SelectedWeights, build_tuning_method
 
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
 from .image_losses import SegmentationLoss
@@ -86,15 +86,15 @@ class Trainer(DefaultTrainer):
         seed_all_rng(cfg.SEED)
         model = self.build_model(cfg)
         self.method = build_tuning_method(cfg)
-        self._tuned = self.method.parameters(model.backbone)
-        self._decoder = {n: p for n, p in model.named_parameters() if not is_backbone(n)}
+        self._decoder = [p for name, p in model.named_parameters() if not is_backbone(name)]
         trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer(model, loader, optimizer=None)
         self.checkpointer = DetectionCheckpointer(
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         self.stage = ""
-        self.start_stage("warmup" if cfg.TUNING.WARMUP_ITERS > 0 else "tuning")
+        self.start_stage("warmup")
+        self._estimation = self._build_estimation()
         self.register_hooks(self.build_hooks())
 
     @property
@@ -113,11 +113,10 @@ class Trainer(DefaultTrainer):
         if stage == self.stage:
             return
         model, old = self.segmentor, self.optimizer
-        trained = {**self._decoder}
-        if stage == "tuning":
-            trained |= {f"backbone.{name}": p for name, p in self._tuned.items()}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
+        tuned = self._start_tuning() if stage == "tuning" else []
+        trained = {*self._decoder, *tuned}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
             parameter.grad = None
         self.optimizer = self.build_optimizer(self.cfg, model)
         if old is not None:
@@ -126,16 +125,20 @@ class Trainer(DefaultTrainer):
         self._set_learning_rates(self.iter)
         self.model = wrap_for_ranks(model)
         self.stage = stage
-        decoder = sum(p.numel() for p in self._decoder.values())
-        backbone = sum(p.numel() for p in trained.values()) - decoder
         logger.info(
-            "Stage %s: %s parameters of the decoder train; of the backbone, %s of %s are in the "
-            "optimizer",
+            "Stage %s: %s parameters of the decoder and %s of the backbone are in the optimizer",
             stage,
-            f"{decoder:,}",
-            f"{backbone:,}",
-            f"{sum(p.numel() for p in model.backbone.parameters()):,}",
+            f"{sum(p.numel() for p in self._decoder):,}",
+            f"{sum(p.numel() for p in tuned):,}",
         )
+
+    def _start_tuning(self) -> list[nn.Parameter]:
+        """Makes ready what the method trains of the backbone, and returns it."""
+        backbone = self.segmentor.backbone
+        if not self.method.selects:
+            return list(self.method.parameters(backbone).values())
+        self._selected = SelectedWeights(backbone, self._estimation.selection)
+        return list(self._selected.parameters().values())
 
     def build_hooks(self) -> list[HookBase | None]:
         """The hooks of all stages, then Detectron2's for checkpoints, evaluation and writing."""
@@ -143,8 +146,9 @@ class Trainer(DefaultTrainer):
         ret = [
             hooks.IterationTimer(),
             LearningRates(),
+            *([self._estimation] if self._estimation else []),
             WarmupFreeze(cfg.TUNING.WARMUP_ITERS, on_end=self._save_warmup),
-            *(self._build_selection_hooks() if self.method.selects else []),
+            *([self._build_mask()] if self._estimation else []),
         ]
         if comm.is_main_process():
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
@@ -154,27 +158,30 @@ class Trainer(DefaultTrainer):
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
 
-    def _build_selection_hooks(self) -> list[HookBase]:
-        cfg, start, backbone = self.cfg, self.cfg.TUNING.WARMUP_ITERS, self.segmentor.backbone
-        shares = {"d_min": cfg.TUNING.D_MIN, "d_max": cfg.TUNING.D_MAX}
-        estimation = FisherEstimation(
+    def _build_estimation(self) -> FisherEstimation | None:
+        cfg, backbone = self.cfg, self.segmentor.backbone
+        if not self.method.selects:
+            return None
+        return FisherEstimation(
             self._estimate,
             lambda estimate: self.method.scores(backbone, estimate),
-            start=start,
-            share=tuned_share(1.0, **shares, form=cfg.TUNING.SCHEDULE),
+            start=cfg.TUNING.WARMUP_ITERS,
+            share=tuned_share(1.0, cfg.TUNING.D_MIN, cfg.TUNING.D_MAX, form=cfg.TUNING.SCHEDULE),
             base=sum(p.numel() for p in backbone.parameters()),
             output_dir=cfg.OUTPUT_DIR,
             eps=cfg.FISHER.EPS,
         )
-        mask = ParameterMask(
-            estimation,
-            self._tuned,
-            start=start,
-            iters=self.max_iter - start,
-            schedule=cfg.TUNING.SCHEDULE,
-            **shares,
+
+    def _build_mask(self) -> ParameterMask:
+        tuning = self.cfg.TUNING
+        return ParameterMask(
+            lambda: self._selected,
+            start=tuning.WARMUP_ITERS,
+            iters=self.max_iter - tuning.WARMUP_ITERS,
+            d_min=tuning.D_MIN,
+            d_max=tuning.D_MAX,
+            schedule=tuning.SCHEDULE,
         )
-        return [estimation, mask]
 
     def _estimate(self) -> FisherEstimate | None:
         """F(x) and F(x') of the backbone, measured or from FISHER.ESTIMATE."""
@@ -234,10 +241,10 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores a checkpoint's state, in the stage it was written in."""
-        self.iter = state_dict["iteration"]
+        TrainerBase.load_state_dict(self, state_dict)  # iteration and hooks, so the selection too
         tuning = self.iter >= self.cfg.TUNING.WARMUP_ITERS
         self.start_stage("tuning" if tuning else "warmup")
-        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
         self._set_learning_rates(self.iter + 1)  # the checkpoint's iteration is done
 
     def _set_learning_rates(self, iteration: int) -> None:

@@ -3,10 +3,12 @@
 from . import fisher_terms, fishertune, freeze, full, random_choice  # noqa: F401 - importing registers them
 from .masked_update import MaskedUpdate
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod, build_tuning_method
+from .selected_weights import SelectedWeights
 
 __all__ = [
     "TUNING_REGISTRY",
     "MaskedUpdate",
+    "SelectedWeights",
     "SelectiveMethod",
     "TuningMethod",
     "build_tuning_method",

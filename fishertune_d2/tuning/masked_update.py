@@ -4,6 +4,10 @@ A gradient of zero does not freeze a weight: AdamW's decay shrinks it (18 % in 4
 learning rate of 1e-4 and a decay of 0.05), and momentum gathered before goes on moving it. So the
 gradient is masked before each step, which also keeps it out of gradient clipping and of the
 moments, and what is not selected is put back after it.
+
+This pays for dense gradients and moments, and fits an optimizer that is there already; it is also
+what :class:`~fishertune_d2.tuning.SelectedWeights`, which pays for the selected alone, is tested
+against.
 """
 
 from collections.abc import Mapping
@@ -38,18 +42,7 @@ class MaskedUpdate:
         parameters: Mapping[str, nn.Parameter],
         selection: Selection,
     ):
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        if shapes != selection.shapes:
-            differing = sorted(
-                name
-                for name in shapes.keys() | selection.shapes.keys()
-                if shapes.get(name) != selection.shapes.get(name)
-            )
-            raise ValueError(
-                f"the selection was made for another model: {len(differing)} parameters differ, "
-                f"the first is {differing[0]}, of shape {shapes.get(differing[0])} here and "
-                f"{selection.shapes.get(differing[0])} in the selection"
-            )
+        require_same_shapes(parameters, selection)
         self.parameters = dict(parameters)
         self.selection = selection
         self.masks = {
@@ -59,8 +52,10 @@ class MaskedUpdate:
         self._selected = dict.fromkeys(self.parameters, 0)
         # What is not selected has never moved, so the values of now are those to put back.
         self._fixed = {name: p.detach().clone() for name, p in self.parameters.items()}
-        optimizer.register_step_pre_hook(self._mask_gradients)
-        optimizer.register_step_post_hook(self._restore)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._mask_gradients),
+            optimizer.register_step_post_hook(self._restore),
+        ]
 
     def grow(self, share: float) -> int:
         """Selects up to ``share`` of the selection's base; what was selected stays.
@@ -73,6 +68,11 @@ class MaskedUpdate:
             mask.view(-1)[prefix[self._selected[name] :].to(mask.device)] = True
             self._selected[name] = max(self._selected[name], len(prefix))
         return sum(self._selected.values())
+
+    def release(self) -> None:
+        """Leaves the optimizer as it was; from now on it moves every entry."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _mask_gradients(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for name, parameter in self.parameters.items():
@@ -87,3 +87,24 @@ class MaskedUpdate:
 
 def _put_back(parameter: Tensor, fixed: Tensor, moved: Tensor) -> None:
     parameter.copy_(torch.where(moved, parameter, fixed))
+
+
+def require_same_shapes(parameters: Mapping[str, nn.Parameter], selection: Selection) -> None:
+    """Refuses parameters that a selection was not made for.
+
+    Raises:
+        ValueError: if a name or shape differs; names the first.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if shapes == selection.shapes:
+        return
+    differing = sorted(
+        name
+        for name in shapes.keys() | selection.shapes.keys()
+        if shapes.get(name) != selection.shapes.get(name)
+    )
+    raise ValueError(
+        f"the selection was made for another model: {len(differing)} parameters differ, the first "
+        f"is {differing[0]}, of shape {shapes.get(differing[0])} here and "
+        f"{selection.shapes.get(differing[0])} in the selection"
+    )

@@ -1,0 +1,230 @@
+"""Selected entries as parameters, against a dense mask on a stock optimizer."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fishertune_d2.fisher import Selection, find_candidates
+from fishertune_d2.tuning import MaskedUpdate, SelectedWeights
+
+
+def _select(model: nn.Module, share: float = 0.05, only: Callable[[str], bool] = lambda _: True):
+    """Random candidates, of the parameters that ``only`` keeps."""
+    generator = torch.Generator().manual_seed(3)
+    scores = {}
+    for candidate in find_candidates(model):
+        score = torch.zeros(candidate.parameter.shape)
+        if only(candidate.name):
+            score[candidate.rows] = torch.rand(score[candidate.rows].shape, generator=generator)
+        scores[candidate.name] = scores.get(candidate.name, 0) + score
+    return Selection.from_scores(scores, share, sum(p.numel() for p in model.parameters()))
+
+
+def _freeze(model: nn.Module) -> dict[str, Tensor]:
+    """Freezes all parameters; returns what they hold."""
+    model.requires_grad_(False)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _pixels(images, count: int = 4) -> Tensor:
+    return torch.stack([image for image, _ in images(count)])
+
+
+def _adamw(parameters) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(parameters), lr=1e-2, weight_decay=0.5)
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, pixels: Tensor) -> None:
+    optimizer.zero_grad()
+    model(pixels).logsumexp(dim=1).sum().backward()
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(held, 0.1)
+    optimizer.step()
+
+
+def test_trains_as_a_dense_mask_does(vit, family, images):
+    # In float64, or Adam blows up roundings where a gradient is next to nothing.
+    sparse, dense = vit(family, torch.float64), vit(family, torch.float64)
+    start, _ = _freeze(sparse), _freeze(dense)
+    selection, pixels = _select(sparse), _pixels(images).double()
+    selected = SelectedWeights(sparse, selection)
+    held = {name: dense.get_parameter(name).requires_grad_(True) for name in selection.shapes}
+    optimizers = _adamw(selected.parameters().values()), _adamw(held.values())
+    masked = MaskedUpdate(optimizers[1], held, selection)
+    # The dense gradients are masked when the optimizer steps, so clip what a mask leaves of them.
+    for name, parameter in held.items():
+        parameter.register_hook(lambda grad, name=name: grad * masked.masks[name])
+    for step in range(50):
+        share = 0.01 + 0.04 * step / 49
+        assert selected.grow(share) == masked.grow(share) == selection.count(share)
+        for model, optimizer in zip((sparse, dense), optimizers, strict=True):
+            _step(model, optimizer, pixels)
+    masks = selection.masks(0.05)
+    expected = dense.state_dict()
+    for name, value in sparse.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+        mask = masks.get(name, torch.zeros(value.shape, dtype=torch.bool))
+        assert torch.equal(value[~mask], start[name][~mask]), name
+    moved = sum(int((sparse.state_dict()[n] != start[n]).sum()) for n in masks)
+    assert moved > 0.9 * selection.count(0.05)  # a bias of K has no gradient but rounding
+
+
+def test_the_optimizer_holds_the_selected_alone(vit, images):
+    model = vit()
+    _freeze(model)
+    selection = _select(model)
+    selected = SelectedWeights(model, selection)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == selection.count(0.05)
+    assert {id(p) for p in trainable} == {id(p) for p in selected.parameters().values()}
+    selected.grow(0.05)
+    optimizer = _adamw(trainable)
+    _step(model, optimizer, _pixels(images))
+    moments = [s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in optimizer.state.values()]
+    assert sum(moments) == 2 * selection.count(0.05)
+    # No dense gradient is left anywhere.
+    grads = [p.grad.numel() for p in model.parameters() if p.grad is not None]
+    assert sum(grads) == selection.count(0.05)
+
+
+def test_what_has_nothing_selected_costs_no_gradient(vit, images):
+    model = vit()
+    _freeze(model)
+    selection = _select(model, 0.02, only=lambda name: name == "blocks.1.mlp.fc1.weight")
+    selected = SelectedWeights(model, selection)
+    assert list(selected.parameters()) == ["blocks.1.mlp.fc1.weight"]
+    selected.grow(0.02)
+    seen = []
+    for module in (model.blocks[0], model.blocks[1].attn):
+        module.register_forward_hook(lambda *args: seen.append(args[-1].requires_grad))
+    output = model(_pixels(images))
+    assert output.requires_grad
+    assert seen == [False, False]  # the backward pass ends in the block that holds the selection
+
+
+def test_an_entry_that_joins_later_starts_from_where_it_was(vit, images):
+    model = vit()
+    start = _freeze(model)
+    selection = _select(model)
+    selected = SelectedWeights(model, selection)
+    optimizer = _adamw(selected.parameters().values())
+    selected.grow(0.01)
+    for _ in range(3):
+        _step(model, optimizer, _pixels(images))
+    first, later = selection.masks(0.01), selection.masks(0.05)
+    for name, value in model.state_dict().items():
+        if name in first:
+            assert torch.equal(value[~first[name]], start[name][~first[name]])
+    selected.grow(0.05)
+    for name, value in model.state_dict().items():
+        if name in first:
+            joining = later[name] & ~first[name]
+            assert torch.equal(value[joining], start[name][joining])
+    assert selected.grow(0.02) == selection.count(0.05)  # never shrinks
+
+
+def test_state_dict_is_the_plain_models_in_both_directions(vit, images):
+    model, plain = vit(), vit()
+    _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    selected.grow(0.05)
+    _step(model, _adamw(selected.parameters().values()), _pixels(images))
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    plain.load_state_dict(trained)  # strict
+    pixels = _pixels(images)
+    assert torch.equal(plain(pixels), model(pixels))
+
+    other = {name: value + 1 for name, value in plain.state_dict().items()}
+    model.load_state_dict(other)
+    model(pixels)  # writes the values into the weights
+    assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
+    # Inside a larger model, names have a prefix.
+    whole = nn.ModuleDict({"backbone": model})
+    assert set(whole.state_dict()) == {f"backbone.{name}" for name in other}
+    whole.load_state_dict({f"backbone.{name}": value for name, value in trained.items()})
+    assert torch.equal(plain(pixels), model(pixels))
+
+
+def test_a_copy_of_the_model_is_on_its_own(vit, images):
+    model = vit()
+    _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    selected.grow(0.05)
+    average = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in average.state_dict().items()}
+    _step(model, _adamw(selected.parameters().values()), _pixels(images))
+    assert all(torch.equal(v, before[name]) for name, v in average.state_dict().items())
+    name = "blocks.0.mlp.fc1.weight"
+    assert not torch.equal(model.state_dict()[name], before[name])
+
+
+def test_release_leaves_the_plain_model(vit, images):
+    model, plain = vit(), vit()
+    _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    selected.grow(0.05)
+    _step(model, _adamw(selected.parameters().values()), _pixels(images))
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    selected.release()
+    assert [name for name, _ in model.named_parameters()] == [
+        name for name, _ in plain.named_parameters()
+    ]
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+
+
+def test_gradients_accumulate_to_those_of_the_large_batch(vit, images):
+    pixels = _pixels(images, 4)
+    grads = []
+    for parts in ([pixels], pixels.split(2)):
+        model = vit(dtype=torch.float64)
+        _freeze(model)
+        selected = SelectedWeights(model, _select(model))
+        selected.grow(0.05)
+        for part in parts:
+            model(part.double()).logsumexp(dim=1).sum().backward()
+        grads.append({name: p.grad for name, p in selected.parameters().items()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+def test_activation_checkpoints_change_no_gradient(vit, images):
+    grads = []
+    for recompute in (False, True):
+        model = vit()
+        _freeze(model)
+        if recompute:
+            for block in model.blocks:
+                forward = block.forward
+                block.forward = lambda x, f=forward, **_: checkpoint(f, x, use_reentrant=False)
+        selected = SelectedWeights(model, _select(model))
+        selected.grow(0.05)
+        model(_pixels(images)).logsumexp(dim=1).sum().backward()
+        grads.append({name: p.grad for name, p in selected.parameters().items()})
+    assert all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
+
+
+def test_bfloat16_autocast(vit, images):
+    model = vit()
+    start = _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    selected.grow(0.05)
+    optimizer = _adamw(selected.parameters().values())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(_pixels(images)).float().logsumexp(dim=1).sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in selected.parameters().values())
+    optimizer.step()
+    masks = selected.selection.masks(0.05)
+    for name, value in model.state_dict().items():
+        mask = masks.get(name, torch.zeros(value.shape, dtype=torch.bool))
+        assert torch.equal(value[~mask], start[name][~mask])
+
+
+def test_refuses_a_selection_of_another_model(vit):
+    selection = _select(vit("packed SwiGLU"))
+    with pytest.raises(ValueError, match="made for another model: .*the first is blocks.0.mlp.fc2"):
+        SelectedWeights(vit(), selection)
