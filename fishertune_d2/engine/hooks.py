@@ -1,8 +1,8 @@
 """The three stages as hooks: warm-up, estimation, tuning.
 
-They are registered in this order: at the first iteration after warm-up, ``FisherEstimation`` ranks
-the weights, ``WarmupFreeze`` starts the tuning stage with what it trains, and ``ParameterMask`` lets
-ever more of the ranked weights move.
+They are registered in this order. At the first iteration after warm-up, ``FisherEstimation`` ranks
+the weights, ``WarmupFreeze`` starts the tuning stage with what that trains, and ``ParameterMask``
+lets ever more of the ranked weights move.
 """
 
 import hashlib
