@@ -36,6 +36,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "baselines": ["peft"],  # LoRA and its kin, to compare with
         "dev": ["pytest", "hypothesis", "torchmetrics", "ruff"],
     },
 )

@@ -88,7 +88,8 @@ class Setting:
         add_fishertune_config(cfg)
         cfg.merge_from_file(str(ROOT / "configs/camvid/fishertune.yaml"))
         cfg.merge_from_list(["TUNING.WARMUP_CHECKPOINT", str(warmup), "OUTPUT_DIR", str(output)])
-        cfg.merge_from_list(["FISHER.IMS_PER_BATCH", BATCH])
+        # "full", because the peak of a training step is measured too.
+        cfg.merge_from_list(["FISHER.IMS_PER_BATCH", BATCH, "TUNING.METHOD", "full"])
         self.cfg, self.trainer = cfg, Trainer(cfg)
         self.trainer.resume_or_load(resume=False)
         self.trainer.start_stage("tuning")

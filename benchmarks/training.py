@@ -1,0 +1,304 @@
+#!/usr/bin/env python
+"""What a training step costs: frozen, full, LoRA and FisherTune side by side, as ratios to full.
+
+    python benchmarks/training.py                              # DINOv2-S as in configs/camvid
+    python benchmarks/training.py --config-file configs/fishertune_dinov2.yaml MODEL.DEVICE cuda
+    python benchmarks/training.py --show docs/results/training/cpu.json    # the tables again
+
+Needs neither data nor weights: images are noise, labels are bands, and time does not depend on
+what the weights are. The time of a step is the median over rounds, in each of which every way takes
+one step, in one process. The peak is that of a process which does nothing else, above one that only
+imports. LoRA needs ``pip install fishertune-d2[baselines]``.
+"""
+
+import argparse
+import io
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from detectron2.config import CfgNode, get_cfg  # noqa: E402 - the package need not be installed
+
+from fishertune_d2 import add_fishertune_config  # noqa: E402
+from fishertune_d2.engine import Trainer  # noqa: E402
+from fishertune_d2.fisher import Selection, find_candidates  # noqa: E402
+from fishertune_d2.tuning import MaskedUpdate, SelectedWeights  # noqa: E402
+
+PHASES = ("forward", "backward", "optimizer")
+
+
+def _freeze(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
+    return []
+
+
+def _full(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
+    unused = backbone.unused_parameters()
+    return [p for name, p in backbone.named_parameters() if name not in unused]
+
+
+def _lora(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
+    """Rank 8 on the layer that computes queries, keys and values, by peft."""
+    import peft
+
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=8, lora_alpha=8, target_modules=["qkv", "q_proj", "v_proj"]), backbone
+    )
+    return [p for name, p in backbone.named_parameters() if "lora_" in name]
+
+
+def _selection(cfg: CfgNode, backbone: nn.Module) -> Selection:
+    """D_MAX of the backbone; candidates at random, which cost what others do."""
+    base = sum(p.numel() for p in backbone.parameters())
+    scores: dict[str, Tensor] = {}
+    for c in find_candidates(backbone):
+        scores.setdefault(c.name, torch.zeros_like(c.parameter, requires_grad=False))
+        scores[c.name][c.rows] = torch.rand_like(scores[c.name][c.rows])
+    return Selection.from_scores(scores, cfg.TUNING.D_MAX, base)
+
+
+def _fishertune(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
+    selected = SelectedWeights(backbone, _selection(cfg, backbone))
+    selected.grow(cfg.TUNING.D_MAX)
+    return selected.parameters().values()
+
+
+def _candidates(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
+    return {c.name: c.parameter for c in find_candidates(backbone)}.values()
+
+
+WAYS: dict[str, Callable[[CfgNode, nn.Module], Iterable[nn.Parameter]]] = {
+    "freeze": _freeze,
+    "full": _full,
+    "lora": _lora,
+    "fishertune": _fishertune,
+    "fishertune, dense mask": _candidates,
+}
+
+
+class Training:
+    """A model that trains in one way, on one batch of noise.
+
+    Args:
+        cfg: MODEL, INPUT.CROP.SIZE, SOLVER and TUNING are read.
+        way: a key of :data:`WAYS`.
+    """
+
+    def __init__(self, cfg: CfgNode, way: str):
+        torch.manual_seed(0)
+        self.model = Trainer.build_model(cfg).train()
+        self.backbone = self.model.backbone
+        self.backbone.requires_grad_(False)
+        self.tuned = list(WAYS[way](cfg, self.backbone))
+        for parameter in self.tuned:
+            parameter.requires_grad_(True)
+        self.optimizer = Trainer.build_optimizer(cfg, self.model)
+        if way == "fishertune, dense mask":
+            dense = {c.name: c.parameter for c in find_candidates(self.backbone)}
+            update = MaskedUpdate(self.optimizer, dense, _selection(cfg, self.backbone))
+            update.grow(cfg.TUNING.D_MAX)
+        height, width = cfg.INPUT.CROP.SIZE
+        classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        bands = (torch.arange(height) * classes // height)[:, None].expand(height, width)
+        self.batch = [
+            {"image": torch.randint(0, 256, (3, height, width)).float(), "sem_seg": bands}
+            for _ in range(cfg.SOLVER.IMS_PER_BATCH)
+        ]
+
+    def step(self) -> dict[str, float]:
+        """One training step; the seconds of its phases."""
+        seconds = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        start = _now()
+        loss = sum(self.model(self.batch).values())
+        seconds["forward"], start = _now() - start, _now()
+        loss.backward()
+        seconds["backward"], start = _now() - start, _now()
+        self.optimizer.step()
+        seconds["optimizer"] = _now() - start
+        return seconds
+
+    def infer(self) -> float:
+        """Seconds of the backbone's forward pass as in evaluation."""
+        images = torch.stack([item["image"] for item in self.batch]).to(self.model.device)
+        self.model.eval()
+        start = _now()
+        with torch.no_grad():
+            self.backbone(images / 128 - 1)
+        seconds = _now() - start
+        self.model.train()
+        return seconds
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes that the backbone's training needs beside the weights, and those of a checkpoint.
+
+        Gradients are what processes exchange after each step.
+        """
+        states = [self.optimizer.state[p] for p in self.tuned]
+        moments = [value for state in states for value in state.values() if value.dim() > 0]
+        file = io.BytesIO()
+        torch.save(
+            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file
+        )
+        return {
+            "trainable": sum(p.numel() for p in self.tuned),
+            "gradient_bytes": _bytes(p.grad for p in self.tuned),
+            "optimizer_bytes": _bytes(moments),
+            "checkpoint_bytes": file.tell(),
+        }
+
+
+def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
+    """Times every way in turn, then the peak of each in a process of its own."""
+    cells = {way: Training(cfg, way) for way in args.ways}
+    seconds = {way: {phase: [] for phase in (*PHASES, "inference")} for way in cells}
+    for number in range(args.rounds + 1):
+        for way, cell in cells.items():
+            phases = {**cell.step(), "inference": cell.infer()}
+            if number > 0:  # the first round warms up
+                for phase, value in phases.items():
+                    seconds[way][phase].append(value)
+        print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
+    rows = {}
+    for way, cell in cells.items():
+        times = seconds[way]
+        steps = [sum(parts) for parts in zip(*(times[phase] for phase in PHASES), strict=True)]
+        rows[way] = {
+            "step_seconds": median(steps),
+            **{f"{phase}_seconds": median(values) for phase, values in times.items()},
+            **cell.sizes(),
+        }
+    cells.clear()
+    nothing = _peak_of("nothing", args)
+    for way in rows:
+        rows[way]["peak_bytes"] = _peak_of(way, args) - nothing
+    return {
+        "vfm": cfg.MODEL.VFM.NAME,
+        "crop": list(cfg.INPUT.CROP.SIZE),
+        "batch": cfg.SOLVER.IMS_PER_BATCH,
+        "share": cfg.TUNING.D_MAX,
+        "rounds": args.rounds,
+        "machine": _machine(cfg),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "backbone_bytes": sum(p.numel() for p in Trainer.build_model(cfg).backbone.parameters())
+        * 4,
+        "rows": rows,
+    }
+
+
+def _peak_of(way: str, args: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, "--config-file", args.config_file, "--peak", way]
+    command += args.opts
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(text.split()[-1])
+
+
+def peak(cfg: CfgNode, way: str) -> int:
+    """The most memory that three steps in this process take, in bytes."""
+    if way != "nothing":
+        training = Training(cfg, way)
+        for _ in range(3):
+            training.step()
+    if cfg.MODEL.DEVICE != "cpu":
+        return torch.cuda.max_memory_allocated()
+    # ru_maxrss would start with the parent's.
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) * 1024
+
+
+def tables(result: dict) -> str:
+    """Absolute numbers of full fine-tuning, and every way's ratios to them, as markdown."""
+    rows, full = result["rows"], result["rows"]["full"]
+    head = (
+        f"{result['vfm']}, crops of {result['crop'][0]} x {result['crop'][1]}, batch "
+        f"{result['batch']}, on {result['machine']}; torch {result['torch']}, commit "
+        f"{result['commit']}. Full fine-tuning: {full['step_seconds']:.2f} s a step, "
+        f"{_mb(full['peak_bytes'])} at the peak, {_mb(full['gradient_bytes'])} of backbone "
+        f"gradients, {_mb(full['optimizer_bytes'])} of moments, a checkpoint of "
+        f"{_mb(full['checkpoint_bytes'])}. As ratios to these:"
+    )
+
+    def ratio(way: str, *keys: str) -> str:
+        return f"{sum(rows[way][k] for k in keys) / sum(full[k] for k in keys):.3f}"
+
+    columns = {
+        "step": ("step_seconds",),
+        "forward": ("forward_seconds",),
+        "backward": ("backward_seconds",),
+        "optimizer": ("optimizer_seconds",),
+        "inference": ("inference_seconds",),
+        "peak": ("peak_bytes",),
+        "gradients": ("gradient_bytes",),
+        "gradients and moments": ("gradient_bytes", "optimizer_bytes"),
+        "checkpoint": ("checkpoint_bytes",),
+    }
+    table = [
+        [way, f"{rows[way]['trainable'] / 1e6:.2f} M", *(ratio(way, *k) for k in columns.values())]
+        for way in rows
+    ]
+    body = tabulate(table, ["way", "tuned", *columns], tablefmt="github", disable_numparse=True)
+    return f"{head}\n\n{body}"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _machine(cfg: CfgNode) -> str:
+    if cfg.MODEL.DEVICE != "cpu":
+        return f"one {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} threads of an {platform.machine()} CPU"
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config-file", default=str(ROOT / "configs/camvid/fishertune.yaml"))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs/training/cost.json")
+    parser.add_argument("--show", type=Path, help="prints the tables of a file, measures nothing")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    args = parser.parse_args()
+    if args.show:
+        print(tables(json.loads(args.show.read_text())))
+        sys.exit()
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list([*args.opts, "MODEL.VFM.WEIGHTS", "random"])
+    if args.peak:
+        print(peak(cfg, args.peak))
+        sys.exit()
+    result = measure(cfg, args)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(tables(result))
