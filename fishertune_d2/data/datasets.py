@@ -70,7 +70,7 @@ def register_sem_seg(
             ``image_suffixes=["_rgb.png"]`` and ``label_suffix="_mask.png"``.
         colors: RGB colour of each class for pictures.
         domain: test sets of the domain trained on count as source, others as unseen; by default
-            the data set is a domain of its own.
+            the data set is a domain of its own. "city/night" is part of the domain "city".
         test_size: (width, height) into which test images are fitted; None keeps their size.
 
     Raises:

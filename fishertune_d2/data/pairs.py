@@ -66,8 +66,9 @@ class SemSegDataset:
         image_dir: folder of the images, relative to the root.
         label_dir: folder of the labels, relative to the root.
         label_map: a name in `LABEL_MAPS`.
-        domain: where and when it was taken. A test set whose domain is trained on is a source,
-            any other is unseen.
+        domain: where and when it was taken, as a path from the whole to its parts: "acdc/fog" is
+            part of "acdc". A test set is a source if its domain, a part of it or a whole that it
+            is part of is trained on, else unseen.
         other_dirs: pairs of (image_dir, label_dir) for the same files as other projects or other
             releases arrange them; the first pair of which both exist is read.
         image_suffixes: how image names end; several where copies of a data set differ.

@@ -11,6 +11,17 @@ from fishertune_d2.data.mapper import SegmentationMapper
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
+def domains_overlap(one: str, other: str) -> bool:
+    """Whether one domain equals, contains or lies within the other.
+
+    Args:
+        one: a path from the whole to its parts: "acdc" contains "acdc/fog".
+        other: another such path.
+    """
+    # Compared to the end of the shorter path: if that is reached, it names the whole.
+    return all(a == b for a, b in zip(one.split("/"), other.split("/"), strict=False))
+
+
 def summarize(
     results: Results,
     train_names: Sequence[str],
@@ -21,7 +32,8 @@ def summarize(
 
     Args:
         results: for each test set what its evaluator returned, in percent.
-        train_names: the data sets trained on. A test set of one of their domains is a source.
+        train_names: the data sets trained on. A test set is a source if `domains_overlap` is
+            true of its domain and one of theirs.
         protocol: how the scores came about (inference mode, window, stride, class rule, ...).
         mapper: what the test images passed through; it knows their sizes.
 
@@ -31,11 +43,13 @@ def summarize(
         size (width, height; None is the file's size) and the classes scored of each data set, and
         the data sets scored on halved labels.
     """
-    train_domains = {MetadataCatalog.get(name).domain for name in train_names}
+    train_domains = [MetadataCatalog.get(name).domain for name in train_names]
     source, targets, per_class = {}, {}, {}
     for name, result in results.items():
         scores = result["sem_seg"]
-        group = source if MetadataCatalog.get(name).domain in train_domains else targets
+        domain = MetadataCatalog.get(name).domain
+        seen = any(domains_overlap(domain, trained) for trained in train_domains)
+        group = source if seen else targets
         group[name] = scores["mIoU"]
         per_class[name] = {
             key.removeprefix("IoU-"): iou for key, iou in scores.items() if key.startswith("IoU-")

@@ -1,7 +1,10 @@
 import json
 
+import pytest
+
 from fishertune_d2.data import SegmentationMapper
 from fishertune_d2.evaluation import format_table, summarize
+from fishertune_d2.evaluation.table import domains_overlap
 
 RESULTS = {
     "camvid_day_test": {"sem_seg": {"mIoU": 60.0, "IoU-sky": 90.0}},
@@ -18,6 +21,41 @@ def test_the_domain_decides_what_is_source():
     assert summary["targets"] == {"camvid_dusk_test": 40.0, "cityscapes_val": 30.0}
     assert summary["target_average"] == 35.0
     assert summary["per_class"]["camvid_dusk_test"] == {"sky": 50.0, "car": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "overlap"),
+    [
+        ("acdc/fog", "acdc/fog", True),
+        ("acdc", "acdc/fog", True),
+        ("acdc", "acdc/fog/dense", True),
+        ("acdc/fog", "acdc/night", False),
+        ("acdc", "acdc2", False),
+        ("acdc/fog", "acdc/fog2", False),
+        ("fog", "acdc/fog", False),
+        ("camvid_day", "camvid_dusk", False),
+        ("camvid_day", "streets_day", False),
+        ("camvid/day", "streets/day", False),
+    ],
+)
+def test_domains_overlap_where_one_is_the_other_or_part_of_it(one, other, overlap):
+    assert domains_overlap(one, other) is domains_overlap(other, one) is overlap
+
+
+@pytest.mark.parametrize(
+    ("trained", "sources"),
+    [
+        ("acdc_train", ["acdc_val", "acdc_fog_val", "acdc_night_val"]),
+        ("acdc_fog_train", ["acdc_val", "acdc_fog_val"]),
+        ("cityscapes_train", ["cityscapes_val"]),
+    ],
+)
+def test_a_whole_and_its_parts_are_sources_of_each_other(trained, sources):
+    tested = ["acdc_val", "acdc_fog_val", "acdc_night_val", "cityscapes_val"]
+    results = {name: {"sem_seg": {"mIoU": 50.0}} for name in tested}
+    summary = summarize(results, ["gtav_train", trained], PROTOCOL, MAPPER)
+    assert list(summary["source"]) == sources
+    assert list(summary["targets"]) == [name for name in tested if name not in sources]
 
 
 def test_the_protocol_is_written_with_each_data_sets_own():
