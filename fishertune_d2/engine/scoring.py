@@ -61,6 +61,7 @@ def _protocol(cfg: CfgNode) -> dict:
         protocol |= {"crop": list(cfg.TEST.CROP_SIZE), "stride": list(cfg.TEST.STRIDE)}
     return {
         **protocol,
+        "vfm": cfg.MODEL.VFM.NAME,
         "method": cfg.TUNING.METHOD,
         "seed": cfg.SEED,
         "iterations": cfg.SOLVER.MAX_ITER,

@@ -1,33 +1,82 @@
 import json
+import runpy
+import sys
 
 import pytest
 
-from fishertune_d2.analysis.compare import compare
+from fishertune_d2.analysis.compare import compare, compare_classes
 
 
-def _write(folder, method, **protocol):
+def _write(folder, method, average=30.0, **protocol):
     folder.mkdir()
     results = {
         "source": {"day": 61.234},
         "targets": {"dusk": 40.0, "night": 20.0},
-        "target_average": 30.0,
+        "target_average": average,
+        "per_class": {"day": {"sky": 61.234}, "dusk": {"car": 50.0, "sky": 30.0}, "night": {}},
         "tuned_parameters": 1_500_000,
-        "protocol": {"method": method, "commit": "abc", "seed": 1, **protocol},
+        "protocol": {
+            "vfm": "dinov2_vitl",
+            "method": method,
+            "commit": "abc",
+            "seed": 1,
+            "classes": {name: ["sky", "rider", "car"] for name in ("day", "dusk", "night")},
+            **protocol,
+        },
     }
     (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
-def test_a_row_for_each_run(tmp_path):
-    text = compare([_write(tmp_path / "a", "full"), _write(tmp_path / "b", "freeze")])
-    header, _, first, second, _, protocol = text.splitlines()
-    cells = [cell.strip() for cell in first.strip("|").split("|")]
-    assert cells == ["full", "1.50 M", "61.23", "40.00", "20.00", "30.00", "abc"]
-    assert second.split("|")[1].strip() == "freeze"
-    assert "dusk" in header and protocol == "Protocol: seed 1"
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        _write(tmp_path / "a", "full"),
+        _write(tmp_path / "b", "freeze", vfm="eva02_vitl", commit="def"),
+    ]
 
 
-def test_refuses_to_compare_unlike_runs(tmp_path):
+def _cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_row_for_each_run(runs):
+    header, _, first, second, _, protocol = compare(runs).splitlines()
+    assert _cells(header)[3:7] == ["day", "dusk", "night", "average over unseen"]
+    scores = ["61.23", "40.00", "20.00", "30.00"]
+    assert _cells(first) == ["dinov2_vitl", "full", "1.50 M", *scores, "abc"]
+    assert _cells(second) == ["eva02_vitl", "freeze", "1.50 M", *scores, "def"]
+    assert protocol == "Protocol: seed 1"
+
+
+def test_runs_without_unseen_domains_have_no_average(tmp_path):
+    text = compare([_write(tmp_path / "a", "full", average=None)])
+    assert _cells(text.splitlines()[2])[6] == "-"
+
+
+def test_a_column_for_each_class(runs):
+    header, _, first, second, _, protocol = compare_classes(runs, "dusk").splitlines()
+    assert _cells(header)[3:] == ["sky", "rider", "car", "mIoU of dusk", "commit"]
+    # In the order of the classes, not of the file; nobody rides in the labels.
+    assert _cells(first)[2:] == ["1.50 M", "30.00", "-", "50.00", "40.00", "abc"]
+    assert _cells(second)[0] == "eva02_vitl" and protocol == "Protocol: seed 1"
+
+
+def test_classes_of_a_data_set_that_was_not_tested(runs):
+    with pytest.raises(ValueError, match="not tested on 'fog'; choose one of day, dusk, night"):
+        compare_classes(runs, "fog")
+
+
+@pytest.mark.parametrize("table", [compare, lambda runs: compare_classes(runs, "day")])
+def test_refuses_to_compare_unlike_runs(tmp_path, table):
     runs = [_write(tmp_path / "a", "full"), _write(tmp_path / "b", "freeze", seed=2)]
     with pytest.raises(ValueError, match="another protocol"):
-        compare(runs)
+        table(runs)
+
+
+@pytest.mark.parametrize(("option", "column"), [([], "dusk"), (["--classes", "dusk"], "sky")])
+def test_the_command(runs, option, column, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, runs), *option])
+    monkeypatch.delitem(sys.modules, "fishertune_d2.analysis.compare")
+    runpy.run_module("fishertune_d2.analysis.compare", run_name="__main__")
+    assert column in _cells(capsys.readouterr().out.splitlines()[0])

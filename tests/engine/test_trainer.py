@@ -79,6 +79,7 @@ def test_three_stages_write_what_they_promise(tiny_cfg):
     assert results["tuned_parameters"] == int(0.05 * backbone)
     assert results["backbone_parameters"] == backbone
     assert results["protocol"]["class_rule"] == "present"
+    assert results["protocol"]["vfm"] == cfg.MODEL.VFM.NAME
     assert (out / "pictures" / "tiny_night_0.png").is_file()
 
 
