@@ -27,7 +27,9 @@ def test_the_papers_counts():
     assert f"{counts['backbone_parameters'] / 1e6:.2f}" == "304.20"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS))
+)
 def test_every_config_builds_its_backbone_and_opens_with_its_manual(path):
     counts = log_plan(_read(path))
     assert 0 <= counts["tuned_parameters"] <= counts["backbone_parameters"]
