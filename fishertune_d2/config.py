@@ -149,8 +149,8 @@ def _add_fisher(cfg: CN) -> None:
     # A fisher.safetensors that another run wrote after the same warm-up, to select from instead of
     # estimating again. "": estimate here.
     cfg.FISHER.ESTIMATE = ""
-    # T2: batches drawn for the estimate (ours; the paper's text gives no number), and their size.
-    # Eq. 6 needs at least two images in a batch.
+    # T2: batches drawn for the estimate, over all processes (ours; the paper's text gives no
+    # number), and the images in each, which stay in one process: Eq. 6 needs at least two.
     cfg.FISHER.BATCHES = 500
     cfg.FISHER.IMS_PER_BATCH = 4
     # How F and dF become one score: "balanced" (Eq. 15 with constants from the estimate itself),

@@ -7,6 +7,7 @@ in its checkpoints: set ``loader.sampler.start`` to the number of images already
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -25,39 +26,47 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     """An endless stream of shuffled epochs that can be entered anywhere.
 
     Yields (position, index): position counts the images of all ranks since training began, index
-    is an entry of the data set. Rank r of R takes the positions r, r + R, r + 2R, ...
+    is an entry of the data set. Of each step's positions, rank r takes the r-th block, so that a
+    step draws the same images however many ranks share it.
 
     Attributes:
         start: the position at which iteration begins. May be set until iteration begins.
     """
 
-    def __init__(self, size: int, seed: int, start: int = 0):
+    def __init__(self, size: int, seed: int, block: int, start: int = 0):
         """Stores the stream's parameters.
 
         Args:
             size: number of entries of the data set.
             seed: seed of the order.
+            block: images that a rank takes in each step.
             start: number of images, over all ranks, that were drawn before.
         """
         self.size = size
         self.seed = seed
+        self.block = block
         self.start = start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        if self.start < 0 or self.start % world_size:
+        """Yields without end.
+
+        Raises:
+            ValueError: if ``start`` lies within a step.
+        """
+        rank, step = comm.get_rank(), self.block * comm.get_world_size()
+        if self.start < 0 or self.start % step:
             raise ValueError(
                 f"start is {self.start}; it has to be a whole number of steps, so a multiple of "
-                f"the {world_size} processes."
+                f"the {step} images that one draws."
             )
-        position, drawn_epoch = self.start + rank, -1
-        while True:
-            epoch, place = divmod(position, self.size)
-            if epoch != drawn_epoch:
-                generator = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-                order, drawn_epoch = generator.permutation(self.size), epoch
-            yield position, int(order[place])
-            position += world_size
+        drawn_epoch = -1
+        for first in count(self.start + rank * self.block, step):
+            for position in range(first, first + self.block):
+                epoch, place = divmod(position, self.size)
+                if epoch != drawn_epoch:
+                    generator = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
+                    order, drawn_epoch = generator.permutation(self.size), epoch
+                yield position, int(order[place])
 
 
 class _MappedItems(Dataset):
@@ -141,10 +150,11 @@ def build_train_loader(
             f"A batch of {batch_size} images (SOLVER.IMS_PER_BATCH) cannot be shared evenly by "
             f"{world_size} processes; choose a multiple."
         )
+    block = batch_size // world_size
     return DataLoader(
         _SeededItems(dicts, mapper, seed),
-        batch_size=batch_size // world_size,
-        sampler=ResumableSampler(len(dicts), seed, start),
+        batch_size=block,
+        sampler=ResumableSampler(len(dicts), seed, block, start),
         num_workers=num_workers,
         collate_fn=_as_list,
         # The loader draws a base seed when iterated; from the global generator, that would shift

@@ -62,6 +62,7 @@ def _protocol(cfg: CfgNode) -> dict:
     return {
         **protocol,
         "vfm": cfg.MODEL.VFM.NAME,
+        "train": list(cfg.DATASETS.TRAIN),
         "method": cfg.TUNING.METHOD,
         "seed": cfg.SEED,
         "iterations": cfg.SOLVER.MAX_ITER,

@@ -4,6 +4,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from itertools import islice
+from math import ceil
 
 import numpy as np
 import torch
@@ -107,6 +108,7 @@ class Trainer(DefaultTrainer):
 
         Raises:
             ValueError: if there is no such stage.
+            RuntimeError: if the method selects weights and none are selected yet.
         """
         if stage not in STAGES:
             raise ValueError(f"unknown stage {stage!r}: choose from {STAGES}")
@@ -137,6 +139,8 @@ class Trainer(DefaultTrainer):
         backbone = self.segmentor.backbone
         if not self.method.selects:
             return list(self.method.parameters(backbone).values())
+        if self._estimation.selection is None:
+            raise RuntimeError("no weights are selected yet: the estimation hook does that first")
         self._selected = SelectedWeights(backbone, self._estimation.selection)
         return list(self._selected.parameters().values())
 
@@ -213,9 +217,15 @@ class Trainer(DefaultTrainer):
         )
 
     def _estimation_batches(self) -> Iterator[list[dict]]:
-        """T2 batches of the training data, in another order than training sees."""
-        loader = _build_loader(self.cfg, self.cfg.FISHER.IMS_PER_BATCH, self.cfg.SEED + 1)
-        return islice(loader, self.cfg.FISHER.BATCHES)
+        """This process's share of T2 batches, in another order than training sees.
+
+        The k-th of all goes to process k modulo their number, whole, because Eq. 6 takes its
+        statistics over a batch. So all processes together see what one alone would see.
+        """
+        processes = comm.get_world_size()
+        images = self.cfg.FISHER.IMS_PER_BATCH * processes
+        loader = _build_loader(self.cfg, images, self.cfg.SEED + 1)
+        return islice(loader, ceil(self.cfg.FISHER.BATCHES / processes))
 
     def _save_warmup(self) -> None:
         self.checkpointer.save("model_warmup", iteration=self.iter)
