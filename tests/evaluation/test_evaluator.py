@@ -6,6 +6,7 @@ import torch
 import torch.multiprocessing as mp
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -81,6 +82,34 @@ def test_present_rule_averages_over_labelled_classes(scored):
     json.dumps(result, allow_nan=False)
 
 
+def test_present_rule_is_detectron2s(scored):
+    result = evaluate(scored, class_rule="present").evaluate()["sem_seg"]
+    reference = SemSegEvaluator(
+        "own_scored", sem_seg_loading_fn=lambda path, dtype: np.array(Image.open(path), dtype)
+    )
+    reference.reset()
+    for item, score in zip(scored[0], scored[1], strict=True):
+        reference.process([item], [{"sem_seg": score}])
+    expected = reference.evaluate()["sem_seg"]
+    for name, iou in result.items():
+        assert iou == pytest.approx(expected[name], rel=1e-12)
+    left_out = {name for name in expected if name.startswith("IoU-")} - result.keys()
+    assert all(np.isnan(expected[name]) for name in left_out)
+
+
+def test_the_first_of_equal_scores_is_the_prediction(scored):
+    dicts, _, labels = scored
+    rng = np.random.default_rng(1)
+    evaluator = DomainGeneralizationEvaluator("own_scored")
+    expected = 0
+    for item, label in zip(dicts, labels, strict=True):
+        scores = rng.integers(0, 3, (5, 9, 11)).astype(np.float32)
+        evaluator.process([item], [{"sem_seg": torch.from_numpy(scores)}])
+        prediction = scores.argmax(axis=0).astype(np.uint8)  # numpy's is the first
+        expected = expected + confusion_matrix(label.numpy().astype(np.uint8), prediction, 5)
+    assert np.array_equal(evaluator.confusion, expected)
+
+
 def test_reset_forgets(scored):
     evaluator = evaluate(scored)
     first = evaluator.evaluate()
@@ -104,6 +133,15 @@ def test_confusion_counts_against_a_loop():
     counts = confusion_matrix(labels, predictions, 3)
     assert counts.dtype == np.int64
     assert (counts == expected).all()
+
+
+@pytest.mark.parametrize("num_classes", [1, 19, 255])
+def test_every_pair_of_values_is_counted_once(num_classes):
+    labels, predictions = np.indices((256, 256), dtype=np.uint8)
+    counts = confusion_matrix(labels, predictions, num_classes)
+    assert counts.shape == (num_classes, num_classes + 1)
+    assert (counts[:, :-1] == 1).all()
+    assert (counts[:, -1] == 256 - num_classes).all()
 
 
 def test_a_prediction_that_is_not_scored_is_still_a_miss():
