@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Where the time of an evaluation at 2048 x 1024 goes, and what Detectron2's evaluator takes.
 
-    OMP_NUM_THREADS=2 python benchmarks/evaluation.py       # 3 minutes on two CPU cores
+    OMP_NUM_THREADS=2 python benchmarks/evaluation.py       # 2 minutes on two CPU cores
 
 Draws street scenes of Cityscapes' size, with Cityscapes' label ids, into a temporary folder and
 scores DINOv2 ViT-S on them as train_net.py does; needs no data and no weights. Writes

@@ -63,7 +63,7 @@ def _process(rank: int, config: str, root: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sparse_data(tiny_data) -> Path:
-    """``tiny_sparse``: seven images, an odd number for two processes; three have no labelled pixel."""
+    """``tiny_sparse``: seven images, an odd number; three of them have no labelled pixel."""
     source, target = tiny_data / "tiny_day", tiny_data / "tiny_sparse"
     for folder in ("images", "labels"):
         (target / folder).mkdir(parents=True)
