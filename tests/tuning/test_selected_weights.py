@@ -224,6 +224,24 @@ def test_bfloat16_autocast(vit, images):
         assert torch.equal(value[~mask], start[name][~mask])
 
 
+def test_a_compiled_model_trains_the_same():
+    trained = []
+    for compile_ in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))  # small: it compiles
+        scores = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+        model.requires_grad_(False)
+        selected = SelectedWeights(model, Selection.from_scores(scores, 0.3, 200))
+        optimizer = _adamw(selected.parameters().values())
+        compiled, inputs = compile_(model), torch.randn(4, 8)
+        for share in (0.1, 0.2, 0.3):
+            selected.grow(share)
+            _step(compiled, optimizer, inputs)
+        trained.append(model.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value)
+
+
 def test_refuses_a_selection_of_another_model(vit):
     selection = _select(vit("packed SwiGLU"))
     with pytest.raises(ValueError, match="made for another model: .*the first is blocks.0.mlp.fc2"):
