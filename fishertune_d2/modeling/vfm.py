@@ -29,6 +29,11 @@ class VFMBackbone(Backbone):
 
     The maps are the raw outputs of the blocks: the final norm is part of the model, and of its
     parameter count, but not of the forward pass.
+
+    Attributes:
+        vit: the timm model.
+        timm_args: what ``timm.create_model`` needs to build it again, beside its name.
+        weights: where its public weights were found, see ``load_vfm_weights``.
     """
 
     @configurable
@@ -63,17 +68,16 @@ class VFMBackbone(Backbone):
             )
         row = VFMS[name]
         self.patch_size = patch_size or row.patch_size
-        self.vit = timm.create_model(
-            row.timm_name,
-            num_classes=0,
+        self.timm_args = {
             # What the padded input measures, so that an image of img_size needs no interpolation.
-            img_size=tuple(ceil(side / self.patch_size) * self.patch_size for side in img_size),
-            patch_size=self.patch_size,
+            "img_size": tuple(ceil(side / self.patch_size) * self.patch_size for side in img_size),
+            "patch_size": self.patch_size,
             **row.options,
-        )
+        }
+        self.vit = timm.create_model(row.timm_name, num_classes=0, **self.timm_args)
         for part in row.without:
             setattr(self.vit, part, nn.Identity())
-        load_vfm_weights(self.vit, weights, patch_resize, row.fallback, row.source)
+        self.weights = load_vfm_weights(self.vit, weights, patch_resize, row.fallback, row.source)
         depth = len(self.vit.blocks)
         self.thirds = [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1]
         self.taps = list(row.taps) or [*self.thirds, depth - 1]

@@ -39,7 +39,7 @@ def load_vfm_weights(
     patch_resize: str = "bicubic",
     fallback: Callable[[], Path] | None = None,
     source: str = "https://huggingface.co/timm",
-) -> None:
+) -> str:
     """Loads public weights into a ViT, all of them or none, and logs what was loaded.
 
     Where the sizes differ, the patch kernel and the position embedding are resized. "bicubic"
@@ -56,6 +56,9 @@ def load_vfm_weights(
         fallback: returns a file with timm's names; asked when the hub fails.
         source: where a person finds the weights; named when none were found.
 
+    Returns:
+        Where they were found: a path, a page of timm's hub, or "random".
+
     Raises:
         ValueError: ``patch_resize`` is unknown, the file cannot be read, or it does not fit.
         FileNotFoundError: there is no such file.
@@ -65,15 +68,15 @@ def load_vfm_weights(
         raise ValueError(f"MODEL.VFM.PATCH_RESIZE is {patch_resize!r}; known are 'bicubic', 'pi'")
     name = vit.pretrained_cfg["architecture"]
     if weights == "random":
-        if next(vit.parameters()).is_meta:  # only counted, never run
-            return
-        logger.warning(f'{name} keeps its random initialisation (MODEL.VFM.WEIGHTS "random")')
-        return
+        if not next(vit.parameters()).is_meta:  # which is only counted, never run
+            logger.warning(f'{name} keeps its random initialisation (MODEL.VFM.WEIGHTS "random")')
+        return weights
     state, found = _read(weights) if weights else _find(name, vit, fallback, source)
     state, ignored = to_timm_names(state, vit)
     state = {key: value.float() for key, value in state.items()}
     _resize(state, vit, patch_resize)
     _load(vit, state, ignored, f"{name} from {found}")
+    return found
 
 
 def _read(path: str | Path) -> tuple[StateDict, str]:
@@ -113,12 +116,13 @@ def _from_hub(vit: nn.Module) -> tuple[StateDict, str]:
     repo = vit.pretrained_cfg.get("hf_hub_id")
     if not repo:
         raise LookupError(f"timm has no weights for {vit.pretrained_cfg['architecture']}")
+    page = f"https://huggingface.co/{repo}"
     cached = try_to_load_from_cache(repo, "model.safetensors")
     if isinstance(cached, str):
-        return _read(cached)
+        return _read(cached)[0], page
     # One quick question first: without a network, the download itself retries for a minute.
     HfApi().model_info(repo, timeout=10)
-    return load_state_dict_from_hf(repo), f"https://huggingface.co/{repo}"
+    return load_state_dict_from_hf(repo), page
 
 
 def _resize(state: StateDict, vit: nn.Module, patch_resize: str) -> None:
