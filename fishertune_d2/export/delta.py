@@ -1,0 +1,343 @@
+"""A tuned backbone as its difference to the public weights: one small file.
+
+A tensor of which some entries differ is stored as their new values and their positions, so that
+applying is exact to the bit. What differs is found by comparing bits: whatever was selected, that
+is what the training moved.
+
+The patch kernel and the position embedding are resized when public weights are loaded, and the
+last bits of that depend on the processor: between torch's code for AVX2 and its plain code
+(ATEN_CPU_CAPABILITY=default), nearly every second entry differs. So tensors that were resized
+travel whole, and the hash of the base is over the others, which are the same numbers everywhere.
+That also lets a delta fit a model that somebody resized by other rules.
+
+Nothing here needs Detectron2.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .gaps import decode_positions, encode_positions
+
+StateDict = dict[str, Tensor]
+
+_FORMAT = "fishertune_delta_v1"
+_KINDS = ("gaps", "values", "whole", "decoder")
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a backbone is, beside its weights.
+
+    Attributes:
+        vfm: a name in ``fishertune_d2.modeling.VFMS``.
+        timm_name: the timm model, and after a dot the tag of its public weights.
+        img_size: (H, W) in pixels that its position embedding is stored for.
+        patch_size: side of a patch in pixels.
+        pixel_mean: what images are normalised with, per channel in RGB order, 0..255.
+        pixel_std: the same.
+    """
+
+    vfm: str
+    timm_name: str
+    img_size: tuple[int, int]
+    patch_size: int
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+
+    def __str__(self) -> str:
+        return f"{self.timm_name} with img_size={self.img_size} and patch_size={self.patch_size}"
+
+
+@dataclass
+class Delta:
+    """What differs between a tuned backbone and its base. Names are timm's.
+
+    Attributes:
+        architecture: the backbone's.
+        base: by name, the digest of each tensor of the base that was not resized.
+        positions: by name, which entries of the flattened tensor differ; int64 (n,), ascending.
+        values: by name, their new values; (n,).
+        whole: tensors that were resized, or of which nearly every entry differs.
+        decoder: the rest of the segmentation model, by its names in a checkpoint; may be empty.
+        changed: how many entries of the tensors in ``base`` differ.
+        notes: how it was made, as strings.
+        title: what messages call it.
+    """
+
+    architecture: Architecture
+    base: dict[str, str]
+    positions: StateDict = field(default_factory=dict)
+    values: StateDict = field(default_factory=dict)
+    whole: StateDict = field(default_factory=dict)
+    decoder: StateDict = field(default_factory=dict)
+    changed: int = 0
+    notes: dict[str, str] = field(default_factory=dict)
+    title: str = "the delta"
+
+    @classmethod
+    def between(
+        cls,
+        base: Mapping[str, Tensor],
+        tuned: Mapping[str, Tensor],
+        architecture: Architecture,
+        resized: Collection[str] = (),
+    ) -> "Delta":
+        """Compares two backbones bit by bit.
+
+        Args:
+            base: the public weights, at the sizes of ``tuned``.
+            tuned: the same tensors after training.
+            architecture: of both.
+            resized: names of the tensors whose size is not that of the public ones.
+
+        Raises:
+            ValueError: if names, shapes or types of the two differ.
+        """
+        if base.keys() != tuned.keys():
+            lacking, besides = base.keys() - tuned.keys(), tuned.keys() - base.keys()
+            raise ValueError(
+                f"the tuned weights do not fit {architecture}: they lack {_some(lacking)}, and "
+                f"have {_some(besides)} besides"
+            )
+        delta = cls(architecture, base={})
+        for name, before in base.items():
+            after = tuned[name].detach().cpu()
+            if (after.shape, after.dtype) != (before.shape, before.dtype):
+                raise ValueError(
+                    f"the tuned weights do not fit {architecture}: {name} is {_layout(after)}, "
+                    f"not {_layout(before)}"
+                )
+            if name in resized:
+                delta.whole[name] = after
+                continue
+            delta.base[name] = digest(before)
+            positions = torch.nonzero(_bits(before.cpu()) != _bits(after)).flatten()
+            delta.changed += len(positions)
+            if len(positions) * (after.itemsize + 1) >= after.nbytes > 0:
+                delta.whole[name] = after
+            elif len(positions):
+                delta.positions[name] = positions
+                delta.values[name] = after.flatten()[positions]
+        return delta
+
+    def apply(self, state: Mapping[str, Tensor]) -> StateDict:
+        """The tuned weights, from those of the base.
+
+        Args:
+            state: by timm's names; further tensors, such as a classifier's, are passed on. The
+                tensors that were resized need the right size only.
+
+        Returns:
+            A new dict; no tensor of ``state`` is changed.
+
+        Raises:
+            ValueError: if ``state`` is not of the base, or positions or values do not fit it.
+        """
+        missing = [name for name in {**self.base, **self.whole} if name not in state]
+        if missing:
+            raise ValueError(
+                f"{self.title} is for {self.architecture}; the model lacks {_some(missing)}"
+            )
+        for name, tensor in self.whole.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(
+                    f"{self.title} is for {self.architecture}, in which {name} is "
+                    f"{_layout(tensor)}; the model's is {_layout(state[name])}: build it so"
+                )
+        other = [name for name, expected in self.base.items() if digest(state[name]) != expected]
+        if other:
+            raise ValueError(
+                f"{self.title} is a difference to other weights than the model holds: "
+                f"{len(other)} of {len(self.base)} tensors differ, {_some(other)}. It was made for "
+                f"{self.architecture}, with the weights of {self.notes.get('weights', 'its run')}: "
+                "load these, in the same precision, and apply it once"
+            )
+        tuned = dict(state)
+        for name, tensor in self.whole.items():
+            self._require_dtype(name, tensor, state[name])
+            tuned[name] = tensor.to(state[name].device)
+        for name, positions in self.positions.items():
+            before, values = state[name], self.values[name]
+            self._require_dtype(name, values, before)
+            if int(positions[-1]) >= before.numel():
+                raise ValueError(
+                    f"{self.title} is damaged: it changes entry {int(positions[-1])} of {name}, "
+                    f"which has {before.numel()}. {_REMEDY}"
+                )
+            flat = before.detach().clone(memory_format=torch.contiguous_format).view(-1)
+            flat[positions.to(flat.device)] = values.to(flat.device)
+            tuned[name] = flat.view(before.shape)
+        return tuned
+
+    def _require_dtype(self, name: str, new: Tensor, old: Tensor) -> None:
+        if new.dtype != old.dtype:
+            raise ValueError(
+                f"{self.title} is damaged: its {name} is {new.dtype}, the model's {old.dtype}. "
+                f"{_REMEDY}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+        tensors = {}
+        for name, positions in self.positions.items():
+            tensors[f"gaps/{name}"] = encode_positions(positions)
+            tensors[f"values/{name}"] = self.values[name]
+        tensors |= {f"whole/{name}": tensor for name, tensor in self.whole.items()}
+        tensors |= {f"decoder/{name}": tensor for name, tensor in self.decoder.items()}
+        header = {
+            "architecture": asdict(self.architecture),
+            "base": self.base,
+            "changed": self.changed,
+            "notes": self.notes,
+        }
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            str(path),
+            metadata={"format": _FORMAT, "header": json.dumps(header)},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Delta":
+        """Reads what :meth:`save` wrote; runs nothing that the file holds.
+
+        Raises:
+            ValueError: if the file is damaged, of another version, or holds something else.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                _require_format(path, metadata.get("format", ""))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is cut short, or no safetensors file ({error}). {_REMEDY}"
+            ) from error
+        # Headers that this class did not write fail in many ways: JSON's, missing keys, types.
+        try:
+            delta = _read_header(metadata["header"])
+            for name, tensor in tensors.items():
+                _add_tensor(delta, name, tensor)
+            _require_pairs(delta)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is damaged ({reason}). {_REMEDY}") from error
+        delta.title = str(path)
+        return delta
+
+
+_REMEDY = "Copy or fetch the file again, or write it again with python -m fishertune_d2.export"
+
+
+def apply_delta(model: nn.Module, delta: Delta | str | Path) -> None:
+    """Turns public weights into tuned ones, in place; all of them or, on an error, none.
+
+    Args:
+        model: a ``VFMBackbone``, or a plain timm ViT of the delta's architecture and sizes, with
+            the public weights in it.
+        delta: or the file of one.
+
+    Raises:
+        ValueError: if the file is damaged, or is for another model or other weights.
+    """
+    if not isinstance(delta, Delta):
+        delta = Delta.load(delta)
+    vit = getattr(model, "vit", model)
+    vit.load_state_dict(delta.apply(vit.state_dict()))
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes."""
+    content = hashlib.sha256(_layout(tensor).encode())
+    content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The flattened entries as integers, so that NaN equals itself and 0.0 is not -0.0."""
+    return tensor.detach().contiguous().reshape(-1).view(_INTEGERS[tensor.itemsize])
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _some(names: Collection[str]) -> str:
+    """The first three names and how many there are besides."""
+    names = sorted(names)
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) + rest) or "none"
+
+
+def _require_format(path: str | Path, found: str) -> None:
+    """Tells a delta of another version from a file of another kind."""
+    if found == _FORMAT:
+        return
+    if found.startswith(_FORMAT.rstrip("0123456789")):
+        raise ValueError(
+            f"{path} is of format {found}, and this version of fishertune_d2 reads {_FORMAT}: "
+            "install the version that wrote it, or write it again from its run"
+        )
+    raise ValueError(f"{path} is no delta: its format is {found or 'not given'}, not {_FORMAT}")
+
+
+def _read_header(text: str) -> Delta:
+    header = json.loads(text)
+    found = header["architecture"]
+    architecture = Architecture(
+        vfm=_text(found["vfm"]),
+        timm_name=_text(found["timm_name"]),
+        img_size=_numbers(int, 2, found["img_size"]),
+        patch_size=_numbers(int, 1, [found["patch_size"]])[0],
+        pixel_mean=_numbers(float, 3, found["pixel_mean"]),
+        pixel_std=_numbers(float, 3, found["pixel_std"]),
+    )
+    base = {name: _text(value) for name, value in header["base"].items()}
+    notes = {name: _text(value) for name, value in header["notes"].items()}
+    (changed,) = _numbers(int, 1, [header["changed"]])
+    return Delta(architecture, base, changed=changed, notes=notes)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text is {value!r}")
+    return value
+
+
+def _numbers(kind: type, count: int, values: Sequence) -> tuple:
+    if len(values) != count or not all(isinstance(v, kind | int) and v >= 0 for v in values):
+        raise TypeError(f"{count} numbers, {kind.__name__}, of at least 0 are {values!r}")
+    return tuple(values)
+
+
+def _add_tensor(delta: Delta, key: str, tensor: Tensor) -> None:
+    """Puts a tensor of the file where it belongs."""
+    kind, _, name = key.partition("/")
+    if kind not in _KINDS:
+        raise ValueError(f"it holds {key}, which is none of {', '.join(_KINDS)}")
+    if kind in ("gaps", "values") and tensor.ndim != 1:
+        raise ValueError(f"{key} is {_layout(tensor)}, no vector")
+    if kind == "gaps":
+        if tensor.dtype != torch.uint8:
+            raise ValueError(f"{key} is {tensor.dtype}, not uint8")
+        delta.positions[name] = decode_positions(tensor)
+    else:
+        getattr(delta, kind)[name] = tensor
+
+
+def _require_pairs(delta: Delta) -> None:
+    """Positions and values belong together, and to a tensor of the base that is not whole."""
+    for name in delta.positions.keys() | delta.values.keys():
+        if name not in delta.base or name in delta.whole:
+            raise ValueError(f"it has no use for entries of {name}")
+        positions, values = (len(d.get(name, ())) for d in (delta.positions, delta.values))
+        if positions != values or not positions:
+            raise ValueError(f"it has {positions} positions in {name}, and {values} values")

@@ -1,0 +1,55 @@
+"""Ascending positions as the gaps between them, in about a byte each.
+
+A gap is the number of positions that are skipped. A byte below 255 adds itself and ends a gap; 255
+adds itself and goes on. So n positions in a tensor of N entries take at most n + N / 255 bytes,
+however they are spread: of 5 % of all weights, 5.4 % of a byte per weight.
+"""
+
+import torch
+from torch import Tensor
+
+_GOES_ON = 255
+
+
+def encode_positions(positions: Tensor) -> Tensor:
+    """Codes positions.
+
+    Args:
+        positions: int64 of shape (n,), from 0, strictly ascending.
+
+    Returns:
+        uint8 of shape (m,), on the CPU.
+
+    Raises:
+        ValueError: if a position is negative, or not above the one before.
+    """
+    positions = positions.cpu()
+    gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
+    if bool((gaps < 0).any()):
+        raise ValueError("positions must be at least 0 and strictly ascending")
+    ends = torch.cumsum(gaps // _GOES_ON + 1, 0) - 1
+    length = int(ends[-1]) + 1 if len(ends) else 0
+    code = torch.full((length,), _GOES_ON, dtype=torch.uint8)
+    code[ends] = (gaps % _GOES_ON).to(torch.uint8)
+    return code
+
+
+def decode_positions(code: Tensor) -> Tensor:
+    """Reverses :func:`encode_positions`.
+
+    Whatever the bytes are, the result ascends strictly and is no longer than they are.
+
+    Args:
+        code: uint8 of shape (m,).
+
+    Returns:
+        int64 of shape (n,).
+
+    Raises:
+        ValueError: if the last byte does not end a gap.
+    """
+    ends = code != _GOES_ON
+    if len(code) and not bool(ends[-1]):
+        raise ValueError("the last gap does not end")
+    skipped = torch.cumsum(code, 0, dtype=torch.int64)[ends]
+    return skipped + torch.arange(len(skipped))
