@@ -2,7 +2,7 @@
 
 Importing this package registers its models and data sets with Detectron2; it needs no data, no
 network and no compiler. Where Detectron2 is not installed, ``fishertune_d2.fisher``, which is pure
-PyTorch, can still be imported.
+PyTorch, can still be imported, and ``fishertune_d2.export.apply_delta``.
 """
 
 from . import compat

@@ -118,3 +118,33 @@ def from_transformers(state: StateDict) -> StateDict:
         parts = [renamed.pop(query.replace("query", part)) for part in ("query", "key", "value")]
         renamed[query.replace("query", "qkv")] = torch.cat(parts)
     return renamed
+
+
+def to_transformers(state: StateDict) -> StateDict:
+    """Renames DINOv2, with or without registers, from timm's names to those of transformers.
+
+    Args:
+        state: with timm's names.
+
+    Returns:
+        The tensors as transformers stores them, and a mask token of zeros, which only pre-training
+        uses.
+    """
+    renamed = {"embeddings.mask_token": torch.zeros(1, state["cls_token"].shape[-1])}
+    packed = state["blocks.0.mlp.fc1.weight"].shape[0] != state["blocks.0.mlp.fc2.weight"].shape[1]
+    for name, tensor in state.items():
+        if name == "pos_embed" and "reg_token" in state:
+            # timm added the class token's position to the token.
+            tensor = torch.cat([torch.zeros_like(tensor[:, :1]), tensor], dim=1)
+        if name in ("cls_token", "reg_token"):
+            name = f"embeddings.{name}".replace("reg_token", "register_tokens")
+        if packed:
+            name = name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+        for theirs, ours in TRANSFORMERS:
+            name = name.replace(ours, theirs) if ours else name
+        if ".qkv." not in name:
+            renamed[name] = tensor
+            continue
+        for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+            renamed[name.replace("qkv", part)] = rows
+    return renamed

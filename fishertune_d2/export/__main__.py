@@ -1,0 +1,99 @@
+"""Writes what a run has learnt as a delta, or as plain files.
+
+python -m fishertune_d2.export delta OUTPUT_DIR
+python -m fishertune_d2.export plain OUTPUT_DIR|delta.safetensors [--layout timm]
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fishertune_d2.compat import require_detectron2
+
+require_detectron2()
+
+from detectron2.utils.logger import setup_logger  # noqa: E402
+
+from .plain import LAYOUTS, empty_backbone  # noqa: E402
+from .run import delta_of_run, read_tuned  # noqa: E402
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+
+    Returns:
+        0 if the files were written, else 1.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fishertune_d2.export", description=__doc__.splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    delta = commands.add_parser("delta", help="the difference to the public weights, a small file")
+    plain = commands.add_parser("plain", help="the whole weights, as other programs read them")
+    delta.add_argument("source", type=Path, help="OUTPUT_DIR of a run, or a checkpoint")
+    plain.add_argument("source", type=Path, help="OUTPUT_DIR, a checkpoint, or a delta")
+    delta.add_argument(
+        "--decoder", action="store_true", help="take in the decoder, whole, to run the model with"
+    )
+    plain.add_argument(
+        "--layout",
+        choices=list(LAYOUTS),
+        default="timm",
+        help="timm and transformers: the backbone; detectron2: the whole model, for MODEL.WEIGHTS",
+    )
+    for command, default in ((delta, "delta.safetensors"), (plain, "a folder named as the layout")):
+        command.add_argument(
+            "--config-file", type=Path, help="default: config.yaml beside the checkpoint"
+        )
+        command.add_argument(
+            "--base",
+            default="",
+            metavar="FILE",
+            help="the public weights, as MODEL.VFM.WEIGHTS; default: as the run found them",
+        )
+        command.add_argument("--output", type=Path, help=f"default: {default}, beside the source")
+    options = parser.parse_args(arguments)
+    try:
+        (_write_delta if options.command == "delta" else _write_plain)(options)
+    except (OSError, ValueError) as error:  # it says what to do; a traceback would hide that
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write_delta(options: argparse.Namespace) -> None:
+    delta = delta_of_run(
+        options.source, config_file=options.config_file, base=options.base, decoder=options.decoder
+    )
+    path = options.output or _folder(options.source) / "delta.safetensors"
+    delta.save(path)
+    weights = empty_backbone(delta.architecture).vit.state_dict().values()
+    print(
+        f"{path}: {delta.changed:,} of {sum(w.numel() for w in weights):,} weights differ from the "
+        f"public ones; {_size(path)}, the backbone has {sum(w.nbytes for w in weights):,}"
+    )
+
+
+def _write_plain(options: argparse.Namespace) -> None:
+    model = read_tuned(options.source, config_file=options.config_file, base=options.base)
+    folder = options.output or _folder(options.source) / options.layout
+    LAYOUTS[options.layout](model, folder)
+    for file in sorted(folder.iterdir()):
+        print(f"{file}: {_size(file)}")
+
+
+def _folder(source: Path) -> Path:
+    return source if source.is_dir() else source.parent
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size:,} bytes"
+
+
+if __name__ == "__main__":
+    setup_logger(name="fishertune_d2", abbrev_name="fishertune")
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""A tuned model in the files that other programs read: one function for each layout.
+
+Each writes a folder. What a layout cannot hold is refused before anything is written.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fishertune_d2.modeling import VFMS, VFMBackbone
+from fishertune_d2.modeling.weight_names import to_transformers
+
+from .delta import Architecture, StateDict
+
+# What the names of the backbone's tensors begin with in a checkpoint.
+BACKBONE = "backbone.vit."
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TunedModel:
+    """A tuned backbone, and the decoder that was trained with it.
+
+    Attributes:
+        architecture: the backbone's.
+        vit: its weights, by timm's names.
+        decoder: the rest of the segmentation model, by its names in a checkpoint; may be empty.
+    """
+
+    architecture: Architecture
+    vit: StateDict
+    decoder: StateDict = field(default_factory=dict)
+
+
+def empty_backbone(architecture: Architecture) -> VFMBackbone:
+    """The backbone without weights: names, shapes and sizes alone.
+
+    Raises:
+        ValueError: if its VFM is unknown here.
+    """
+    with torch.device("meta"):
+        return VFMBackbone(
+            name=architecture.vfm,
+            weights="random",
+            img_size=architecture.img_size,
+            patch_size=architecture.patch_size,
+        )
+
+
+def write_timm(model: TunedModel, folder: Path) -> None:
+    """Writes ``model.safetensors`` and ``config.json`` as timm's models on the Hub have them.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads them, and so does
+    ``AutoModel.from_pretrained`` of transformers, by way of timm.
+    """
+    backbone = empty_backbone(model.architecture)
+    architecture, _, tag = model.architecture.timm_name.partition(".")
+    mean, std = model.architecture.pixel_mean, model.architecture.pixel_std
+    config = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": backbone.vit.num_features,
+        "model_args": backbone.timm_args,
+        "pretrained_cfg": {
+            "tag": tag,
+            "input_size": [3, *backbone.timm_args["img_size"]],
+            "fixed_input_size": False,
+            "mean": [value / 255 for value in mean],
+            "std": [value / 255 for value in std],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": VFMS[model.architecture.vfm].licence,
+        },
+    }
+    _write_weights(model.vit, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for part in VFMS[model.architecture.vfm].without:
+        logger.warning(
+            "timm's %s has a %s, and this backbone is without: set model.%s = nn.Identity() before "
+            "you load the weights",
+            architecture,
+            part,
+            part,
+        )
+
+
+def write_transformers(model: TunedModel, folder: Path) -> None:
+    """Writes ``model.safetensors`` and its configuration in transformers' own layout of DINOv2.
+
+    ``AutoModel.from_pretrained`` and ``AutoImageProcessor.from_pretrained`` read the folder. At the
+    stored image size the features are the backbone's; at others, transformers resizes the position
+    embedding by rules of its own.
+
+    Raises:
+        ValueError: if transformers has no such model, or cannot hold its position embedding.
+    """
+    from transformers import AutoConfig, BitImageProcessor  # seconds that others do without
+
+    architecture = model.architecture
+    if not _is_dinov2(architecture.timm_name):
+        able = [name for name, row in VFMS.items() if _is_dinov2(row.timm_name)]
+        raise ValueError(
+            f"the layout transformers is for {', '.join(able)}, not {architecture.vfm}: write "
+            "the layout timm, which transformers' AutoModel reads too"
+        )
+    vit = empty_backbone(architecture).vit
+    rows, columns = vit.patch_embed.grid_size
+    if rows != columns:
+        raise ValueError(
+            "transformers' DINOv2 takes its position embedding to be square, and "
+            f"MODEL.VFM.IMG_SIZE {architecture.img_size} gives {rows} x {columns} patches: write "
+            "the layout timm, which transformers' AutoModel reads too"
+        )
+    registers = {"num_register_tokens": vit.num_reg_tokens} if vit.num_reg_tokens else {}
+    hidden = vit.blocks[0].mlp.fc2.in_features
+    swiglu = vit.blocks[0].mlp.fc1.out_features != hidden
+    config = AutoConfig.for_model(
+        "dinov2_with_registers" if registers else "dinov2",
+        hidden_size=vit.embed_dim,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=vit.blocks[0].attn.num_heads,
+        # Of SwiGLU's, transformers takes two thirds.
+        mlp_ratio=round(hidden * (1.5 if swiglu else 1) / vit.embed_dim),
+        use_swiglu_ffn=swiglu,
+        layer_norm_eps=vit.norm.eps,
+        image_size=rows * architecture.patch_size,
+        patch_size=architecture.patch_size,
+        architectures=["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
+        **registers,
+    )
+    pixels = BitImageProcessor(
+        do_resize=False,
+        do_center_crop=False,
+        image_mean=[value / 255 for value in architecture.pixel_mean],
+        image_std=[value / 255 for value in architecture.pixel_std],
+    )
+    _write_weights(to_transformers(model.vit), folder)
+    config.save_pretrained(folder)
+    pixels.save_pretrained(folder)
+
+
+def write_detectron2(model: TunedModel, folder: Path) -> None:
+    """Writes ``model.pth``, the whole segmentation model, for MODEL.WEIGHTS.
+
+    Raises:
+        ValueError: if there is no decoder.
+    """
+    if not model.decoder:
+        raise ValueError(
+            "the layout detectron2 is the whole segmentation model, and this delta holds the "
+            "backbone alone: write the delta with --decoder, or this layout from the run"
+        )
+    vit = {BACKBONE + name: tensor for name, tensor in model.vit.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": vit | model.decoder}, folder / "model.pth")
+
+
+def _is_dinov2(timm_name: str) -> bool:
+    return timm_name.partition(".")[0].endswith("_dinov2")
+
+
+def _write_weights(state: StateDict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+LAYOUTS: dict[str, Callable[[TunedModel, Path], None]] = {
+    "timm": write_timm,
+    "transformers": write_transformers,
+    "detectron2": write_detectron2,
+}

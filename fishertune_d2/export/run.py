@@ -1,0 +1,182 @@
+"""Reads what a run wrote, finds the public weights it started from, and puts deltas on them."""
+
+from pathlib import Path
+from textwrap import shorten
+
+import timm
+import torch
+from detectron2.config import CfgNode, get_cfg
+from yaml import YAMLError
+
+from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.engine.plan import count_parameters
+from fishertune_d2.modeling import VFM, VFMS, VFMBackbone
+from fishertune_d2.modeling.checkpoints import read_checkpoint
+from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
+
+from .delta import Architecture, Delta, apply_delta
+from .plain import BACKBONE, TunedModel, empty_backbone
+
+
+def delta_of_run(
+    source: str | Path,
+    *,
+    config_file: str | Path | None = None,
+    base: str = "",
+    decoder: bool = False,
+) -> Delta:
+    """The difference between a run's backbone and the public weights that it started from.
+
+    Args:
+        source: an OUTPUT_DIR, of which ``model_final.pth`` is taken, or a checkpoint.
+        config_file: the run's; by default ``config.yaml`` beside the checkpoint.
+        base: the public weights, as MODEL.VFM.WEIGHTS; by default those that the config names.
+        decoder: take in the rest of the segmentation model, whole.
+
+    Raises:
+        FileNotFoundError: if the checkpoint or the config is not there.
+        ValueError: if one cannot be read, if the public weights are not found, or if more differs
+            from them than the run trained.
+    """
+    cfg, tuned = _read_run(Path(source), config_file)
+    weights = base or cfg.MODEL.VFM.WEIGHTS
+    if weights == "random":
+        raise ValueError(
+            'MODEL.VFM.WEIGHTS is "random": the run started from no public weights, and a delta is '
+            "a difference to these. Name them with --base, or write plain files"
+        )
+    backbone = _public_backbone(tuned.architecture, weights, cfg.MODEL.VFM.PATCH_RESIZE)
+    resized = _resized(backbone, VFMS[tuned.architecture.vfm])
+    delta = Delta.between(backbone.vit.state_dict(), tuned.vit, tuned.architecture, resized)
+    trained = count_parameters(cfg, backbone)["tuned_parameters"]
+    if delta.changed > trained:
+        raise ValueError(
+            f"{delta.changed:,} weights in {source} differ from the public ones, but the run "
+            f"({cfg.TUNING.METHOD}) trained at most {trained:,}: it started from other weights "
+            f"than {backbone.weights}. Name its own with --base"
+        )
+    if decoder:
+        delta.decoder = tuned.decoder
+    found = Path(backbone.weights)
+    delta.notes = {
+        # Of a path, the name: the folders are this machine's.
+        "weights": found.name if found.is_file() else backbone.weights,
+        "method": cfg.TUNING.METHOD,
+        "iterations": str(cfg.SOLVER.MAX_ITER),
+        "seed": str(cfg.SEED),
+    }
+    return delta
+
+
+def read_tuned(
+    source: str | Path, *, config_file: str | Path | None = None, base: str = ""
+) -> TunedModel:
+    """The whole weights of a run, or of a delta and the public weights.
+
+    Args:
+        source: an OUTPUT_DIR, a checkpoint, or a delta (``.safetensors``).
+        config_file: for a run, see :func:`delta_of_run`.
+        base: for a delta, see :func:`tuned_backbone`.
+
+    Raises:
+        FileNotFoundError: if a file is not there.
+        ValueError: if a file cannot be read, or they do not fit each other.
+    """
+    source = Path(source)
+    if source.suffix != ".safetensors":
+        return _read_run(source, config_file)[1]
+    delta = Delta.load(source)
+    vit = tuned_backbone(delta, base).vit.state_dict()
+    return TunedModel(delta.architecture, vit, delta.decoder)
+
+
+def tuned_backbone(delta: Delta | str | Path, weights: str = "") -> VFMBackbone:
+    """Builds a delta's backbone with its public weights, and applies the delta.
+
+    Args:
+        delta: or the file of one.
+        weights: the public weights, as MODEL.VFM.WEIGHTS.
+
+    Raises:
+        ValueError: if the delta is damaged, or the public weights are not found or not its own.
+    """
+    if not isinstance(delta, Delta):
+        delta = Delta.load(delta)
+    backbone = _public_backbone(delta.architecture, weights)
+    apply_delta(backbone, delta)
+    return backbone
+
+
+def _public_backbone(
+    architecture: Architecture, weights: str, patch_resize: str = "bicubic"
+) -> VFMBackbone:
+    try:
+        return VFMBackbone(
+            name=architecture.vfm,
+            weights=weights,
+            img_size=architecture.img_size,
+            patch_size=architecture.patch_size,
+            patch_resize=patch_resize,
+        )
+    except (FileNotFoundError, RuntimeError) as error:
+        raise ValueError(
+            f"{error}\n(For an export, --base FILE stands for MODEL.VFM.WEIGHTS.)"
+        ) from error
+
+
+def _resized(backbone: VFMBackbone, row: VFM) -> set[str]:
+    """Names of the tensors that have another size than the public ones."""
+    sizes = {"img_size": row.img_size, "patch_size": row.patch_size}
+    with torch.device("meta"):
+        public = timm.create_model(row.timm_name, num_classes=0, **{**row.options, **sizes})
+    shapes = {name: tensor.shape for name, tensor in public.state_dict().items()}
+    names = {name for name, t in backbone.vit.state_dict().items() if t.shape != shapes[name]}
+    # 16 x 16 positions and 8 x 32 are as many.
+    same_grid = public.patch_embed.grid_size == backbone.vit.patch_embed.grid_size
+    return names if same_grid else names | ({"pos_embed"} & shapes.keys())
+
+
+def _read_run(source: Path, config_file: str | Path | None) -> tuple[CfgNode, TunedModel]:
+    """The config and the weights of a run, which fit each other."""
+    checkpoint = source / "model_final.pth" if source.is_dir() else source
+    config_file = Path(config_file or checkpoint.with_name("config.yaml"))
+    for file, option in ((checkpoint, "another checkpoint"), (config_file, "--config-file")):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no {file}: name the run's OUTPUT_DIR, or {option}")
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    try:
+        # Detectron2's default also builds any Python object that a config names.
+        cfg.merge_from_file(str(config_file), allow_unsafe=False)
+    except (YAMLError, KeyError) as error:
+        raise ValueError(f"{config_file} is no config of a run: {error}") from error
+    state = read_checkpoint(checkpoint)
+    tuned = TunedModel(
+        _architecture(cfg),
+        vit={n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)},
+        decoder={n: t for n, t in state.items() if not n.startswith(BACKBONE)},
+    )
+    try:
+        empty_backbone(tuned.architecture).vit.load_state_dict(tuned.vit, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{checkpoint} does not hold the backbone of {config_file}: "
+            f"{shorten(str(error), 400)}. Name its own with --config-file"
+        ) from error
+    return cfg, tuned
+
+
+def _architecture(cfg: CfgNode) -> Architecture:
+    vfm = cfg.MODEL.VFM
+    if vfm.NAME not in VFMS:
+        raise ValueError(f"MODEL.VFM.NAME is {vfm.NAME!r}; known are {', '.join(VFMS)}")
+    configured = Pixels(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    pixels = pixel_statistics(vfm.NAME, vfm.PIXELS, configured)
+    return Architecture(
+        vfm=vfm.NAME,
+        timm_name=VFMS[vfm.NAME].timm_name,
+        img_size=tuple(vfm.IMG_SIZE),
+        patch_size=vfm.PATCH_SIZE or VFMS[vfm.NAME].patch_size,
+        pixel_mean=tuple(pixels.mean),
+        pixel_std=tuple(pixels.std),
+    )
