@@ -46,6 +46,15 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, pixels: Tensor) ->
     optimizer.step()
 
 
+def _trained(model: nn.Module, pixels: Tensor) -> tuple[nn.Module, SelectedWeights]:
+    """The model after a step, with the weights that it took the step by."""
+    _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    selected.grow(0.05)
+    _step(model, _adamw(selected.parameters().values()), pixels)
+    return model, selected
+
+
 def test_trains_as_a_dense_mask_does(vit, family, images):
     # In float64, or Adam blows up roundings where a gradient is next to nothing.
     sparse, dense = vit(family, torch.float64), vit(family, torch.float64)
@@ -128,11 +137,8 @@ def test_an_entry_that_joins_later_starts_from_where_it_was(vit, images):
 
 
 def test_state_dict_is_the_plain_models_in_both_directions(vit, images):
-    model, plain = vit(), vit()
-    _freeze(model)
-    selected = SelectedWeights(model, _select(model))
-    selected.grow(0.05)
-    _step(model, _adamw(selected.parameters().values()), _pixels(images))
+    plain = vit()
+    model, _ = _trained(vit(), _pixels(images))
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     plain.load_state_dict(trained)  # strict
     pixels = _pixels(images)
@@ -163,11 +169,8 @@ def test_a_copy_of_the_model_is_on_its_own(vit, images):
 
 
 def test_release_leaves_the_plain_model(vit, images):
-    model, plain = vit(), vit()
-    _freeze(model)
-    selected = SelectedWeights(model, _select(model))
-    selected.grow(0.05)
-    _step(model, _adamw(selected.parameters().values()), _pixels(images))
+    plain = vit()
+    model, selected = _trained(vit(), _pixels(images))
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     selected.release()
     assert [name for name, _ in model.named_parameters()] == [
