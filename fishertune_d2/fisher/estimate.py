@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,6 +16,7 @@ from .batch_losses import BatchLosses, LossFn, mixed_seed
 from .candidates import Candidate
 from .closed_form import ClosedForm
 from .diagonal import Diagonal, DiagonalLoop
+from .files import TensorFile, open_tensors, whole_file
 from .natural import Natural
 from .perturb import StatisticsPerturbation
 from .processes import rank_and_size, sum_over_processes
@@ -59,6 +59,7 @@ class FisherEstimate(Mapping[str, Tensor]):
         shift_weight: mean over images of exp(-(|eps_mu| + |eps_sigma|)), in (0, 1].
         images: how many images went into the mean.
         notes: how it was made (estimator, labels, seed, strength of the shift), as strings.
+        source: what an error calls it: the file that it was read from.
     """
 
     f: dict[str, Tensor]
@@ -66,6 +67,7 @@ class FisherEstimate(Mapping[str, Tensor]):
     shift_weight: float
     images: int
     notes: dict[str, str] = field(default_factory=dict)
+    source: str = field(default="the estimate", compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.f[name]
@@ -76,6 +78,11 @@ class FisherEstimate(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.f)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By parameter name, the parameter's shape."""
+        return {name: tuple(value.shape) for name, value in self.f.items()}
+
     def to(self, device: torch.device | str) -> "FisherEstimate":
         """The same on another device."""
         f, shifted = (
@@ -85,36 +92,54 @@ class FisherEstimate(Mapping[str, Tensor]):
         return replace(self, f=f, shifted=shifted)
 
     def save(self, path: str | Path) -> None:
-        """Writes the estimate as a safetensors file."""
+        """Writes the estimate as a safetensors file.
+
+        Raises:
+            OSError: if it cannot be written; a file that is there already stays.
+        """
         tensors = {f"f/{name}": value.cpu().contiguous() for name, value in self.f.items()}
         tensors |= {f"shifted/{name}": v.cpu().contiguous() for name, v in self.shifted.items()}
-        numbers = {"shift_weight": repr(self.shift_weight), "images": str(self.images)}
+        numbers = {"shift_weight": repr(float(self.shift_weight)), "images": str(self.images)}
         # The file sorts its tensors by name; a selection breaks ties by the order here.
         texts = {"names": json.dumps(list(self.f)), "notes": json.dumps(self.notes)}
-        save_file(tensors, str(path), metadata={"format": _FORMAT, **texts, **numbers})
+        with whole_file(path) as temporary:
+            save_file(tensors, str(temporary), metadata={"format": _FORMAT, **texts, **numbers})
 
     @classmethod
     def load(cls, path: str | Path) -> "FisherEstimate":
-        """Reads what :meth:`save` wrote.
+        """Reads what :meth:`save` wrote, from whomever the file comes.
 
         Raises:
-            ValueError: if the file holds something else.
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, of another format, or what it holds is no estimate.
         """
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} is no {_FORMAT} file: its format is {metadata}")
-            keys = set(file.keys())
-            f, shifted = (
-                {
-                    name: file.get_tensor(f"{part}/{name}")
-                    for name in json.loads(metadata["names"])
-                    if f"{part}/{name}" in keys
-                }
-                for part in ("f", "shifted")
-            )
-        numbers = float(metadata["shift_weight"]), int(metadata["images"])
-        return cls(f, shifted, *numbers, json.loads(metadata["notes"]))
+        with open_tensors(path, _FORMAT) as file:
+            weight, images = file.json("shift_weight", float), file.json("images", int)
+            if not 0 <= weight <= 1 or images < 1:
+                raise ValueError(f"its shift weight is {weight}, from {images} images")
+            names = file.json("names", list)
+            f = {name: _read_fisher(file, f"f/{name}") for name in names}
+            shifted = {
+                name: _read_fisher(file, f"shifted/{name}")
+                for name in names
+                if f"shifted/{name}" in file.names
+            }
+            if len(file.names) != len(f) + len(shifted) or len(shifted) not in (0, len(f)):
+                raise ValueError("its tensors are not F(x) and F(x') of the names in its header")
+            for name, value in shifted.items():
+                if value.shape != f[name].shape:
+                    raise ValueError(f"F(x) and F(x') of {name} differ in shape")
+            notes = file.json("notes", dict)
+        return cls(f, shifted, weight, images, notes, str(path))
+
+
+def _read_fisher(file: TensorFile, name: str) -> Tensor:
+    value = file.tensor(name)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} is {value.dtype}, in which squares of gradients underflow")
+    if not bool(((value >= 0) & value.isfinite()).all()):
+        raise ValueError(f"{name} holds negative or non-finite numbers")
+    return value
 
 
 def estimate_fisher(

@@ -5,18 +5,21 @@ read off one ranking: a weight that was selected stays selected.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .candidates import groups_of
+from .files import TensorFile, open_tensors, whole_file
 
 _FORMAT = "fishertune_selection_v1"
+# A file that claims more lies, and its masks would not fit in memory.
+_MOST_WEIGHTS = 2**34
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Selection:
         share: the largest share that can be asked for, in [0, 1].
         base: number of parameters that a share is a share of.
         notes: what else should travel with the choice (how it was made), as strings.
+        source: what an error calls it: the file that it was read from.
     """
 
     indices: dict[str, Tensor]
@@ -39,6 +43,7 @@ class Selection:
     share: float
     base: int
     notes: dict[str, str] = field(default_factory=dict)
+    source: str = field(default="the selection", compare=False)
 
     @classmethod
     def from_scores(cls, scores: Mapping[str, Tensor], share: float, base: int) -> "Selection":
@@ -95,7 +100,7 @@ class Selection:
             ValueError: if that is more than the selection holds.
         """
         if share > self.share:
-            raise ValueError(f"the selection holds a share of {self.share}: got {share}")
+            raise ValueError(f"{self.source} holds a share of {self.share}: got {share}")
         return count_of_share(share, self.base)
 
     def prefix(self, name: str, share: float) -> Tensor:
@@ -121,30 +126,43 @@ class Selection:
         return counts
 
     def save(self, path: str | Path) -> None:
-        """Writes the selection as a safetensors file."""
+        """Writes the selection as a safetensors file.
+
+        Raises:
+            OSError: if it cannot be written; a file that is there already stays.
+        """
         tensors = {f"indices/{name}": t.cpu().contiguous() for name, t in self.indices.items()}
         tensors |= {f"ranks/{name}": t.cpu().contiguous() for name, t in self.ranks.items()}
         header = {"share": self.share, "base": self.base, "shapes": self.shapes}
         texts = {"header": json.dumps(header), "notes": json.dumps(self.notes)}
-        save_file(tensors, str(path), metadata={"format": _FORMAT, **texts})
+        with whole_file(path) as temporary:
+            save_file(tensors, str(temporary), metadata={"format": _FORMAT, **texts})
 
     @classmethod
     def load(cls, path: str | Path) -> "Selection":
-        """Reads what :meth:`save` wrote.
+        """Reads what :meth:`save` wrote, from whomever the file comes.
 
         Raises:
-            ValueError: if the file holds something else.
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, of another format, or what it holds is no ranked choice.
         """
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} is no {_FORMAT} file: its format is {metadata}")
-            header = json.loads(metadata["header"])
-            shapes = {name: tuple(shape) for name, shape in header["shapes"].items()}
-            indices = {name: file.get_tensor(f"indices/{name}") for name in shapes}
-            ranks = {name: file.get_tensor(f"ranks/{name}") for name in shapes}
-        notes = json.loads(metadata["notes"])
-        return cls(indices, ranks, shapes, header["share"], header["base"], notes)
+        with open_tensors(path, _FORMAT) as file:
+            share, base, shapes = _read_header(file)
+            indices = {name: file.tensor(f"indices/{name}") for name in shapes}
+            ranks = {name: file.tensor(f"ranks/{name}") for name in shapes}
+            for name, shape in shapes.items():
+                _check_entries(name, indices[name], ranks[name], math.prod(shape))
+            together = torch.cat([torch.empty(0, dtype=torch.int64), *ranks.values()]).sort().values
+            count = count_of_share(share, base)
+            if len(together) != count:
+                raise ValueError(
+                    f"it holds {len(together):,} entries, but a share of {share} of {base:,} is "
+                    f"{count:,}"
+                )
+            if not torch.equal(together, torch.arange(count)):
+                raise ValueError(f"its ranks are not the numbers from 0 to {count - 1:,}")
+            notes = file.json("notes", dict)
+        return cls(indices, ranks, shapes, share, base, notes, str(path))
 
 
 def overlap(a: Selection, b: Selection) -> float:
@@ -160,6 +178,49 @@ def overlap(a: Selection, b: Selection) -> float:
 def count_of_share(share: float, base: int) -> int:
     """Whole number of weights in a share of ``base``, rounded down."""
     return int(share * base + 1e-6)  # 0.05 * n must not fall below a whole number by a rounding
+
+
+def _read_header(file: TensorFile) -> tuple[float, int, dict[str, tuple[int, ...]]]:
+    """Share, base and shapes, if they can be those of a selection."""
+    header = file.json("header", dict)
+    share, base, shapes = (header.get(key) for key in ("share", "base", "shapes"))
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        raise ValueError(f"its share is {share!r}, which is not in [0, 1]")
+    if type(base) is not int or not 0 < base <= _MOST_WEIGHTS:
+        raise ValueError(f"its base is {base!r}, which is no model's number of weights")
+    if type(shapes) is not dict:
+        raise ValueError("its header lacks the shapes")
+    for name, shape in shapes.items():
+        if type(shape) is not list or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError(f"the shape of {name} is {shape!r}, which no parameter has")
+    total = sum(math.prod(shape) for shape in shapes.values())
+    if total > _MOST_WEIGHTS:
+        raise ValueError(f"its shapes hold {total:,} weights, more than any model has")
+    expected = {f"{part}/{name}" for part in ("indices", "ranks") for name in shapes}
+    if file.names != expected:
+        differing = sorted(file.names ^ expected)
+        raise ValueError(f"its tensors are not those of its header: {differing[0]} differs")
+    return share, base, {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _check_entries(name: str, indices: Tensor, ranks: Tensor, numel: int) -> None:
+    """Refuses what would select entries that are not there, or one of them twice."""
+    for what, values in (("indices", indices), ("ranks", ranks)):
+        if values.dtype != torch.int64 or values.dim() != 1:
+            shape = tuple(values.shape)
+            raise ValueError(f"the {what} of {name} are {values.dtype} of shape {shape}, not int64")
+    if len(indices) != len(ranks):
+        raise ValueError(f"{name} has {len(indices):,} indices and {len(ranks):,} ranks")
+    if len(indices) == 0:
+        return
+    places = indices.sort().values
+    if places[0] < 0 or places[-1] >= numel:
+        wrong = places[0] if places[0] < 0 else places[-1]
+        raise ValueError(f"{name} has {numel:,} entries, and entry {int(wrong):,} is selected")
+    if not bool((places.diff() > 0).all()):
+        raise ValueError(f"an entry of {name} is selected twice")
+    if not bool((ranks.diff() > 0).all()):
+        raise ValueError(f"the ranks of {name} do not ascend")
 
 
 def _kth_largest(scores: Sequence[Tensor], k: int) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fishertune_d2.fisher import Selection
+from fishertune_d2.fisher import FisherEstimate, Selection
 
 
 class MaskedUpdate:
@@ -89,22 +89,24 @@ def _put_back(parameter: Tensor, fixed: Tensor, moved: Tensor) -> None:
     parameter.copy_(torch.where(moved, parameter, fixed))
 
 
-def require_same_shapes(parameters: Mapping[str, nn.Parameter], selection: Selection) -> None:
-    """Refuses parameters that a selection was not made for.
+def require_same_shapes(
+    parameters: Mapping[str, nn.Parameter], found: Selection | FisherEstimate
+) -> None:
+    """Refuses parameters that a selection or an estimate was not made for.
 
     Raises:
-        ValueError: if a name or shape differs; names the first.
+        ValueError: if a name or shape differs; names the first, and the file.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if shapes == selection.shapes:
+    if shapes == found.shapes:
         return
     differing = sorted(
         name
-        for name in shapes.keys() | selection.shapes.keys()
-        if shapes.get(name) != selection.shapes.get(name)
+        for name in shapes.keys() | found.shapes.keys()
+        if shapes.get(name) != found.shapes.get(name)
     )
     raise ValueError(
-        f"the selection was made for another model: {len(differing)} parameters differ, the first "
+        f"{found.source} was made for another model: {len(differing)} parameters differ, the first "
         f"is {differing[0]}, of shape {shapes.get(differing[0])} here and "
-        f"{selection.shapes.get(differing[0])} in the selection"
+        f"{found.shapes.get(differing[0])} there"
     )

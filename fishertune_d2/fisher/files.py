@@ -1,0 +1,116 @@
+"""Files that are written whole or not at all, and refused by name if they are not what they say."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_MIB = 2**20
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Puts a file in its place when it is complete, so that a kill leaves the one before, or none.
+
+    A kill may also leave ``<name>.tmp``, which the next attempt writes over.
+
+    Args:
+        path: where the file is to be.
+
+    Yields:
+        Where to write it.
+
+    Raises:
+        OSError: if writing fails, as it does on a full disk; names the file and the free space.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} could not be written: there is no such folder")
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a power failure could leave the name without the content
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        written = temporary.stat().st_size if temporary.is_file() else 0
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written, and what was there before is untouched: "
+            f"{_system_error(error)}. The disk took {written / _MIB:,.1f} MiB of it, and has "
+            f"{shutil.disk_usage(path.parent).free / _MIB:,.1f} MiB free without them: make room"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _system_error(error: BaseException) -> BaseException:
+    """The system's own error, which torch.save hides behind one about its archive."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
+
+
+class TensorFile:
+    """A safetensors file of one of our formats, open for reading.
+
+    Attributes:
+        names: of the tensors in it.
+    """
+
+    def __init__(self, file: safe_open, texts: dict[str, str]):
+        self.names = frozenset(file.keys())
+        self._file = file
+        self._texts = texts
+
+    def json(self, key: str, kind: type) -> Any:
+        """The value that the file's metadata hold as JSON under ``key``, of type ``kind``."""
+        if key not in self._texts:
+            raise ValueError(f"its header lacks {key!r}")
+        value = json.loads(self._texts[key])
+        if type(value) is not kind:
+            raise ValueError(f"its {key} is a {type(value).__name__}, where a {kind.__name__} was")
+        return value
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._file.get_tensor(name)
+
+
+@contextmanager
+def open_tensors(path: str | Path, form: str) -> Iterator[TensorFile]:
+    """Opens a safetensors file; whatever is wrong with it becomes one kind of error with its name.
+
+    Args:
+        path: the file.
+        form: the ``format`` that its metadata must name.
+
+    Yields:
+        The file. A ``ValueError`` raised meanwhile is said of it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, of another format, or refused by the caller.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            texts = file.metadata() or {}
+            if texts.get("format") != form:
+                raise ValueError(f"its format is {texts.get('format')!r}, not {form!r}")
+            yield TensorFile(file, texts)
+    # safetensors, json (RecursionError is a RuntimeError) and PyTorch have errors of their own.
+    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be used: {error}. Put back the file as it was written, or make it again"
+        ) from error
