@@ -23,14 +23,22 @@ class SegmentationLoss:
     """
 
     def __call__(self, model: nn.Module, batch: Sequence[dict]) -> Tensor:
-        """Mask2Former's training loss with the labels in the batch: the weighted sum, (B,)."""
+        """Mask2Former's training loss with the labels in the batch: the weighted sum, (B,).
+
+        Raises:
+            FloatingPointError: if a prediction is not finite; names the image.
+        """
         features, targets = model.features_and_targets(batch)
         head = model.sem_seg_head
         predictions = head.predict(features)
         losses = []
         for image, seed in enumerate(image_seeds(len(batch))):
             with seeded(seed):
-                losses.append(head.loss_of_image(predictions, targets, image))
+                try:
+                    losses.append(head.loss_of_image(predictions, targets, image))
+                except FloatingPointError as error:
+                    name = batch[image].get("file_name", f"image {image} of its batch")
+                    raise FloatingPointError(f"estimation, on {name}: {error}") from error
         return torch.stack(losses)
 
     def sampled(self, model: nn.Module, batch: Sequence[dict]) -> Tensor:

@@ -5,6 +5,8 @@ Shapes:
     H, W: an image as it enters the model; height, width: the same image as it lies on disk
 """
 
+from math import isfinite
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
@@ -109,6 +111,7 @@ class VFMSegmentor(nn.Module):
         Raises:
             KeyError: in training, if an image comes without ``sem_seg``.
             ValueError: in training, if ``sem_seg`` has another size than its image.
+            FloatingPointError: in training, if a prediction or a loss is not finite.
         """
         if self.training:
             return self.losses(batched_inputs)
@@ -126,9 +129,15 @@ class VFMSegmentor(nn.Module):
         Raises:
             KeyError: if an image comes without ``sem_seg``.
             ValueError: if ``sem_seg`` has another size than its image.
+            FloatingPointError: if a prediction or a loss is not finite; names the images.
         """
         features, targets = self.features_and_targets(batched_inputs)
-        _, losses = self.sem_seg_head(features, targets)
+        try:
+            _, losses = self.sem_seg_head(features, targets)
+            _require_finite(losses)
+        except FloatingPointError as error:
+            images = ", ".join(inputs.get("file_name", "an image") for inputs in batched_inputs)
+            raise FloatingPointError(f"on {images}: {error}") from error
         return losses
 
     def features_and_targets(
@@ -204,3 +213,12 @@ class VFMSegmentor(nn.Module):
         features = self.backbone(padded.tensor)
         scores, _ = self.sem_seg_head(features, image_size=padded.tensor.shape[-2:])
         return scores[0, :, : image.shape[1], : image.shape[2]]
+
+
+def _require_finite(losses: dict[str, torch.Tensor]) -> None:
+    values = [loss.detach() for loss in losses.values()]
+    # One sum, so that a GPU waits once; the matcher has waited for it before.
+    if isfinite(sum(values)):
+        return
+    broken = [f"{n} is {float(v)}" for n, v in zip(losses, values, strict=True) if not isfinite(v)]
+    raise FloatingPointError(f"{', '.join(broken) or 'the sum of the losses overflows'}.")

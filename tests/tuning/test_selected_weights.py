@@ -245,7 +245,10 @@ def test_a_compiled_model_trains_the_same():
         torch.testing.assert_close(trained[1][name], value)
 
 
-def test_refuses_a_selection_of_another_model(vit):
+def test_refuses_a_selection_of_another_model(vit, tmp_path):
     selection = _select(vit("packed SwiGLU"))
     with pytest.raises(ValueError, match="made for another model: .*the first is blocks.0.mlp.fc2"):
         SelectedWeights(vit(), selection)
+    selection.save(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="/other.safetensors was made for another model"):
+        SelectedWeights(vit(), Selection.load(tmp_path / "other.safetensors"))
