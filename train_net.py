@@ -8,17 +8,18 @@ python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS OUTPUT_DIR/mode
 import argparse
 import logging
 import sys
+from contextlib import nullcontext
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
 
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.analysis.selection_map import draw_run
 from fishertune_d2.data import DatasetError, check_datasets
-from fishertune_d2.engine import Trainer, log_plan
+from fishertune_d2.engine import Trainer, WholeCheckpointer, log_plan, preemption
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> dict | None:
     if args.eval_only:
         check_datasets(cfg.DATASETS.TEST, num_classes)
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        WholeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         return Trainer.test(cfg, model)
@@ -60,13 +61,18 @@ if __name__ == "__main__":
     parser = default_argument_parser()
     args = parser.parse_args()
     try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        with preemption.forwarding() if args.num_gpus > 1 else nullcontext():
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
     except DatasetError as error:  # it says what to do; a traceback would hide that
         sys.exit(f"error: {error}")
+    except ProcessExitedException as error:
+        if error.exit_code != preemption.EXIT_CODE:
+            raise
+        sys.exit(preemption.EXIT_CODE)

@@ -5,9 +5,13 @@ counts: not the number of workers, not a restart. So a run resumes exactly, with
 in its checkpoints: set ``loader.sampler.start`` to the number of images already drawn.
 """
 
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
+from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
@@ -157,6 +161,7 @@ def build_train_loader(
         sampler=ResumableSampler(len(dicts), seed, block, start),
         num_workers=num_workers,
         collate_fn=_as_list,
+        worker_init_fn=_outlive_schedulers,
         # The loader draws a base seed when iterated; from the global generator, that would shift
         # the random numbers of the model after a resume.
         generator=torch.Generator(),
@@ -185,9 +190,29 @@ def build_test_loader(
         sampler=InferenceSampler(len(dicts)),
         num_workers=num_workers,
         collate_fn=_as_list,
+        worker_init_fn=_outlive_schedulers,
         generator=torch.Generator(),
     )
 
 
 def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return batch
+
+
+def _outlive_schedulers(worker: int) -> None:
+    """Lets SIGTERM and SIGINT end a worker only if they come from the process that it works for.
+
+    A scheduler sends them to every process of a job, a terminal to every process in front of it.
+    That process answers by finishing its iteration, for which it needs its workers.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_own_sigterm, args=(parent_process().pid,), daemon=True).start()
+
+
+def _await_own_sigterm(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(os.EX_OK)  # as PyTorch's own handler does, or it would report a failure

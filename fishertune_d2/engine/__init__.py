@@ -1,5 +1,6 @@
 """Training: the trainer, its stages as hooks, the optimizer."""
 
+from .checkpoint import WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
 from .optimizer import build_optimizer
 from .plan import count_parameters, log_plan
@@ -10,6 +11,7 @@ __all__ = [
     "LearningRates",
     "ParameterMask",
     "Trainer",
+    "WholeCheckpointer",
     "WarmupFreeze",
     "build_optimizer",
     "count_parameters",

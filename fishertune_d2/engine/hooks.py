@@ -82,6 +82,7 @@ class FisherEstimation(HookBase):
     Writes ``fisher.safetensors`` (F(x), F(x'), where a method needs them) and
     ``selection.safetensors`` (the ranked choice) into ``output_dir``. A run resumed after that
     iteration reads the selection back, and refuses one that is not the one it was trained with.
+    An estimation that was cut off is made again from its beginning.
 
     Args:
         estimate: measures F(x) and F(x') on the trainer's model, or returns None if the method

@@ -26,13 +26,18 @@ def count_parameters(cfg: CfgNode, backbone: nn.Module) -> dict[str, int]:
     return {"tuned_parameters": tuned, "backbone_parameters": total}
 
 
-def log_plan(cfg: CfgNode) -> dict[str, int]:
-    """Logs and returns :func:`count_parameters` of the config's backbone, without its weights."""
+def plan(cfg: CfgNode) -> dict[str, int]:
+    """:func:`count_parameters` of the config's backbone, without its weights."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.VFM.WEIGHTS = "random"
     with torch.device("meta"):
-        counts = count_parameters(cfg, build_backbone(cfg))
+        return count_parameters(cfg, build_backbone(cfg))
+
+
+def log_plan(cfg: CfgNode) -> dict[str, int]:
+    """Logs and returns :func:`plan`."""
+    counts = plan(cfg)
     logger.info(
         "%s on %s: %.2f M of %.2f M backbone weights will be tuned (%s of %s)",
         cfg.TUNING.METHOD,

@@ -14,7 +14,7 @@ from torch import nn
 from fishertune_d2.data import SegmentationMapper, build_test_loader, load_datasets
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table, summarize
 
-from .plan import count_parameters
+from .plan import plan
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def score_datasets(cfg: CfgNode, model: nn.Module) -> OrderedDict:
     if not comm.is_main_process() or not results:
         return OrderedDict()
     summary = summarize(results, cfg.DATASETS.TRAIN, _protocol(cfg), mapper)
-    summary |= count_parameters(cfg, model.backbone)
+    summary |= plan(cfg)  # not of the model, which may hold vectors of selected weights beside them
     path = Path(cfg.OUTPUT_DIR) / "results.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
     logger.info("Results in percent, also in %s:\n%s", path, format_table(summary))

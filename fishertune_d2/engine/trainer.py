@@ -8,7 +8,6 @@ from math import ceil
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
@@ -27,11 +26,13 @@ from fishertune_d2.fisher import (
     find_candidates,
     tuned_share,
 )
-from fishertune_d2.tuning import SelectedWeights, build_tuning_method
+from fishertune_d2.tuning import SelectedWeights, build_tuning_method, require_same_shapes
 
+from .checkpoint import RunRecord, WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
 from .image_losses import SegmentationLoss
 from .optimizer import build_optimizer, carry_state, is_backbone
+from .preemption import Preemption
 from .scoring import score_datasets
 
 logger = logging.getLogger(__name__)
@@ -90,9 +91,11 @@ class Trainer(DefaultTrainer):
         self._decoder = [p for name, p in model.named_parameters() if not is_backbone(name)]
         trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer(model, loader, optimizer=None)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        names = [item["file_name"] for item in loader.dataset.dicts]
+        self.checkpointer = WholeCheckpointer(
+            model, cfg.OUTPUT_DIR, run=RunRecord(cfg, names), trainer=weakref.proxy(self)
         )
+        self._preemption = Preemption(lambda: self._save("model_preempted"))
         self.stage = ""
         self.start_stage("warmup")
         self._estimation = self._build_estimation()
@@ -151,13 +154,15 @@ class Trainer(DefaultTrainer):
             hooks.IterationTimer(),
             LearningRates(),
             *([self._estimation] if self._estimation else []),
-            WarmupFreeze(cfg.TUNING.WARMUP_ITERS, on_end=self._save_warmup),
+            WarmupFreeze(cfg.TUNING.WARMUP_ITERS, on_end=lambda: self._save("model_warmup")),
             *([self._build_mask()] if self._estimation else []),
         ]
         if comm.is_main_process():
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+        ret.append(self._preemption)
         # After the checkpointer: should evaluation fail, the checkpoint is there.
-        ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: self.test(cfg, self.segmentor)))
+        evaluate = self._preemption.at_once(lambda: self.test(cfg, self.segmentor))
+        ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
@@ -167,7 +172,7 @@ class Trainer(DefaultTrainer):
         if not self.method.selects:
             return None
         return FisherEstimation(
-            self._estimate,
+            self._preemption.at_once(self._estimate),
             lambda estimate: self.method.scores(backbone, estimate),
             start=cfg.TUNING.WARMUP_ITERS,
             share=tuned_share(1.0, cfg.TUNING.D_MIN, cfg.TUNING.D_MAX, form=cfg.TUNING.SCHEDULE),
@@ -194,7 +199,9 @@ class Trainer(DefaultTrainer):
             return None
         if fisher.ESTIMATE:
             logger.info("Taking the Fisher information from %s", fisher.ESTIMATE)
-            return FisherEstimate.load(fisher.ESTIMATE).to(self.segmentor.device)
+            estimate = FisherEstimate.load(fisher.ESTIMATE).to(self.segmentor.device)
+            require_same_shapes(self.method.parameters(backbone), estimate)
+            return estimate
         logger.info("Estimating the Fisher information; no weight changes meanwhile")
         points = backbone.perturbation_points()
         perturb = StatisticsPerturbation(
@@ -227,20 +234,21 @@ class Trainer(DefaultTrainer):
         loader = _build_loader(self.cfg, images, self.cfg.SEED + 1)
         return islice(loader, ceil(self.cfg.FISHER.BATCHES / processes))
 
-    def _save_warmup(self) -> None:
-        self.checkpointer.save("model_warmup", iteration=self.iter)
+    def _save(self, name: str) -> None:
+        self.checkpointer.save(name, iteration=self.iter)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes this run, or starts from another run's warm-up, or from MODEL.WEIGHTS.
 
         Raises:
-            ValueError: if TUNING.WARMUP_CHECKPOINT is not from the end of a warm-up of this length.
+            ValueError: if the checkpoint is of another run, or TUNING.WARMUP_CHECKPOINT is not from
+                the end of a warm-up of this length.
         """
         warmup = self.cfg.TUNING.WARMUP_CHECKPOINT
         if not warmup or (resume and self.checkpointer.has_checkpoint()):
             super().resume_or_load(resume)
             return
-        self.checkpointer.load(warmup)
+        self.checkpointer.load(warmup, checkpointables=["trainer"])  # of another run
         self.start_iter = self.iter + 1
         if self.start_iter != self.cfg.TUNING.WARMUP_ITERS:
             raise ValueError(
@@ -268,13 +276,23 @@ class Trainer(DefaultTrainer):
         """Trains from ``start_iter`` to the end; returns the test results if they are checked."""
         # The loader was built before a checkpoint could tell how far training had come.
         self.data_loader.sampler.start = self.start_iter * self.cfg.SOLVER.IMS_PER_BATCH
-        return super().train()
+        with self._preemption.listening():
+            return super().train()
 
     def run_step(self) -> None:
-        """One iteration, with random numbers that depend on SEED, rank and iteration alone."""
+        """One iteration, with random numbers that depend on SEED, rank and iteration alone.
+
+        Raises:
+            FloatingPointError: if a loss is not finite, before it moves a weight.
+        """
         words = np.random.SeedSequence([self.cfg.SEED, comm.get_rank(), self.iter])
         torch.manual_seed(int(words.generate_state(1)[0]))
-        super().run_step()
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"iteration {self.iter}, stage {self.stage}, {error} The last checkpoint stands"
+            ) from error
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,4 +1,6 @@
+import multiprocessing
 import random
+import subprocess
 from collections import Counter
 from itertools import islice
 
@@ -88,6 +90,21 @@ def test_an_error_names_the_file(num_workers):
         list(islice(loader, 5))
     with pytest.raises(DatasetError, match=r"3\.png"):
         list(build_test_loader(DICTS, fail, num_workers=num_workers))
+
+
+def test_a_worker_outlives_the_signals_of_a_scheduler_but_not_of_its_own_process():
+    loader = build_train_loader(DICTS, draw, batch_size=2, num_workers=1, seed=7)
+    drawn = iter(loader)
+    got = [next(drawn)]
+    (worker,) = multiprocessing.active_children()
+    for number in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    got += list(islice(drawn, 5))
+    assert got == batches(count=6)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == 0  # PyTorch takes every other code for a failure
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -1,13 +1,18 @@
 """A tiny three-stage training run through the real Trainer."""
 
+import multiprocessing
+import threading
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from tqdm import tqdm
 
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.data import register_sem_seg
@@ -47,13 +52,42 @@ def tiny_data(tmp_path_factory) -> Path:
             image = light * (60 * label[..., None] + rng.integers(0, 100, (64, 64, 3)))
             Image.fromarray(image.astype(np.uint8)).save(root / name / "images" / f"{i}.png")
             Image.fromarray(label).save(root / name / "labels" / f"{i}.png")
-        if name not in DatasetCatalog:
-            folder = root / name
-            register_sem_seg(name, folder / "images", folder / "labels", CLASSES)
+    _register(root)
     yield root
     for name in ("tiny_day", "tiny_night"):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+def _register(root: Path) -> None:
+    for name in ("tiny_day", "tiny_night"):
+        folder = root / name
+        register_sem_seg(name, folder / "images", folder / "labels", CLASSES)
+
+
+@pytest.fixture
+def start_process(tiny_data, monkeypatch) -> Callable[..., BaseProcess]:
+    """Returns a function that calls another in a process of its own, which has the tiny data.
+
+    The processes are forks of one that has imported everything and started no thread.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fishertune_d2.engine"])
+
+    def start(function: Callable, *args) -> BaseProcess:
+        process = context.Process(target=_with_tiny_data, args=(tiny_data, function, *args))
+        process.start()
+        return process
+
+    return start
+
+
+def _with_tiny_data(root: Path, function: Callable, *args) -> None:
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own, between processes, outlives one that is killed
+    _register(root)
+    function(*args)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The three stages through the real Trainer on a tiny model."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -291,3 +292,60 @@ def test_the_estimate_follows_its_keys(tiny_cfg):
         assert not torch.equal(default.shifted[name], other.shifted[name])
     with pytest.raises(ValueError, match="FISHER.PRECISION is 'float16': choose from float32, b"):
         Trainer(tiny_cfg("half", FISHER__PRECISION="float16"))
+
+
+class _Spoil(HookBase):
+    """Spoils an iteration: infinite weights of the decoder, or an infinite weight of one loss."""
+
+    def __init__(self, iteration: int, what: str):
+        self.iteration = iteration
+        self.what = what
+
+    def before_step(self) -> None:
+        if self.trainer.iter != self.iteration:
+            return
+        head = self.trainer.segmentor.sem_seg_head
+        if self.what == "loss":
+            head.loss_weights["loss_dice"] = float("inf")
+        else:
+            head.class_predictor.bias.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("iteration", "what", "expected"),
+    [
+        (1, "loss", "iteration 1, stage warmup, on (.*): loss_dice is inf, loss_dice_0 is inf"),
+        (4, "weights", "iteration 4, stage tuning, on (.*): Mask2FormerHead predicts NaN"),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_what_met_it_and_costs_nothing(
+    tiny_cfg, iteration, what, expected
+):
+    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
+    _run(whole)
+    with pytest.raises(FloatingPointError, match=expected) as stopped:
+        _run(parts, hook=_Spoil(iteration, what))
+    assert "The last checkpoint stands" in str(stopped.value)
+    # The images are those of that step.
+    trainer = Trainer(parts)
+    trainer.data_loader.sampler.start = 2 * iteration
+    names = ", ".join(item["file_name"] for item in next(iter(trainer.data_loader)))
+    assert re.search(expected, str(stopped.value)).group(1) == names
+    _run(parts, resume=True)
+    expected, got = (_state(Path(c.OUTPUT_DIR) / "model_final.pth") for c in (whole, parts))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_prediction_that_is_not_finite_in_the_estimation_names_the_image(tiny_cfg):
+    trainer = Trainer(tiny_cfg())
+    trainer.segmentor.sem_seg_head.class_predictor.bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"estimation, on .*/\d.png: Mask2FormerHead pred"):
+        trainer._estimate()
+
+
+def test_an_estimate_of_another_model_is_refused_by_its_file(tiny_cfg, tmp_path):
+    file = tmp_path / "other.safetensors"
+    FisherEstimate({"blocks.0.mlp.fc1.bias": torch.ones(3)}, {}, 1.0, 1).save(file)
+    trainer = Trainer(tiny_cfg(FISHER__ESTIMATE=str(file)))
+    with pytest.raises(ValueError, match="other.safetensors was made for another model: "):
+        trainer._estimate()

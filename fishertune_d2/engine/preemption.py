@@ -1,0 +1,126 @@
+"""SIGTERM and SIGINT, by which schedulers and Ctrl-C ask a run to leave, end in a checkpoint.
+
+The iteration that is running is finished, ``model_preempted.pth`` is written, and the process exits
+with ``EXIT_CODE``. Not 143 or 130: a process that was killed by the signal has these too, with no
+checkpoint. Between iterations there is nothing to finish: in the estimation and in an evaluation
+the process exits at once, with the same code, and the checkpoint before them stands.
+
+SLURM requeues what it preempts itself; a script tells the two ends apart by the code:
+
+    srun python train_net.py --config-file FILE --resume
+    [ $? -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
+
+To torchrun every code but 0 is a failure: it stops the other processes, which is why all of them
+leave after the same iteration, and none before the checkpoint is complete.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import active_children
+from types import FrameType
+from typing import TypeVar
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_CODE = os.EX_TEMPFAIL  # 75: "temporary failure, the user is invited to retry"
+
+
+class Preemption(HookBase):
+    """Leaves after the iteration in which a signal came to any of the processes.
+
+    It is registered after the hooks that belong to an iteration, the checkpointer's too, and before
+    the evaluation's. Processes agree by one small all-gather in each iteration, on the CPU.
+
+    Args:
+        save: writes the checkpoint; called by every process.
+    """
+
+    def __init__(self, save: Callable[[], None]):
+        self.save = save
+        self._signal = 0
+        self._at_once = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Answers the signals meanwhile; the handlers before are put back after."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets no other thread have handlers
+            return
+        with _handling(self._receive):
+            yield
+
+    def at_once(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """The same work, which a signal ends on the spot, for no checkpoint can keep it."""
+
+        def interruptible() -> Result:
+            self._at_once = True
+            try:
+                if self._signal:
+                    sys.exit(EXIT_CODE)
+                return work()
+            except SystemExit:
+                logger.warning("Left unfinished; --resume goes on from the checkpoint before")
+                raise
+            finally:
+                self._at_once = False
+
+        return interruptible
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._signal = (
+            number  # and no logging, for it may have come in the middle of a logger's own
+        )
+        if self._at_once:
+            sys.exit(EXIT_CODE)
+
+    def after_step(self) -> None:
+        """Saves and leaves if a signal came."""
+        self._signal = max(comm.all_gather(self._signal))
+        if not self._signal:
+            return
+        self.save()
+        comm.synchronize()
+        logger.warning(
+            "%s: a checkpoint was written after iteration %d, from which --resume goes on; leaving "
+            "with exit code %d",
+            signal.Signals(self._signal).name,
+            self.trainer.iter,
+            EXIT_CODE,
+        )
+        sys.exit(EXIT_CODE)
+
+
+@contextmanager
+def forwarding() -> Iterator[None]:
+    """In a process that only waits for others: passes the signals on to them, and waits on.
+
+    Without it a scheduler's signal would end this process, and with it the job, at once.
+    """
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for child in active_children():
+            os.kill(child.pid, number)
+
+    with _handling(forward):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

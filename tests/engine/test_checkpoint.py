@@ -1,0 +1,215 @@
+"""Checkpoints: written whole, read back from the newest whole one, and only by their own run."""
+
+import logging
+import os
+import re
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from torch import nn
+
+from fishertune_d2.data.files import DatasetError
+from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.checkpoint import WholeCheckpointer
+
+
+class _Broken(HookBase):
+    """Fails before an iteration, and does something first."""
+
+    def __init__(self, iteration: int, action=lambda: None):
+        self.iteration = iteration
+        self.action = action
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            self.action()
+            raise InterruptedError
+
+
+def _train(cfg, hook: HookBase | None = None, resume: bool = False) -> Trainer:
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if hook is not None:
+        trainer.register_hooks([hook])
+        with pytest.raises(InterruptedError):
+            trainer.train()
+    else:
+        trainer.train()
+    return trainer
+
+
+def _same_end(*cfgs) -> bool:
+    expected, got = (
+        torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["model"]
+        for cfg in cfgs
+    )
+    return all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.fixture
+def checkpointer(tmp_path) -> WholeCheckpointer:
+    """Of a linear layer, with three checkpoints, whose weights are 1, 2 and 3."""
+    checkpointer = WholeCheckpointer(nn.Linear(100, 100), str(tmp_path))
+    for i in (1, 2, 3):
+        nn.init.constant_(checkpointer.model.weight, i)
+        checkpointer.save(f"model_{i}", iteration=i)
+        os.utime(tmp_path / f"model_{i}.pth", ns=(i, i))
+    return checkpointer
+
+
+def _resumed(checkpointer: WholeCheckpointer) -> int:
+    iteration = checkpointer.resume_or_load("", resume=True)["iteration"]
+    assert checkpointer.model.weight.unique().tolist() == [iteration]
+    return iteration
+
+
+def test_the_names_are_detectron2s(checkpointer, tmp_path):
+    assert (tmp_path / "last_checkpoint").read_text() == "model_3.pth"
+    names = ["last_checkpoint", "model_1.pth", "model_2.pth", "model_3.pth"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    assert _resumed(checkpointer) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "gone", "one bit", "no zip"])
+def test_a_damaged_last_one_falls_back_to_the_one_before(checkpointer, tmp_path, caplog, damage):
+    last = tmp_path / "model_3.pth"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1  # in the weights; torch.load would not notice
+    torch.save({"model": {}}, tmp_path / "weights.pth")  # newer, but no state of a run
+    damaged = {
+        "truncated": content[:-100],
+        "empty": b"",
+        "one bit": content,
+        "no zip": b"not found" * 99,
+    }
+    if damage == "gone":
+        last.unlink()
+    else:
+        last.write_bytes(damaged[damage])
+    with caplog.at_level(logging.WARNING):
+        assert _resumed(checkpointer) == 2
+    assert f"{last}, is damaged or gone: resuming from the one before, {tmp_path}/model_2.pth" in (
+        caplog.text
+    )
+    # The next save makes all well.
+    checkpointer.save("model_4", iteration=2)
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_4.pth")
+
+
+def test_without_a_whole_one_there_is_no_resuming(checkpointer, tmp_path):
+    for i in (1, 2, 3):
+        os.truncate(tmp_path / f"model_{i}.pth", 1000)
+    with pytest.raises(RuntimeError, match=r"model_3.pth, is damaged or gone, .* \(2\); start ag"):
+        _resumed(checkpointer)
+    with pytest.raises(ValueError, match="model_1.pth cannot be read as a checkpoint: "):
+        WholeCheckpointer(nn.Linear(1, 1)).load(str(tmp_path / "model_1.pth"))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(checkpointer, tmp_path):
+    (tmp_path / "model_4.pth.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="model_4.pth could not be written") as failed:
+        checkpointer.save("model_4", iteration=4)
+    assert "[Errno 28] No space left on device" in str(failed.value)
+    assert "MiB free" in str(failed.value)
+    assert not (tmp_path / "model_4.pth").exists()
+    assert _resumed(checkpointer) == 3
+
+
+def test_a_run_with_a_truncated_last_checkpoint_ends_as_the_undisturbed_one(tiny_cfg):
+    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
+    _train(whole)
+    _train(parts, _Broken(4))
+    os.truncate(Path(parts.OUTPUT_DIR) / "model_0000003.pth", 1000)
+    trainer = _train(parts, resume=True)
+    assert trainer.start_iter == 3  # behind the warm-up, so the estimation was made again
+    assert _same_end(whole, parts)
+
+
+def test_resuming_names_the_keys_that_contradict_the_checkpoint(tiny_cfg):
+    _train(tiny_cfg(), _Broken(2))
+    other = tiny_cfg(
+        SOLVER__MAX_ITER=9, SEED=1, TUNING__D_MAX=0.02, FISHER__PERTURB__POINTS=[0, 1],
+        DATASETS__TRAIN=("tiny_night",),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="is of another run") as refused:
+        Trainer(other).resume_or_load(resume=True)
+    for trouble in (
+        "DATASETS.TRAIN was ('tiny_day',) and is ('tiny_night',)",
+        "FISHER.PERTURB.POINTS was [0, 1, 2, 3] and is [0, 1]",
+        "SEED was 42 and is 1",
+        "SOLVER.MAX_ITER was 7 and is 9",
+        "TUNING.D_MAX was 0.05 and is 0.02",
+    ):
+        assert trouble in str(refused.value)
+    assert len(re.findall("[A-Z] was ", str(refused.value))) == 5
+    assert "or start a new run in another OUTPUT_DIR" in str(refused.value)
+
+
+def test_where_files_are_and_what_is_written_when_may_change(tiny_cfg):
+    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
+    _train(whole)
+    _train(parts, _Broken(4))
+    changed = tiny_cfg(
+        "parts",
+        DATALOADER__NUM_WORKERS=1,
+        DATASETS__TEST=("tiny_night",),
+        MODEL__WEIGHTS="elsewhere.pth",
+        SOLVER__CHECKPOINT_PERIOD=5,
+        TEST__CLASS_RULE="union",
+        TEST__EVAL_PERIOD=6,
+    )
+    _train(changed, resume=True)
+    assert _same_end(whole, parts)
+
+
+def test_a_checkpoint_from_before_there_were_records_resumes(tiny_cfg):
+    cfg = tiny_cfg()
+    _train(cfg, _Broken(2))
+    file = Path(cfg.OUTPUT_DIR) / "model_0000001.pth"
+    state = torch.load(file, weights_only=True)
+    del state["run"]
+    torch.save(state, file)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+
+
+def test_resuming_with_other_images_says_so(tiny_cfg, tiny_data):
+    _train(tiny_cfg(), _Broken(2))
+    images = tiny_data / "tiny_day" / "images"
+    image, label = images / "5.png", tiny_data / "tiny_day" / "labels" / "5.png"
+    try:
+        for file in (image, label):
+            file.rename(file.with_name("7.png"))
+        with pytest.raises(ValueError, match="the 6 training images have other names, or another"):
+            Trainer(tiny_cfg()).resume_or_load(resume=True)
+        for file in (image, label):
+            file.with_name("7.png").rename(tiny_data / f"{file.parent.name}.png")
+        with pytest.raises(ValueError, match="there were 6 training images and are 5"):
+            Trainer(tiny_cfg()).resume_or_load(resume=True)
+    finally:
+        for file in (image, label):
+            (tiny_data / f"{file.parent.name}.png").rename(file)
+    Trainer(tiny_cfg()).resume_or_load(resume=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_in_the_middle_of_an_epoch_costs_nothing(tiny_cfg, tiny_data, workers):
+    options = {"DATALOADER__NUM_WORKERS": workers, "SOLVER__MAX_ITER": 6}
+    whole, parts = tiny_cfg("whole", **options), tiny_cfg("parts", **options)
+    _train(whole)
+    trainer = Trainer(parts)
+    epoch = [index for _, index in islice(trainer.data_loader.sampler, 6)]
+    path = tiny_data / "tiny_day" / "images" / f"{epoch[-1]}.png"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(DatasetError, match=rf"{path}: cannot be read .*again"):
+            trainer.train()
+    finally:
+        path.write_bytes(content)
+    assert _train(parts, resume=True).start_iter == 2
+    assert _same_end(whole, parts)

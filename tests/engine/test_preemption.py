@@ -1,0 +1,171 @@
+"""SIGTERM and SIGINT: a checkpoint, an exit code that says so, and a resumed run that goes on."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.preemption import EXIT_CODE, SIGNALS, forwarding
+
+
+class _Signal(HookBase):
+    """Sends this process a signal in the forward pass of an iteration."""
+
+    def __init__(self, iteration: int, number: int = signal.SIGTERM):
+        self.iteration = iteration
+        self.number = number
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            self.trainer.segmentor.backbone.register_forward_pre_hook(
+                lambda *_: os.kill(os.getpid(), self.number)
+            )
+
+
+def _run(cfg: CfgNode, *hooks: HookBase, resume: bool = False) -> Trainer:
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.register_hooks(list(hooks))
+    trainer.train()
+    return trainer
+
+
+def _last(cfg: CfgNode) -> tuple[str, int]:
+    """The last checkpoint's name and iteration."""
+    name = (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text()
+    return name, torch.load(Path(cfg.OUTPUT_DIR) / name, weights_only=True)["iteration"]
+
+
+def _final(cfg: CfgNode) -> dict:
+    return torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
+
+
+def _same_end(*cfgs: CfgNode) -> bool:
+    expected, got = (_final(cfg) for cfg in cfgs)
+    moments, again = (each["trainer"]["_trainer"]["optimizer"]["state"] for each in (expected, got))
+    return all(torch.equal(got["model"][n], v) for n, v in expected["model"].items()) and all(
+        torch.equal(again[i]["exp_avg_sq"], moments[i]["exp_avg_sq"]) for i in moments
+    )
+
+
+@pytest.fixture
+def cfgs(tiny_cfg) -> tuple[CfgNode, CfgNode]:
+    """Of a run that will be left alone and of one that will not; both save at the end alone."""
+    return tuple(tiny_cfg(name, SOLVER__CHECKPOINT_PERIOD=100) for name in ("whole", "parts"))
+
+
+def test_a_signal_ends_the_iteration_and_the_run_goes_on_from_there(cfgs):
+    whole, parts = cfgs
+    _run(whole)
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(SystemExit) as left:
+        _run(parts, _Signal(1, signal.SIGTERM))
+    assert left.value.code == EXIT_CODE == 75
+    assert _last(parts) == ("model_preempted.pth", 1)
+    with pytest.raises(SystemExit) as left:
+        _run(parts, _Signal(4, signal.SIGINT), resume=True)
+    assert left.value.code == EXIT_CODE
+    assert _last(parts) == ("model_preempted.pth", 4)
+    _run(parts, resume=True)
+    assert _same_end(whole, parts)
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+
+
+def test_in_the_estimation_it_leaves_at_once(cfgs):
+    whole, parts = cfgs
+    _run(whole)
+    trainer = Trainer(parts)
+    batches = trainer._estimation_batches()
+
+    def interrupted():
+        yield next(batches)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    trainer._estimation_batches = interrupted
+    with pytest.raises(SystemExit) as left:
+        trainer.train()
+    assert left.value.code == EXIT_CODE
+    assert _last(parts) == ("model_warmup.pth", 2)
+    _run(parts, resume=True)
+    assert _same_end(whole, parts)
+
+
+@pytest.mark.parametrize("when", ["in the last iteration", "in the evaluation"])
+def test_an_evaluation_is_left_to_the_resumed_run(cfgs, when, monkeypatch):
+    whole, parts = cfgs
+    _run(whole)
+
+    def interrupted(cfg, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(Trainer, "test", staticmethod(interrupted))
+        _run(parts, *([_Signal(6)] if when == "in the last iteration" else []))
+    assert left.value.code == EXIT_CODE
+    results = Path(parts.OUTPUT_DIR) / "results.json"
+    assert not results.exists()
+    _run(parts, resume=True)
+    assert _same_end(whole, parts)
+    assert results.read_text() == (Path(whole.OUTPUT_DIR) / "results.json").read_text()
+
+
+def _rank(rank: int, rendezvous: Path, cfg: CfgNode, iteration: int) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
+    comm.create_local_process_group(2)
+    _run(cfg, *([_Signal(iteration)] if rank == 1 else []), resume=True)
+
+
+def test_processes_leave_after_the_same_iteration_if_one_is_told_to(cfgs, start_process, tmp_path):
+    whole, parts = cfgs
+
+    def run(name: str, cfg: CfgNode, iteration: int) -> list[int]:
+        arguments = tmp_path / name, cfg, iteration
+        processes = [start_process(_rank, rank, *arguments) for rank in range(2)]
+        for process in processes:
+            process.join()
+        return [process.exitcode for process in processes]
+
+    assert run("undisturbed", whole, -1) == [0, 0]
+    assert run("preempted", parts, 4) == [EXIT_CODE, EXIT_CODE]
+    assert _last(parts) == ("model_preempted.pth", 4)
+    assert run("resumed", parts, -1) == [0, 0]
+    assert _same_end(whole, parts)
+
+
+def _wait_for_a_signal(ready: Path) -> None:
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: os._exit(number))
+    ready.touch()
+    time.sleep(60)
+
+
+def _wait_for_a_process(ready: Path) -> None:
+    with forwarding():
+        process = multiprocessing.get_context("fork").Process(
+            target=_wait_for_a_signal, args=(ready,)
+        )
+        process.start()
+        process.join()
+    os._exit(100 + process.exitcode)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_that_waits_for_others_passes_the_signal_on(number, start_process, tmp_path):
+    process = start_process(_wait_for_a_process, tmp_path / "ready")
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 100 + number
