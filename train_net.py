@@ -3,15 +3,15 @@
 
 python train_net.py --config-file configs/fishertune_dinov2.yaml [--num-gpus N] [--resume]
 python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS OUTPUT_DIR/model_final.pth
+torchrun --nproc-per-node N train_net.py --config-file FILE [MODEL.DEVICE cpu]
 """
 
 import argparse
 import logging
 import sys
-from contextlib import nullcontext
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
@@ -19,16 +19,22 @@ from torch.multiprocessing import ProcessExitedException
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.analysis.selection_map import draw_run
 from fishertune_d2.data import DatasetError, check_datasets
-from fishertune_d2.engine import Trainer, WholeCheckpointer, log_plan, preemption
+from fishertune_d2.engine import Trainer, WholeCheckpointer, launch, log_plan, preemption
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Reads the config file and the command line's KEY VALUE pairs; sets up logging."""
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """Reads the config file and the command line's KEY VALUE pairs."""
     cfg = get_cfg()
     add_fishertune_config(cfg)
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     cfg.freeze()
+    return cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Reads the config, and sets up this process's logging."""
+    cfg = read_config(args)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fishertune_d2", abbrev_name="fishertune")
     return cfg
@@ -61,15 +67,7 @@ if __name__ == "__main__":
     parser = default_argument_parser()
     args = parser.parse_args()
     try:
-        with preemption.forwarding() if args.num_gpus > 1 else nullcontext():
-            launch(
-                main,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
-            )
+        launch(main, args, device=read_config(args).MODEL.DEVICE)
     except DatasetError as error:  # it says what to do; a traceback would hide that
         sys.exit(f"error: {error}")
     except ProcessExitedException as error:

@@ -1,13 +1,16 @@
-"""The command itself, as a user types it: training, --eval-only, and data that are missing."""
+"""The command itself, as a user types it: training, --eval-only, torchrun, missing data."""
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +22,11 @@ TINY = (
     "SOLVER.MAX_ITER 3 SOLVER.IMS_PER_BATCH 2 TUNING.WARMUP_ITERS 1 FISHER.BATCHES 1 "
     "FISHER.IMS_PER_BATCH 2 TEST.PICTURES 1"
 ).split()
+TINY_CAMVID = [
+    *TINY,
+    *("TUNING.WARMUP_CHECKPOINT", ""),
+    *("DATASETS.TEST", '("camvid_day_train","camvid_dusk_dev")'),
+]
 
 
 @pytest.fixture
@@ -35,29 +43,24 @@ def camvid(tmp_path) -> Path:
     return tmp_path
 
 
-def _train_net(data: Path, *arguments: str) -> subprocess.CompletedProcess:
+def _run(data: Path, *command: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         "DETECTRON2_DATASETS": str(data),
         "FISHERTUNE_CACHE": str(data / "cache"),
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
-    return subprocess.run(
-        [sys.executable, "train_net.py", "--config-file", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def _train_net(data: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return _run(data, sys.executable, "train_net.py", "--config-file", *arguments)
 
 
 def test_trains_then_evaluates_from_the_checkpoint(camvid):
     config, out = "configs/camvid/fishertune.yaml", camvid / "out"
-    options = [
-        *TINY,
-        *("TUNING.WARMUP_CHECKPOINT", ""),
-        *("DATASETS.TEST", '("camvid_day_train","camvid_dusk_dev")'),
-    ]
+    options = TINY_CAMVID
     run = _train_net(camvid, config, *options, "OUTPUT_DIR", str(out))
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "average over unseen" in run.stdout
@@ -73,6 +76,56 @@ def test_trains_then_evaluates_from_the_checkpoint(camvid):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads((again / "results.json").read_text()) == trained
+
+
+@pytest.fixture
+def slurm(tmp_path) -> str:
+    """A PATH with SLURM's commands, as for a job of two nodes that are both this machine."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in {
+        "scontrol": "echo localhost; echo elsewhere",
+        "srun": '"$@" & first=$!; "$@" & second=$!; wait $first && wait $second',
+        "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"',
+    }.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_torchrun_trains_and_a_slurm_job_of_two_nodes_goes_on_where_it_stopped(camvid, slurm):
+    out, killed = camvid / "out", camvid / "killed"
+    arguments = ["--config-file", "configs/camvid/fishertune.yaml", *TINY_CAMVID]
+    arguments += ["SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2", "OUTPUT_DIR"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = _run(camvid, *torchrun, "--nproc-per-node=2", "train_net.py", *arguments, str(out))
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    logs = [(out / name).read_text() for name in ("log.txt", "log.txt.rank1")]
+    for rank, log in enumerate(logs):
+        assert f"Rank of current process: {rank}. World size: 2" in log
+        # Each file is written by the first process alone.
+        assert log.count("Results in percent") == (rank == 0)
+        assert log.count("Saving checkpoint to") == (rank == 0) * len(list(out.glob("*.pth")))
+    for iteration in (1, 3, 5):
+        assert (out / f"model_000000{iteration}.pth").is_file()
+
+    # As a kill after the fourth iteration, the second of the tuning stage, would have left it.
+    killed.mkdir()
+    for name in ("model_0000003.pth", "fisher.safetensors", "selection.safetensors"):
+        shutil.copy(out / name, killed)
+    (killed / "last_checkpoint").write_text("model_0000003.pth")
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    run = _run(
+        camvid, "bash", "tools/train.sbatch", *arguments, str(killed),
+        PATH=slurm, PORT=str(port), PROCESSES_PER_NODE="1", SLURM_JOB_ID="1",
+        SLURM_JOB_NODELIST="localhost,elsewhere", SLURM_JOB_NUM_NODES="2",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "Starting training from iteration 4" in run.stdout
+    assert (killed / "results.json").read_text() == (out / "results.json").read_text()
+    models = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (out, killed)]
+    torch.testing.assert_close(models[1]["model"], models[0]["model"], rtol=0, atol=0)
 
 
 def test_missing_data_end_in_the_expected_tree(tmp_path):

@@ -2,6 +2,7 @@
 
 from .checkpoint import WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
+from .launch import launch
 from .optimizer import build_optimizer
 from .plan import count_parameters, log_plan
 from .trainer import Trainer
@@ -15,5 +16,6 @@ __all__ = [
     "WarmupFreeze",
     "build_optimizer",
     "count_parameters",
+    "launch",
     "log_plan",
 ]
