@@ -81,7 +81,7 @@ class Trainer(DefaultTrainer):
             )
         # Not DefaultTrainer's: it wraps with DDP once and for all, and fails to on CPUs.
         TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
         loader = self.build_train_loader(cfg)  # first, for it finds missing data within a second
@@ -293,6 +293,18 @@ class Trainer(DefaultTrainer):
             raise FloatingPointError(
                 f"iteration {self.iter}, stage {self.stage}, {error} The last checkpoint stands"
             ) from error
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's, for SOLVER.REFERENCE_WORLD_SIZE; T1 keeps its part of T1 + T3."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is not cfg:  # a copy, then
+            scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
+            scaled.defrost()
+            scaled.TUNING.WARMUP_ITERS = round(cfg.TUNING.WARMUP_ITERS / scale)
+            if cfg.is_frozen():
+                scaled.freeze()
+        return scaled
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

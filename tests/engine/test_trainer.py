@@ -349,3 +349,18 @@ def test_an_estimate_of_another_model_is_refused_by_its_file(tiny_cfg, tmp_path)
     trainer = Trainer(tiny_cfg(FISHER__ESTIMATE=str(file)))
     with pytest.raises(ValueError, match="other.safetensors was made for another model: "):
         trainer._estimate()
+
+
+def test_another_number_of_processes_scales_warmup_with_the_rest(tiny_cfg):
+    per_process = {"SOLVER__IMS_PER_BATCH": 4, "SOLVER__REFERENCE_WORLD_SIZE": 2}
+    cfg = Trainer(tiny_cfg(**per_process)).cfg  # one process, half as many
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (2, 5e-4)
+    assert (cfg.SOLVER.MAX_ITER, cfg.TUNING.WARMUP_ITERS) == (14, 6)
+
+    cfg = tiny_cfg(**per_process, TUNING__WARMUP_ITERS=7)
+    cfg.freeze()
+    assert Trainer.auto_scale_workers(cfg, 2) is cfg
+    scaled = Trainer.auto_scale_workers(cfg, 4)
+    assert scaled.is_frozen()
+    assert scaled.SOLVER.MAX_ITER == scaled.TUNING.WARMUP_ITERS == 4  # rounded alike
+    assert cfg.TUNING.WARMUP_ITERS == 7
