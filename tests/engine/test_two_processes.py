@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from PIL import Image
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
 from torch.multiprocessing import spawn
 
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.data import register_sem_seg
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.optimizer import is_backbone
 from fishertune_d2.fisher import FisherEstimate
 
 from .conftest import CLASSES
@@ -37,8 +42,31 @@ class _Checksums(HookBase):
         self.seen.append(digest.hexdigest())
 
 
+class _SentBytes(HookBase):
+    """The bytes of gradients that DDP sends in each step: the decoder's and the backbone's."""
+
+    def __init__(self):
+        self.seen = []
+        self._wrapped = None
+
+    def before_step(self) -> None:
+        if self.trainer.model is not self._wrapped:  # a new stage
+            self._wrapped = self.trainer.model
+            self._wrapped.register_comm_hook(None, self._send)
+        self.seen.append([0, 0])
+
+    def _send(self, state: None, bucket: GradBucket) -> Future[torch.Tensor]:
+        names = {p: name for name, p in self.trainer.segmentor.named_parameters()}
+        sent = [0, 0]
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            sent[is_backbone(names[parameter])] += gradient.nbytes
+        assert sum(sent) == bucket.buffer().nbytes
+        self.seen[-1] = [before + now for before, now in zip(self.seen[-1], sent, strict=True)]
+        return allreduce_hook(None, bucket)
+
+
 def _register(root: Path) -> None:
-    for name in ("tiny_day", "tiny_night", "tiny_sparse"):
+    for name in ("tiny_day", "tiny_night", "tiny_sparse", "tiny_one"):
         if name not in DatasetCatalog:
             register_sem_seg(name, root / name / "images", root / name / "labels", CLASSES)
 
@@ -53,20 +81,31 @@ def _process(rank: int, config: str, root: Path, folder: Path) -> None:
     cfg = get_cfg()
     add_fishertune_config(cfg)
     cfg.merge_from_file(config)
+    checksums, sent, sent_by_full = _Checksums(), _SentBytes(), _SentBytes()
     trainer = Trainer(cfg)
-    checksums = _Checksums()
-    trainer.register_hooks([checksums])
+    trainer.register_hooks([checksums, sent])
     trainer.train()
-    (folder / f"checksums_{rank}.json").write_text(json.dumps(checksums.seen))
+    full = ["TUNING.METHOD", "full", "TUNING.WARMUP_ITERS", 1, "SOLVER.MAX_ITER", 3]
+    cfg.merge_from_list([*full, "DATASETS.TEST", (), "OUTPUT_DIR", str(folder / "full")])
+    trainer = Trainer(cfg)
+    trainer.register_hooks([sent_by_full])
+    trainer.train()
+    seen = {"weights": checksums.seen, "sent": sent.seen, "sent by full": sent_by_full.seen}
+    (folder / f"seen_{rank}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def sparse_data(tiny_data) -> Path:
-    """``tiny_sparse``: seven images, an odd number; three of them have no labelled pixel."""
-    source, target = tiny_data / "tiny_day", tiny_data / "tiny_sparse"
+    """``tiny_sparse``: seven images, an odd number; three of them have no labelled pixel.
+
+    ``tiny_one``: one image, so that a process has none.
+    """
+    source, target, one = (tiny_data / f"tiny_{name}" for name in ("day", "sparse", "one"))
     for folder in ("images", "labels"):
         (target / folder).mkdir(parents=True)
+        (one / folder).mkdir(parents=True)
+        shutil.copy(source / folder / "0.png", one / folder)
     for i in range(7):
         image = Image.open(source / "images" / f"{i % 6}.png")
         label = Image.open(source / "labels" / f"{i % 6}.png")
@@ -76,15 +115,16 @@ def sparse_data(tiny_data) -> Path:
         label.save(target / "labels" / f"{i}.png")
     _register(tiny_data)
     yield tiny_data
-    DatasetCatalog.remove("tiny_sparse")
+    for name in ("tiny_sparse", "tiny_one"):
+        DatasetCatalog.remove(name)
 
 
 @pytest.fixture
 def two(tiny_cfg, sparse_data, tmp_path):
-    """The config of a run by two processes, and the checksums of each."""
+    """The config of a run by two processes, and what each saw."""
     cfg = tiny_cfg(
         DATASETS__TRAIN=("tiny_sparse",),
-        DATASETS__TEST=("tiny_sparse", "tiny_night"),
+        DATASETS__TEST=("tiny_sparse", "tiny_night", "tiny_one"),
         SOLVER__MAX_ITER=STEPS,
         SOLVER__CHECKPOINT_PERIOD=STEPS,
         TUNING__WARMUP_ITERS=WARMUP,
@@ -93,15 +133,23 @@ def two(tiny_cfg, sparse_data, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(cfg.dump())
     spawn(_process, (str(config), sparse_data, tmp_path), nprocs=2)
-    return cfg, [json.loads((tmp_path / f"checksums_{r}.json").read_text()) for r in range(2)]
+    return cfg, [json.loads((tmp_path / f"seen_{r}.json").read_text()) for r in range(2)]
 
 
-def test_replicas_stay_equal_and_results_are_those_of_one_process(two, tiny_cfg):
+def test_replicas_stay_equal_and_send_little_and_results_are_those_of_one_process(two, tiny_cfg):
     cfg, (first, second) = two
     out = Path(cfg.OUTPUT_DIR)
-    assert len(first) == STEPS
-    assert first == second
-    assert len(set(first)) == STEPS  # every step moved something
+    weights = first["weights"]
+    assert len(weights) == STEPS
+    assert weights == second["weights"]
+    assert len(set(weights)) == STEPS  # every step moved something
+
+    # Gradients: the decoder's in every step, the selected weights' after warm-up.
+    decoder, full = first["sent by full"][-1]
+    selected = first["sent"][-1][1]
+    assert 0 < selected <= 0.06 * full
+    tuning = STEPS - WARMUP
+    assert first["sent"] == WARMUP * [[decoder, 0]] + tuning * [[decoder, selected]]
 
     # Evaluation: one process alone scores the same model the same.
     results = json.loads((out / "results.json").read_text())
