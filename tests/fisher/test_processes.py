@@ -1,7 +1,9 @@
 """Two gloo processes that hold half of the batches each measure what one process measures."""
 
+import json
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ from torch import nn
 from torch.multiprocessing import spawn
 
 from fishertune_d2.fisher import (
+    ESTIMATORS,
     FisherEstimate,
     StatisticsPerturbation,
     estimate_fisher,
@@ -20,13 +23,13 @@ from fishertune_d2.fisher import (
 ADDITIVE = ("diagonal", "diagonal_loop", "closed_form")
 
 
-def _measure(estimator: str, first: int, step: int) -> FisherEstimate:
-    """F over batches first, first + step, ... of four."""
+def _measure(estimator: str, first: int, step: int, count: int = 4) -> FisherEstimate:
+    """F over batches first, first + step, ... of ``count``."""
     torch.manual_seed(0)
     model = timm.models.VisionTransformer(
         img_size=16, patch_size=8, num_classes=3, embed_dim=8, depth=2, num_heads=2
     ).double()
-    images = torch.randn(4, 2, 3, 16, 16, dtype=torch.float64)
+    images = torch.randn(count, 2, 3, 16, 16, dtype=torch.float64)
     perturb = StatisticsPerturbation([model.blocks[0]], num_prefix_tokens=1)
 
     def loss(model, batch):
@@ -46,7 +49,17 @@ def _process(rank: int, folder: str) -> None:
     )
     for estimator in ADDITIVE:
         _measure(estimator, rank, 2).save(Path(folder) / f"{estimator}_{rank}.safetensors")
+    sent = {e: [_sent_bytes(e, rank, batches) for batches in (1, 3)] for e in ESTIMATORS}
+    (Path(folder) / f"sent_{rank}.json").write_text(json.dumps(sent))
     torch.distributed.destroy_process_group()
+
+
+def _sent_bytes(estimator: str, rank: int, batches: int) -> int:
+    """What this process gives to sums over processes in an estimate of so many batches."""
+    all_reduce = torch.distributed.all_reduce
+    with patch.object(torch.distributed, "all_reduce", side_effect=all_reduce) as calls:
+        _measure(estimator, rank, 2, 2 * batches)
+    return sum(call.args[0].nbytes for call in calls.call_args_list)
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +80,14 @@ def test_two_processes_measure_what_one_does(folder, estimator):
             # atol: what float64 resolves of gamma * Lambda, for F by way of Lambda.
             torch.testing.assert_close(two[name], one[name], rtol=1e-9, atol=1e-15)
             torch.testing.assert_close(two.shifted[name], one.shifted[name], rtol=1e-9, atol=1e-15)
+
+
+def test_f_is_sent_once_or_by_estimators_that_step_together_in_each_batch(folder):
+    sent = json.loads((folder / "sent_1.json").read_text())
+    on_x = _measure("diagonal", 0, 1)
+    both = sum(value.nbytes for part in (on_x.f, on_x.shifted) for value in part.values())
+    counts = 100  # bytes at most, of images and mean losses, in each batch
+    for estimator, (one, three) in sent.items():
+        sums = 3 if estimator in ("natural", "variational") else 1
+        assert both <= one <= both + counts, estimator
+        assert sums * both <= three <= sums * one, estimator
