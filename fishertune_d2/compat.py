@@ -7,6 +7,8 @@ from torch import nn
 
 # fvcore and Detectron2 compile losses with torch.jit.script as they are imported.
 warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
+# Its successor is unknown to older torch.
+warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
 
 
 def has_detectron2() -> bool:
@@ -47,4 +49,9 @@ def wrap_for_ranks(model: nn.Module) -> nn.Module:
         return model
     device = next(model.parameters()).device
     ids = [comm.get_local_rank()] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=ids,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,  # else every gradient is there twice
+    )
