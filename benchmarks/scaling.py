@@ -1,0 +1,270 @@
+#!/usr/bin/env python
+"""How time and memory grow with processes, backbone, resolution and share, and what is sent.
+
+    python benchmarks/scaling.py                                    # 4 minutes on two CPU cores
+    python benchmarks/scaling.py --show docs/results/scaling.json   # the tables again
+
+Measured: DINOv2 with the head of configs/demo.yaml, processes of one thread, one image of noise in
+each. One process steps alone, then two at the same time that know nothing of each other ("apart"),
+then two that train one model ("together"); a time is the median over rounds in which these take
+turns. So what two processes lose is split into what sharing a machine costs, and what exchanging
+gradients costs. Computed: the bytes that the paper's config sends with ViT-S, L and H.
+
+Needs neither data nor weights. Writes outputs/scaling/scaling.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from evaluation import describe_machine
+from tabulate import tabulate
+from torch import Tensor
+from training import ROOT, Training, _commit
+
+from fishertune_d2 import add_fishertune_config
+from fishertune_d2.compat import wrap_for_ranks
+from fishertune_d2.engine import Trainer, count_parameters
+from fishertune_d2.engine.image_losses import SegmentationLoss
+from fishertune_d2.engine.optimizer import is_backbone
+from fishertune_d2.fisher import StatisticsPerturbation, estimate_fisher, find_candidates
+
+ESTIMATION = "estimation"
+VFMS = ("dinov2_vits", "dinov2_vitl", "mae_vith")  # of which the sent bytes are computed
+FORK = multiprocessing.get_context("fork")  # a process begins with everything imported
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one row of the tables measures.
+
+    Attributes:
+        way: of ``training.WAYS``, or :data:`ESTIMATION`.
+        vfm: MODEL.VFM.NAME.
+        crop: height and width of the image, in pixels.
+        share: of the backbone that FisherTune tunes.
+    """
+
+    way: str
+    vfm: str = "dinov2_vits"
+    crop: tuple[int, int] = (126, 210)
+    share: float = 0.05
+
+    def config(self) -> CfgNode:
+        """The demo's, with one image for each step."""
+        options = {
+            "MODEL.VFM.NAME": self.vfm,
+            "MODEL.VFM.IMG_SIZE": self.crop,
+            "INPUT.CROP.SIZE": self.crop,
+            "TUNING.D_MAX": self.share,
+            "SOLVER.IMS_PER_BATCH": 2 if self.way == ESTIMATION else 1,  # Eq. 6 needs two
+        }
+        return _config("configs/demo.yaml", options)
+
+
+CELLS = (
+    Cell("freeze"),
+    Cell("full"),
+    Cell("fishertune", share=0.01),
+    Cell("fishertune"),
+    Cell("fishertune", share=0.2),
+    Cell("fishertune", crop=(84, 140)),
+    Cell("fishertune", crop=(252, 420)),
+    Cell("full", vfm="dinov2_vitb"),
+    Cell("fishertune", vfm="dinov2_vitb"),
+    Cell(ESTIMATION),
+)
+
+
+class Estimation:
+    """F(x) and F(x') of one batch, with what sums them over processes at the end."""
+
+    def __init__(self, cfg: CfgNode):
+        training = Training(cfg, "freeze")
+        self.model, self.batch = training.model, training.batch
+        self.candidates = find_candidates(self.model.backbone)
+
+    def step(self) -> None:
+        """Measures."""
+        points = self.model.backbone.perturbation_points()
+        perturb = StatisticsPerturbation(
+            points, num_prefix_tokens=self.model.backbone.num_prefix_tokens
+        )
+        estimate_fisher(
+            self.model,
+            [self.batch],
+            SegmentationLoss(),
+            self.candidates,
+            perturb=perturb,
+            progress=False,
+        )
+
+
+def _work(cell: Cell, rank: int | None, folder: str, pipe: Connection) -> None:
+    """A process: steps whenever it is told to and says how long it took; then what it needed."""
+    torch.set_num_threads(1)
+    before = _memory("VmRSS")
+    if rank is not None:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+        )
+    cfg = cell.config()
+    work = Estimation(cfg) if cell.way == ESTIMATION else Training(cfg, cell.way)
+    if cell.way != ESTIMATION:
+        work.model = wrap_for_ranks(work.model)
+    while pipe.recv():
+        start = time.perf_counter()
+        work.step()
+        pipe.send(time.perf_counter() - start)
+    gradients = {"decoder": 0, "backbone": 0}
+    for name, parameter in work.model.named_parameters():
+        if parameter.grad is not None:
+            part = "backbone" if is_backbone(name.removeprefix("module.")) else "decoder"
+            gradients[part] += parameter.grad.nbytes
+    pipe.send({"peak": _memory("VmHWM") - before, "gradients": gradients})
+
+
+def measure(cell: Cell, rounds: int) -> dict:
+    """Times of one process, of two apart and of two together; memory of one and of two."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = {}
+        for name, rank in (("first", None), ("second", None), ("rank 0", 0), ("rank 1", 1)):
+            pipes[name], other = FORK.Pipe()
+            FORK.Process(target=_work, args=(cell, rank, folder, other), daemon=True).start()
+            other.close()  # so that its end is noticed
+        groups = {
+            "alone": [pipes["first"]],
+            "apart": [pipes["first"], pipes["second"]],
+            "together": [pipes["rank 0"], pipes["rank 1"]],
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in groups}
+        for number in range(rounds + 1):
+            for name, group in groups.items():
+                for pipe in group:
+                    pipe.send(True)
+                taken = [pipe.recv() for pipe in group]
+                if number > 0:  # the first round warms up
+                    seconds[name].append(max(taken))
+        for pipe in pipes.values():
+            pipe.send(False)
+        last = {name: pipe.recv() for name, pipe in pipes.items()}
+    return {
+        **asdict(cell),
+        "seconds": {name: median(values) for name, values in seconds.items()},
+        "peak_bytes": {"alone": last["first"]["peak"], "together": last["rank 0"]["peak"]},
+        "gradient_bytes": last["rank 0"]["gradients"],
+    }
+
+
+def sent(vfm: str) -> dict:
+    """Bytes that a process gives to each sum over processes, in the paper's config."""
+    cfg = _config("configs/fishertune_dinov2.yaml", {"MODEL.VFM.NAME": vfm, "MODEL.DEVICE": "meta"})
+    with torch.device("meta"):
+        model = Trainer.build_model(cfg)
+    counts = count_parameters(cfg, model.backbone)
+    decoder = [p for name, p in model.named_parameters() if not is_backbone(name)]
+    unused = model.backbone.unused_parameters()
+    trained = [p for name, p in model.backbone.named_parameters() if name not in unused]
+    measured = {c.name: c.parameter for c in find_candidates(model.backbone)}
+    classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    return {
+        "vfm": vfm,
+        "decoder": _bytes(decoder),
+        "full": _bytes(trained),
+        "fishertune": 4 * counts["tuned_parameters"],
+        "fisher": 2 * _bytes(measured.values()),  # F(x) and F(x')
+        "weights": _bytes(model.state_dict().values()),
+        "confusion": 8 * classes * (classes + 1),
+    }
+
+
+def tables(result: dict) -> str:
+    """The tables of docs/scaling.md."""
+    times, memory = [], []
+    for row in result["cells"]:
+        name = [row["way"], row["vfm"], "{} x {}".format(*row["crop"])]
+        name.append(f"{100 * row['share']:.0f} %" if row["way"] == "fishertune" else "-")
+        alone, apart, together = (row["seconds"][k] for k in ("alone", "apart", "together"))
+        ratios = (apart / alone, together / apart, 2 * alone / together)
+        times.append([*name, f"{alone:.2f}", *(f"{ratio:.2f}" for ratio in ratios)])
+        sizes = (*row["peak_bytes"].values(), *row["gradient_bytes"].values())
+        if row["way"] != ESTIMATION:
+            memory.append([*name, *(f"{size / 1e6:,.1f}" for size in sizes)])
+    bytes_sent = [
+        [r["vfm"], *(f"{r[k] / 1e6:,.1f}" for k in ("decoder", "full", "fishertune"))]
+        + [f"{r['fishertune'] / r['full']:.3f}"]
+        + [f"{(r['decoder'] + r['fishertune']) / (r['decoder'] + r['full']):.3f}"]
+        + [f"{r[k] / 1e6:,.1f}" for k in ("fisher", "weights")]
+        for r in result["sent"]
+    ]
+    cell = ["way", "VFM", "image", "share"]
+    return "\n\n".join(
+        tabulate(rows, head, tablefmt="github", disable_numparse=True)
+        for rows, head in (
+            (times, [*cell, "alone, s", "apart / alone", "together / apart", "images per s"]),
+            (memory, [*cell, "peak alone, MB", "together, MB", "decoder sent, MB", "backbone, MB"]),
+            (
+                bytes_sent,
+                ["VFM", "decoder", "backbone, full", "FisherTune", "ratio", "ratio with decoder"]
+                + ["F(x), F(x')", "weights"],
+            ),
+        )
+    )
+
+
+def _config(path: str, options: dict) -> CfgNode:
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    cfg.merge_from_file(str(ROOT / path))
+    for key, value in {**options, "MODEL.VFM.WEIGHTS": "random"}.items():
+        cfg.merge_from_list([key, value])
+    return cfg
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def _memory(field: str) -> int:
+    (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs/scaling/scaling.json")
+    parser.add_argument("--show", type=Path, help="prints the tables of a file, measures nothing")
+    args = parser.parse_args()
+    if args.show:
+        print(tables(json.loads(args.show.read_text())))
+        sys.exit()
+    torch.set_num_threads(1)
+    begin, cells = time.time(), []
+    for cell in CELLS:
+        print(cell, file=sys.stderr, flush=True)
+        cells.append(measure(cell, args.rounds))
+    result = {
+        "machine": describe_machine(),
+        "load": os.getloadavg()[2],  # of the last 15 minutes; 2 of it are this benchmark's own
+        "commit": _commit(),
+        "rounds": args.rounds,
+        "cells": cells,
+        "sent": [sent(vfm) for vfm in VFMS],
+        "seconds": time.time() - begin,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(tables(result))
