@@ -34,7 +34,8 @@ def launch(main: Callable[[Namespace], object], args: Namespace, *, device: str)
     """
     if not all(name in os.environ for name in _TORCHRUN):
         options = {name: getattr(args, name) for name in ("num_machines", "machine_rank")}
-        with preemption.forwarding() if args.num_gpus > 1 else nullcontext():
+        several = args.num_gpus * args.num_machines > 1  # then this process only waits for them
+        with preemption.forwarding() if several else nullcontext():
             detectron2_launch(main, args.num_gpus, dist_url=args.dist_url, args=(args,), **options)
         return
     _join_torchrun(args, device)

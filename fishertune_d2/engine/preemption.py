@@ -3,7 +3,8 @@
 The iteration that is running is finished, ``model_preempted.pth`` is written, and the process exits
 with ``EXIT_CODE``. Not 143 or 130: a process that was killed by the signal has these too, with no
 checkpoint. Between iterations there is nothing to finish: in the estimation and in an evaluation
-the process exits at once, with the same code, and the checkpoint before them stands.
+the process exits at once, with the same code, and the checkpoint before them stands (there each
+process has to be told, as schedulers do).
 
 SLURM requeues what it preempts itself; a script tells the two ends apart by the code:
 

@@ -153,6 +153,31 @@ def test_a_file_truncated_anywhere_is_refused_by_name(kind, selection, estimate)
         kind.load(file.with_name("missing.safetensors"))
 
 
+def test_a_header_that_lies_about_the_file_is_refused_by_name(selection):
+    whole = selection.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    first, second = header[f"indices/{WEIGHT}"], header[f"ranks/{WEIGHT}"]
+    lies = [
+        lambda: first.update(data_offsets=second["data_offsets"]),  # two tensors in one place
+        lambda: first.update(data_offsets=[0, 10**12]),
+        lambda: first.update(shape=[10**6]),
+        lambda: first.update(dtype="F8"),
+    ]
+    selection.write_bytes(struct.pack("<Q", 2**60) + whole[8:])
+    with pytest.raises(ValueError, match="selection.safetensors cannot be used: "):
+        Selection.load(selection)
+    for lie in lies:
+        before = dict(first)
+        lie()
+        text = json.dumps(header).encode()
+        selection.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+        with pytest.raises(ValueError, match="selection.safetensors cannot be used: "):
+            Selection.load(selection)
+        first.clear()
+        first.update(before)
+
+
 def test_nothing_may_be_selected_of_a_tensor(tmp_path):
     scores = {"a": torch.zeros(2, 2), "b": torch.ones(2)}
     Selection.from_scores(scores, 0.2, 10).save(tmp_path / "selection.safetensors")
