@@ -36,10 +36,16 @@ from training import ROOT, Training, _commit
 
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.compat import wrap_for_ranks
-from fishertune_d2.engine import Trainer, count_parameters
+from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.optimizer import is_backbone
-from fishertune_d2.fisher import StatisticsPerturbation, estimate_fisher, find_candidates
+from fishertune_d2.fisher import (
+    StatisticsPerturbation,
+    count_of_share,
+    estimate_fisher,
+    find_candidates,
+    tuned_share,
+)
 
 ESTIMATION = "estimation"
 VFMS = ("dinov2_vits", "dinov2_vitl", "mae_vith")  # of which the sent bytes are computed
@@ -124,6 +130,8 @@ def _work(cell: Cell, rank: int | None, folder: str, pipe: Connection) -> None:
     work = Estimation(cfg) if cell.way == ESTIMATION else Training(cfg, cell.way)
     if cell.way != ESTIMATION:
         work.model = wrap_for_ranks(work.model)
+    # Sets the peak back to what is there now, for ranking the weights takes more than some steps.
+    Path("/proc/self/clear_refs").write_text("5")
     while pipe.recv():
         start = time.perf_counter()
         work.step()
@@ -173,7 +181,8 @@ def sent(vfm: str) -> dict:
     cfg = _config("configs/fishertune_dinov2.yaml", {"MODEL.VFM.NAME": vfm, "MODEL.DEVICE": "meta"})
     with torch.device("meta"):
         model = Trainer.build_model(cfg)
-    counts = count_parameters(cfg, model.backbone)
+    share = tuned_share(1.0, cfg.TUNING.D_MIN, cfg.TUNING.D_MAX, form=cfg.TUNING.SCHEDULE)
+    base = sum(p.numel() for p in model.backbone.parameters())
     decoder = [p for name, p in model.named_parameters() if not is_backbone(name)]
     unused = model.backbone.unused_parameters()
     trained = [p for name, p in model.backbone.named_parameters() if name not in unused]
@@ -183,7 +192,7 @@ def sent(vfm: str) -> dict:
         "vfm": vfm,
         "decoder": _bytes(decoder),
         "full": _bytes(trained),
-        "fishertune": 4 * counts["tuned_parameters"],
+        "fishertune": 4 * count_of_share(share, base),
         "fisher": 2 * _bytes(measured.values()),  # F(x) and F(x')
         "weights": _bytes(model.state_dict().values()),
         "confusion": 8 * classes * (classes + 1),
