@@ -1,6 +1,7 @@
 """What a config will train, said before any data or weights are needed."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -15,24 +16,40 @@ logger = logging.getLogger(__name__)
 
 def count_parameters(cfg: CfgNode, backbone: nn.Module) -> dict[str, int]:
     """How many weights the backbone has, and how many of them TUNING lets move by the end."""
-    total = sum(p.numel() for p in backbone.parameters())
+    return {
+        "tuned_parameters": count_tuned(cfg, backbone, progress=1.0),
+        "backbone_parameters": sum(p.numel() for p in backbone.parameters()),
+    }
+
+
+def count_tuned(cfg: CfgNode, backbone: nn.Module, progress: float) -> int:
+    """How many of the backbone's weights may move at a point of the tuning stage, from 0 to 1."""
     method = build_tuning_method(cfg)
-    if method.selects:
-        tuning = cfg.TUNING
-        share = tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, form=tuning.SCHEDULE)
-        tuned = count_of_share(share, total)
-    else:
-        tuned = sum(p.numel() for p in method.parameters(backbone).values())
-    return {"tuned_parameters": tuned, "backbone_parameters": total}
+    if not method.selects:
+        return sum(p.numel() for p in method.parameters(backbone).values())
+    tuning = cfg.TUNING
+    share = tuned_share(progress, tuning.D_MIN, tuning.D_MAX, form=tuning.SCHEDULE)
+    return count_of_share(share, sum(p.numel() for p in backbone.parameters()))
+
+
+def build_empty(cfg: CfgNode, build: Callable[[CfgNode], nn.Module]) -> nn.Module:
+    """What ``build(cfg)`` builds, on the meta device: shapes without numbers, and no weights file.
+
+    Args:
+        cfg: stays as it is.
+        build: Detectron2's ``build_model`` or ``build_backbone``.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.VFM.WEIGHTS = "random"
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build(cfg)
 
 
 def plan(cfg: CfgNode) -> dict[str, int]:
     """:func:`count_parameters` of the config's backbone, without its weights."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.VFM.WEIGHTS = "random"
-    with torch.device("meta"):
-        return count_parameters(cfg, build_backbone(cfg))
+    return count_parameters(cfg, build_empty(cfg, build_backbone))
 
 
 def log_plan(cfg: CfgNode) -> dict[str, int]:

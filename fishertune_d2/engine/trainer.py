@@ -26,7 +26,7 @@ from fishertune_d2.fisher import (
     find_candidates,
     tuned_share,
 )
-from fishertune_d2.tuning import SelectedWeights, build_tuning_method, require_same_shapes
+from fishertune_d2.tuning import build_tuning_method, require_same_shapes
 
 from .checkpoint import RunRecord, WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
@@ -34,10 +34,10 @@ from .image_losses import SegmentationLoss
 from .optimizer import build_optimizer, carry_state, is_backbone
 from .preemption import Preemption
 from .scoring import score_datasets
+from .stages import prepare_stage
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("warmup", "tuning")
 # FISHER.PRECISION: what autocast computes the estimate's losses and gradients in. Never float16,
 # in which squares of gradients underflow.
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -88,7 +88,6 @@ class Trainer(DefaultTrainer):
         seed_all_rng(cfg.SEED)
         model = self.build_model(cfg)
         self.method = build_tuning_method(cfg)
-        self._decoder = [p for name, p in model.named_parameters() if not is_backbone(name)]
         trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer(model, loader, optimizer=None)
         names = [item["file_name"] for item in loader.dataset.dicts]
@@ -96,9 +95,9 @@ class Trainer(DefaultTrainer):
             model, cfg.OUTPUT_DIR, run=RunRecord(cfg, names), trainer=weakref.proxy(self)
         )
         self._preemption = Preemption(lambda: self._save("model_preempted"))
+        self._estimation = self._build_estimation()
         self.stage = ""
         self.start_stage("warmup")
-        self._estimation = self._build_estimation()
         self.register_hooks(self.build_hooks())
 
     @property
@@ -113,16 +112,11 @@ class Trainer(DefaultTrainer):
             ValueError: if there is no such stage.
             RuntimeError: if the method selects weights and none are selected yet.
         """
-        if stage not in STAGES:
-            raise ValueError(f"unknown stage {stage!r}: choose from {STAGES}")
         if stage == self.stage:
             return
         model, old = self.segmentor, self.optimizer
-        tuned = self._start_tuning() if stage == "tuning" else []
-        trained = {*self._decoder, *tuned}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter in trained)
-            parameter.grad = None
+        selection = self._estimation.selection if self._estimation else None
+        tuned, self._selected = prepare_stage(model, stage, self.method, selection)
         self.optimizer = self.build_optimizer(self.cfg, model)
         if old is not None:
             carry_state(old, self.optimizer)
@@ -130,22 +124,13 @@ class Trainer(DefaultTrainer):
         self._set_learning_rates(self.iter)
         self.model = wrap_for_ranks(model)
         self.stage = stage
+        decoder = [p for name, p in model.named_parameters() if not is_backbone(name)]
         logger.info(
             "Stage %s: %s parameters of the decoder and %s of the backbone are in the optimizer",
             stage,
-            f"{sum(p.numel() for p in self._decoder):,}",
+            f"{sum(p.numel() for p in decoder):,}",
             f"{sum(p.numel() for p in tuned):,}",
         )
-
-    def _start_tuning(self) -> list[nn.Parameter]:
-        """Makes ready what the method trains of the backbone, and returns it."""
-        backbone = self.segmentor.backbone
-        if not self.method.selects:
-            return list(self.method.parameters(backbone).values())
-        if self._estimation.selection is None:
-            raise RuntimeError("no weights are selected yet: the estimation hook does that first")
-        self._selected = SelectedWeights(backbone, self._estimation.selection)
-        return list(self._selected.parameters().values())
 
     def build_hooks(self) -> list[HookBase | None]:
         """The hooks of all stages, then Detectron2's for checkpoints, evaluation and writing."""
@@ -203,13 +188,6 @@ class Trainer(DefaultTrainer):
             require_same_shapes(self.method.parameters(backbone), estimate)
             return estimate
         logger.info("Estimating the Fisher information; no weight changes meanwhile")
-        points = backbone.perturbation_points()
-        perturb = StatisticsPerturbation(
-            [points[i] for i in fisher.PERTURB.POINTS],
-            num_prefix_tokens=backbone.num_prefix_tokens,
-            strength=fisher.PERTURB.STRENGTH,
-            eps_mode=fisher.PERTURB.EPS_MODE,
-        )
         return estimate_fisher(
             self.segmentor,
             self._estimation_batches(),
@@ -217,7 +195,7 @@ class Trainer(DefaultTrainer):
             find_candidates(backbone),
             estimator=fisher.ESTIMATOR,
             labels=fisher.LABELS,
-            perturb=perturb,
+            perturb=build_perturbation(self.cfg, backbone),
             seed=self.cfg.SEED,
             progress=comm.is_main_process(),
             autocast=PRECISIONS[fisher.PRECISION],
@@ -325,6 +303,17 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module) -> dict:
         """Scores a model on every test set, and writes the table; see ``engine.scoring``."""
         return score_datasets(cfg, model)
+
+
+def build_perturbation(cfg: CfgNode, backbone: nn.Module) -> StatisticsPerturbation:
+    """Eq. 6 at FISHER.PERTURB.POINTS of the backbone."""
+    perturb, points = cfg.FISHER.PERTURB, backbone.perturbation_points()
+    return StatisticsPerturbation(
+        [points[i] for i in perturb.POINTS],
+        num_prefix_tokens=backbone.num_prefix_tokens,
+        strength=perturb.STRENGTH,
+        eps_mode=perturb.EPS_MODE,
+    )
 
 
 def _build_loader(cfg: CfgNode, batch_size: int, seed: int) -> DataLoader:

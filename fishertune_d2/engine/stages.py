@@ -1,0 +1,45 @@
+"""What each stage of training trains, in one place for the trainer and the plan."""
+
+from torch import nn
+
+from fishertune_d2.fisher import Selection
+from fishertune_d2.tuning import SelectedWeights, TuningMethod
+
+from .optimizer import is_backbone
+
+STAGES = ("warmup", "tuning")
+
+
+def prepare_stage(
+    model: nn.Module, stage: str, method: TuningMethod, selection: Selection | None
+) -> tuple[list[nn.Parameter], SelectedWeights | None]:
+    """Lets what a stage trains require a gradient, and nothing else; frees earlier gradients.
+
+    Args:
+        model: the segmentor, without DDP wrapper.
+        stage: ``"warmup"``, the decoder alone; ``"tuning"``, also what ``method`` trains.
+        method: the tuning method.
+        selection: what is tuned, if ``method`` selects.
+
+    Returns:
+        What of the backbone is trained, and what makes it trainable if it is a selection.
+
+    Raises:
+        ValueError: if there is no such stage.
+        RuntimeError: if the method selects weights and none are selected yet.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}: choose from {STAGES}")
+    tuned, selected = [], None
+    if stage == "tuning" and not method.selects:
+        tuned = list(method.parameters(model.backbone).values())
+    elif stage == "tuning":
+        if selection is None:
+            raise RuntimeError("no weights are selected yet: the estimation hook does that first")
+        selected = SelectedWeights(model.backbone, selection)
+        tuned = list(selected.parameters().values())
+    trained = {p for name, p in model.named_parameters() if not is_backbone(name)} | {*tuned}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+        parameter.grad = None
+    return tuned, selected
