@@ -3,6 +3,7 @@
 from .batch_losses import image_seeds, seeded
 from .candidates import KINDS, Candidate, find_candidates
 from .closed_form import ClosedForm
+from .cost import Cost
 from .diagonal import Diagonal, DiagonalLoop
 from .estimate import ESTIMATORS, LABELS, Estimator, FisherEstimate, estimate_fisher
 from .free_energy import FreeEnergy
@@ -21,6 +22,7 @@ __all__ = [
     "LABELS",
     "Candidate",
     "ClosedForm",
+    "Cost",
     "Diagonal",
     "DiagonalLoop",
     "Estimator",

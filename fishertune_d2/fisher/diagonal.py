@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .batch_losses import BatchLosses
 from .candidates import Candidate
+from .cost import Cost
 from .linear_calls import LinearCall, LinearCalls
 from .processes import sum_over_processes
 
@@ -37,6 +38,8 @@ class DiagonalLoop:
     Args:
         candidates: whose squares to sum.
     """
+
+    cost = Cost(extra=1, images=1)  # the gradients of the image before
 
     def __init__(self, candidates: Sequence[Candidate]):
         self.candidates = candidates
@@ -88,6 +91,8 @@ class Diagonal(DiagonalLoop):
     Needs a ``loss_fn`` that passes the whole batch through the model at once, and a model in which
     images do not meet (no batch statistics) and every candidate is used by one linear layer, once.
     """
+
+    cost = Cost()
 
     def update(self, losses: BatchLosses) -> None:
         """Adds the squares of a batch.

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .batch_losses import BatchLosses, LossFn, mixed_seed
 from .candidates import Candidate
 from .closed_form import ClosedForm
+from .cost import Cost
 from .diagonal import Diagonal, DiagonalLoop
 from .files import TensorFile, open_tensors, whole_file
 from .natural import Natural
@@ -25,7 +26,13 @@ from .variational import Variational
 
 
 class Estimator(Protocol):
-    """Gathers F over batches of one domain, x or x'."""
+    """Gathers F over batches of one domain, x or x'.
+
+    Attributes:
+        cost: what that takes.
+    """
+
+    cost: Cost
 
     def update(self, losses: BatchLosses) -> None:
         """Takes in one batch."""

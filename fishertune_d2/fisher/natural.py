@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .batch_losses import BatchLosses
 from .candidates import Candidate
+from .cost import Cost
 from .diagonal import add_squares, mean_over_images, row_ranges, zeros_like_parameters
 from .free_energy import FreeEnergy
 from .linear_calls import LinearCall
@@ -36,6 +37,8 @@ class Natural:
     Raises:
         ValueError: if ``beta`` is out of (0, 1].
     """
+
+    cost = Cost(extra=2)  # the batch's squares, the perturbed weights
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .batch_losses import BatchLosses
 from .candidates import Candidate
+from .cost import Cost
 from .diagonal import require_all_caught, row_ranges
 from .free_energy import FreeEnergy
 from .linear_calls import LinearCall, LinearCalls
@@ -63,6 +64,10 @@ class Variational:
     Raises:
         ValueError: if ``resolution`` is unknown.
     """
+
+    # Beside the logarithm its gradient and Adam's moments; in a pass the summed gradient, the
+    # variance, and that without the rows that are no candidates. By row it is less.
+    cost = Cost(kept=4, extra=3, passes=2)
 
     def __init__(
         self,
