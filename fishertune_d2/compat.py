@@ -1,8 +1,10 @@
 """Guards against what is known to break in the dependencies, one function for each."""
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
+import torch
 from torch import nn
 
 # fvcore and Detectron2 compile losses with torch.jit.script as they are imported.
@@ -35,6 +37,17 @@ def require_detectron2() -> None:
             "install_detectron2.py` in a checkout (a wheel, no compiler), or build it with `pip "
             "install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2'`."
         ) from None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast switched off, also where there is none.
+
+    ``torch.autocast`` refuses the meta device, on which a config is planned, even with
+    ``enabled=False``.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def wrap_for_ranks(model: nn.Module) -> nn.Module:

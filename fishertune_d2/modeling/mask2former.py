@@ -21,6 +21,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerTransformerModule,
 )
 
+from fishertune_d2.compat import without_autocast
 from fishertune_d2.modeling.mask2former_init import init_pixel_decoder, init_transformer
 
 # transformers' names of the losses -> those of Mask2Former on Detectron2
@@ -184,7 +185,7 @@ class Mask2FormerHead(nn.Module):
         # As published: the sampling positions of the deformable attention need float32.
         maps = [features[name] for name in self.in_features]
         maps = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
-        with torch.autocast(maps[0].device.type, enabled=False):
+        with without_autocast(maps[0].device):
             pixels = self.pixel_decoder(maps)
         decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
         return [
@@ -221,6 +222,10 @@ class Mask2FormerHead(nn.Module):
         finally:
             self.criterion.across_processes = True
 
+    def target_masks(self, targets: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """See :func:`semantic_masks`."""
+        return semantic_masks(targets, self.num_classes, self.ignore_value)
+
     def losses(
         self, predictions: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor
     ) -> dict[str, torch.Tensor]:
@@ -239,7 +244,7 @@ class Mask2FormerHead(nn.Module):
             ValueError: if a target is neither a class nor `ignore_value`.
             FloatingPointError: if a prediction is not finite.
         """
-        masks, labels = semantic_masks(targets, self.num_classes, self.ignore_value)
+        masks, labels = self.target_masks(targets)
         supervised = {"": predictions[-1]}
         if self.deep_supervision:
             supervised |= {f"_{k}": pair for k, pair in enumerate(predictions[:-1])}
@@ -247,7 +252,7 @@ class Mask2FormerHead(nn.Module):
         supervised = {k: (c.float(), m.float()) for k, (c, m) in supervised.items()}
         _require_finite(supervised)
         losses = {}
-        with torch.autocast(targets.device.type, enabled=False):
+        with without_autocast(targets.device):
             for suffix, (class_logits, mask_logits) in supervised.items():
                 unweighted = self.criterion(mask_logits, class_logits, masks, labels)
                 for name, weight in self.loss_weights.items():

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import get_cfg
+from detectron2.engine import HookBase
 
 from fishertune_d2 import add_fishertune_config
-from fishertune_d2.engine import log_plan
+from fishertune_d2.engine import Trainer, log_plan
+from fishertune_d2.plan import make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -35,3 +37,47 @@ def test_every_config_builds_its_backbone_and_opens_with_its_manual(path):
     assert 0 <= counts["tuned_parameters"] <= counts["backbone_parameters"]
     text = path.read_text()
     assert text.startswith(("# ", "_BASE_"))
+
+
+class _Weigh(HookBase):
+    """What the trainer holds after the last step, in bytes."""
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        state = trainer.optimizer.state_dict()["state"].values()
+        self.gradients = sum(p.grad.nbytes for p in trained)
+        self.optimizer = sum(each.nbytes for moments in state for each in moments.values())
+        model = [*trainer.segmentor.parameters(), *trainer.segmentor.buffers()]
+        self.model = sum(each.nbytes for each in model)
+        selection = trainer._estimation.selection if trainer._estimation else None
+        tensors = [*selection.indices.values(), *selection.ranks.values()] if selection else []
+        self.selection = sum(each.nbytes for each in tensors)
+
+
+@pytest.mark.parametrize("method", ["fishertune", "full"])
+def test_a_run_holds_and_writes_what_was_planned(tiny_cfg, method):
+    cfg = tiny_cfg(TUNING__METHOD=method)
+    plan = make_plan(cfg)
+    planned = {stage.name: stage.memory for stage in plan.stages}["tuning"]
+    trainer, weighed = Trainer(cfg), _Weigh()
+    trainer.register_hooks([weighed])
+    trainer.train()
+
+    assert planned.gradients == weighed.gradients
+    # A tensor of which nothing is selected is not in the optimizer; the plan spreads evenly.
+    assert planned.optimizer == pytest.approx(weighed.optimizer, rel=1e-3)
+    assert planned.weights + planned.selection == weighed.model + weighed.selection
+    assert (planned.selection > 0) == (method == "fishertune")
+
+    files = {"model_final.pth", "model_warmup.pth"}
+    if method == "fishertune":
+        files |= {"fisher.safetensors", "selection.safetensors"}
+    assert plan.files.keys() == files
+    out = Path(cfg.OUTPUT_DIR)
+    assert {path.name for path in out.glob("*.safetensors")} <= files
+    tensors = 4 * len(list(trainer.segmentor.parameters()))  # two moments, and a count of steps
+    for name, size in plan.files.items():
+        # Beside the numbers, a file holds names, shapes and paddings.
+        headers = (out / name).stat().st_size - size
+        assert 0 < headers < 400 * tensors

@@ -1,0 +1,134 @@
+"""The plan of a config: parameters, FLOPs, memory and files."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode, get_cfg
+from torch import nn
+
+from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.engine.plan import count_parameters, count_tuned
+from fishertune_d2.engine.trainer import PRECISIONS
+from fishertune_d2.fisher import ESTIMATORS, KINDS, LABELS, Cost, find_candidates
+from fishertune_d2.tuning import TuningMethod, build_tuning_method
+
+from .imagined import imagine
+from .inference import Inference, plan_inference
+from .memory import estimator_bytes, held_bytes
+from .stages import Stage, plan_stages
+
+_KNOWN = {"ESTIMATOR": ESTIMATORS, "PRECISION": PRECISIONS, "LABELS": LABELS}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config costs.
+
+    Attributes:
+        method: TUNING.METHOD.
+        vfm: MODEL.VFM.NAME.
+        device: MODEL.DEVICE.
+        size: (height, width) of a training image, in pixels.
+        parameters: how many, by group.
+        stages: those that a run goes through.
+        inference: one for each size of test images.
+        files: bytes by file name, without headers.
+    """
+
+    method: str
+    vfm: str
+    device: str
+    size: tuple[int, int]
+    parameters: dict[str, int]
+    stages: list[Stage]
+    inference: list[Inference]
+    files: dict[str, int]
+
+    @property
+    def uncounted(self) -> Counter:
+        """Operators that the FLOPs leave out though they may matter, and how often in a pass."""
+        found = Counter()
+        for each in [*self.stages, *(test.flops for test in self.inference)]:
+            found |= each.uncounted
+        return found
+
+
+def read_config(file: str, options: Sequence[str] = ()) -> CfgNode:
+    """Reads a config file; what is wrong with it, Detectron2 raises.
+
+    Args:
+        file: its path.
+        options: keys and values in turn, which go before those of the file.
+    """
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    cfg.merge_from_file(file)
+    cfg.merge_from_list(list(options))
+    cfg.freeze()
+    return cfg
+
+
+def make_plan(cfg: CfgNode) -> Plan:
+    """Plans a config, without weights or data, and without the device it names.
+
+    Raises:
+        ValueError: if one of FISHER.ESTIMATOR, LABELS and PRECISION is unknown, or nothing is
+            trained. What Detectron2 and the model find wrong in a config, they raise.
+    """
+    for key, known in _KNOWN.items():
+        if cfg.FISHER[key] not in known:
+            raise ValueError(f"FISHER.{key} is {cfg.FISHER[key]!r}: choose from {', '.join(known)}")
+    size = tuple(cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else cfg.MODEL.VFM.IMG_SIZE)
+    model, method = imagine(cfg), build_tuning_method(cfg)
+    stages = plan_stages(cfg, method, size)
+    if not stages:
+        raise ValueError(
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: nothing is trained after the "
+            f"{cfg.TUNING.WARMUP_ITERS} iterations of TUNING.WARMUP_ITERS"
+        )
+    return Plan(
+        method=cfg.TUNING.METHOD,
+        vfm=cfg.MODEL.VFM.NAME,
+        device=cfg.MODEL.DEVICE,
+        size=size,
+        parameters=_parameters(cfg, model),
+        stages=stages,
+        inference=plan_inference(cfg, model, unknown=size),
+        files=_files(cfg, model, method, stages),
+    )
+
+
+def _parameters(cfg: CfgNode, model: nn.Module) -> dict[str, int]:
+    backbone = model.backbone
+    total = sum(p.numel() for p in model.parameters())
+    counts = count_parameters(cfg, backbone)
+    candidates = {"candidates": 0, **{f"candidates, {kind}": 0 for kind in KINDS}}
+    for candidate in find_candidates(backbone):
+        candidates["candidates"] += candidate.numel
+        candidates[f"candidates, {candidate.kind}"] += candidate.numel
+    return {
+        "model": total,
+        "decoder": total - counts["backbone_parameters"],
+        "backbone": counts["backbone_parameters"],
+        **candidates,
+        "tuned at the start": count_tuned(cfg, backbone, progress=0.0),
+        "tuned at the end": counts["tuned_parameters"],
+    }
+
+
+def _files(
+    cfg: CfgNode, model: nn.Module, method: TuningMethod, stages: list[Stage]
+) -> dict[str, int]:
+    """What the stages leave in OUTPUT_DIR; a checkpoint holds the optimizer's state, too."""
+    held, files = {stage.name: stage.memory for stage in stages}, {}
+    weights = held_bytes(model.state_dict())
+    if "warmup" in held:
+        files["model_warmup.pth"] = weights + held["warmup"].optimizer
+    if "estimation" in held:
+        files["fisher.safetensors"] = estimator_bytes(Cost(), find_candidates(model.backbone))
+    if "tuning" in held and method.selects:
+        # An index and a rank, of 8 bytes each.
+        files["selection.safetensors"] = 16 * count_tuned(cfg, model.backbone, progress=1.0)
+    files["model_final.pth"] = weights + stages[-1].memory.optimizer
+    return files

@@ -1,0 +1,127 @@
+"""A plan as text, and in one sentence for the head of a config."""
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from .plan import Plan
+from .stages import Stage
+
+TITLES = {"warmup": "warm-up", "estimation": "estimation", "tuning": "tuning"}
+GB = 2**30  # as the makers of GPUs count
+
+
+def summary(plan: Plan) -> str:
+    """What a config's head says of its cost."""
+    first, *others = plan.stages
+    tuning = plan.stages[-1]
+    memory = [f"{first.memory.total / GB:.1f} GB of memory in {TITLES[first.name]}"]
+    memory += [f"{stage.memory.total / GB:.1f} in {TITLES[stage.name]}" for stage in others]
+    return (
+        f"Costs, with {tuning.images} images of {_pixels(plan.size)}: {tuning.flops / 1e12:.2f} "
+        f"TFLOP (multiply-adds) a {TITLES[tuning.name]} step, and at least {', '.join(memory)}."
+    )
+
+
+def format_plan(plan: Plan) -> str:
+    """The tables that the command prints."""
+    images = " and ".join(str(n) for n in sorted({stage.images for stage in plan.stages}))
+    title = (
+        f"{plan.method} on {plan.vfm}: batches of {images} images of {_pixels(plan.size)}, one "
+        f"process on {plan.device}"
+    )
+    parts = [title, _parameters(plan), _compute(plan)]
+    parts += [_inference(plan)] if plan.inference else []
+    return "\n\n".join([*parts, _memory(plan), _files(plan)])
+
+
+def format_fit(plan: Plan, gigabytes: float) -> tuple[bool, str]:
+    """Whether every stage fits a card of so many GB, as far as is counted; and that in words."""
+    wanting = [stage for stage in plan.stages if stage.memory.total > gigabytes * GB]
+    if wanting:
+        needs = ", ".join(f"{TITLES[s.name]} ({_gb(s.memory.total)} GB)" for s in wanting)
+        return False, f"Does not fit a card of {gigabytes:g} GB: {needs}."
+    largest = max(plan.stages, key=lambda stage: stage.memory.total)
+    left = gigabytes * GB - largest.memory.total
+    return True, (
+        f"Fits a card of {gigabytes:g} GB, if what is not counted stays below {_gb(left)} GB in "
+        f"the largest stage, {TITLES[largest.name]}."
+    )
+
+
+def _parameters(plan: Plan) -> str:
+    backbone = plan.parameters["backbone"]
+    inside = {"model", "decoder"}
+    rows = [
+        [name, f"{n / 1e6:.2f} M", "" if name in inside else f"{100 * n / backbone:.2f} %"]
+        for name, n in plan.parameters.items()
+    ]
+    return _table(rows, ["parameters", "number", "of the backbone"])
+
+
+def _compute(plan: Plan) -> str:
+    rows = [
+        [TITLES[s.name], s.steps, s.images, f"{s.flops / 1e12:.2f}", f"{_all(s) / 1e15:.3g}"]
+        for s in plan.stages
+    ]
+    rows.append(["all", "", "", "", f"{sum(map(_all, plan.stages)) / 1e15:.3g}"])
+    table = _table(rows, ["FLOPs", "steps", "batch", "TFLOP a step", "PFLOP in all"])
+    notes = [
+        table,
+        "One multiply-add is one FLOP (fvcore). A backward pass counts once more for each input",
+        "and each weight that needs a gradient. Estimation passes over a batch and over its shift.",
+    ]
+    if plan.uncounted:
+        names = ", ".join(f"{name} ({n} times)" for name, n in sorted(plan.uncounted.items()))
+        notes.append(f"NOT counted, though they may matter: {names}.")
+    return "\n".join(notes)
+
+
+def _inference(plan: Plan) -> str:
+    rows = [
+        [
+            ", ".join(each.names),
+            _pixels(each.size) if each.size else "?",
+            f"{each.windows} of {_pixels(each.window)}",
+            f"{each.windows * each.flops.forward / 1e12:.2f}",
+        ]
+        for each in plan.inference
+    ]
+    return _table(rows, ["test sets", "at most", "passes", "TFLOP an image"])
+
+
+def _memory(plan: Plan) -> str:
+    names = ["weights", "gradients", "optimizer", "activations", "fisher", "selection", "total"]
+    rows = [
+        [TITLES[s.name], *(_gb(getattr(s.memory, name)) for name in names)] for s in plan.stages
+    ]
+    return "\n".join(
+        [
+            _table(rows, ["memory in GB", *names[:-1], "at least"]),
+            "1 GB is 2^30 bytes. Counted at the end of a forward pass, with every class in every",
+            "image; not counted: what exists for a moment, the allocator's cuts, libraries.",
+        ]
+    )
+
+
+def _files(plan: Plan) -> str:
+    rows = [[name, _gb(size)] for name, size in plan.files.items()]
+    return _table(rows, ["files", "GB"])
+
+
+def _table(rows: Sequence[Sequence], headers: Sequence[str]) -> str:
+    aligned = ["left", *["right"] * (len(headers) - 1)]
+    return tabulate(rows, headers, colalign=aligned, disable_numparse=True)
+
+
+def _all(stage: Stage) -> int:
+    return stage.steps * stage.flops
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f}"
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    """Width x height, as people say it; a size is (height, width)."""
+    return f"{size[1]} x {size[0]}"

@@ -1,0 +1,78 @@
+"""A config small enough to compute for real."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from torch import nn
+
+from fishertune_d2 import add_fishertune_config
+from fishertune_d2.engine.stages import prepare_stage
+from fishertune_d2.fisher import Selection
+from fishertune_d2.tuning import build_tuning_method
+
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.VFM.NAME": "tiny",
+    "MODEL.VFM.WEIGHTS": "random",
+    "MODEL.VFM.IMG_SIZE": [48, 64],
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD": 32,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+    "MODEL.MASK_FORMER.NHEADS": 4,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
+    "INPUT.CROP.SIZE": [48, 64],
+    "TEST.CROP_SIZE": [48, 64],
+    "TEST.STRIDE": [32, 32],
+    "DATASETS.TRAIN": ("nobody_has_it",),
+    "DATASETS.TEST": ("nobody_has_it",),
+    "SOLVER.IMS_PER_BATCH": 2,
+    "FISHER.IMS_PER_BATCH": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def every_test_on_one_thread(one_thread):
+    """Applies to all tests of this folder."""
+
+
+@pytest.fixture(scope="session")
+def small_cfg() -> Callable[..., CfgNode]:
+    """Returns a function that makes the config; takes overrides, "__" standing for the dot."""
+
+    def make(**overrides) -> CfgNode:
+        cfg = get_cfg()
+        add_fishertune_config(cfg)
+        options = SMALL | {key.replace("__", "."): value for key, value in overrides.items()}
+        for key, value in options.items():
+            cfg.merge_from_list([key, value])
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def real_model() -> Callable[..., nn.Module]:
+    """Returns a function that builds a model with numbers, as the trainer would in a stage."""
+
+    def make(cfg: CfgNode, stage: str) -> nn.Module:
+        torch.manual_seed(0)
+        model, method = build_model(cfg).train(), build_tuning_method(cfg)
+        selection = None
+        if method.selects:
+            parameters = method.parameters(model.backbone)
+            scores = {name: torch.rand(p.shape) for name, p in parameters.items()}
+            base = sum(p.numel() for p in model.backbone.parameters())
+            selection = Selection.from_scores(scores, cfg.TUNING.D_MAX, base)
+        prepare_stage(model, stage, method, selection)
+        return model
+
+    return make

@@ -1,0 +1,92 @@
+"""Bytes against what real models, optimizers and estimators hold."""
+
+import pytest
+import torch
+
+from fishertune_d2.engine.image_losses import SegmentationLoss
+from fishertune_d2.engine.trainer import build_perturbation
+from fishertune_d2.fisher import ESTIMATORS, estimate_fisher, find_candidates
+from fishertune_d2.plan.memory import estimator_bytes, held_bytes, saved_bytes
+from fishertune_d2.plan.stages import count_activations, runs_of
+from fishertune_d2.tuning import build_tuning_method
+
+
+def _batch(images: int = 2) -> list[dict]:
+    """Images of 48 x 64 that hold all of three classes."""
+    label = torch.arange(3).repeat_interleave(16)[:, None].expand(48, 64).contiguous()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (images, 3, 48, 64), dtype=torch.uint8, generator=generator)
+    return [{"image": each, "sem_seg": label} for each in image]
+
+
+def _planned(cfg, size=(48, 64)) -> dict[str, int]:
+    method = build_tuning_method(cfg)
+    return count_activations(cfg, method, size, runs_of(cfg, method))
+
+
+@pytest.mark.parametrize("method", ["fishertune", "full", "freeze"])
+def test_activations_are_those_of_a_real_graph(small_cfg, real_model, method):
+    cfg = small_cfg(TUNING__METHOD=method, FISHER__ESTIMATE="another_run.safetensors")
+    planned = _planned(cfg)
+    for stage in ("warmup", "tuning"):
+        model = real_model(cfg, stage)
+        assert planned[stage] == saved_bytes(model, lambda model=model: model(_batch()))
+    assert (planned["warmup"] < planned["tuning"]) == (method != "freeze")
+
+
+@pytest.mark.parametrize(
+    ("labels", "precision"),
+    [("ground_truth", "float32"), ("ground_truth", "bfloat16"), ("sampled", "float32")],
+)
+def test_activations_of_the_estimate_too(small_cfg, real_model, labels, precision):
+    cfg = small_cfg(FISHER__LABELS=labels, FISHER__PRECISION=precision, FISHER__IMS_PER_BATCH=3)
+    model = real_model(cfg, "warmup")
+    for candidate in find_candidates(model.backbone):
+        candidate.parameter.requires_grad_(True)
+    loss = SegmentationLoss() if labels == "ground_truth" else SegmentationLoss().sampled
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with build_perturbation(cfg, model.backbone).drawing(), autocast:
+        real = saved_bytes(model, lambda: loss(model, _batch(3)))
+    assert _planned(cfg)["estimation"] == pytest.approx(real, rel=1e-3)
+
+
+def test_a_gpu_is_planned_where_there_is_none(small_cfg):
+    large = {"size": (384, 512)}  # the weights' halves are kept too, and count for little here
+    cpu = _planned(small_cfg(), **large)
+    gpu = _planned(small_cfg(MODEL__DEVICE="cuda"), **large)
+    half = _planned(small_cfg(MODEL__DEVICE="cuda", SOLVER__AMP__ENABLED=True), **large)
+    assert not torch.is_autocast_enabled("cuda")
+    for stage in cpu:
+        # The logarithms that attention keeps are padded on a GPU.
+        assert gpu[stage] == pytest.approx(cpu[stage], rel=0.01)
+    # FISHER.PRECISION is float32 in all three; the pixel decoder and the losses always are.
+    assert half["estimation"] == gpu["estimation"]
+    assert 0.5 < half["tuning"] / gpu["tuning"] < 0.9
+
+
+def test_one_image_at_a_time_keeps_the_graph_of_one(small_cfg):
+    batch, loop = (_planned(small_cfg(FISHER__ESTIMATOR=e)) for e in ("diagonal", "diagonal_loop"))
+    assert loop["estimation"] == pytest.approx(batch["estimation"] / 2, rel=0.05)
+    assert loop["tuning"] == batch["tuning"]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimator_keeps_what_it_says(small_cfg, real_model, name):
+    model = real_model(small_cfg(), "warmup")
+    candidates, made = find_candidates(model.backbone), []
+
+    def make(candidates):
+        made.append(ESTIMATORS[name](candidates))
+        return made[0]
+
+    batches = [_batch(), _batch()]
+    estimate_fisher(model, batches, SegmentationLoss(), candidates, estimator=make, progress=False)
+    (estimator,) = made
+    dense = 4 * sum(p.numel() for p in {c.parameter for c in candidates})
+    kept = held_bytes({key: each for key, each in vars(estimator).items() if key != "candidates"})
+    adam = getattr(estimator, "_optimizer", None)
+    if adam is not None:
+        kept += held_bytes(adam.state) + dense  # the gradients stay until the next step
+    cost = estimator.cost
+    assert kept == pytest.approx(cost.kept * dense, rel=1e-3)
+    assert estimator_bytes(cost, candidates) == (2 * cost.kept + cost.extra) * dense

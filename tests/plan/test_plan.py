@@ -1,0 +1,150 @@
+"""The plan as a whole, and the command."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from fishertune_d2.plan import Plan, format_fit, make_plan, summary
+from fishertune_d2.plan import __main__ as command
+from fishertune_d2.plan.__main__ import main
+from fishertune_d2.plan.imagined import imagine
+from fishertune_d2.plan.inference import plan_inference
+from fishertune_d2.plan.stages import count_held, count_passes, runs_of
+from fishertune_d2.tuning import build_tuning_method
+
+CHANGES = ["SOLVER.IMS_PER_BATCH", "3", "FISHER.ESTIMATOR", "variational"]
+
+
+@pytest.fixture(scope="module")
+def plan(small_cfg) -> Plan:
+    return make_plan(small_cfg(**dict(zip(CHANGES[::2], CHANGES[1::2], strict=True))))
+
+
+@pytest.fixture
+def runs(small_cfg):
+    """Returns a function that says how many steps of which stage a run has."""
+
+    def steps(**overrides) -> dict[str, int]:
+        own = {"SOLVER__MAX_ITER": 7, "TUNING__WARMUP_ITERS": 3, "FISHER__BATCHES": 5}
+        cfg = small_cfg(**own | overrides)
+        return {name: n for name, (n, _) in runs_of(cfg, build_tuning_method(cfg)).items()}
+
+    return steps
+
+
+def test_a_run_goes_through_the_stages_it_must(runs):
+    assert runs() == {"warmup": 3, "estimation": 5, "tuning": 4}
+    assert runs(TUNING__WARMUP_CHECKPOINT="w.pth") == {"estimation": 5, "tuning": 4}
+    assert runs(FISHER__ESTIMATE="f.safetensors") == {"warmup": 3, "tuning": 4}
+    assert runs(SOLVER__MAX_ITER=3) == {"warmup": 3}
+    assert runs(TUNING__WARMUP_ITERS=0) == {"estimation": 5, "tuning": 7}
+    for method in ("random", "full", "freeze"):
+        assert runs(TUNING__METHOD=method) == {"warmup": 3, "tuning": 4}
+
+
+def test_a_run_that_trains_nothing_is_refused(small_cfg):
+    own = {"SOLVER__MAX_ITER": 3, "TUNING__WARMUP_ITERS": 3, "TUNING__WARMUP_CHECKPOINT": "w.pth"}
+    with pytest.raises(ValueError, match="MAX_ITER is 3: nothing is trained"):
+        make_plan(small_cfg(**own))
+
+
+def test_estimation_begins_as_warmup_leaves_the_decoder(small_cfg):
+    def held(**overrides) -> dict:
+        cfg = small_cfg(**overrides)
+        method = build_tuning_method(cfg)
+        return count_held(cfg, method, runs_of(cfg, method))
+
+    own, other = held(), held(TUNING__WARMUP_CHECKPOINT="another.pth")
+    assert own["estimation"].gradients == own["warmup"].gradients > 0
+    assert own["estimation"].optimizer == own["warmup"].optimizer > 0
+    assert other["estimation"].gradients == 0
+    assert other["estimation"].optimizer == own["warmup"].optimizer
+    assert held(TUNING__WARMUP_ITERS=0)["estimation"].optimizer == 0
+
+
+def test_steps_multiply_images_passes_and_domains(small_cfg, plan):
+    cfg = small_cfg()
+    one = count_passes(cfg, build_tuning_method(cfg), (48, 64), ["estimation", "tuning"])
+    flops = {stage.name: stage.flops for stage in plan.stages}
+    assert flops["tuning"] == 3 * (one["tuning"].forward + one["tuning"].backward)
+    # Two images, x and x', and the two passes of the variational estimator.
+    assert flops["estimation"] == 2 * 2 * 2 * one["estimation"].measuring
+
+
+def test_nothing_imagined_is_left_for_a_real_model(small_cfg, plan):
+    image = {"image": torch.zeros(3, 48, 64), "sem_seg": torch.zeros(48, 64, dtype=torch.int64)}
+    losses = build_model(small_cfg()).train()([image] * 3)  # the last that was planned: 3 images
+    assert all(type(each) is torch.Tensor and each.isfinite() for each in losses.values())
+
+
+def test_test_images_are_those_of_the_data_sets(small_cfg):
+    names = ("cityscapes_val", "mapillary_val", "acdc_fog_val", "camvid_day_test", "nobody_has_it")
+    sizes = [["acdc_fog_val", 64, 48]]
+    cfg = small_cfg(DATASETS__TEST=names, TEST__SIZES=sizes)
+    slide = plan_inference(cfg, imagine(cfg), unknown=(48, 64))
+    assert [(each.names, each.size, each.windows) for each in slide] == [
+        # Windows of 48 x 64, a row and a column every 32 pixels, the last ones at the border.
+        (("cityscapes_val", "mapillary_val"), (512, 1024), 16 * 31),
+        (("acdc_fog_val",), (48, 64), 1),
+        (("camvid_day_test",), (360, 480), 11 * 14),
+        (("nobody_has_it",), None, 1),
+    ]
+    assert len({each.flops.forward for each in slide}) == 1
+
+    names = ("camvid_day_test", "nobody_has_it")
+    cfg = small_cfg(DATASETS__TEST=names, TEST__MODE="whole")
+    whole = plan_inference(cfg, imagine(cfg), unknown=(48, 64))
+    assert [(each.window, each.windows) for each in whole] == [((360, 480), 1), ((48, 64), 1)]
+    assert whole[0].flops.forward > 50 * whole[1].flops.forward
+
+
+@pytest.fixture
+def config_file(small_cfg, tmp_path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(small_cfg().dump())
+    return str(path)
+
+
+def test_the_command_prints_the_plan_and_whether_it_fits(plan, config_file, capsys, monkeypatch):
+    arguments = ["--config-file", config_file, *CHANGES]
+    assert main([*arguments, "--memory-gb", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert summary(plan) in printed
+    assert "Fits a card of 1 GB" in printed and "NOT counted" not in printed
+    assert f"{plan.parameters['backbone'] / 1e6:.2f} M" in printed and "fvcore" in printed
+    for name in ("model_warmup.pth", "fisher.safetensors", "selection.safetensors"):
+        assert name in printed
+
+    monkeypatch.setattr(command, "make_plan", lambda cfg: plan)
+    assert main(arguments) == 0
+    assert "card" not in capsys.readouterr().out
+    warmup, _, tuning = (stage.memory.total / 2**30 for stage in plan.stages)
+    assert main([*arguments, "--memory-gb", f"{(warmup + tuning) / 2}"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Does not fit a card of") and f"tuning ({tuning:.2f} GB)" in last
+    assert "warm-up" not in last
+    assert not format_fit(plan, 0.9 * warmup)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["SOLVER.NO_SUCH_KEY", "3"], "cannot be read: Non-existent key: SOLVER.NO_SUCH_KEY"),
+        (["SOLVER.MAX_ITER", "many"], "Type mismatch"),
+        (["SOLVER.MAX_ITER"], "odd length"),
+        (["TUNING.METHOD", "magic"], "No object named 'magic' found in 'TUNING' registry"),
+        (["MODEL.VFM.NAME", "magic"], "MODEL.VFM.NAME is 'magic'; known are"),
+        (["FISHER.ESTIMATOR", "magic"], "FISHER.ESTIMATOR is 'magic': choose from diagonal,"),
+    ],
+)
+def test_what_is_wrong_with_a_config_is_said(config_file, capsys, change, words):
+    with pytest.raises(SystemExit) as error:
+        main(["--config-file", config_file, *change])
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["--config-file", "configs/no_such.yaml"])
+    assert "'configs/no_such.yaml' does not exist" in capsys.readouterr().err
