@@ -1,0 +1,50 @@
+"""What the heads of the configs say that they cost."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fishertune_d2.plan import make_plan, read_config, summary
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+METHODS = ("fishertune", "full", "freeze")
+# Those of the paper's Table 1; others name one of them, or are for a CPU.
+PATHS = [path for method in METHODS for path in sorted(CONFIGS.glob(f"{method}_*.yaml"))]
+
+
+def _costs(path: Path) -> str:
+    head = re.search(r"^# Costs, .*?(?=^# Expected)", path.read_text(), re.M | re.S)
+    assert head, f"{path.name} does not say what it costs: run tools/config_costs.py"
+    return " ".join(line.removeprefix("#").strip() for line in head[0].splitlines())
+
+
+def test_costs_are_those_of_the_plan():
+    path = CONFIGS / "fishertune_dinov2.yaml"  # each takes seconds; they are written together
+    assert _costs(path) == summary(make_plan(read_config(str(path)))), "run tools/config_costs.py"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_costs_are_stated_for_the_batch_and_the_size_of_the_config(path):
+    cfg, costs = read_config(str(path)), _costs(path)
+    height, width = cfg.INPUT.CROP.SIZE
+    assert f"with {cfg.SOLVER.IMS_PER_BATCH} images of {width} x {height}: " in costs
+    stages = {"warm-up", "tuning"} | (
+        {"estimation"} if cfg.TUNING.METHOD == "fishertune" else set()
+    )
+    assert set(re.findall(r"in (warm-up|estimation|tuning)", costs)) == stages
+
+
+def test_full_costs_more_than_fishertune_and_freeze_less():
+    def tuning(method: str, vfm: str) -> tuple[float, float]:
+        costs = _costs(CONFIGS / f"{method}_{vfm}.yaml")
+        flops, memory = (
+            re.search(p, costs)[1] for p in (r": ([\d.]+) TFLOP", r"([\d.]+) in tuning")
+        )
+        return float(flops), float(memory)
+
+    for vfm in sorted(path.stem.removeprefix("full_") for path in CONFIGS.glob("full_*.yaml")):
+        freeze, selected, full = (
+            tuning(method, vfm) for method in ("freeze", "fishertune", "full")
+        )
+        assert all(a < b < c for a, b, c in zip(freeze, selected, full, strict=True))
