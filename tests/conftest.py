@@ -22,6 +22,24 @@ def shared_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_head() -> dict[str, int]:
+    """The keys of a Mask2Former head of three classes that a test can afford."""
+    return {
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": CLASSES,
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+        "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD": 32,
+        "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+        "MODEL.MASK_FORMER.NHEADS": 4,
+        "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
+        "MODEL.MASK_FORMER.DEC_LAYERS": 3,
+        "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
+        "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
+    }
+
+
 @pytest.fixture
 def one_thread():
     """Threads cost more than they save on tensors this small."""

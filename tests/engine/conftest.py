@@ -18,19 +18,6 @@ from fishertune_d2 import add_fishertune_config
 from fishertune_d2.data import register_sem_seg
 
 CLASSES = ["ground", "wall", "sky"]
-TINY_HEAD = {
-    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(CLASSES),
-    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
-    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD": 32,
-    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
-    "MODEL.MASK_FORMER.NHEADS": 4,
-    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
-    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
-    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +78,7 @@ def _with_tiny_data(root: Path, function: Callable, *args) -> None:
 
 
 @pytest.fixture
-def tiny_cfg(tiny_data, tmp_path) -> Callable[..., CfgNode]:
+def tiny_cfg(tiny_data, tiny_head, tmp_path) -> Callable[..., CfgNode]:
     """Returns a function that makes a config: T1 = 3, T3 = 4, a ViT of 6 blocks; takes overrides.
 
     Keys are given with a double underscore for the dot.
@@ -101,7 +88,7 @@ def tiny_cfg(tiny_data, tmp_path) -> Callable[..., CfgNode]:
         cfg = get_cfg()
         add_fishertune_config(cfg)
         options = {
-            **TINY_HEAD,
+            **tiny_head,
             "MODEL.DEVICE": "cpu",
             "MODEL.VFM.NAME": "tiny",
             "MODEL.VFM.WEIGHTS": "random",

@@ -18,17 +18,6 @@ SMALL = {
     "MODEL.VFM.NAME": "tiny",
     "MODEL.VFM.WEIGHTS": "random",
     "MODEL.VFM.IMG_SIZE": [48, 64],
-    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3,
-    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
-    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD": 32,
-    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
-    "MODEL.MASK_FORMER.NHEADS": 4,
-    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
-    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
-    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
     "INPUT.CROP.SIZE": [48, 64],
     "TEST.CROP_SIZE": [48, 64],
     "TEST.STRIDE": [32, 32],
@@ -45,13 +34,15 @@ def every_test_on_one_thread(one_thread):
 
 
 @pytest.fixture(scope="session")
-def small_cfg() -> Callable[..., CfgNode]:
+def small_cfg(tiny_head) -> Callable[..., CfgNode]:
     """Returns a function that makes the config; takes overrides, "__" standing for the dot."""
 
     def make(**overrides) -> CfgNode:
         cfg = get_cfg()
         add_fishertune_config(cfg)
-        options = SMALL | {key.replace("__", "."): value for key, value in overrides.items()}
+        options = (
+            SMALL | tiny_head | {key.replace("__", "."): value for key, value in overrides.items()}
+        )
         for key, value in options.items():
             cfg.merge_from_list([key, value])
         return cfg
