@@ -14,6 +14,8 @@ Needs neither data nor weights. Writes outputs/scaling/scaling.json.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -130,7 +132,9 @@ def _work(cell: Cell, rank: int | None, folder: str, pipe: Connection) -> None:
     work = Estimation(cfg) if cell.way == ESTIMATION else Training(cfg, cell.way)
     if cell.way != ESTIMATION:
         work.model = wrap_for_ranks(work.model)
-    # Sets the peak back to what is there now, for ranking the weights takes more than some steps.
+    # Sets the peak back to what is there now: ranking the weights takes more than some steps.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     while pipe.recv():
         start = time.perf_counter()
@@ -211,26 +215,30 @@ def tables(result: dict) -> str:
         sizes = (*row["peak_bytes"].values(), *row["gradient_bytes"].values())
         if row["way"] != ESTIMATION:
             memory.append([*name, *(f"{size / 1e6:,.1f}" for size in sizes)])
-    bytes_sent = [
-        [r["vfm"], *(f"{r[k] / 1e6:,.1f}" for k in ("decoder", "full", "fishertune"))]
-        + [f"{r['fishertune'] / r['full']:.3f}"]
-        + [f"{(r['decoder'] + r['fishertune']) / (r['decoder'] + r['full']):.3f}"]
-        + [f"{r[k] / 1e6:,.1f}" for k in ("fisher", "weights")]
-        for r in result["sent"]
-    ]
+    bytes_sent = []
+    for row in result["sent"]:
+        full, fishertune = (row["decoder"] + row[way] for way in ("full", "fishertune"))
+        sizes = (row[k] for k in ("decoder", "full", "fishertune", "fisher", "weights"))
+        bytes_sent.append(
+            [row["vfm"], *(f"{size / 1e6:,.1f}" for size in sizes)]
+            + [f"{fishertune / full:.2f}", f"{_seconds(full):.2f}", f"{_seconds(fishertune):.2f}"]
+        )
     cell = ["way", "VFM", "image", "share"]
+    heads = (
+        [*cell, "alone, s", "apart / alone", "together / apart", "speed-up"],
+        [*cell, "peak alone, MB", "together, MB", "decoder sent, MB", "backbone sent, MB"],
+        ["VFM", "decoder", "full", "FisherTune", "F(x), F(x')", "weights"]
+        + ["with decoder, ratio", "full, s", "FisherTune, s"],
+    )
     return "\n\n".join(
         tabulate(rows, head, tablefmt="github", disable_numparse=True)
-        for rows, head in (
-            (times, [*cell, "alone, s", "apart / alone", "together / apart", "images per s"]),
-            (memory, [*cell, "peak alone, MB", "together, MB", "decoder sent, MB", "backbone, MB"]),
-            (
-                bytes_sent,
-                ["VFM", "decoder", "backbone, full", "FisherTune", "ratio", "ratio with decoder"]
-                + ["F(x), F(x')", "weights"],
-            ),
-        )
+        for rows, head in zip((times, memory, bytes_sent), heads, strict=True)
     )
+
+
+def _seconds(size: int, processes: int = 8, bytes_per_second: float = 10e9 / 8) -> float:
+    """What a ring takes to sum ``size`` bytes over processes that 10 Gbit/s connect."""
+    return 2 * (processes - 1) / processes * size / bytes_per_second
 
 
 def _config(path: str, options: dict) -> CfgNode:
