@@ -205,6 +205,7 @@ def test_pictures_are_spread_over_the_data_set(scored, tmp_path):
 
 
 def _rank(rank, address, dicts, scores, folder, results):
+    torch.set_num_threads(1)  # OpenMP's threads are not there after a fork, and are waited for
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     register_sem_seg("own_scored", folder / "images", folder / "labels", CLASSES)
     evaluator = evaluate((dicts, scores, None), range(rank, 6, 2))
