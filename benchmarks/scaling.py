@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How time and memory grow with processes, backbone, resolution and share, and what is sent.
 
-    python benchmarks/scaling.py                                    # 4 minutes on two CPU cores
+    python benchmarks/scaling.py                                    # 3 minutes on two CPU cores
     python benchmarks/scaling.py --show docs/results/scaling.json   # the tables again
 
 Measured: DINOv2 with the head of configs/demo.yaml, processes of one thread, one image of noise in
