@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fishertune_d2.data.files import DatasetError
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+_KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # macOS does not
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
@@ -122,6 +123,23 @@ class _SeededItems(_MappedItems):
                 random.setstate(python_state)
 
 
+class _Loader(DataLoader):
+    """Starts workers with SIGTERM blocked, for `_outlive_schedulers`.
+
+    PyTorch may start threads in a worker before its init function runs; a thread gets the mask of
+    the one that started it, and a signal that a single thread lets through ends the process.
+    """
+
+    def __iter__(self):
+        if not (self.num_workers and _KNOWS_SENDERS):
+            return super().__iter__()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def build_train_loader(
     dicts: Sequence[dict[str, Any]],
     mapper: Mapper,
@@ -155,7 +173,7 @@ def build_train_loader(
             f"{world_size} processes; choose a multiple."
         )
     block = batch_size // world_size
-    return DataLoader(
+    return _Loader(
         _SeededItems(dicts, mapper, seed),
         batch_size=block,
         sampler=ResumableSampler(len(dicts), seed, block, start),
@@ -184,7 +202,7 @@ def build_test_loader(
     Raises:
         ValueError: if there are no entries.
     """
-    return DataLoader(
+    return _Loader(
         _MappedItems(dicts, mapper),
         batch_size=1,
         sampler=InferenceSampler(len(dicts)),
@@ -205,10 +223,9 @@ def _outlive_schedulers(worker: int) -> None:
     A scheduler sends them to every process of a job, a terminal to every process in front of it.
     That process answers by finishing its iteration, for which it needs its workers.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+    if not _KNOWS_SENDERS:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_await_own_sigterm, args=(parent_process().pid,), daemon=True).start()
 
 
