@@ -10,31 +10,21 @@ import argparse
 import logging
 import sys
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
-from fishertune_d2 import add_fishertune_config
 from fishertune_d2.analysis.selection_map import draw_run
+from fishertune_d2.config import read_config
 from fishertune_d2.data import DatasetError, check_datasets
 from fishertune_d2.engine import Trainer, WholeCheckpointer, launch, log_plan, preemption
 
 
-def read_config(args: argparse.Namespace) -> CfgNode:
-    """Reads the config file and the command line's KEY VALUE pairs."""
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    cfg.freeze()
-    return cfg
-
-
 def setup(args: argparse.Namespace) -> CfgNode:
     """Reads the config, and sets up this process's logging."""
-    cfg = read_config(args)
+    cfg = read_config(args.config_file, args.opts)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fishertune_d2", abbrev_name="fishertune")
     return cfg
@@ -67,7 +57,7 @@ if __name__ == "__main__":
     parser = default_argument_parser()
     args = parser.parse_args()
     try:
-        launch(main, args, device=read_config(args).MODEL.DEVICE)
+        launch(main, args, device=read_config(args.config_file, args.opts).MODEL.DEVICE)
     except DatasetError as error:  # it says what to do; a traceback would hide that
         sys.exit(f"error: {error}")
     except ProcessExitedException as error:

@@ -34,13 +34,14 @@ from detectron2.config import CfgNode, get_cfg
 from evaluation import describe_machine
 from tabulate import tabulate
 from torch import Tensor
-from training import ROOT, Training, _commit
+from training import ROOT, Training
 
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.compat import wrap_for_ranks
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.optimizer import is_backbone
+from fishertune_d2.engine.scoring import commit
 from fishertune_d2.fisher import (
     StatisticsPerturbation,
     count_of_share,
@@ -276,7 +277,7 @@ if __name__ == "__main__":
     result = {
         "machine": describe_machine(),
         "load": os.getloadavg()[2],  # of the last 15 minutes; 2 of it are this benchmark's own
-        "commit": _commit(),
+        "commit": commit(),
         "rounds": args.rounds,
         "cells": cells,
         "sent": [sent(vfm) for vfm in VFMS],

@@ -30,12 +30,15 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from detectron2.config import CfgNode, get_cfg  # noqa: E402 - the package need not be installed
+from detectron2.config import CfgNode  # noqa: E402 - the package need not be installed
 
-from fishertune_d2 import add_fishertune_config  # noqa: E402
+from fishertune_d2.config import read_config  # noqa: E402
 from fishertune_d2.engine import Trainer  # noqa: E402
-from fishertune_d2.fisher import Selection, find_candidates  # noqa: E402
-from fishertune_d2.tuning import MaskedUpdate, SelectedWeights  # noqa: E402
+from fishertune_d2.engine.scoring import commit  # noqa: E402
+from fishertune_d2.fisher import Selection  # noqa: E402
+from fishertune_d2.tuning import MaskedUpdate, SelectedWeights, SelectiveMethod  # noqa: E402
+from fishertune_d2.tuning.full import Full  # noqa: E402
+from fishertune_d2.tuning.random_choice import RandomChoice  # noqa: E402
 
 PHASES = ("forward", "backward", "optimizer")
 
@@ -45,8 +48,7 @@ def _freeze(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
 
 
 def _full(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
-    unused = backbone.unused_parameters()
-    return [p for name, p in backbone.named_parameters() if name not in unused]
+    return Full().parameters(backbone).values()
 
 
 def _lora(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
@@ -62,10 +64,7 @@ def _lora(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
 def _selection(cfg: CfgNode, backbone: nn.Module) -> Selection:
     """D_MAX of the backbone; candidates at random, which cost what others do."""
     base = sum(p.numel() for p in backbone.parameters())
-    scores: dict[str, Tensor] = {}
-    for c in find_candidates(backbone):
-        scores.setdefault(c.name, torch.zeros_like(c.parameter, requires_grad=False))
-        scores[c.name][c.rows] = torch.rand_like(scores[c.name][c.rows])
+    scores = RandomChoice(cfg.SEED).scores(backbone, None)
     return Selection.from_scores(scores, cfg.TUNING.D_MAX, base)
 
 
@@ -76,7 +75,7 @@ def _fishertune(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
 
 
 def _candidates(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
-    return {c.name: c.parameter for c in find_candidates(backbone)}.values()
+    return SelectiveMethod().parameters(backbone).values()
 
 
 WAYS: dict[str, Callable[[CfgNode, nn.Module], Iterable[nn.Parameter]]] = {
@@ -106,7 +105,7 @@ class Training:
             parameter.requires_grad_(True)
         self.optimizer = Trainer.build_optimizer(cfg, self.model)
         if way == "fishertune, dense mask":
-            dense = {c.name: c.parameter for c in find_candidates(self.backbone)}
+            dense = SelectiveMethod().parameters(self.backbone)
             update = MaskedUpdate(self.optimizer, dense, _selection(cfg, self.backbone))
             update.grow(cfg.TUNING.D_MAX)
         height, width = cfg.INPUT.CROP.SIZE
@@ -192,7 +191,7 @@ def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
         "rounds": args.rounds,
         "machine": _machine(cfg),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "backbone_bytes": sum(p.numel() for p in Trainer.build_model(cfg).backbone.parameters())
         * 4,
         "rows": rows,
@@ -273,11 +272,6 @@ def _machine(cfg: CfgNode) -> str:
     return f"{torch.get_num_threads()} threads of an {platform.machine()} CPU"
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", default=str(ROOT / "configs/camvid/fishertune.yaml"))
@@ -291,10 +285,7 @@ if __name__ == "__main__":
     if args.show:
         print(tables(json.loads(args.show.read_text())))
         sys.exit()
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list([*args.opts, "MODEL.VFM.WEIGHTS", "random"])
+    cfg = read_config(args.config_file, [*args.opts, "MODEL.VFM.WEIGHTS", "random"])
     if args.peak:
         print(peak(cfg, args.peak))
         sys.exit()

@@ -4,7 +4,10 @@ The keys under MODEL.MASK_FORMER, MODEL.SEM_SEG_HEAD and INPUT keep the names of
 Mask2Former project, so that a config written for it reads the same here.
 """
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 
 
@@ -23,6 +26,24 @@ def add_fishertune_config(cfg: CN) -> None:
     _add_solver(cfg)
     _add_fisher(cfg)
     _add_tuning(cfg)
+
+
+def read_config(file: str, options: Sequence[str] = ()) -> CN:
+    """Reads a config file; what is wrong with it, Detectron2 raises.
+
+    Args:
+        file: its path.
+        options: keys and values in turn, which go before those of the file.
+
+    Returns:
+        The config, frozen.
+    """
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    cfg.merge_from_file(file)
+    cfg.merge_from_list(list(options))
+    cfg.freeze()
+    return cfg
 
 
 def _add_backbone(cfg: CN) -> None:

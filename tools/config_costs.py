@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fishertune_d2.plan import make_plan, read_config, summary  # noqa: E402 - need not be installed
+from fishertune_d2.config import read_config  # noqa: E402 - the package need not be installed
+from fishertune_d2.plan import make_plan, summary  # noqa: E402
 
 METHODS = ("fishertune", "full", "freeze")
 

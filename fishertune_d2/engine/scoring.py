@@ -68,11 +68,11 @@ def _protocol(cfg: CfgNode) -> dict:
         "iterations": cfg.SOLVER.MAX_ITER,
         "warmup_iterations": cfg.TUNING.WARMUP_ITERS,
         "batch_size": cfg.SOLVER.IMS_PER_BATCH,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, marked if files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fishertune_d2.fisher.files import whole_file
+
 from .gaps import decode_positions, encode_positions
 
 StateDict = dict[str, Tensor]
@@ -199,11 +201,12 @@ class Delta:
             "changed": self.changed,
             "notes": self.notes,
         }
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            str(path),
-            metadata={"format": _FORMAT, "header": json.dumps(header)},
-        )
+        with whole_file(path) as temporary:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                temporary,
+                metadata={"format": _FORMAT, "header": json.dumps(header)},
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":

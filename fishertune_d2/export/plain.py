@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fishertune_d2.fisher.files import whole_file
 from fishertune_d2.modeling import VFMS, VFMBackbone
 from fishertune_d2.modeling.weight_names import to_transformers
 
@@ -161,7 +162,8 @@ def write_detectron2(model: TunedModel, folder: Path) -> None:
         )
     vit = {BACKBONE + name: tensor for name, tensor in model.vit.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": vit | model.decoder}, folder / "model.pth")
+    with whole_file(folder / "model.pth") as temporary:
+        torch.save({"model": vit | model.decoder}, temporary)
 
 
 def _is_dinov2(timm_name: str) -> bool:
@@ -171,7 +173,8 @@ def _is_dinov2(timm_name: str) -> bool:
 def _write_weights(state: StateDict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with whole_file(folder / "model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
 
 
 LAYOUTS: dict[str, Callable[[TunedModel, Path], None]] = {

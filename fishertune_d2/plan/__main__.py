@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from yaml import YAMLError
 
-from .plan import make_plan, read_config
+from fishertune_d2.config import read_config
+
+from .plan import make_plan
 from .report import format_fit, format_plan, summary
 
 

@@ -89,8 +89,8 @@ def count_flops(step: nn.Module, inputs: Sequence[Tensor]) -> Flops:
     return Flops(_keyed(by_module[""]), _keyed(by_module["backbone"]), uncounted)
 
 
-class TrainingPass(nn.Module):
-    """From images (B, 3, H, W) and labels (B, H, W) to the sum of the losses.
+class _Pass(nn.Module):
+    """Of a segmentor, what a pass calls.
 
     Args:
         segmentor: an imagined one.
@@ -99,22 +99,18 @@ class TrainingPass(nn.Module):
     def __init__(self, segmentor: nn.Module):
         super().__init__()
         self.backbone, self.head = segmentor.backbone, segmentor.sem_seg_head
+
+
+class TrainingPass(_Pass):
+    """From images (B, 3, H, W) and labels (B, H, W) to the sum of the losses."""
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """See the class."""
         return sum(self.head(self.backbone(images), labels)[1].values())
 
 
-class InferencePass(nn.Module):
-    """From images (B, 3, H, W) to their scores (B, C, H, W).
-
-    Args:
-        segmentor: an imagined one.
-    """
-
-    def __init__(self, segmentor: nn.Module):
-        super().__init__()
-        self.backbone, self.head = segmentor.backbone, segmentor.sem_seg_head
+class InferencePass(_Pass):
+    """From images (B, 3, H, W) to their scores (B, C, H, W)."""
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""

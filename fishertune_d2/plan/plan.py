@@ -1,13 +1,11 @@
 """The plan of a config: parameters, FLOPs, memory and files."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from torch import nn
 
-from fishertune_d2.config import add_fishertune_config
 from fishertune_d2.engine.plan import count_parameters, count_tuned
 from fishertune_d2.engine.trainer import PRECISIONS
 from fishertune_d2.fisher import ESTIMATORS, KINDS, LABELS, Cost, find_candidates
@@ -52,21 +50,6 @@ class Plan:
         for each in [*self.stages, *(test.flops for test in self.inference)]:
             found |= each.uncounted
         return found
-
-
-def read_config(file: str, options: Sequence[str] = ()) -> CfgNode:
-    """Reads a config file; what is wrong with it, Detectron2 raises.
-
-    Args:
-        file: its path.
-        options: keys and values in turn, which go before those of the file.
-    """
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
-    cfg.merge_from_file(file)
-    cfg.merge_from_list(list(options))
-    cfg.freeze()
-    return cfg
 
 
 def make_plan(cfg: CfgNode) -> Plan:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fishertune_d2.plan import make_plan, read_config, summary
+from fishertune_d2.config import read_config
+from fishertune_d2.plan import make_plan, summary
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = ("fishertune", "full", "freeze")
