@@ -9,6 +9,7 @@ torchrun --nproc-per-node N train_net.py --config-file FILE [MODEL.DEVICE cpu]
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -25,7 +26,13 @@ from fishertune_d2.engine import Trainer, WholeCheckpointer, launch, log_plan, p
 def setup(args: argparse.Namespace) -> CfgNode:
     """Reads the config, and sets up this process's logging."""
     cfg = read_config(args.config_file, args.opts)
+    record = Path(cfg.OUTPUT_DIR, "config.yaml")
+    of_a_run = (args.resume or args.eval_only) and record.is_file()
+    before = record.read_text() if of_a_run else ""
     default_setup(cfg, args)
+    if of_a_run and comm.is_main_process():
+        # Of the run that is there: this one only evaluates, or is not yet accepted to go on.
+        record.write_text(before)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fishertune_d2", abbrev_name="fishertune")
     return cfg
 
@@ -45,6 +52,8 @@ def main(args: argparse.Namespace) -> dict | None:
     check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], num_classes)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process():
+        Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
     results = trainer.train()
     if comm.is_main_process():
         picture = draw_run(cfg.OUTPUT_DIR)

@@ -70,6 +70,9 @@ def _add_backbone(cfg: CN) -> None:
     # What images are normalised with: "config", PIXEL_MEAN and PIXEL_STD above (ImageNet's, as Rein
     # for every VFM), or "authors", what the VFM was trained with.
     cfg.MODEL.VFM.PIXELS = "config"
+    # Compute the blocks once more in the backward pass in place of keeping their activations. The
+    # numbers stay the same; the estimation, which reads activations, keeps them.
+    cfg.MODEL.VFM.CHECKPOINT_BLOCKS = False
 
 
 def _add_head(cfg: CN) -> None:
@@ -154,6 +157,12 @@ def _add_solver(cfg: CN) -> None:
     cfg.SOLVER.WARMUP_ITERS = 0
     cfg.SOLVER.POLY_LR_POWER = 0.9
     cfg.SOLVER.IMS_PER_BATCH = 4
+    # How many parts a process's share of a batch is passed through the model in. Their gradients
+    # add up to those of the whole.
+    cfg.SOLVER.ACCUMULATE = 1
+    # With SOLVER.AMP.ENABLED: "bfloat16", or "float16" (with a gradient scaler, for GPUs that have
+    # nothing better). FISHER.PRECISION is the estimate's.
+    cfg.SOLVER.AMP.PRECISION = "bfloat16"
     # T1 + T3 of the paper's Algorithm 1; T1 is TUNING.WARMUP_ITERS, so T3 is the difference.
     cfg.SOLVER.MAX_ITER = 40000
     cfg.SOLVER.CHECKPOINT_PERIOD = 5000

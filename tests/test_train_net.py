@@ -77,6 +77,13 @@ def test_trains_then_evaluates_from_the_checkpoint(camvid):
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads((again / "results.json").read_text()) == trained
 
+    before = (out / "config.yaml").read_text()
+    other = ["SOLVER.BASE_LR", "0.5", "OUTPUT_DIR", str(out)]
+    run = _train_net(camvid, config, "--resume", *options, *other)
+    assert run.returncode == 1
+    assert "SOLVER.BASE_LR was 0.0003 and is 0.5" in run.stderr
+    assert (out / "config.yaml").read_text() == before  # of the run that is there
+
 
 @pytest.fixture
 def slurm(tmp_path) -> str:

@@ -9,7 +9,7 @@ from math import ceil
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.utils import comm
@@ -35,6 +35,7 @@ from .optimizer import build_optimizer, carry_state, is_backbone
 from .preemption import Preemption
 from .scoring import score_datasets
 from .stages import prepare_stage
+from .step import StepTrainer, autocast_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ class Trainer(DefaultTrainer):
         seed_all_rng(cfg.SEED)
         model = self.build_model(cfg)
         self.method = build_tuning_method(cfg)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(model, loader, optimizer=None)
+        dtype = autocast_dtype(cfg)
+        self._trainer = StepTrainer(model, loader, dtype=dtype, parts=cfg.SOLVER.ACCUMULATE)
         names = [item["file_name"] for item in loader.dataset.dicts]
         self.checkpointer = WholeCheckpointer(
             model, cfg.OUTPUT_DIR, run=RunRecord(cfg, names), trainer=weakref.proxy(self)
@@ -188,18 +189,19 @@ class Trainer(DefaultTrainer):
             require_same_shapes(self.method.parameters(backbone), estimate)
             return estimate
         logger.info("Estimating the Fisher information; no weight changes meanwhile")
-        return estimate_fisher(
-            self.segmentor,
-            self._estimation_batches(),
-            SegmentationLoss(),
-            find_candidates(backbone),
-            estimator=fisher.ESTIMATOR,
-            labels=fisher.LABELS,
-            perturb=build_perturbation(self.cfg, backbone),
-            seed=self.cfg.SEED,
-            progress=comm.is_main_process(),
-            autocast=PRECISIONS[fisher.PRECISION],
-        )
+        with backbone.keeping_activations():
+            return estimate_fisher(
+                self.segmentor,
+                self._estimation_batches(),
+                SegmentationLoss(),
+                find_candidates(backbone),
+                estimator=fisher.ESTIMATOR,
+                labels=fisher.LABELS,
+                perturb=build_perturbation(self.cfg, backbone),
+                seed=self.cfg.SEED,
+                progress=comm.is_main_process(),
+                autocast=PRECISIONS[fisher.PRECISION],
+            )
 
     def _estimation_batches(self) -> Iterator[list[dict]]:
         """This process's share of T2 batches, in another order than training sees.

@@ -6,6 +6,7 @@ Shapes:
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -88,6 +89,7 @@ class Mask2FormerHead(nn.Module):
         self.in_features = names
         self.num_classes = config.num_labels
         self.ignore_value = config.ignore_value
+        self.num_queries = config.num_queries
         self.deep_supervision = config.use_auxiliary_loss
         self.loss_weights = {
             "loss_cross_entropy": config.class_weight,
@@ -221,6 +223,23 @@ class Mask2FormerHead(nn.Module):
             return sum(self.losses(own, targets[one]).values())
         finally:
             self.criterion.across_processes = True
+
+    def loss_divisors(self, targets: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the losses of a batch divide by, so that those of its parts can be put together.
+
+        Args:
+            targets: of each image (H, W) int64.
+
+        Returns:
+            For ``loss_ce`` the weights of all queries' classes, which is known before they are
+            matched; for ``loss_mask`` and ``loss_dice`` the masks per process, at least 1. Scalars.
+        """
+        labels = [self.target_masks(target[None])[1][0] for target in targets]
+        queries, nothing = self.num_queries, self.criterion.eos_coef
+        matched = [min(len(classes), queries) for classes in labels]
+        weight = sum(n + nothing * (queries - n) for n in matched)
+        masks = self.criterion.get_num_masks(labels, targets[0].device)
+        return {"loss_ce": masks.new_tensor(weight), "loss_mask": masks, "loss_dice": masks}
 
     def target_masks(self, targets: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """See :func:`semantic_masks`."""

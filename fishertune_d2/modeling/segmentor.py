@@ -140,6 +140,19 @@ class VFMSegmentor(nn.Module):
             raise FloatingPointError(f"on {images}: {error}") from error
         return losses
 
+    def loss_divisors(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """What each of a batch's losses is divided by, for a trainer that passes it in parts.
+
+        Args:
+            batched_inputs: dicts with ``sem_seg``.
+
+        Returns:
+            Scalars by the losses' names, without the number of the prediction.
+        """
+        return self.sem_seg_head.loss_divisors(
+            [inputs["sem_seg"].to(self.device) for inputs in batched_inputs]
+        )
+
     def features_and_targets(
         self, batched_inputs: list[dict]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

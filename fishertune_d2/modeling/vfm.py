@@ -3,7 +3,8 @@
 Shapes: B images, D channels, N tokens (prefix tokens, then h*w patches), (H, W) pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
 
 import timm
@@ -45,6 +46,7 @@ class VFMBackbone(Backbone):
         img_size: Sequence[int],
         patch_size: int,
         patch_resize: str = "bicubic",
+        checkpoint_blocks: bool = False,
     ):
         """Builds the ViT and loads its weights, so that Fisher tuning starts from public ones.
 
@@ -54,6 +56,7 @@ class VFMBackbone(Backbone):
             img_size: (H, W) in pixels, for which the position embedding is stored.
             patch_size: side of a patch in pixels; 0 for the size the VFM was trained with.
             patch_resize: "bicubic" or "pi", see ``load_vfm_weights``.
+            checkpoint_blocks: compute blocks once more in the backward pass, keep less for it.
 
         Raises:
             ValueError: ``name`` is no VFM, or a size is not positive.
@@ -78,6 +81,7 @@ class VFMBackbone(Backbone):
         for part in row.without:
             setattr(self.vit, part, nn.Identity())
         self.weights = load_vfm_weights(self.vit, weights, patch_resize, row.fallback, row.source)
+        self.vit.set_grad_checkpointing(checkpoint_blocks)
         depth = len(self.vit.blocks)
         self.thirds = [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1]
         self.taps = list(row.taps) or [*self.thirds, depth - 1]
@@ -91,6 +95,7 @@ class VFMBackbone(Backbone):
             "img_size": cfg.MODEL.VFM.IMG_SIZE,
             "patch_size": cfg.MODEL.VFM.PATCH_SIZE,
             "patch_resize": cfg.MODEL.VFM.PATCH_RESIZE,
+            "checkpoint_blocks": cfg.MODEL.VFM.CHECKPOINT_BLOCKS,
         }
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -128,6 +133,16 @@ class VFMBackbone(Backbone):
     def num_prefix_tokens(self) -> int:
         """How many tokens (class, registers) precede the patches; SAM's maps have none."""
         return getattr(self.vit, "num_prefix_tokens", 0)
+
+    @contextmanager
+    def keeping_activations(self) -> Iterator[None]:
+        """Without checkpointed blocks, for what reads activations in a forward pass by hooks."""
+        checkpointed = self.vit.grad_checkpointing
+        self.vit.set_grad_checkpointing(False)
+        try:
+            yield
+        finally:
+            self.vit.set_grad_checkpointing(checkpointed)
 
     def perturbation_points(self) -> list[nn.Module]:
         """The modules whose output Eq. 6 perturbs: patch embedding, blocks at 1/3, 1/2 and 2/3.

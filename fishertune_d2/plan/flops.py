@@ -3,7 +3,8 @@
 One multiply-add is one FLOP, as fvcore and most papers on vision count. A backward pass has, by
 the usual rule, for each operator as much again for each of its operands that needs a gradient:
 once for the input, once for the weight. What is frozen and has nothing to train before it costs
-none. No kernel's recomputing is counted, and no work that is done number by number.
+none. No kernel's recomputing is counted, and no work that is done number by number. The backbone's
+checkpointed blocks are: their forward pass is paid twice.
 """
 
 from collections import Counter
@@ -66,6 +67,12 @@ class Flops:
     def backward(self) -> int:
         """Of the backward pass."""
         return _of(self.all, INPUTS) + _of(self.all, WEIGHTS)
+
+    @property
+    def recomputed(self) -> int:
+        """What checkpointed blocks cost at most: the backbone's forward pass, if it trains."""
+        trains = any(part == WEIGHTS for (_, part), n in self.backbone.items() if n)
+        return _of(self.backbone, FORWARD) if trains else 0
 
     @property
     def measuring(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from weakref import WeakSet
 
 import torch
 from detectron2.config import CfgNode
@@ -58,17 +59,27 @@ def weight_bytes(model: nn.Module) -> int:
 def saved_bytes(model: nn.Module, loss: Callable[[], object]) -> int:
     """Bytes that autograd saves while ``loss`` is computed, but for the model's own."""
     own = {_key(each) for each in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, torch.UntypedStorage] = {}  # kept, or a key might be given twice
+    alive: WeakSet[_Saved] = WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
         if _key(tensor) not in own:
-            saved[_key(tensor)] = tensor.untyped_storage()
-        return tensor
+            alive.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    # The graph of a checkpointed block that has nothing to train is dropped before the end.
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         graph = loss()
+    total = _bytes(saved.tensor for saved in alive)
     del graph
-    return sum(storage.nbytes() for storage in saved.values())
+    return total
+
+
+class _Saved:
+    """What autograd holds in place of a tensor it saved; gone when that would be."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
 
 
 def optimizer_bytes(cfg: CfgNode, model: nn.Module) -> dict[str, int]:

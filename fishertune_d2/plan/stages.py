@@ -12,6 +12,7 @@ from torch import nn
 
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.stages import prepare_stage
+from fishertune_d2.engine.step import autocast_dtype, largest_part
 from fishertune_d2.engine.trainer import PRECISIONS, build_perturbation
 from fishertune_d2.fisher import ESTIMATORS, find_candidates
 from fishertune_d2.tuning import SelectedWeights, TuningMethod
@@ -58,6 +59,8 @@ def plan_stages(cfg: CfgNode, method: TuningMethod, size: tuple[int, int]) -> li
     stages = []
     for name, (steps, images) in runs.items():
         image = flops[name].forward + flops[name].backward
+        if name == "tuning" and cfg.MODEL.VFM.CHECKPOINT_BLOCKS:
+            image += flops[name].recomputed
         if name == "estimation":  # on x and on x'
             image = 2 * ESTIMATORS[cfg.FISHER.ESTIMATOR].cost.passes * flops[name].measuring
         memory = replace(held[name], activations=kept[name])
@@ -112,7 +115,8 @@ def count_passes(
         require_dense(name, model, method)
         trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         if trained not in known:
-            known[trained] = count_flops(TrainingPass(model), [images, labels])
+            with model.backbone.keeping_activations():
+                known[trained] = count_flops(TrainingPass(model), [images, labels])
         flops[name] = known[trained]
     return flops
 
@@ -160,14 +164,17 @@ def _loss(
     name: str, cfg: CfgNode, model: nn.Module, images: int, size: tuple[int, int]
 ) -> Callable[[], object]:
     """What a stage computes in a forward pass, on a batch without numbers."""
-    dtype = torch.float16 if cfg.SOLVER.AMP.ENABLED else None  # AMPTrainer's
-    loss, shift = model, nullcontext()
-    if name == "estimation":
+    dtype = autocast_dtype(cfg)
+    loss, shift, kept = model, nullcontext(), nullcontext()
+    if name != "estimation":
+        images = largest_part(images, cfg.SOLVER.ACCUMULATE)
+    else:
         images = ESTIMATORS[cfg.FISHER.ESTIMATOR].cost.images or images
         dtype = PRECISIONS[cfg.FISHER.PRECISION]
         loss_fn = SegmentationLoss()
         loss_fn = loss_fn.sampled if cfg.FISHER.LABELS == "sampled" else loss_fn
         loss, shift = partial(loss_fn, model), build_perturbation(cfg, model.backbone).drawing()
+        kept = model.backbone.keeping_activations()
     size = padded_size(model, size)
     batch = [
         {
@@ -178,7 +185,7 @@ def _loss(
     ]
 
     def run() -> object:
-        with shift, autocast_on(torch.device(cfg.MODEL.DEVICE), dtype):
+        with shift, kept, autocast_on(torch.device(cfg.MODEL.DEVICE), dtype):
             return loss(batch)
 
     return run

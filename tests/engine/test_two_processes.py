@@ -125,6 +125,8 @@ def two(tiny_cfg, sparse_data, tmp_path):
     cfg = tiny_cfg(
         DATASETS__TRAIN=("tiny_sparse",),
         DATASETS__TEST=("tiny_sparse", "tiny_night", "tiny_one"),
+        SOLVER__IMS_PER_BATCH=4,
+        SOLVER__ACCUMULATE=2,  # an image at a time; gradients are sent once a step all the same
         SOLVER__MAX_ITER=STEPS,
         SOLVER__CHECKPOINT_PERIOD=STEPS,
         TUNING__WARMUP_ITERS=WARMUP,

@@ -90,3 +90,14 @@ def test_an_estimator_keeps_what_it_says(small_cfg, real_model, name):
     cost = estimator.cost
     assert kept == pytest.approx(cost.kept * dense, rel=1e-3)
     assert estimator_bytes(cost, candidates) == (2 * cost.kept + cost.extra) * dense
+
+
+def test_checkpointed_blocks_keep_their_inputs(small_cfg):
+    plain = _planned(small_cfg(TUNING__METHOD="full"), size=(96, 128))
+    spared = _planned(
+        small_cfg(TUNING__METHOD="full", MODEL__VFM__CHECKPOINT_BLOCKS=True), size=(96, 128)
+    )
+    assert spared["warmup"] == plain["warmup"]  # nothing to compute again
+    assert spared["tuning"] < plain["tuning"]
+    halved = _planned(small_cfg(TUNING__METHOD="full", SOLVER__ACCUMULATE=2), size=(96, 128))
+    assert halved["tuning"] == pytest.approx(plain["tuning"] / 2, rel=0.05)

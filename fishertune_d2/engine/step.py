@@ -1,0 +1,118 @@
+"""One training step: autocast, and a batch passed through the model in parts."""
+
+import re
+import time
+from collections import Counter
+from contextlib import nullcontext
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+# SOLVER.AMP.PRECISION: what autocast computes in.
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StepTrainer(SimpleTrainer):
+    """Detectron2's SimpleTrainer and AMPTrainer in one, on any device, with gradient accumulation.
+
+    AMPTrainer refuses CPUs and always scales losses, which only float16 needs.
+
+    Args:
+        model: returns losses by name, each a sum over something divided by its number. With more
+            than one part, it must say those numbers, see ``VFMSegmentor.loss_divisors``.
+        data_loader: yields batches, lists of images.
+        dtype: what autocast computes in; None for no autocast. float16 gets a GradScaler.
+        parts: how many parts a batch is passed through the model in. The gradients add up to those
+            of the whole batch, and activations are kept for one part at a time.
+
+    Raises:
+        ValueError: if ``parts`` is not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: DataLoader,
+        *,
+        dtype: torch.dtype | None = None,
+        parts: int = 1,
+    ):
+        if parts < 1:
+            raise ValueError(f"SOLVER.ACCUMULATE is {parts}: choose 1, or how many parts")
+        super().__init__(model, data_loader, optimizer=None)
+        self.dtype = dtype
+        self.parts = parts
+        self.device_type = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
+
+    def run_step(self) -> None:
+        """Draws a batch, adds up the gradients of its parts, and moves the weights."""
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        parts = _split(batch, self.parts)
+        segmentor = getattr(self.model, "module", self.model)
+        whole = segmentor.loss_divisors(batch) if len(parts) > 1 else {}
+        sums: Counter = Counter()
+        for k, part in enumerate(parts):
+            with self._exchanging_gradients(k == len(parts) - 1):
+                with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+                    losses = self.model(part)
+                if whole:
+                    losses = _as_shares(losses, segmentor.loss_divisors(part), whole)
+                if k == 0:  # where SimpleTrainer does it
+                    self.optimizer.zero_grad()
+                self.scaler.scale(sum(losses.values())).backward()
+            sums.update({name: loss.detach() for name, loss in losses.items()})
+        self.after_backward()
+        self._write_metrics(dict(sums), data_time)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _exchanging_gradients(self, now: bool):
+        """Processes add up their gradients once for all parts."""
+        ranks = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if ranks and not now else nullcontext()
+
+    def state_dict(self) -> dict:
+        """Iteration, optimizer and, of float16, the scaler."""
+        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores what ``state_dict`` gave."""
+        super().load_state_dict(state_dict)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """What SOLVER.AMP has autocast compute in; None if it is off.
+
+    Raises:
+        ValueError: if SOLVER.AMP.PRECISION is unknown.
+    """
+    precision = cfg.SOLVER.AMP.PRECISION
+    if precision not in _DTYPES:
+        raise ValueError(f"SOLVER.AMP.PRECISION is {precision!r}: choose from {', '.join(_DTYPES)}")
+    return _DTYPES[precision] if cfg.SOLVER.AMP.ENABLED else None
+
+
+def largest_part(images: int, parts: int) -> int:
+    """Images in the largest part of a batch."""
+    return -(-images // parts)
+
+
+def _split(batch: list, parts: int) -> list[list]:
+    """Cuts a batch into parts of nearly one size, none of them empty."""
+    size = largest_part(len(batch), parts)
+    return [batch[k : k + size] for k in range(0, len(batch), size)]
+
+
+def _as_shares(losses: dict, own: dict, whole: dict) -> dict:
+    """Makes losses of a part, which divide by its own numbers, shares of the whole batch's."""
+    kinds = {name: re.sub(r"_\d+$", "", name) for name in losses}  # loss_ce_3: of prediction 3
+    return {name: loss * (own[kinds[name]] / whole[kinds[name]]) for name, loss in losses.items()}

@@ -1,0 +1,105 @@
+"""Autocast, gradient accumulation and checkpointed blocks through the real Trainer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fishertune_d2.engine import Trainer
+
+
+def _trained(cfg, resume: bool = False) -> dict[str, torch.Tensor]:
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer.segmentor.state_dict()
+
+
+def _losses(cfg) -> list[float]:
+    lines = Path(cfg.OUTPUT_DIR, "metrics.json").read_text().splitlines()
+    return [json.loads(line)["total_loss"] for line in lines if "total_loss" in line]
+
+
+@pytest.fixture
+def points_of_the_losses_stay(monkeypatch):
+    """Every mask gets the same points, or a part would draw others than the whole batch."""
+
+    def rand(*shape, **options) -> torch.Tensor:
+        shape = shape[0] if len(shape) == 1 else shape
+        drawn = torch.empty(shape[1:]).uniform_(generator=torch.Generator().manual_seed(0))
+        return drawn.expand(shape).clone().to(options.get("device"))
+
+    monkeypatch.setattr(torch, "rand", rand)
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_parts_add_up_to_the_whole_batch(tiny_cfg, points_of_the_losses_stay, parts):
+    common = {
+        "TUNING__METHOD": "full",
+        "TUNING__WARMUP_ITERS": 0,
+        "SOLVER__MAX_ITER": 1,
+        "SOLVER__IMS_PER_BATCH": 5,  # in parts of different sizes
+        "SOLVER__OPTIMIZER": "SGD",
+        "SOLVER__BASE_LR": 1.0,
+        # Crops of one class make the parts' numbers of masks differ.
+        "INPUT__CROP__SIZE": [32, 40],
+    }
+    cfg = tiny_cfg(**common)
+    start = Trainer(cfg).segmentor.state_dict()
+    start = {name: tensor.clone() for name, tensor in start.items()}
+    whole = _trained(cfg)
+    summed_cfg = tiny_cfg("summed", **common, SOLVER__ACCUMULATE=parts)
+    summed = _trained(summed_cfg)
+    compared = 0
+    for name, tensor in whole.items():
+        step, other = tensor - start[name], summed[name] - start[name]
+        scale = float(step.abs().max())
+        if scale < 1e-4:  # some biases, as those before a norm, move by rounding alone
+            continue
+        # 0.005: where rounding carries a mask across its threshold, one point more or less counts.
+        # Parts that divide by numbers of their own are off by 0.1 and more.
+        torch.testing.assert_close(other, step, rtol=0, atol=5e-3 * scale, msg=name)
+        compared += 1
+    assert compared > 100
+    assert _losses(summed_cfg) == pytest.approx(_losses(cfg), rel=1e-5)
+
+
+def test_checkpointed_blocks_change_no_number(tiny_cfg):
+    plain = _trained(tiny_cfg())
+    checkpointed = _trained(tiny_cfg("checkpointed", MODEL__VFM__CHECKPOINT_BLOCKS=True))
+    assert all(torch.equal(tensor, checkpointed[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_autocast_trains_float32_weights_and_resumes(tiny_cfg, precision):
+    options = {"SOLVER__AMP__ENABLED": True, "SOLVER__AMP__PRECISION": precision}
+    cfg = tiny_cfg(**options)
+    whole = _trained(cfg)
+    assert {tensor.dtype for tensor in whole.values() if tensor.is_floating_point()} == {
+        torch.float32
+    }
+    plain_cfg = tiny_cfg("plain")
+    _trained(plain_cfg)
+    losses, plain = _losses(cfg), _losses(plain_cfg)
+    assert losses != plain
+    assert losses == pytest.approx(plain, rel=0.1)
+
+    again = tiny_cfg(**options)
+    Path(again.OUTPUT_DIR, "last_checkpoint").write_text("model_0000004.pth")
+    assert all(torch.equal(t, whole[name]) for name, t in _trained(again, resume=True).items())
+    state = torch.load(Path(cfg.OUTPUT_DIR, "model_final.pth"), weights_only=True)
+    scaler = state["trainer"]["_trainer"]["grad_scaler"]
+    assert bool(scaler) == (precision == "float16")  # bfloat16 has float32's range
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"SOLVER__AMP__PRECISION": "half"}, "SOLVER.AMP.PRECISION is 'half'"),
+        ({"SOLVER__ACCUMULATE": 0}, "SOLVER.ACCUMULATE is 0"),
+    ],
+)
+def test_refuses(tiny_cfg, options, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny_cfg(**options))
