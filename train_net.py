@@ -21,6 +21,7 @@ from fishertune_d2.analysis.selection_map import draw_run
 from fishertune_d2.config import read_config
 from fishertune_d2.data import DatasetError, check_datasets
 from fishertune_d2.engine import Trainer, WholeCheckpointer, launch, log_plan, preemption
+from fishertune_d2.tuning import build_tuning_method
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -45,9 +46,8 @@ def main(args: argparse.Namespace) -> dict | None:
     if args.eval_only:
         check_datasets(cfg.DATASETS.TEST, num_classes)
         model = Trainer.build_model(cfg)
-        WholeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
+        checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, method=build_tuning_method(cfg))
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return Trainer.test(cfg, model)
     check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], num_classes)
     trainer = Trainer(cfg)

@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from torch import nn
 
 from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.tuning import TuningMethod
+
+from .optimizer import is_backbone
+from .stages import attach
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,25 @@ class WholeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, whose files are written whole or not at all, under the same names.
 
     If the last one is damaged all the same, by a disk or a copy, resuming takes the one before.
+
+    Args:
+        model: the segmentor.
+        save_dir: where checkpoints go.
+        method: its tuning method. A checkpoint of the tuning stage holds what the method adds, so
+            that is attached before the weights are loaded; one of the warm-up does not.
+        checkpointables: as Detectron2's.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        method: TuningMethod | None = None,
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, **checkpointables)
+        self.method = method
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``<name>.pth``, then makes it the last checkpoint.
@@ -60,6 +83,23 @@ class WholeCheckpointer(DetectionCheckpointer):
             return super()._load_file(filename)
         except Exception as error:  # torch's own name no file
             raise ValueError(f"{filename} cannot be read as a checkpoint: {error}") from error
+
+    def _load_model(self, checkpoint: dict[str, Any]):
+        """Loads the weights, of the warm-up or of the tuning stage.
+
+        Raises:
+            ValueError: if they are those of a backbone that another method has added to.
+        """
+        if self.method and _added(checkpoint["model"], self.model):
+            attach(self.model, self.method)
+            foreign = _added(checkpoint["model"], self.model)
+            if foreign:
+                raise ValueError(
+                    f"the checkpoint holds {len(foreign)} tensors that the backbone has no place "
+                    f"for, the first is {foreign[0]}: set TUNING.METHOD and its options as they "
+                    "were when it was written"
+                )
+        return super()._load_model(checkpoint)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Writes which checkpoint is the last."""
@@ -90,6 +130,12 @@ class WholeCheckpointer(DetectionCheckpointer):
             f"cannot resume: the last checkpoint, {last}, is damaged or gone, and so are all "
             f"others in {self.save_dir} ({len(others)}); start again without --resume"
         )
+
+
+def _added(state: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Names in a state dict, below the backbone, that the model does not have."""
+    own = model.state_dict()
+    return [name for name in state if is_backbone(name) and name not in own]
 
 
 def is_whole(path: Path) -> bool:

@@ -7,15 +7,23 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-# Embeddings that are parameters of their own, or of an nn.Embedding, in the head.
-_EMBEDDINGS = ("queries_embedder", "queries_features", "level_embed")
+# Embeddings that are parameters of their own, or of an nn.Embedding: the head's, and those that
+# tuning methods add (tokens, prompts, and the one factor of what tokens add).
+_EMBEDDINGS = (
+    "queries_embedder",
+    "queries_features",
+    "level_embed",
+    "learnable_tokens",
+    "prompts",
+    ".scale",
+)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW (or SGD) over the parameters that require a gradient now.
 
     The backbone's learning rate is BASE_LR * BACKBONE_MULTIPLIER. Norms have WEIGHT_DECAY_NORM,
-    query and level embeddings WEIGHT_DECAY_EMBED.
+    embeddings, tokens and prompts WEIGHT_DECAY_EMBED.
 
     Args:
         cfg: SOLVER is read.

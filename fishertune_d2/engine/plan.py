@@ -5,17 +5,19 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 from fishertune_d2.fisher import count_of_share, tuned_share
 from fishertune_d2.tuning import build_tuning_method
 
+from .stages import attach
+
 logger = logging.getLogger(__name__)
 
 
 def count_parameters(cfg: CfgNode, backbone: nn.Module) -> dict[str, int]:
-    """How many weights the backbone has, and how many of them TUNING lets move by the end."""
+    """How many weights the backbone has of its own, and how many train by the end of TUNING."""
     return {
         "tuned_parameters": count_tuned(cfg, backbone, progress=1.0),
         "backbone_parameters": sum(p.numel() for p in backbone.parameters()),
@@ -23,8 +25,16 @@ def count_parameters(cfg: CfgNode, backbone: nn.Module) -> dict[str, int]:
 
 
 def count_tuned(cfg: CfgNode, backbone: nn.Module, progress: float) -> int:
-    """How many of the backbone's weights may move at a point of the tuning stage, from 0 to 1."""
+    """How many weights of the backbone train at a point of the tuning stage, from 0 to 1.
+
+    Of a method that adds weights, those.
+    """
     method = build_tuning_method(cfg)
+    if method.adds:
+        # To a model of its own: ``backbone`` stays as it is, and what is added may need the head.
+        model = build_empty(cfg, build_model)
+        attach(model, method)
+        backbone = model.backbone
     if not method.selects:
         return sum(p.numel() for p in method.parameters(backbone).values())
     tuning = cfg.TUNING
@@ -55,8 +65,11 @@ def plan(cfg: CfgNode) -> dict[str, int]:
 def log_plan(cfg: CfgNode) -> dict[str, int]:
     """Logs and returns :func:`plan`."""
     counts = plan(cfg)
+    adds = build_tuning_method(cfg).adds
     logger.info(
-        "%s on %s: %.2f M of %.2f M backbone weights will be tuned (%s of %s)",
+        "%s on %s: %.2f M weights will be added to the backbone's %.2f M (%s to %s)"
+        if adds
+        else "%s on %s: %.2f M of %.2f M backbone weights will be tuned (%s of %s)",
         cfg.TUNING.METHOD,
         cfg.MODEL.VFM.NAME,
         counts["tuned_parameters"] / 1e6,

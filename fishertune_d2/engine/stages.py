@@ -10,10 +10,31 @@ from .optimizer import is_backbone
 STAGES = ("warmup", "tuning")
 
 
+def attach(model: nn.Module, method: TuningMethod) -> None:
+    """Adds what ``method`` adds to the segmentor, unless that is there already.
+
+    Args:
+        model: the segmentor, without DDP wrapper.
+        method: the tuning method.
+
+    Raises:
+        ValueError: if the method does not work on the segmentor's backbone.
+    """
+    backbone = model.backbone
+    if not method.adds or getattr(backbone, "attached", False):
+        return
+    with next(backbone.parameters()).device:
+        method.attach(backbone, model.sem_seg_head)
+    backbone.attached = True
+
+
 def prepare_stage(
     model: nn.Module, stage: str, method: TuningMethod, selection: Selection | None
 ) -> tuple[list[nn.Parameter], SelectedWeights | None]:
     """Lets what a stage trains require a gradient, and nothing else; frees earlier gradients.
+
+    What the method adds is attached when tuning begins; its part in the head is trained as the rest
+    of the decoder is.
 
     Args:
         model: the segmentor, without DDP wrapper.
@@ -25,12 +46,14 @@ def prepare_stage(
         What of the backbone is trained, and what makes it trainable if it is a selection.
 
     Raises:
-        ValueError: if there is no such stage.
+        ValueError: if there is no such stage, or the method does not work on this backbone.
         RuntimeError: if the method selects weights and none are selected yet.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: choose from {STAGES}")
     tuned, selected = [], None
+    if stage == "tuning":
+        attach(model, method)
     if stage == "tuning" and not method.selects:
         tuned = list(method.parameters(model.backbone).values())
     elif stage == "tuning":

@@ -93,7 +93,11 @@ class Trainer(DefaultTrainer):
         self._trainer = StepTrainer(model, loader, dtype=dtype, parts=cfg.SOLVER.ACCUMULATE)
         names = [item["file_name"] for item in loader.dataset.dicts]
         self.checkpointer = WholeCheckpointer(
-            model, cfg.OUTPUT_DIR, run=RunRecord(cfg, names), trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            method=self.method,
+            run=RunRecord(cfg, names),
+            trainer=weakref.proxy(self),
         )
         self._preemption = Preemption(lambda: self._save("model_preempted"))
         self._estimation = self._build_estimation()
@@ -110,13 +114,15 @@ class Trainer(DefaultTrainer):
         """Builds what ``stage`` trains; a stage that has begun already is left alone.
 
         Raises:
-            ValueError: if there is no such stage.
+            ValueError: if there is no such stage, or the method does not work on this backbone.
             RuntimeError: if the method selects weights and none are selected yet.
         """
         if stage == self.stage:
             return
         model, old = self.segmentor, self.optimizer
         selection = self._estimation.selection if self._estimation else None
+        # What a method adds begins as SEED says, whether the warm-up was this run's or another's.
+        torch.manual_seed(self.cfg.SEED)
         tuned, self._selected = prepare_stage(model, stage, self.method, selection)
         self.optimizer = self.build_optimizer(self.cfg, model)
         if old is not None:

@@ -13,9 +13,13 @@ from fishertune_d2.engine.plan import count_parameters
 from fishertune_d2.modeling import VFM, VFMS, VFMBackbone
 from fishertune_d2.modeling.checkpoints import read_checkpoint
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
+from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
-from .delta import Architecture, Delta, apply_delta
+from .delta import Architecture, Delta, StateDict, apply_delta
 from .plain import BACKBONE, TunedModel, empty_backbone
+
+# What the names of the backbone's tensors, and of those added to it, begin with in a checkpoint.
+_OWN = "backbone."
 
 
 def delta_of_run(
@@ -35,8 +39,8 @@ def delta_of_run(
 
     Raises:
         FileNotFoundError: if the checkpoint or the config is not there.
-        ValueError: if one cannot be read, if the public weights are not found, or if more differs
-            from them than the run trained.
+        ValueError: if one cannot be read, if what the run added cannot be merged, if the public
+            weights are not found, or if more differs from them than the run trained.
     """
     cfg, tuned = _read_run(Path(source), config_file)
     weights = base or cfg.MODEL.VFM.WEIGHTS
@@ -48,7 +52,7 @@ def delta_of_run(
     backbone = _public_backbone(tuned.architecture, weights, cfg.MODEL.VFM.PATCH_RESIZE)
     resized = _resized(backbone, VFMS[tuned.architecture.vfm])
     delta = Delta.between(backbone.vit.state_dict(), tuned.vit, tuned.architecture, resized)
-    trained = count_parameters(cfg, backbone)["tuned_parameters"]
+    trained = _count_movable(cfg, backbone)
     if delta.changed > trained:
         raise ValueError(
             f"{delta.changed:,} weights in {source} differ from the public ones, but the run "
@@ -80,7 +84,8 @@ def read_tuned(
 
     Raises:
         FileNotFoundError: if a file is not there.
-        ValueError: if a file cannot be read, or they do not fit each other.
+        ValueError: if a file cannot be read, they do not fit each other, or what a run added cannot
+            be merged.
     """
     source = Path(source)
     if source.suffix != ".safetensors":
@@ -150,9 +155,17 @@ def _read_run(source: Path, config_file: str | Path | None) -> tuple[CfgNode, Tu
         cfg.merge_from_file(str(config_file), allow_unsafe=False)
     except (YAMLError, KeyError) as error:
         raise ValueError(f"{config_file} is no config of a run: {error}") from error
-    state = read_checkpoint(checkpoint)
+    architecture, state = _architecture(cfg), read_checkpoint(checkpoint)
+    method = build_tuning_method(cfg)
+    if method.adds:
+        try:
+            state = _merged(architecture, method, state)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{checkpoint} cannot be exported: {shorten(str(error), 400)}"
+            ) from error
     tuned = TunedModel(
-        _architecture(cfg),
+        architecture,
         vit={n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)},
         decoder={n: t for n, t in state.items() if not n.startswith(BACKBONE)},
     )
@@ -164,6 +177,45 @@ def _read_run(source: Path, config_file: str | Path | None) -> tuple[CfgNode, Tu
             f"{shorten(str(error), 400)}. Name its own with --config-file"
         ) from error
     return cfg, tuned
+
+
+def _merged(architecture: Architecture, method: TuningMethod, state: StateDict) -> StateDict:
+    """The weights of a run, with what its method added written into the backbone's own.
+
+    Raises:
+        RuntimeError: if they do not fit the backbone as the method leaves it.
+        ValueError: if the method cannot do that.
+    """
+    backbone = empty_backbone(architecture)
+    own = {n.removeprefix(_OWN): t for n, t in state.items() if n.startswith(_OWN)}
+    if own.keys() <= backbone.state_dict().keys():
+        return state  # the warm-up's
+    with torch.device("meta"):
+        method.attach(backbone)
+    fit = backbone.load_state_dict(own, strict=False, assign=True)
+    method.merge(backbone)  # first, for where this is refused, nothing else matters
+    if fit.missing_keys or fit.unexpected_keys:
+        raise RuntimeError(
+            f"it lacks {', '.join(fit.missing_keys) or 'nothing'} and has "
+            f"{', '.join(fit.unexpected_keys) or 'nothing'} besides"
+        )
+    others = {name: tensor for name, tensor in state.items() if not name.startswith(_OWN)}
+    return others | {_OWN + name: tensor for name, tensor in backbone.state_dict().items()}
+
+
+def _count_movable(cfg: CfgNode, backbone: VFMBackbone) -> int:
+    """How many of the public weights a run may have changed."""
+    method = build_tuning_method(cfg)
+    if not method.adds:
+        return count_parameters(cfg, backbone)["tuned_parameters"]
+    empty = empty_backbone(_architecture(cfg))
+    counts = {name: p.numel() for name, p in empty.named_parameters()}
+    with torch.device("meta"):
+        method.attach(empty)
+    # What the additions are merged into goes by another name while they are attached.
+    for name, _ in empty.named_parameters():
+        counts.pop(name, None)
+    return sum(counts.values())
 
 
 def _architecture(cfg: CfgNode) -> Architecture:

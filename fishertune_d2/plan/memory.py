@@ -22,7 +22,7 @@ class Memory:
     only after the next forward pass.
 
     Attributes:
-        weights: the model's.
+        weights: the model's, with what its tuning method has added.
         gradients: of what the optimizer holds.
         optimizer: its state.
         activations: what autograd keeps for the backward pass, each storage once.

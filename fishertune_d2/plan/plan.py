@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.engine.plan import count_parameters, count_tuned
+from fishertune_d2.engine.stages import attach
 from fishertune_d2.engine.trainer import PRECISIONS
 from fishertune_d2.fisher import ESTIMATORS, KINDS, LABELS, Cost, find_candidates
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
@@ -70,15 +71,18 @@ def make_plan(cfg: CfgNode) -> Plan:
             f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: nothing is trained after the "
             f"{cfg.TUNING.WARMUP_ITERS} iterations of TUNING.WARMUP_ITERS"
         )
+    parameters, warmed_up = _parameters(cfg, model), held_bytes(model.state_dict())
+    if stages[-1].name == "tuning":
+        attach(model, method)
     return Plan(
         method=cfg.TUNING.METHOD,
         vfm=cfg.MODEL.VFM.NAME,
         device=cfg.MODEL.DEVICE,
         size=size,
-        parameters=_parameters(cfg, model),
+        parameters=parameters,
         stages=stages,
         inference=plan_inference(cfg, model, unknown=size),
-        files=_files(cfg, model, method, stages),
+        files=_files(cfg, model, method, stages, warmed_up),
     )
 
 
@@ -101,17 +105,24 @@ def _parameters(cfg: CfgNode, model: nn.Module) -> dict[str, int]:
 
 
 def _files(
-    cfg: CfgNode, model: nn.Module, method: TuningMethod, stages: list[Stage]
+    cfg: CfgNode, model: nn.Module, method: TuningMethod, stages: list[Stage], warmed_up: int
 ) -> dict[str, int]:
-    """What the stages leave in OUTPUT_DIR; a checkpoint holds the optimizer's state, too."""
+    """What the stages leave in OUTPUT_DIR; a checkpoint holds the optimizer's state, too.
+
+    Args:
+        cfg: the config.
+        model: its model as it ends.
+        method: its tuning method.
+        stages: of the run.
+        warmed_up: bytes of the weights that the warm-up leaves.
+    """
     held, files = {stage.name: stage.memory for stage in stages}, {}
-    weights = held_bytes(model.state_dict())
     if "warmup" in held:
-        files["model_warmup.pth"] = weights + held["warmup"].optimizer
+        files["model_warmup.pth"] = warmed_up + held["warmup"].optimizer
     if "estimation" in held:
         files["fisher.safetensors"] = estimator_bytes(Cost(), find_candidates(model.backbone))
     if "tuning" in held and method.selects:
         # An index and a rank, of 8 bytes each.
         files["selection.safetensors"] = 16 * count_tuned(cfg, model.backbone, progress=1.0)
-    files["model_final.pth"] = weights + stages[-1].memory.optimizer
+    files["model_final.pth"] = held_bytes(model.state_dict()) + stages[-1].memory.optimizer
     return files

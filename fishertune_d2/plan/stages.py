@@ -96,8 +96,11 @@ def count_held(cfg: CfgNode, method: TuningMethod, runs: Collection[str]) -> dic
         fisher=estimator_bytes(cost, candidates),
     )
     selected = _enter("tuning", cfg, model, method)
-    added = weight_bytes(model) - plain.weights + held_bytes(selected and selected.selection)
-    tuning = replace(plain, **optimizer_bytes(cfg, model), selection=added)
+    tuning = replace(plain, **optimizer_bytes(cfg, model), weights=weight_bytes(model))
+    if selected:
+        vectors = tuning.weights - plain.weights
+        held = vectors + held_bytes(selected.selection)
+        tuning = replace(tuning, weights=plain.weights, selection=held)
     return {"warmup": warmup, "estimation": estimation, "tuning": tuning}
 
 
@@ -139,6 +142,9 @@ def require_dense(name: str, model: nn.Module, method: TuningMethod) -> None:
 
     In tuning those are all that hold a selected weight, for it is picked from the whole gradient.
     """
+    if name == "tuning" and not method.selects:
+        prepare_stage(model, name, method, None)
+        return
     prepare_stage(model, "warmup", method, None)
     tensors = []
     if name == "estimation":

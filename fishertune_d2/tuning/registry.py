@@ -16,23 +16,60 @@ TUNING_REGISTRY = Registry("TUNING")
 
 
 class TuningMethod:
-    """Base class. A subclass says which parameters train, and scores weights if it selects some.
+    """Base class. A subclass says which parameters train.
+
+    One that selects among the backbone's own weights scores them; one that adds weights attaches
+    them, and leaves the backbone's own as they are.
 
     Attributes:
         selects: whether only the best-scored weights of the parameters move. If so, the trainer
             calls :meth:`scores` after warm-up.
         estimates: whether :meth:`scores` needs the Fisher information; only read if ``selects``.
+        adds: whether the method adds parameters of its own. If so, :meth:`attach` is called once
+            for each model.
     """
 
     selects = False
     estimates = True
+    adds = False
+
+    def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
+        """Adds what the method adds; only called if ``adds``.
+
+        That is when the tuning stage begins, so that methods share one warm-up; before a checkpoint
+        of that stage is loaded; and on the meta device, where numbers are counted. New tensors are
+        made on the backbone's device unless they say otherwise.
+
+        Args:
+            backbone: what is added becomes a part of it, with names of its own in the state dict.
+            head: what is added to it trains with the decoder; None where only the backbone counts.
+
+        Raises:
+            ValueError: if the method does not work on this family of backbones; says why.
+        """
+        raise NotImplementedError
+
+    def merge(self, backbone: nn.Module) -> None:
+        """Writes what was added into the backbone's own weights, and takes it out again.
+
+        Afterwards the backbone is a plain one that computes what it did before; only called if
+        ``adds``.
+
+        Args:
+            backbone: as :meth:`attach` left it.
+
+        Raises:
+            ValueError: if no plain backbone computes the same; says why.
+        """
+        raise NotImplementedError
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """The backbone's parameters that the optimizer holds in the tuning stage, by name.
 
         Args:
             backbone: its ``unused_parameters()`` are not reached by its forward pass and must not
-                be among them (DDP would wait for their gradients).
+                be among them (DDP would wait for their gradients). What the method adds is
+                attached.
         """
         raise NotImplementedError
 
