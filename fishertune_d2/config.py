@@ -218,3 +218,14 @@ def _add_tuning(cfg: CN) -> None:
     cfg.TUNING.D_MAX = 0.05
     # How the share grows: "text", "eq16", "linear" or "constant", see fisher.tuned_share.
     cfg.TUNING.SCHEDULE = "text"
+
+    cfg.TUNING.LORA = CN()
+    # LoRA: B A x * ALPHA / RANK is added to q and v. As peft's defaults; the paper's row is RANK 8.
+    cfg.TUNING.LORA.RANK = 8
+    cfg.TUNING.LORA.ALPHA = 8
+    cfg.TUNING.PEFT = CN()
+    # Method "peft": the tuner by peft's name (DORA, VERA, IA3, LOHA, ...), the layers that it tunes
+    # (q_proj, k_proj, v_proj, or timm's names), and its options: names and values in turn.
+    cfg.TUNING.PEFT.TYPE = "DORA"
+    cfg.TUNING.PEFT.TARGETS = ["q_proj", "v_proj"]
+    cfg.TUNING.PEFT.OPTIONS = []

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.engine.image_losses import SegmentationLoss
-from fishertune_d2.engine.stages import prepare_stage
+from fishertune_d2.engine.stages import attach, prepare_stage
 from fishertune_d2.engine.step import autocast_dtype, largest_part
 from fishertune_d2.engine.trainer import PRECISIONS, build_perturbation
 from fishertune_d2.fisher import ESTIMATORS, find_candidates
@@ -128,10 +128,12 @@ def count_activations(
     cfg: CfgNode, method: TuningMethod, size: tuple[int, int], runs: Mapping[str, tuple[int, int]]
 ) -> dict[str, int]:
     """Bytes that a forward pass of each stage keeps for the backward pass."""
-    model = imagine(cfg)
     kept = {}
-    with on_device(model, torch.device(cfg.MODEL.DEVICE)):
-        for name, (_, images) in runs.items():
+    for name, (_, images) in runs.items():
+        model = imagine(cfg)
+        if name == "tuning":
+            attach(model, method)  # now, for peft moves layers in a way that fake tensors refuse
+        with on_device(model, torch.device(cfg.MODEL.DEVICE)):
             _enter(name, cfg, model, method)
             kept[name] = saved_bytes(model, _loss(name, cfg, model, images, size))
     return kept

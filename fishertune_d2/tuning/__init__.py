@@ -1,6 +1,7 @@
 """Ways to tune a backbone: one file each, one registry."""
 
-from . import fisher_terms, fishertune, freeze, full, random_choice  # noqa: F401 - importing registers them
+# Importing registers them.
+from . import fisher_terms, fishertune, freeze, full, peft_tuners, random_choice  # noqa: F401
 from .masked_update import MaskedUpdate, require_same_shapes
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod, build_tuning_method
 from .selected_weights import SelectedWeights

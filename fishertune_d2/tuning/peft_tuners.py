@@ -1,0 +1,165 @@
+"""LoRA, and any other tuner of peft that works inside a model's linear layers.
+
+peft puts a layer of its own around each one it tunes, so that the frozen weight of ``q_proj`` goes
+by the name ``q_proj.base_layer.weight`` in a checkpoint of the tuning stage. Fused layers are
+split first, see :mod:`~fishertune_d2.tuning.split_qkv`.
+
+peft is imported by these methods alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from .registry import TUNING_REGISTRY, TuningMethod
+from .split_qkv import PROJECTIONS, join_qkv, split_qkv
+
+# Tuners that are known by a name, and are another one's option in peft.
+_OPTIONS_OF = {"DORA": ("LORA", {"use_dora": True})}
+
+
+class PeftTuner(TuningMethod):
+    """Trains what a tuner of peft adds to the layers with certain names.
+
+    Args:
+        tuner: peft's name of it, or ``"DORA"``, in upper or lower case.
+        targets: names of the layers: ``"q_proj"``, ``"k_proj"`` and ``"v_proj"`` in every family,
+            or a timm name such as ``"fc2"``.
+        options: of peft's config of that tuner.
+
+    Raises:
+        ImportError: if peft is not installed; says how to.
+        ValueError: if there is no such tuner or option, or the tuner cannot work here.
+    """
+
+    adds = True
+
+    def __init__(self, tuner: str, targets: Sequence[str], options: Mapping[str, Any]):
+        name, implied = _OPTIONS_OF.get(tuner.upper(), (tuner.upper(), {}))
+        options = {**implied, **options}
+        tuners = _usable_tuners()
+        if name not in tuners:
+            raise ValueError(
+                f"TUNING.PEFT.TYPE is {tuner!r}: choose from {', '.join([*tuners, *_OPTIONS_OF])}. "
+                "peft's others need language, or calls between the steps of training"
+            )
+        self.name, self.targets = name, list(targets)
+        self._tuner, config = tuners[name]
+        known = sorted(field.name for field in fields(config) if field.init)
+        unknown = [option for option in options if option not in known]
+        if unknown:
+            raise ValueError(
+                f"TUNING.PEFT.OPTIONS names {', '.join(unknown)}: {name} has {', '.join(known)}"
+            )
+        if "feedforward_modules" in known:  # where IA3 scales what comes in, not what goes out
+            options.setdefault(
+                "feedforward_modules", [each for each in targets if each.startswith("fc")]
+            )
+        self._config, self._options = config, options
+
+    def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
+        """Splits what is fused, if need be, and puts the tuner's layers around their targets.
+
+        Raises:
+            ValueError: if a target does not exist, or peft cannot tune it.
+        """
+        vit = backbone.vit
+        if not set(self.targets).isdisjoint(PROJECTIONS):
+            split_qkv(vit)
+        names = {name.rpartition(".")[2] for name, module in vit.named_modules() if name}
+        missing = [target for target in self.targets if target not in names]
+        if missing:
+            linear = {
+                name.rpartition(".")[2]
+                for name, module in vit.named_modules()
+                if isinstance(module, nn.Linear)
+            }
+            raise ValueError(
+                f"TUNING.PEFT.TARGETS names {', '.join(missing)}: this backbone has "
+                f"{', '.join(sorted(linear))}"
+            )
+        vit.requires_grad_(False)
+        try:
+            config = self._config(**self._options, target_modules=self.targets)
+            self._tuner(vit, config, "default")
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"peft cannot put {self.name} around {', '.join(self.targets)}: {error}"
+            ) from error
+        # peft tells trained from frozen by these flags, which other stages set anew.
+        backbone.tuned_names = [n for n, p in backbone.named_parameters() if p.requires_grad]
+
+    def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
+        """What the tuner added and trains."""
+        parameters = dict(backbone.named_parameters())
+        return {name: parameters[name] for name in backbone.tuned_names}
+
+    def merge(self, backbone: nn.Module) -> None:
+        """Writes each layer's change into its weight, and joins what was fused.
+
+        Raises:
+            ValueError: if the tuner has no such change.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        vit = backbone.vit
+        layers = {n: m for n, m in vit.named_modules() if isinstance(m, BaseTunerLayer)}
+        for name, layer in layers.items():
+            try:
+                layer.merge()
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"what {self.name} adds cannot be written into the layers' own weights "
+                    f"({error}): keep the run's checkpoint"
+                ) from error
+            vit.set_submodule(name, layer.get_base_layer())
+        del vit.peft_config, backbone.tuned_names
+        join_qkv(vit)
+
+
+def _usable_tuners() -> dict[str, tuple[type, type]]:
+    """The tuners of peft, by name, that are all inside the layers; each with its config's class."""
+    mapping = _import_peft().mapping
+    base = _import_peft().tuners.tuners_utils.BaseTuner
+    return {
+        kind.value: (tuner, mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind])
+        for kind, tuner in sorted(mapping.PEFT_TYPE_TO_TUNER_MAPPING.items())
+        if issubclass(tuner, base)
+        and tuner.forward is base.forward
+        # AdaLoRA and its like move their budget about after a step.
+        and not hasattr(tuner, "update_and_allocate")
+        and kind.value != "TRAINABLE_TOKENS"  # rows of an embedding of words
+    }
+
+
+def _import_peft() -> ModuleType:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        if error.name != "peft":  # peft is there, but lacks something itself
+            raise
+        raise ImportError(
+            "TUNING.METHOD lora and peft need peft: pip install 'fishertune-d2[baselines]'"
+        ) from None
+    return peft
+
+
+@TUNING_REGISTRY.register()
+def lora(cfg: CfgNode) -> TuningMethod:
+    """``TUNING.METHOD lora``: on queries and values, as its authors do (arXiv:2106.09685)."""
+    options = {"r": cfg.TUNING.LORA.RANK, "lora_alpha": cfg.TUNING.LORA.ALPHA}
+    return PeftTuner("LORA", ["q_proj", "v_proj"], options)
+
+
+@TUNING_REGISTRY.register()
+def peft(cfg: CfgNode) -> TuningMethod:
+    """``TUNING.METHOD peft``, with ``cfg.TUNING.PEFT``."""
+    options = cfg.TUNING.PEFT.OPTIONS
+    if len(options) % 2:
+        raise ValueError(f"TUNING.PEFT.OPTIONS is {options}: give names and values in turn")
+    pairs = dict(zip(options[::2], options[1::2], strict=True))
+    return PeftTuner(cfg.TUNING.PEFT.TYPE, cfg.TUNING.PEFT.TARGETS, pairs)

@@ -1,0 +1,189 @@
+"""Every tuning method that adds parameters, through the real Trainer on a tiny model.
+
+The methods come from the registry: a new one is tested here without a line.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import HookBase
+from safetensors.torch import save_file
+
+from fishertune_d2 import add_fishertune_config
+from fishertune_d2.engine import Trainer, WholeCheckpointer
+from fishertune_d2.engine.plan import plan
+from fishertune_d2.export import delta_of_run, read_tuned, tuned_backbone
+from fishertune_d2.plan import make_plan
+from fishertune_d2.tuning import TUNING_REGISTRY, build_tuning_method
+
+
+def _adding() -> list[str]:
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    return [name for name, make in TUNING_REGISTRY if make(cfg).adds]
+
+
+@pytest.fixture(params=_adding())
+def adding_cfg(request, tiny_cfg):
+    """Returns a function that makes a config of the method: T1 = 1, T3 = 3."""
+
+    def make(output: str = "out", **options):
+        options = {
+            "TUNING__METHOD": request.param,
+            "TUNING__WARMUP_ITERS": 1,
+            "SOLVER__MAX_ITER": 4,
+            "DATASETS__TEST": (),
+            **options,
+        }
+        return tiny_cfg(output, **options)
+
+    return make
+
+
+class _Watch(HookBase):
+    """Keeps what the backbone holds when tuning has begun, and stops before an iteration."""
+
+    def __init__(self, stop: int | None = None):
+        self.stop = stop
+
+    def before_step(self) -> None:
+        trainer = self.trainer
+        if trainer.iter == self.stop:
+            raise InterruptedError
+        if trainer.iter == trainer.cfg.TUNING.WARMUP_ITERS:
+            state = trainer.segmentor.backbone.state_dict()
+            self.begun = {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _train(cfg, resume: bool = False, stop: int | None = None) -> tuple[Trainer, _Watch]:
+    torch.manual_seed(99)  # what was drawn before does not count
+    trainer, watch = Trainer(cfg), _Watch(stop)
+    trainer.resume_or_load(resume=resume)
+    trainer.register_hooks([watch])
+    if stop is None:
+        trainer.train()
+    else:
+        with pytest.raises(InterruptedError):
+            trainer.train()
+    return trainer, watch
+
+
+def _state(cfg, name: str = "model_final") -> dict[str, torch.Tensor]:
+    return torch.load(Path(cfg.OUTPUT_DIR) / f"{name}.pth", weights_only=True)["model"]
+
+
+def _assert_same(got, expected) -> None:
+    torch.testing.assert_close(dict(got), dict(expected), rtol=0, atol=0)
+
+
+def test_trains_what_it_adds_and_nothing_of_the_backbones_own(adding_cfg):
+    cfg = adding_cfg(SOLVER__WEIGHT_DECAY=0.5)
+    own = Trainer.build_model(cfg).state_dict()
+    trainer, watch = _train(cfg)
+    assert _state(cfg, "model_warmup").keys() == own.keys()  # so any method starts from it
+
+    added = trainer.method.parameters(trainer.segmentor.backbone)
+    moving = {id(p) for p in added.values()}
+    assert all(p.isfinite().all() for p in added.values())
+    for name, tensor in trainer.segmentor.backbone.state_dict(keep_vars=True).items():
+        assert (id(tensor) in moving) != torch.equal(tensor, watch.begun[name]), name
+    for name, tensor in trainer.segmentor.named_parameters():
+        assert tensor.requires_grad == (id(tensor) in moving or not name.startswith("backbone."))
+        # DDP would wait for a gradient that never comes.
+        assert (tensor.grad is not None) == tensor.requires_grad, name
+
+
+def test_costs_what_was_planned(adding_cfg):
+    cfg = adding_cfg()
+    tuning = adding_cfg("planned", TUNING__WARMUP_CHECKPOINT="another run's")
+    counts, planned = plan(cfg), make_plan(tuning).stages[-1].memory
+    trainer, _ = _train(cfg)
+    added = trainer.method.parameters(trainer.segmentor.backbone)
+    assert counts["tuned_parameters"] == sum(p.numel() for p in added.values()) > 0
+    own = Trainer.build_model(cfg).backbone
+    assert counts["backbone_parameters"] == sum(p.numel() for p in own.parameters())
+
+    trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert planned.gradients == sum(p.grad.nbytes for p in trained)
+    moments = trainer.optimizer.state_dict()["state"].values()
+    assert planned.optimizer == sum(t.nbytes for each in moments for t in each.values())
+    model = [*trainer.segmentor.parameters(), *trainer.segmentor.buffers()]
+    assert planned.weights == sum(t.nbytes for t in model)
+
+
+def test_resumes_to_the_bit_and_shares_a_warmup(adding_cfg):
+    whole, parts = adding_cfg("whole"), adding_cfg("parts")
+    expected = _train(whole)[0].optimizer.state_dict()["state"]
+    _train(parts, stop=3)  # two steps into tuning
+    resumed, _ = _train(parts, resume=True)
+    assert resumed.start_iter == 3
+    _assert_same(_state(parts), _state(whole))
+    for key, moments in resumed.optimizer.state_dict()["state"].items():
+        _assert_same(moments, expected[key])
+
+    frozen = adding_cfg("frozen", TUNING__METHOD="freeze")
+    _train(frozen)
+    warmup = str(Path(frozen.OUTPUT_DIR) / "model_warmup.pth")
+    shared = adding_cfg("shared", TUNING__WARMUP_CHECKPOINT=warmup)
+    _train(shared)
+    _assert_same(_state(shared), _state(whole))
+
+
+def _evaluate(cfg, weights: Path) -> tuple[dict, dict]:
+    """As train_net.py --eval-only does: the results, and the state dict that gave them."""
+    model = Trainer.build_model(cfg)
+    checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, method=build_tuning_method(cfg))
+    checkpointer.resume_or_load(str(weights), resume=False)
+    Trainer.test(cfg, model)
+    results = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
+    return results, model.state_dict()
+
+
+def test_is_evaluated_from_the_checkpoint_alone(adding_cfg):
+    options = {"DATASETS__TEST": ("tiny_day",), "TEST__PICTURES": 0}
+    cfg = adding_cfg(**options)
+    _train(cfg)
+    out = Path(cfg.OUTPUT_DIR)
+    trained = json.loads((out / "results.json").read_text())
+    again = adding_cfg("again", SEED=7, **options)
+    evaluated, state = _evaluate(again, out / "model_final.pth")
+    assert evaluated["source"] == trained["source"]
+    _assert_same(state, _state(cfg))
+    _, state = _evaluate(again, out / "model_warmup.pth")
+    _assert_same(state, _state(cfg, "model_warmup"))  # to which nothing is added
+
+    for other in ("fishertune", "freeze"):
+        other = adding_cfg("other", TUNING__METHOD=other)
+        with pytest.raises(ValueError, match="no place for, the first is backbone.*TUNING.METHOD"):
+            _evaluate(other, out / "model_final.pth")
+
+
+def test_is_exported_or_refused_with_a_reason(adding_cfg, tmp_path):
+    torch.manual_seed(5)
+    public = str(tmp_path / "public.safetensors")
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), public)
+    cfg = adding_cfg(MODEL__VFM__WEIGHTS=public)
+    trainer, _ = _train(cfg)
+    out = Path(cfg.OUTPUT_DIR)
+    (out / "config.yaml").write_text(cfg.dump())
+    tuned = trainer.segmentor.backbone.eval()
+    merged = copy.deepcopy(tuned)
+    try:
+        trainer.method.merge(merged)
+    except ValueError as error:
+        with pytest.raises(ValueError, match="model_final.pth cannot be exported: ") as refused:
+            delta_of_run(out)
+        assert str(error)[:100] in str(refused.value)
+        return
+    exported = read_tuned(out)
+    _assert_same(exported.vit, merged.vit.state_dict())
+    plain = tuned_backbone(delta_of_run(out), public).eval()
+    _assert_same(plain.vit.state_dict(), exported.vit)
+    image = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(image), tuned(image), rtol=1e-4, atol=1e-4)
