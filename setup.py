@@ -36,7 +36,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "baselines": ["peft"],  # LoRA and its kin, to compare with
-        "dev": ["pytest", "hypothesis", "torchmetrics", "ruff"],
+        "baselines": ["peft>=0.21"],  # LoRA and its kin, to compare with
+        "dev": ["pytest", "hypothesis", "torchmetrics", "ruff", "peft>=0.21"],
     },
 )

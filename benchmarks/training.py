@@ -38,6 +38,7 @@ from fishertune_d2.engine.scoring import commit  # noqa: E402
 from fishertune_d2.fisher import Selection  # noqa: E402
 from fishertune_d2.tuning import MaskedUpdate, SelectedWeights, SelectiveMethod  # noqa: E402
 from fishertune_d2.tuning.full import Full  # noqa: E402
+from fishertune_d2.tuning.peft_tuners import lora  # noqa: E402
 from fishertune_d2.tuning.random_choice import RandomChoice  # noqa: E402
 
 PHASES = ("forward", "backward", "optimizer")
@@ -52,13 +53,9 @@ def _full(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
 
 
 def _lora(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
-    """Rank 8 on the layer that computes queries, keys and values, by peft."""
-    import peft
-
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(r=8, lora_alpha=8, target_modules=["qkv", "q_proj", "v_proj"]), backbone
-    )
-    return [p for name, p in backbone.named_parameters() if "lora_" in name]
+    method = lora(cfg)
+    method.attach(backbone)
+    return method.parameters(backbone).values()
 
 
 def _selection(cfg: CfgNode, backbone: nn.Module) -> Selection:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Writes what configs cost into their heads, below the line of what they tune.
 
-python tools/config_costs.py                     # all of configs/{fishertune,full,freeze}_*.yaml
+python tools/config_costs.py                     # all of configs/<method>_<vfm>.yaml
 python tools/config_costs.py configs/full_sam.yaml ...
 """
 
@@ -16,28 +16,24 @@ sys.path.insert(0, str(ROOT))
 from fishertune_d2.config import read_config  # noqa: E402 - the package need not be installed
 from fishertune_d2.plan import make_plan, summary  # noqa: E402
 
-METHODS = ("fishertune", "full", "freeze")
-
 
 def rewrite(text: str, costs: str) -> str:
     """A config's text with ``costs`` in its head.
 
     Raises:
-        ValueError: if the head has no line "# Tunes: ...".
+        ValueError: if the head has no line "# Tunes: ..." or "# Adds: ...".
     """
     text = re.sub(r"^# Costs, .*?(?=^# Expected)", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = "\n".join(f"# {line}" for line in textwrap.wrap(costs, width=98))
-    text, found = re.subn(r"^(# Tunes: .*\n)", rf"\g<1>{lines}\n", text, flags=re.MULTILINE)
+    text, found = re.subn(r"^(# (?:Tunes|Adds): .*\n)", rf"\g<1>{lines}\n", text, flags=re.MULTILINE)
     if not found:
-        raise ValueError('the head has no line "# Tunes: ...", below which costs are written')
+        raise ValueError('the head has no line "# Tunes: ..." or "# Adds: ...", below which costs are written')
     return text
 
 
 def main(files: list[str]) -> None:
     """Rewrites ``files``, or all that belong to the paper's Table 1."""
-    paths = [Path(file) for file in files]
-    paths = paths or [path for m in METHODS for path in sorted((ROOT / "configs").glob(f"{m}_*"))]
-    for path in paths:
+    for path in [Path(file) for file in files] or sorted((ROOT / "configs").glob("*_*.yaml")):
         costs = summary(make_plan(read_config(str(path))))
         path.write_text(rewrite(path.read_text(), costs))
         print(f"{path}: {costs}")

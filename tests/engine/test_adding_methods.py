@@ -101,7 +101,8 @@ def test_trains_what_it_adds_and_nothing_of_the_backbones_own(adding_cfg):
 def test_costs_what_was_planned(adding_cfg):
     cfg = adding_cfg()
     tuning = adding_cfg("planned", TUNING__WARMUP_CHECKPOINT="another run's")
-    counts, planned = plan(cfg), make_plan(tuning).stages[-1].memory
+    counts, costs = plan(cfg), make_plan(tuning)
+    planned = costs.stages[-1].memory
     trainer, _ = _train(cfg)
     added = trainer.method.parameters(trainer.segmentor.backbone)
     assert counts["tuned_parameters"] == sum(p.numel() for p in added.values()) > 0
@@ -114,6 +115,9 @@ def test_costs_what_was_planned(adding_cfg):
     assert planned.optimizer == sum(t.nbytes for each in moments for t in each.values())
     model = [*trainer.segmentor.parameters(), *trainer.segmentor.buffers()]
     assert planned.weights == sum(t.nbytes for t in model)
+    # Beside the numbers, a file holds names, shapes and paddings.
+    size = (Path(cfg.OUTPUT_DIR) / "model_final.pth").stat().st_size
+    assert 0 < size - costs.files["model_final.pth"] < 1600 * len(model)
 
 
 def test_resumes_to_the_bit_and_shares_a_warmup(adding_cfg):

@@ -9,9 +9,8 @@ from fishertune_d2.config import read_config
 from fishertune_d2.plan import make_plan, summary
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-METHODS = ("fishertune", "full", "freeze")
-# Those of the paper's Table 1; others name one of them, or are for a CPU.
-PATHS = [path for method in METHODS for path in sorted(CONFIGS.glob(f"{method}_*.yaml"))]
+# <method>_<vfm>, those of the paper's Table 1; others name one of them, or are for a CPU.
+PATHS = sorted(CONFIGS.glob("*_*.yaml"))
 
 
 def _costs(path: Path) -> str:
