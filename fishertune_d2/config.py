@@ -229,3 +229,7 @@ def _add_tuning(cfg: CN) -> None:
     cfg.TUNING.PEFT.TYPE = "DORA"
     cfg.TUNING.PEFT.TARGETS = ["q_proj", "v_proj"]
     cfg.TUNING.PEFT.OPTIONS = []
+
+    cfg.TUNING.VPT = CN()
+    # Prompts in each block (150: the paper's 3.69 M on a ViT-L).
+    cfg.TUNING.VPT.NUM_TOKENS = 150

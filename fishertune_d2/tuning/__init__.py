@@ -1,7 +1,14 @@
 """Ways to tune a backbone: one file each, one registry."""
 
-# Importing registers them.
-from . import fisher_terms, fishertune, freeze, full, peft_tuners, random_choice  # noqa: F401
+from . import (  # noqa: F401 - importing registers them
+    fisher_terms,
+    fishertune,
+    freeze,
+    full,
+    peft_tuners,
+    random_choice,
+    vpt,
+)
 from .masked_update import MaskedUpdate, require_same_shapes
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod, build_tuning_method
 from .selected_weights import SelectedWeights

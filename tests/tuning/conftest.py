@@ -1,8 +1,93 @@
-"""Ways of tuning are tested on one thread."""
+"""Ways of tuning are tested on one thread, and against a transformer block written out."""
+
+from collections.abc import Callable
 
 import pytest
+import torch
+from timm.layers import apply_rot_embed_cat
+from torch import Tensor, nn
 
 
 @pytest.fixture(autouse=True)
 def every_test_on_one_thread(one_thread):
     """Applies to all tests of this folder."""
+
+
+@pytest.fixture
+def walk() -> Callable[..., list[Tensor]]:
+    """Returns a function that passes images through a ViT, with blocks written out."""
+
+    def through(backbone: nn.Module, images: Tensor, block: Callable) -> list[Tensor]:
+        """The tapped maps, (B, D, h, w).
+
+        Args:
+            backbone: whose blocks' hooks do not run.
+            images: a multiple of the patch size.
+            block: what stands for a block: ``(i, module, tokens, rope)`` to tokens, (B, N, D).
+        """
+        vit = backbone.vit
+        tokens = vit._pos_embed(vit.patch_embed(images))
+        tokens, rope = tokens if isinstance(tokens, tuple) else (tokens, None)
+        tokens, maps = vit.norm_pre(tokens), []
+        for i, module in enumerate(vit.blocks):
+            tokens = block(i, module, tokens, rope)
+            if i in backbone.taps:
+                patches = tokens[:, backbone.num_prefix_tokens :].mT
+                h, w = (side // backbone.patch_size for side in images.shape[-2:])
+                maps.append(patches.unflatten(2, (h, w)))
+        return maps
+
+    return through
+
+
+@pytest.fixture
+def attention_by_hand() -> Callable[..., Tensor]:
+    """Returns a function that computes the first half of a timm block, head by head."""
+
+    def attend(
+        block: nn.Module, x: Tensor, rope: Tensor | None, patches: slice, attended: slice
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D).
+
+        Args:
+            block: a block of a ViT or an EVA without a norm inside the attention.
+            x: its input.
+            rope: rotary positions of the patches, if it uses them.
+            patches: which tokens those are.
+            attended: which tokens have keys and values.
+        """
+        attn, y = block.attn, block.norm1(x)
+        if getattr(attn, "q_proj", None) is not None:
+            projected = attn.q_proj(y), attn.k_proj(y), attn.v_proj(y)
+        else:
+            projected = attn.qkv(y).chunk(3, dim=-1)
+        outputs = []
+        for q, k, v in zip(*(p.chunk(attn.num_heads, dim=-1) for p in projected), strict=True):
+            if rope is not None:
+                q, k = q.clone(), k.clone()
+                for part in (q, k):
+                    part[:, patches] = apply_rot_embed_cat(part[:, patches], rope, attn.rotate_half)
+            scores = q @ k[:, attended].mT / q.shape[-1] ** 0.5
+            outputs.append(scores.softmax(dim=-1) @ v[:, attended])
+        return x + _scaled(block, 1, attn.proj(torch.cat(outputs, dim=-1)))
+
+    return attend
+
+
+@pytest.fixture
+def mlp_by_hand() -> Callable[[nn.Module, Tensor], Tensor]:
+    """Returns a function that computes the second half of a timm block."""
+    return lambda block, x: x + _scaled(block, 2, block.mlp(_norm(block.norm2, x)))
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    # Not norm(x), which would call its hooks.
+    return nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _scaled(block: nn.Module, part: int, x: Tensor) -> Tensor:
+    """LayerScale, which EVA calls gamma and may not have."""
+    if hasattr(block, f"ls{part}"):
+        return getattr(block, f"ls{part}")(x)
+    gamma = getattr(block, f"gamma_{part}")
+    return x if gamma is None else gamma * x
