@@ -233,3 +233,8 @@ def _add_tuning(cfg: CN) -> None:
     cfg.TUNING.VPT = CN()
     # Prompts in each block (150: the paper's 3.69 M on a ViT-L).
     cfg.TUNING.VPT.NUM_TOKENS = 150
+
+    cfg.TUNING.ADAPTFORMER = CN()
+    # Width of the bottleneck beside each MLP, and the factor on what it adds (the authors').
+    cfg.TUNING.ADAPTFORMER.DIM = 64
+    cfg.TUNING.ADAPTFORMER.SCALE = 0.1

@@ -1,6 +1,7 @@
 """Ways to tune a backbone: one file each, one registry."""
 
 from . import (  # noqa: F401 - importing registers them
+    adaptformer,
     fisher_terms,
     fishertune,
     freeze,
