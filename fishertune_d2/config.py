@@ -238,3 +238,8 @@ def _add_tuning(cfg: CN) -> None:
     # Width of the bottleneck beside each MLP, and the factor on what it adds (the authors').
     cfg.TUNING.ADAPTFORMER.DIM = 64
     cfg.TUNING.ADAPTFORMER.SCALE = 0.1
+
+    cfg.TUNING.VQT = CN()
+    # Queries in each block (ours: with the linear layer that reads them, the paper's 3.01 M on a
+    # ViT-L; the authors use 1 to 20).
+    cfg.TUNING.VQT.NUM_TOKENS = 80

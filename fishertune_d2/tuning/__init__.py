@@ -9,6 +9,7 @@ from . import (  # noqa: F401 - importing registers them
     peft_tuners,
     random_choice,
     vpt,
+    vqt,
 )
 from .masked_update import MaskedUpdate, require_same_shapes
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod, build_tuning_method

@@ -22,6 +22,7 @@ class Prompts(nn.Module):
     Args:
         backbone: a ``VFMBackbone``; its blocks get hooks.
         num_tokens: n.
+        dropout: of the prompts' numbers.
         method: what an error calls this.
 
     Attributes:
@@ -31,7 +32,7 @@ class Prompts(nn.Module):
         ValueError: if ``num_tokens`` is below 1, or the blocks see windows, not one sequence.
     """
 
-    def __init__(self, backbone: nn.Module, num_tokens: int, method: str = "vpt"):
+    def __init__(self, backbone: nn.Module, num_tokens: int, dropout: float, method: str):
         super().__init__()
         if num_tokens < 1:
             raise ValueError(f"TUNING.{method.upper()}.NUM_TOKENS is {num_tokens}: choose above 0")
@@ -44,6 +45,7 @@ class Prompts(nn.Module):
             )
         self.num_tokens = num_tokens
         self.start = backbone.num_prefix_tokens
+        self.dropout = nn.Dropout(dropout)
         # The authors': that of a linear layer from the pixels of a patch to its token.
         bound = (6 / (3 * backbone.patch_size**2 + vit.embed_dim)) ** 0.5
         like = vit.patch_embed.proj.weight
@@ -57,13 +59,14 @@ class Prompts(nn.Module):
             # front. Attention without them has no such count.
             if hasattr(block.attn, "num_prefix_tokens"):
                 block.attn.num_prefix_tokens += num_tokens
+        self.train(backbone.training)
 
     def insert(
         self, layer: int, block: nn.Module, args: tuple, kwargs: Mapping
     ) -> tuple[tuple, Mapping]:
         """Puts a block's prompts into its input, (B, N, D) -> (B, N + n, D)."""
         x, *others = args
-        prompts = self.prompts[layer].expand(len(x), -1, -1)
+        prompts = self.dropout(self.prompts[layer].expand(x.shape[0], -1, -1))
         x = torch.cat([x[:, : self.start], prompts, x[:, self.start :]], dim=1)
         return (x, *others), kwargs
 
@@ -86,7 +89,7 @@ class VPT(TuningMethod):
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
         """Adds the prompts, as ``backbone.vpt``."""
-        backbone.vpt = Prompts(backbone, self.num_tokens)
+        backbone.vpt = Prompts(backbone, self.num_tokens, dropout=0.0, method="vpt")
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """The prompts."""
