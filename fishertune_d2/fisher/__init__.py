@@ -1,6 +1,7 @@
 """Which weights of a vision foundation model to tune. Pure PyTorch: knows nothing of Detectron2."""
 
 from .batch_losses import image_seeds, seeded
+from .batch_mean import BatchMean
 from .candidates import KINDS, Candidate, find_candidates
 from .closed_form import ClosedForm
 from .cost import Cost
@@ -20,6 +21,7 @@ __all__ = [
     "ESTIMATORS",
     "KINDS",
     "LABELS",
+    "BatchMean",
     "Candidate",
     "ClosedForm",
     "Cost",

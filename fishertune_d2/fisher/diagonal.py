@@ -64,16 +64,18 @@ class DiagonalLoop:
             gradients = torch.autograd.grad(
                 losses.alone(image), list(self.parameters.values()), allow_unused=True
             )
-            for name, gradient in zip(self.parameters, gradients, strict=True):
-                if gradient is None:  # a parameter the loss does not reach has no influence on it
-                    continue
-                if not gradient.isfinite().all():
-                    raise FloatingPointError(
-                        f"the gradient of {name} is not finite on {losses.place(image)}"
-                    )
-                for rows in self.rows[name]:
-                    part = gradient[rows].to(self.sums[name].dtype)
-                    self.sums[name][rows].addcmul_(part, part)
+            self._add(gradients, losses.place(image))
+
+    def _add(self, gradients: Sequence[Tensor | None], place: str) -> None:
+        """Adds the squares of one gradient for each parameter."""
+        for name, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:  # a parameter the loss does not reach has no influence on it
+                continue
+            if not gradient.isfinite().all():
+                raise FloatingPointError(f"the gradient of {name} is not finite on {place}")
+            for rows in self.rows[name]:
+                part = gradient[rows].to(self.sums[name].dtype)
+                self.sums[name][rows].addcmul_(part, part)
 
     def fisher(self) -> dict[str, Tensor]:
         """F by parameter name; sums over processes, so every process must call it."""

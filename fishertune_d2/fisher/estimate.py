@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .batch_losses import BatchLosses, LossFn, mixed_seed
+from .batch_mean import BatchMean
 from .candidates import Candidate
 from .closed_form import ClosedForm
 from .cost import Cost
@@ -51,6 +52,7 @@ ESTIMATORS: dict[str, Callable[[Sequence[Candidate]], Estimator]] = {
     "closed_form": ClosedForm,
     "variational": Variational,
     "natural": Natural,
+    "batch_mean": BatchMean,
 }
 LABELS = ("ground_truth", "sampled")
 _FORMAT = "fisher_estimate_v1"

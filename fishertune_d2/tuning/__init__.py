@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401 - importing registers them
     adaptformer,
+    childtune,
     fisher_terms,
     fishertune,
     freeze,

@@ -20,7 +20,7 @@ from fishertune_d2.fisher import (
 )
 
 # The others make each step together: a batch over two processes is not two batches of one.
-ADDITIVE = ("diagonal", "diagonal_loop", "closed_form")
+ADDITIVE = ("diagonal", "diagonal_loop", "closed_form", "batch_mean")
 
 
 def _measure(estimator: str, first: int, step: int, count: int = 4) -> FisherEstimate:
