@@ -208,6 +208,9 @@ def _add_tuning(cfg: CN) -> None:
     cfg.TUNING = CN()
     # A name in fishertune_d2.tuning.TUNING_REGISTRY: what of the backbone is trained after warm-up.
     cfg.TUNING.METHOD = "fishertune"
+    # Apply Eq. 6, as FISHER.PERTURB says, to the features of every second batch or so (DSU's
+    # probability) in the steps of T3, with any method: the paper's "+FP" rows.
+    cfg.TUNING.FEATURE_PERTURBATION = False
     # T1: iterations with the backbone frozen.
     cfg.TUNING.WARMUP_ITERS = 5000
     # A checkpoint that another run wrote at the end of its warm-up: training goes on from there,

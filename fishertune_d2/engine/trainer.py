@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from math import ceil
 
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 # FISHER.PRECISION: what autocast computes the estimate's losses and gradients in. Never float16,
 # in which squares of gradients underflow.
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+# TUNING.FEATURE_PERTURBATION: how often a batch is perturbed. DSU's.
+PERTURBED = 0.5
 
 
 class Trainer(DefaultTrainer):
@@ -63,8 +66,8 @@ class Trainer(DefaultTrainer):
         """Builds model, data and hooks; trains nothing yet.
 
         Raises:
-            ValueError: if SEED is negative, warm-up would outlast training, or FISHER.PRECISION is
-                unknown.
+            ValueError: if SEED is negative, warm-up would outlast training, FISHER.PRECISION is
+                unknown, or TUNING.FEATURE_PERTURBATION is on and a process has one image a step.
         """
         if cfg.SEED < 0:
             raise ValueError(
@@ -101,6 +104,7 @@ class Trainer(DefaultTrainer):
         )
         self._preemption = Preemption(lambda: self._save("model_preempted"))
         self._estimation = self._build_estimation()
+        self._perturbation = self._build_perturbation()
         self.stage = ""
         self.start_stage("warmup")
         self.register_hooks(self.build_hooks())
@@ -183,6 +187,19 @@ class Trainer(DefaultTrainer):
             d_max=tuning.D_MAX,
             schedule=tuning.SCHEDULE,
         )
+
+    def _build_perturbation(self) -> StatisticsPerturbation | None:
+        cfg, processes = self.cfg, comm.get_world_size()
+        if not cfg.TUNING.FEATURE_PERTURBATION:
+            return None
+        images = cfg.SOLVER.IMS_PER_BATCH // processes
+        if images < 2:
+            raise ValueError(
+                "TUNING.FEATURE_PERTURBATION takes its statistics over a batch, but "
+                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {processes} processes is "
+                f"{images} in each: choose at least {2 * processes}"
+            )
+        return build_perturbation(cfg, self.segmentor.backbone, p=PERTURBED)
 
     def _estimate(self) -> FisherEstimate | None:
         """F(x) and F(x') of the backbone, measured or from FISHER.ESTIMATE."""
@@ -272,13 +289,22 @@ class Trainer(DefaultTrainer):
             FloatingPointError: if a loss is not finite, before it moves a weight.
         """
         words = np.random.SeedSequence([self.cfg.SEED, comm.get_rank(), self.iter])
-        torch.manual_seed(int(words.generate_state(1)[0]))
+        seed, seed_of_shift = (int(word) for word in words.generate_state(2))
+        torch.manual_seed(seed)
         try:
-            super().run_step()
+            with self._shift(seed_of_shift):
+                super().run_step()
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"iteration {self.iter}, stage {self.stage}, {error} The last checkpoint stands"
             ) from error
+
+    def _shift(self, seed: int) -> AbstractContextManager:
+        """Eq. 6 on this step's features, if it is asked for in training."""
+        if self._perturbation is None or self.stage != "tuning":
+            return nullcontext()
+        # Numbers of its own, so that the loss draws the same points as without.
+        return self._perturbation.drawing(torch.Generator().manual_seed(seed))
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -313,14 +339,15 @@ class Trainer(DefaultTrainer):
         return score_datasets(cfg, model)
 
 
-def build_perturbation(cfg: CfgNode, backbone: nn.Module) -> StatisticsPerturbation:
-    """Eq. 6 at FISHER.PERTURB.POINTS of the backbone."""
+def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> StatisticsPerturbation:
+    """Eq. 6 at FISHER.PERTURB.POINTS of the backbone, on a batch with probability ``p``."""
     perturb, points = cfg.FISHER.PERTURB, backbone.perturbation_points()
     return StatisticsPerturbation(
         [points[i] for i in perturb.POINTS],
         num_prefix_tokens=backbone.num_prefix_tokens,
         strength=perturb.STRENGTH,
         eps_mode=perturb.EPS_MODE,
+        p=p,
     )
 
 

@@ -176,6 +176,8 @@ def _loss(
     loss, shift, kept = model, nullcontext(), nullcontext()
     if name != "estimation":
         images = largest_part(images, cfg.SOLVER.ACCUMULATE)
+        if name == "tuning" and cfg.TUNING.FEATURE_PERTURBATION:
+            shift = build_perturbation(cfg, model.backbone).drawing()
     else:
         images = ESTIMATORS[cfg.FISHER.ESTIMATOR].cost.images or images
         dtype = PRECISIONS[cfg.FISHER.PRECISION]

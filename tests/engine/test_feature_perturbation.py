@@ -1,0 +1,106 @@
+"""Eq. 6 in training (the paper's "+FP" rows), through the real Trainer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+
+from fishertune_d2.engine import Trainer
+
+
+class _Losses(HookBase):
+    """Notes each step's loss, and that no hook stays behind; stops before an iteration if told."""
+
+    def __init__(self, stop: int | None = None):
+        self.values: list[float] = []
+        self.stop = stop
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.stop:
+            raise InterruptedError
+
+    def after_step(self) -> None:
+        self.values.append(self.trainer.storage.history("total_loss").latest())
+        for point in self.trainer.segmentor.backbone.perturbation_points():
+            assert not point._forward_hooks
+
+
+def _run(cfg, resume: bool = False, stop: int | None = None) -> tuple[list[float], dict]:
+    trainer, losses = Trainer(cfg), _Losses(stop)
+    trainer.resume_or_load(resume=resume)
+    trainer.register_hooks([losses])
+    if stop is None:
+        trainer.train()
+    else:
+        with pytest.raises(InterruptedError):
+            trainer.train()
+    return losses.values, {k: v.clone() for k, v in trainer.segmentor.state_dict().items()}
+
+
+@pytest.fixture
+def fp_cfg(tiny_cfg):
+    """``tiny_cfg`` with Eq. 6 on, and neither tests nor their pictures."""
+
+    def make(output: str, **overrides):
+        options = {"DATASETS__TEST": (), "TUNING__FEATURE_PERTURBATION": True} | overrides
+        return tiny_cfg(output, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["full", "fishertune"])
+def test_it_perturbs_the_steps_of_tuning(fp_cfg, method):
+    plain, _ = _run(fp_cfg("off", TUNING__METHOD=method, TUNING__FEATURE_PERTURBATION=False))
+    shifted, _ = _run(fp_cfg("on", TUNING__METHOD=method))
+    assert len(plain) == len(shifted) == 7
+    assert plain[:3] == shifted[:3]
+    assert plain[3:] != shifted[3:]
+
+
+def test_a_shift_of_strength_0_changes_no_bit(fp_cfg):
+    """Its random numbers are its own: the loss draws the points that it draws without."""
+    plain, expected = _run(fp_cfg("off", TUNING__METHOD="full", TUNING__FEATURE_PERTURBATION=False))
+    still, got = _run(fp_cfg("still", TUNING__METHOD="full", FISHER__PERTURB__STRENGTH=0.0))
+    assert plain == still
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_about_half_of_the_batches_are_perturbed(fp_cfg):
+    trainer = Trainer(fp_cfg("out", TUNING__METHOD="full", TUNING__WARMUP_ITERS=0))
+    trainer.start_stage("tuning")
+    tokens, perturbed = torch.randn(2, 17, 64), 0
+    for seed in range(200):
+        with trainer._shift(seed):
+            block = trainer._perturbation.points[1]
+            moved = [hook(block, (), tokens) for hook in block._forward_hooks.values()]
+        perturbed += not torch.equal(moved[0], tokens)
+    assert abs(perturbed - 100) < 5 * 50**0.5  # five standard deviations
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(fp_cfg):
+    _, expected = _run(fp_cfg("whole", TUNING__METHOD="full"))
+    parts = fp_cfg("parts", TUNING__METHOD="full")
+    _run(parts, stop=5)
+    _, got = _run(parts, resume=True)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_evaluation_is_not_perturbed(fp_cfg):
+    tests = {"DATASETS__TEST": ("tiny_day", "tiny_night"), "TUNING__METHOD": "full"}
+    cfg = fp_cfg("on", **tests)
+    _run(cfg)  # which tests at its end
+    out = Path(cfg.OUTPUT_DIR)
+    shifted = json.loads((out / "results.json").read_text())
+    other = fp_cfg("off", **tests, TUNING__FEATURE_PERTURBATION=False)
+    plain = Trainer(other).segmentor
+    plain.load_state_dict(torch.load(out / "model_final.pth", weights_only=True)["model"])
+    Trainer.test(other, plain)
+    assert json.loads(Path(other.OUTPUT_DIR, "results.json").read_text()) == shifted
+    assert shifted["targets"]["tiny_night"] > 0
+
+
+def test_one_image_a_step_is_refused(fp_cfg):
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 1 over 1 processes is 1 in each: choose "):
+        Trainer(fp_cfg("out", SOLVER__IMS_PER_BATCH=1))
