@@ -34,6 +34,15 @@ def test_activations_are_those_of_a_real_graph(small_cfg, real_model, method):
     assert (planned["warmup"] < planned["tuning"]) == (method != "freeze")
 
 
+def test_activations_of_perturbed_features(small_cfg, real_model):
+    options = {"TUNING__METHOD": "full", "TUNING__WARMUP_ITERS": 0}
+    cfg = small_cfg(**options, TUNING__FEATURE_PERTURBATION=True)
+    model = real_model(cfg, "tuning")
+    with build_perturbation(cfg, model.backbone).drawing():
+        real = saved_bytes(model, lambda: model(_batch()))
+    assert _planned(cfg)["tuning"] == real > _planned(small_cfg(**options))["tuning"]
+
+
 @pytest.mark.parametrize(
     ("labels", "precision"),
     [("ground_truth", "float32"), ("ground_truth", "bfloat16"), ("sampled", "float32")],
