@@ -3,13 +3,11 @@
 import re
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_backbone
 from pytest import mark
 
 from fishertune_d2.config import add_fishertune_config
-from fishertune_d2.engine.plan import count_parameters
+from fishertune_d2.engine.plan import plan
 from fishertune_d2.modeling.vfm import VFMS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -48,12 +46,17 @@ def test_headers_are_true(short, method):
     else:
         assert f"# Needs: what fishertune_{short}.yaml needs;" in text
 
-    cfg.MODEL.VFM.WEIGHTS = "random"
-    with torch.device("meta"):
-        counts = count_parameters(cfg, build_backbone(cfg))
-    tuned, total = (n / 1e6 for n in (counts["tuned_parameters"], counts["backbone_parameters"]))
-    stated = re.search(r"^# Tunes: (.*) backbone weights\.$", text, re.MULTILINE)[1]
-    assert stated == f"{tuned:.2f} M of {total:.2f} M"
+    assert _stated_tuned(text) == _tuned(cfg)
+
+
+def _stated_tuned(text: str) -> str:
+    return re.search(r"^# Tunes: (.*) backbone weights\.$", text, re.MULTILINE)[1]
+
+
+def _tuned(cfg: CfgNode) -> str:
+    counts = plan(cfg)
+    tuned, total = (counts[f"{key}_parameters"] / 1e6 for key in ("tuned", "backbone"))
+    return f"{tuned:.2f} M of {total:.2f} M"
 
 
 @mark.parametrize("method", METHODS)
@@ -66,3 +69,26 @@ def test_configs_differ_in_model_and_method_alone(short, method):
         base.OUTPUT_DIR,
     )
     assert cfg == base
+
+
+def test_vltseg_has_its_own_recipe():
+    file = "vltseg_eva02_clip.yaml"
+    cfg, text = read(file), (CONFIGS / file).read_text()
+    assert (cfg.MODEL.VFM.NAME, cfg.TUNING.METHOD) == ("eva02_clip_vitl", "full")
+    row = VFMS["eva02_clip_vitl"]
+    assert f"#   {row.source}\n" in text and f"licence: {row.licence})" in text
+    assert _stated_tuned(text) == _tuned(cfg)
+    # 5 k iterations of 16 images at 1e-4, a tenth for the backbone, which is tuned from the start.
+    solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+    assert (solver.MAX_ITER, solver.IMS_PER_BATCH, cfg.TUNING.WARMUP_ITERS) == (5000, 16, 0)
+    assert (solver.BASE_LR, solver.BACKBONE_MULTIPLIER, solver.WEIGHT_DECAY) == (1e-4, 0.1, 0.05)
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 0.01)
+    assert (cfg.MODEL.VFM.PATCH_SIZE, cfg.TEST.STRIDE) == (row.patch_size, [426, 426])
+    # What it is compared on is the same.
+    base = read("Base-gtav.yaml")
+    assert (cfg.DATASETS, cfg.INPUT, cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER) == (
+        base.DATASETS,
+        base.INPUT,
+        base.MODEL.SEM_SEG_HEAD,
+        base.MODEL.MASK_FORMER,
+    )
