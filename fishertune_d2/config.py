@@ -247,3 +247,7 @@ def _add_tuning(cfg: CN) -> None:
     # Queries in each block (ours: with the linear layer that reads them, the paper's 3.01 M on a
     # ViT-L; the authors use 1 to 20).
     cfg.TUNING.VQT.NUM_TOKENS = 80
+
+    cfg.TUNING.REIN = CN()
+    # Rank of Rein's and SET's tokens (theirs). There are as many tokens as the head has queries.
+    cfg.TUNING.REIN.RANK = 16

@@ -9,6 +9,8 @@ from . import (  # noqa: F401 - importing registers them
     full,
     peft_tuners,
     random_choice,
+    rein,
+    set,
     vpt,
     vqt,
 )

@@ -1,11 +1,25 @@
-"""Ways of tuning are tested on one thread, and against a transformer block written out."""
+"""Ways of tuning are tested on one thread; those that add parameters, against what they add to."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
+
+from fishertune_d2 import add_fishertune_config
+from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
+
+SMALL = {"embed_dim": 32, "depth": 6, "num_heads": 2}
+FAMILIES = {
+    "dinov2_vitl_reg": {},  # a class token and four registers
+    "eva02_vitl": {},  # rotary positions
+    "sam_vith": {"global_attn_indexes": (2, 5), "window_size": 3},  # maps, no prefix
+}
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +105,59 @@ def _scaled(block: nn.Module, part: int, x: Tensor) -> Tensor:
         return getattr(block, f"ls{part}")(x)
     gamma = getattr(block, f"gamma_{part}")
     return x if gamma is None else gamma * x
+
+
+@pytest.fixture
+def segmentor(tiny_head, monkeypatch) -> Callable[..., tuple[CfgNode, nn.Module]]:
+    """Returns a function that builds (cfg, segmentor), the same numbers every time."""
+
+    def make(method: str, vfm: str = "dinov2_vitl_reg") -> tuple[CfgNode, nn.Module]:
+        row = VFMS[vfm]
+        options = {**row.options, **SMALL, **FAMILIES[vfm]}
+        taps = (1, 2, 4, 5) if row.taps else ()
+        monkeypatch.setitem(VFMS, vfm, replace(row, options=options, taps=taps))
+        cfg = get_cfg()
+        add_fishertune_config(cfg)
+        keys = {
+            **tiny_head,
+            "MODEL.DEVICE": "cpu",
+            "MODEL.VFM.NAME": vfm,
+            "MODEL.VFM.WEIGHTS": "random",
+            "MODEL.VFM.IMG_SIZE": [48, 64],
+            "TUNING.METHOD": method,
+        }
+        cfg.merge_from_list([part for pair in keys.items() for part in pair])
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        for parameter in model.backbone.parameters():
+            # As they are initialised, norms, biases and LayerScale are all alike.
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return cfg, model
+
+    return make
+
+
+class _Refined(nn.Module):
+    """A block, and what is added to its patches, without a hook."""
+
+    def __init__(self, block: nn.Module, prefix: int, change: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.block, self.prefix, self.change = block, prefix, change
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        output = self.block(*args, **kwargs).clone()
+        tokens = output.view(len(output), -1, output.shape[-1])
+        for image in tokens:
+            for patch in image[self.prefix :]:
+                patch += self.change(patch.clone())
+        return output
+
+
+def naively_refined(backbone: VFMBackbone, change: Callable[[Tensor, int], Tensor]) -> VFMBackbone:
+    """A copy of a frozen backbone in which ``change(patch, block)``, of shape (D,), is added."""
+    copy = deepcopy(backbone)
+    for i, block in enumerate(copy.vit.blocks):
+        copy.vit.blocks[i] = _Refined(
+            block, copy.num_prefix_tokens, lambda patch, i=i: change(patch, i)
+        )
+    return copy

@@ -1,0 +1,94 @@
+"""SET (Yi et al., ACM MM 2024; the paper's SDT): Rein's tokens, on spectra of the patches.
+
+A patch's channels are transformed to frequencies. One set of tokens refines the phases, which carry
+content, another the amplitudes, which carry style; the latter's attention is normalised, so that
+style shifts it less. What comes out is transformed back and added, as Rein's change is. Names and
+layouts are those of the public code (``JingjunYi/SET``, commit b349b3f).
+
+Three things about that code. Its two-dimensional transform runs over images and channels, so that
+an image's result depends on the others of its batch, and its size on their number; here it runs
+over channels, which is the same for a batch of one. The way back reads the lower D / 2 + 1
+frequencies, so that the other outputs of the last layers count as parameters and do nothing. And
+it has 7,546,881 parameters on a ViT-L, as here; the 6.94 M of FisherTune's tables it does not give.
+
+Shapes: as in :mod:`.rein`.
+"""
+
+from math import sqrt
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+from torch.nn import functional as F
+
+from fishertune_d2.compat import without_autocast
+
+from .registry import TUNING_REGISTRY, TuningMethod
+from .rein import Rein, ReinTokens, attend, linear, token_options, uniform
+
+
+class SpectralTokens(ReinTokens):
+    """Rein's tokens for the phases, and a second set, of full rank, for the amplitudes.
+
+    The queries are made of the first.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        options: the others of :class:`.ReinTokens`; ``num_tokens`` is the size of each set.
+    """
+
+    def __init__(self, *, patch_size: int, **options):
+        super().__init__(patch_size=patch_size, **options)
+        like = self.learnable_tokens_a
+        blocks, num_tokens, width = self.tokens(slice(None)).shape
+        bound = sqrt(6 / (3 * patch_size**2 + width))
+        self.learnable_tokens2 = uniform((blocks, num_tokens, width), bound, like)
+        self.mlp_token2feat2 = linear(width, width, like)
+        self.mlp_delta_f2 = linear(width, width, like)
+
+    def change(self, patches: Tensor, block: int) -> Tensor:
+        """As Rein's, by way of phase and amplitude."""
+        with without_autocast(patches.device):  # a transform in half precision needs powers of two
+            dtype = torch.promote_types(patches.dtype, torch.float32)
+            phase, amplitude = decompose(patches.to(dtype))
+            first, second = self.tokens(block), self.learnable_tokens2[block]
+            scores = F.linear(phase, first)
+            phase = attend(phase, scores, first, self.mlp_token2feat, self.mlp_delta_f)
+            # The published instance norm takes a patch as a channel: mean and variance are those of
+            # its scores with all tokens, without learned factors.
+            scores = F.layer_norm(F.linear(amplitude, second), second.shape[:1])
+            amplitude = attend(amplitude, scores, second, self.mlp_token2feat2, self.mlp_delta_f2)
+            return compose(phase, amplitude)
+
+
+class SpectralRein(Rein):
+    """Trains the spectral tokens; all else is Rein's."""
+
+    name = "set"
+    module = SpectralTokens
+
+
+def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Phase and amplitude of the spectra along the last dimension, each of the shape of ``x``."""
+    spectrum = torch.fft.fft(x)
+    real, imaginary = spectrum.real, spectrum.imag
+    amplitude = _off_zero(real**2 + imaginary**2).sqrt()
+    return torch.atan2(imaginary, _off_zero(real)), amplitude
+
+
+def compose(phase: Tensor, amplitude: Tensor) -> Tensor:
+    """The real signals of given spectra, times the square root of a half, as published."""
+    width = phase.shape[-1]
+    spectrum = torch.complex(amplitude * phase.cos(), amplitude * phase.sin())
+    return torch.fft.irfft(spectrum / sqrt(2 * width), n=width, norm="ortho")
+
+
+def _off_zero(x: Tensor, least: float = 1e-5) -> Tensor:
+    # Where the derivatives of root and angle have no bound.
+    return torch.where(x.abs() < least, least, x)
+
+
+@TUNING_REGISTRY.register()
+def set(cfg: CfgNode) -> TuningMethod:
+    """``TUNING.METHOD set``: as many tokens of each kind as the head has queries."""
+    return SpectralRein(**token_options(cfg))
