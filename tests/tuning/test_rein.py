@@ -1,6 +1,7 @@
 """Rein, and what SET shares with it: tokens after every block that are the decoder's queries."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import read_config
 from fishertune_d2.engine.plan import build_empty
 from fishertune_d2.tuning import build_tuning_method
 
 from .conftest import FAMILIES, naively_refined
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 IMAGES = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
 both = pytest.mark.parametrize("name", ["rein", "set"])
 
@@ -243,3 +246,11 @@ def test_a_head_without_queries_is_refused(segmentor):
     cfg, model = segmentor("rein")
     with pytest.raises(ValueError, match="Linear has no learned queries.*Mask2FormerHead"):
         build_tuning_method(cfg).attach(model.backbone, nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("path", ["camvid/rein", "camvid/set", "rein_dinov2"])
+def test_configs_train_tokens_as_fast_as_the_decoder(path):
+    cfg, text = read_config(str(CONFIGS / f"{path}.yaml")), (CONFIGS / f"{path}.yaml").read_text()
+    assert cfg.TUNING.METHOD in path and cfg.OUTPUT_DIR == f"outputs/{path}"
+    assert f"python train_net.py --config-file configs/{path}.yaml" in text
+    assert cfg.SOLVER.BACKBONE_MULTIPLIER == 1 and cfg.SOLVER.WEIGHT_DECAY_EMBED == 0
