@@ -219,8 +219,8 @@ def _add_tuning(cfg: CN) -> None:
     # Share of the backbone's parameters that is tuned at the start and at the end of T3.
     cfg.TUNING.D_MIN = 0.01
     cfg.TUNING.D_MAX = 0.05
-    # How the share grows: "text", "eq16", "linear" or "constant", see fisher.tuned_share; the
-    # method childtune needs "constant".
+    # How the share grows: "text", "eq16", "linear" or "constant", see fisher.tuned_share. (That of
+    # childtune does not.)
     cfg.TUNING.SCHEDULE = "text"
 
     cfg.TUNING.LORA = CN()

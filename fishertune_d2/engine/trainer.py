@@ -163,6 +163,10 @@ class Trainer(DefaultTrainer):
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
 
+    @property
+    def _schedule(self) -> str:
+        return self.method.schedule or self.cfg.TUNING.SCHEDULE
+
     def _build_estimation(self) -> FisherEstimation | None:
         cfg, backbone = self.cfg, self.segmentor.backbone
         if not self.method.selects:
@@ -171,7 +175,7 @@ class Trainer(DefaultTrainer):
             self._preemption.at_once(self._estimate),
             lambda estimate: self.method.scores(backbone, estimate),
             start=cfg.TUNING.WARMUP_ITERS,
-            share=tuned_share(1.0, cfg.TUNING.D_MIN, cfg.TUNING.D_MAX, form=cfg.TUNING.SCHEDULE),
+            share=tuned_share(1.0, cfg.TUNING.D_MIN, cfg.TUNING.D_MAX, form=self._schedule),
             base=sum(p.numel() for p in backbone.parameters()),
             output_dir=cfg.OUTPUT_DIR,
             eps=cfg.FISHER.EPS,
@@ -185,19 +189,25 @@ class Trainer(DefaultTrainer):
             iters=self.max_iter - tuning.WARMUP_ITERS,
             d_min=tuning.D_MIN,
             d_max=tuning.D_MAX,
-            schedule=tuning.SCHEDULE,
+            schedule=self._schedule,
         )
 
     def _build_perturbation(self) -> StatisticsPerturbation | None:
         cfg, processes = self.cfg, comm.get_world_size()
         if not cfg.TUNING.FEATURE_PERTURBATION:
             return None
-        images = cfg.SOLVER.IMS_PER_BATCH // processes
+        images = cfg.SOLVER.IMS_PER_BATCH // processes // cfg.SOLVER.ACCUMULATE
         if images < 2:
             raise ValueError(
-                "TUNING.FEATURE_PERTURBATION takes its statistics over a batch, but "
-                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {processes} processes is "
-                f"{images} in each: choose at least {2 * processes}"
+                "TUNING.FEATURE_PERTURBATION takes its statistics over what passes through the "
+                f"model at once, but SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over "
+                f"{processes} processes, in {cfg.SOLVER.ACCUMULATE} parts (SOLVER.ACCUMULATE), is "
+                f"{images} images: choose a batch of at least {2 * processes}, in fewer parts"
+            )
+        if cfg.MODEL.VFM.CHECKPOINT_BLOCKS:
+            raise ValueError(
+                "TUNING.FEATURE_PERTURBATION draws other numbers when a block is computed again: "
+                "set MODEL.VFM.CHECKPOINT_BLOCKS to False"
             )
         return build_perturbation(cfg, self.segmentor.backbone, p=PERTURBED)
 

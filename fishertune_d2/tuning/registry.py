@@ -25,12 +25,14 @@ class TuningMethod:
         selects: whether only the best-scored weights of the parameters move. If so, the trainer
             calls :meth:`scores` after warm-up.
         estimates: whether :meth:`scores` needs the Fisher information; only read if ``selects``.
+        schedule: how the share grows, if that is part of the method; else TUNING.SCHEDULE says.
         adds: whether the method adds parameters of its own. If so, :meth:`attach` is called once
             for each model.
     """
 
     selects = False
     estimates = True
+    schedule = ""
     adds = False
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:

@@ -191,3 +191,10 @@ def test_is_exported_or_refused_with_a_reason(adding_cfg, tmp_path):
     image = torch.randn(1, 3, 48, 64)
     with torch.no_grad():
         torch.testing.assert_close(plain(image), tuned(image), rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointed_blocks_change_no_number(adding_cfg):
+    plain, checkpointed = adding_cfg(), adding_cfg("other", MODEL__VFM__CHECKPOINT_BLOCKS=True)
+    _train(plain)
+    _train(checkpointed)
+    _assert_same(_state(checkpointed), _state(plain))

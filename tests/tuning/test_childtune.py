@@ -15,7 +15,7 @@ def cfg():
     cfg = get_cfg()
     add_fishertune_config(cfg)
     cfg.TUNING.METHOD = "childtune"
-    cfg.TUNING.SCHEDULE = "constant"
+    cfg.TUNING.SCHEDULE = "text"  # of methods that leave it open
     return cfg
 
 
@@ -35,9 +35,3 @@ def test_the_share_does_not_grow(cfg, vit):
     model = vit()
     count = int(0.05 * sum(p.numel() for p in model.parameters()))
     assert [count_tuned(cfg, model, progress) for progress in (0.0, 0.5, 1.0)] == [count] * 3
-
-
-def test_a_growing_share_is_refused(cfg):
-    cfg.TUNING.SCHEDULE = "text"
-    with pytest.raises(ValueError, match="TUNING.SCHEDULE is 'text': set it to constant, or"):
-        build_tuning_method(cfg)
