@@ -38,7 +38,8 @@ def count_tuned(cfg: CfgNode, backbone: nn.Module, progress: float) -> int:
     if not method.selects:
         return sum(p.numel() for p in method.parameters(backbone).values())
     tuning = cfg.TUNING
-    share = tuned_share(progress, tuning.D_MIN, tuning.D_MAX, form=method.schedule or tuning.SCHEDULE)
+    schedule = method.schedule or tuning.SCHEDULE
+    share = tuned_share(progress, tuning.D_MIN, tuning.D_MAX, form=schedule)
     return count_of_share(share, sum(p.numel() for p in backbone.parameters()))
 
 

@@ -101,6 +101,14 @@ def test_evaluation_is_not_perturbed(fp_cfg):
     assert shifted["targets"]["tiny_night"] > 0
 
 
-def test_one_image_a_step_is_refused(fp_cfg):
-    with pytest.raises(ValueError, match="IMS_PER_BATCH 1 over 1 processes is 1 in each: choose "):
-        Trainer(fp_cfg("out", SOLVER__IMS_PER_BATCH=1))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"SOLVER__IMS_PER_BATCH": 1}, "IMS_PER_BATCH 1 over 1 processes, in 1 parts"),
+        ({"SOLVER__ACCUMULATE": 2}, "in 2 parts .SOLVER.ACCUMULATE., is 1 images"),
+        ({"MODEL__VFM__CHECKPOINT_BLOCKS": True}, "set MODEL.VFM.CHECKPOINT_BLOCKS to False"),
+    ],
+)
+def test_what_it_does_not_go_with_is_refused(fp_cfg, options, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(fp_cfg("out", **options))
