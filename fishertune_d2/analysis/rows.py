@@ -96,24 +96,42 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
-def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draws a line for each row: a point for each seed and test set, and a bar at their mean.
+def scores_by_set(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, dict[str, list[float]]]:
+    """For each row and test set the mIoU of each seed, as :func:`draw` takes it.
 
     Args:
         rows: what :func:`read_rows` returned.
-        path: the PNG to write.
     """
-    names = list(_scores(next(iter(rows.values()))[0]))
+    return {
+        row: {name: [_scores(r)[name] for r in results] for name in _scores(results[0])}
+        for row, results in rows.items()
+    }
+
+
+def draw(
+    rows: Mapping[str, Mapping[str, Sequence[float]]],
+    path: Path,
+    marks: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Draws a line for each row: a point for each seed and test set, and a bar at their mean.
+
+    Args:
+        rows: for each row and test set, the same sets in each, the mIoU of each seed.
+        path: the PNG to write.
+        marks: for some rows and test sets a number to compare with, drawn as a cross.
+    """
+    names = list(next(iter(rows.values())))
     step = 0.7 / len(names)  # test sets one below the other, within the row's line
     height = 1.2 + len(rows) * (0.2 + 0.12 * len(names))
     figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
     for i, name in enumerate(names):
-        for place, results in enumerate(rows.values()):
+        for place, (row, scores) in enumerate(rows.items()):
             y = place + (i - (len(names) - 1) / 2) * step
-            scores = [_scores(result)[name] for result in results]
             axes.plot(
-                scores,
-                [y] * len(scores),
+                scores[name],
+                [y] * len(scores[name]),
                 linestyle="none",
                 marker="o",
                 markersize=5,
@@ -122,12 +140,17 @@ def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
                 color=f"C{i}",
                 label=name if place == 0 else None,
             )
-            axes.vlines(np.mean(scores), y - step / 2, y + step / 2, color=f"C{i}", linewidth=2)
+            mean = np.mean(scores[name])
+            axes.vlines(mean, y - step / 2, y + step / 2, color=f"C{i}", linewidth=2)
+            mark = (marks or {}).get(row, {}).get(name)
+            if mark is not None:
+                axes.plot(mark, y, linestyle="none", marker="x", color=f"C{i}")
     for place in range(1, len(rows)):
         axes.axhline(place - 0.5, color="lightgrey", linewidth=0.8)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
-    axes.set_xlabel("mIoU in %; a point for each seed, a bar at their mean")
+    cross = "; a cross for the paper's" if marks else ""
+    axes.set_xlabel(f"mIoU in %; a point for each seed, a bar at their mean{cross}")
     axes.grid(alpha=0.3, axis="x")
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -176,5 +199,5 @@ if __name__ == "__main__":
     runs = read_rows(args.folder, args.rows or None)
     print(table(runs))
     picture = args.output or args.folder / "rows.png"
-    draw(runs, picture)
+    draw(scores_by_set(runs), picture)
     print(picture)

@@ -112,12 +112,15 @@ def test_refuses_what_is_not_there(runs, tmp_path):
 
 def test_draws_a_point_for_each_seed_and_a_bar_at_their_mean(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(rows.plt, "close", lambda figure: None)
-    rows.draw(rows.read_rows(runs), tmp_path / "rows.png")
+    read = rows.scores_by_set(rows.read_rows(runs))
+    rows.draw(read, tmp_path / "rows.png", {"freeze": {"night": 25.0}})
     (axes,) = rows.plt.gcf().axes
     monkeypatch.undo()
     rows.plt.close()
     points = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
     bars = [bar.get_segments()[0][0, 0] for bar in axes.collections]
+    crosses = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "x"]
+    assert crosses == [[25]]
     assert points == [[60, 62, 64], [50], [60, 61], [40, 44, 42], [20], [30, 39]]
     assert bars == [62, 50, 60.5, 42, 20, 34.5]
     assert [label.get_text() for label in axes.get_yticklabels()] == list(rows.read_rows(runs))

@@ -1,0 +1,303 @@
+"""Runs the cells of a table, and writes it: ``python -m fishertune_d2.bench TABLE``.
+
+    python -m fishertune_d2.bench table1 --profile camvid --search
+    python -m fishertune_d2.bench table1 --profile camvid --seeds 42 43 44
+    python -m fishertune_d2.bench table1 --profile camvid --seeds 42 43 44 --test
+    python -m fishertune_d2.bench sweep TUNING.D_MAX 0.01 0.05 0.2 --profile camvid
+
+The first chooses a learning rate for each method, the third looks at the test sets. Each goes on
+where it was stopped. What it does, what lies where: docs/bench.md.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from yaml import YAMLError
+
+from fishertune_d2.data import DatasetError, load_datasets
+from fishertune_d2.modeling.vfm_table import VFMS
+from fishertune_d2.tuning import TUNING_REGISTRY
+
+from .cells import ROOT, Cell, file_name, make_cells, needs_rate, sweep_rows, waves
+from .choices import TEST, describe, read_choices, require_unseen, write_choices
+from .launch import Local, Submitit
+from .report import paper_numbers, read_lines, write_report
+from .runner import Runner, require_same_recipe
+from .tables import (
+    PROFILES,
+    TABLES,
+    Profile,
+    Row,
+    Table,
+    find_row,
+    rows_of_registry,
+    sweep,
+)
+
+
+def main(arguments: Sequence[str] | None = None, train: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        train: the command that trains a cell; None for train_net.py.
+
+    Returns:
+        0, or 1 if a cell failed.
+    """
+    logging.getLogger("detectron2.config.compat").setLevel(logging.ERROR)  # configs' versions
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        return _Bench(args).run(train)
+    except (DatasetError, FileNotFoundError, ImportError, KeyError, ValueError) as error:
+        # A KeyError's text is in quotation marks.
+        parser.error(str(error.args[0]) if isinstance(error, KeyError) else str(error))
+    except (AssertionError, YAMLError) as error:
+        parser.error(f"the config cannot be read: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fishertune_d2.bench",
+        description="Runs the cells of a table (row x foundation model x seed), and writes it.",
+        epilog="See docs/bench.md.",
+    )
+    parser.add_argument("table", choices=[*TABLES, "sweep"])
+    parser.add_argument("values", nargs="*", help="of a sweep: KEY VALUE ...")
+    parser.add_argument("--profile", choices=list(PROFILES), default="paper")
+    parser.add_argument(
+        "--vfm",
+        nargs="+",
+        choices=list(VFMS),
+        metavar="VFM",
+        help="foundation models; default: the profile's or the table's",
+    )
+    parser.add_argument("--methods", nargs="+", metavar="ROW", help="rows, or names of methods")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42])
+    parser.add_argument("--output", type=Path, help="default: outputs/bench/PROFILE")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="in every config")
+    stage = parser.add_mutually_exclusive_group()
+    stage.add_argument(
+        "--search",
+        nargs="*",
+        type=float,
+        metavar="RATE",
+        help="choose a learning rate for each method, with the first seed, on the dev sets",
+    )
+    stage.add_argument("--test", action="store_true", help="score what is trained on the test sets")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time")
+    where.add_argument(
+        "--submitit", nargs="*", metavar="NAME=VALUE", help="SLURM, with what AutoExecutor takes"
+    )
+    return parser
+
+
+class _Bench:
+    """One call of the command.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.profile: Profile = PROFILES[args.profile]
+        self.table = _find_table(args)
+        self.source = self.table.source if "{source}" in self.profile.base else ""
+        self.vfms = list(args.vfm or self.profile.vfms or self.table.vfms)
+        self.rows = self._find_rows()
+        self.output = (args.output or Path("outputs/bench") / args.profile).resolve()
+        self.tests = self.profile.test or self.table.test
+        self.name = "_".join(["sweep", file_name(args.values[0])] if args.values else [args.table])
+        self.searches = self.table.search and bool(self.profile.rates)
+        if args.jobs < 1:
+            raise ValueError(f"--jobs {args.jobs}: at least 1")
+        if len(args.set) % 2:
+            raise ValueError(f"--set takes keys and values in turn: got {len(args.set)} words")
+
+    def run(self, train: Sequence[str] | None) -> int:
+        """Does what the command line asks for."""
+        args = self.args
+        if (args.search is not None or args.test) and not self.profile.dev:
+            raise ValueError(
+                f"the profile {args.profile} has no dev sets to choose on: its runs take the "
+                "learning rates of its configs, and are scored on the test sets when they end"
+            )
+        if args.search is not None and not self.searches:
+            raise ValueError(f"{args.table} takes the learning rates of the configs")
+        cells = self._cells_of_search() if args.search is not None else self._cells_of_rows()
+        sets = self.tests if args.test or not self.profile.dev else self.profile.dev
+        folder = TEST if args.test else "dev" if self.profile.dev else args.table
+        if args.dry_run:
+            print(_describe(cells, sets, folder, args.test))
+            return 0
+        require_same_recipe(cells)
+        if args.test:
+            self._require_trained(cells)
+        self._require_data(cells, sets)
+        runner = self._runner(train)
+        done = (runner.score if args.test else runner.train)(cells, sets, folder)
+        if args.search is not None:
+            self._choose(cells)
+        else:
+            self._report(cells, sets, folder)
+        return 0 if done else 1
+
+    def _find_rows(self) -> list[Row]:
+        """The rows that are asked for.
+
+        Raises:
+            KeyError: if a row is unknown, or its method is not registered.
+        """
+        rows = [find_row(name) for name in self.args.methods or self.table.rows]
+        registered = {name for name, _ in TUNING_REGISTRY}
+        unknown = [row.name for row in rows if row.method not in registered]
+        if unknown:
+            raise KeyError(
+                f"no tuning method for {', '.join(unknown)}; there are "
+                f"{', '.join(rows_of_registry())}"
+            )
+        if self.args.table != "sweep":
+            return rows
+        key, *values = self.args.values
+        where = {"vfm": self.vfms[0], "profile": self.profile, "source": self.source}
+        return [swept for row in rows for swept in sweep_rows(row, key, values, **where)]
+
+    def _runner(self, train: Sequence[str] | None) -> Runner:
+        if self.args.submitit is None:
+            launcher = Local(self.args.jobs)
+        else:
+            launcher = Submitit(self.output / "submitit", self.args.submitit)
+        return Runner(launcher, train) if train else Runner(launcher)
+
+    def _cells(
+        self,
+        rows: Sequence[Row],
+        seeds: Sequence[int],
+        rates: Mapping[tuple[str, str], Sequence[float]],
+    ) -> list[Cell]:
+        return make_cells(
+            rows,
+            self.vfms,
+            seeds,
+            profile=self.profile,
+            source=self.source,
+            output=self.output,
+            rates=rates,
+            options=self.args.set,
+        )
+
+    def _place(self, vfm: str) -> Path:
+        return self.output / self.source / vfm
+
+    def _cells_of_search(self) -> list[Cell]:
+        methods = list(dict.fromkeys(row.method for row in self.rows if needs_rate(row)))
+        for vfm in self.vfms:
+            require_unseen(self._place(vfm), methods)
+        values = self.args.search or self.profile.rates
+        rates = {(vfm, method): values for vfm in self.vfms for method in methods}
+        return self._cells([find_row(method) for method in methods], self.args.seeds[:1], rates)
+
+    def _cells_of_rows(self) -> list[Cell]:
+        rates, still_open = {}, []
+        for vfm in self.vfms if self.searches else ():
+            choices = read_choices(self._place(vfm))
+            for row in filter(needs_rate, self.rows):
+                if row.method in choices:
+                    rates[vfm, row.method] = [choices[row.method]["rate"]]
+                else:
+                    still_open.append(f"{row.method} on {vfm}")
+        if still_open:
+            raise ValueError(
+                "the learning rate is not chosen yet for "
+                f"{', '.join(dict.fromkeys(still_open))}: run the same with --search first"
+            )
+        return self._cells(self.rows, self.args.seeds, rates)
+
+    def _require_trained(self, cells: Sequence[Cell]) -> None:
+        untrained = [str(cell.folder) for cell in cells if not cell.weights.is_file()]
+        if untrained:
+            raise ValueError(
+                "not trained yet; run the same without --test first:\n  " + "\n  ".join(untrained)
+            )
+
+    def _require_data(self, cells: Sequence[Cell], sets: Sequence[str]) -> None:
+        trained = [name for cell in cells for name in cell.recipe["DATASETS.TRAIN"]]
+        troubles = []
+        for name in dict.fromkeys([*trained, *sets]):
+            try:
+                load_datasets([name])
+            except (DatasetError, KeyError) as error:
+                troubles.append(str(error.args[0]))
+        if troubles:
+            raise DatasetError("data are missing:\n" + "\n\n".join(troubles))
+
+    def _choose(self, cells: Sequence[Cell]) -> None:
+        for vfm in self.vfms:
+            place, of_vfm = self._place(vfm), [cell for cell in cells if cell.vfm == vfm]
+            choices = write_choices(place, of_vfm, self.profile.dev)
+            print(f"{place / 'choices.json'}")
+            for method in dict.fromkeys(cell.row.method for cell in of_vfm):
+                known = method in choices
+                print(describe(method, choices[method]) if known else f"{method}: still open")
+
+    def _report(self, cells: Sequence[Cell], sets: Sequence[str], folder: str) -> None:
+        lines = read_lines(cells, sets, folder)
+        if not lines:
+            print("no cell is finished: there is no table yet", file=sys.stderr)
+            return
+        path = self.output / (f"{self.name}_{TEST}" if self.args.test else self.name)
+        own = self.args.profile == "paper" and not self.args.set
+        finished = sum(cell.results(sets, folder) is not None for cell in cells)
+        text = write_report(
+            self.table.title,
+            lines,
+            path,
+            paper=paper_numbers(self.table.paper) if own else {},
+            missing=len(cells) - finished,
+            averages=self.table.averages,
+        )
+        print(text)
+        print(f"{path}.csv, .md, .png", file=sys.stderr)
+
+
+def _find_table(args: argparse.Namespace) -> Table:
+    """The table that is asked for.
+
+    Raises:
+        ValueError: if a sweep has no values, or another table has some.
+    """
+    if args.table == "sweep":
+        if len(args.values) < 2:
+            raise ValueError("write a sweep as: sweep KEY VALUE ...")
+        return sweep(args.values[0])
+    if args.values:
+        raise ValueError(f"{args.table} takes no values: {' '.join(args.values)}")
+    return TABLES[args.table]
+
+
+def _describe(cells: Sequence[Cell], sets: Sequence[str], folder: str, test: bool) -> str:
+    lines = []
+    for number, group in enumerate([list(cells)] if test else waves(cells), 1):
+        for cell in group:
+            ready = cell.results(sets, folder) is not None
+            lines.append(f"{cell.folder}  (group {number}{', done before' if ready else ''})")
+            arguments = (
+                cell.score_arguments(sets, cell.folder / folder) if test else cell.arguments(sets)
+            )
+            lines.append(f"  {shlex.join(['python', 'train_net.py', *arguments])}")
+            if not test:
+                lines += [f"  makes the {w.words}: {cell.shared[w]}" for w in cell.makes]
+                lines += [f"  takes the {w.words}: {path}" for w, path in cell.takes.items()]
+    return "\n".join([*lines, f"{len(cells)} cells"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Trains and scores cells: what is finished is skipped, what was cut off goes on."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import detectron2
+
+from fishertune_d2.engine.preemption import EXIT_CODE, SIGNALS
+from fishertune_d2.engine.scoring import commit
+from fishertune_d2.fisher.files import whole_file
+
+from .cells import ROOT, Cell, waves
+from .launch import Attempt, Local, Submitit
+
+DONE, FAILED, STOPPED = "done", "failed", "stopped"
+
+
+class Runner:
+    """Runs cells, those first that others take something from.
+
+    Args:
+        launcher: runs commands.
+        train: the command that trains, without arguments.
+        say: called with each line for the person.
+    """
+
+    def __init__(
+        self,
+        launcher: Local | Submitit,
+        train: Sequence[str] = (sys.executable, str(ROOT / "train_net.py")),
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    ):
+        self.launcher = launcher
+        self.command = list(train)
+        self.say = say
+        self._stopping = False
+
+    def train(self, cells: Sequence[Cell], sets: Sequence[str], name: str) -> bool:
+        """Trains what is not trained yet, and scores it.
+
+        Args:
+            cells: all that share something with each other.
+            sets: data sets to score on.
+            name: folder for the results of a cell that was trained, and scored on others, before.
+
+        Returns:
+            Whether all are finished.
+
+        Raises:
+            SystemExit: if a signal came, or one reached the training; with its exit code of
+                preemption, for the same command goes on from there.
+        """
+
+        def run(cell: Cell) -> str:
+            if cell.results(sets, name) is None:
+                if cell.weights.is_file():
+                    other = (cell.folder / "results.json").is_file()
+                    end = self._score(cell, sets, cell.folder / name if other else cell.folder)
+                else:
+                    end = self._train(cell, sets)
+                if end != DONE:
+                    return end
+            return self._share(cell)
+
+        return self._all(waves(cells), run, lambda cell: cell.results(sets, name) is not None)
+
+    def score(self, cells: Sequence[Cell], sets: Sequence[str], name: str) -> bool:
+        """Scores what is trained, into the folder ``name`` of each cell.
+
+        Args:
+            cells: all trained.
+            sets: data sets.
+            name: folder below the cell's.
+
+        Returns:
+            Whether all are scored.
+
+        Raises:
+            SystemExit: as in :meth:`train`.
+        """
+
+        def run(cell: Cell) -> str:
+            if cell.results(sets, name) is not None:
+                return DONE
+            return self._score(cell, sets, cell.folder / name)
+
+        return self._all([list(cells)], run, lambda cell: cell.results(sets, name) is not None)
+
+    def _all(
+        self,
+        groups: Sequence[Sequence[Cell]],
+        run: Callable[[Cell], str],
+        finished: Callable[[Cell], bool],
+    ) -> bool:
+        total, ends = sum(len(group) for group in groups), []
+
+        def one(cell: Cell) -> None:
+            before, start = finished(cell), time.monotonic()
+            end = STOPPED if self._stopping else run(cell)
+            ends.append(end)
+            if end == DONE:
+                end = "done before" if before else f"done in {time.monotonic() - start:.0f} s"
+            if not self._stopping or end != STOPPED:
+                self.say(f"[{len(ends)}/{total}] {cell.folder}: {end}")
+
+        with self._listening(), ThreadPoolExecutor(self.launcher.jobs) as pool:
+            for group in groups:
+                list(pool.map(one, group))
+        if STOPPED in ends:
+            self.say("stopped early: the same command goes on from here")
+            sys.exit(EXIT_CODE)
+        return all(end == DONE for end in ends)
+
+    def _train(self, cell: Cell, sets: Sequence[str]) -> str:
+        for what, path in cell.takes.items():
+            if not path.is_file():
+                return f"{FAILED}: the {what.words} that it takes is not there, {path}"
+        end = self._attempt(cell, cell.arguments(sets), cell.folder)
+        if end == DONE:
+            for checkpoint in cell.folder.glob("model_[0-9]*.pth"):
+                checkpoint.unlink()  # of no use any more, and large
+        return end
+
+    def _score(self, cell: Cell, sets: Sequence[str], folder: Path) -> str:
+        return self._attempt(cell, cell.score_arguments(sets, folder), folder)
+
+    def _attempt(self, cell: Cell, arguments: Sequence[str], folder: Path) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "stdout.txt"
+        attempt = self.launcher.run([*self.command, *arguments], log)
+        record(cell, [*self.command, *arguments], attempt, folder)
+        if self._stopping or attempt.exit_code == EXIT_CODE:
+            return STOPPED
+        if attempt.exit_code or not (folder / "results.json").is_file():
+            return f"{FAILED} with exit code {attempt.exit_code}: see {log}"
+        return DONE
+
+    def _share(self, cell: Cell) -> str:
+        """Lays what the cell made where others take it; keeps one copy on disk of what it took."""
+        for what, path in cell.shared.items():
+            file = cell.folder / what.file
+            if what in cell.makes:
+                if not file.is_file():
+                    return f"{FAILED}: it left no {what.words}, {file}; remove its folder"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _link(file, path)
+            elif file.is_file() and path.is_file() and not file.samefile(path):
+                _link(path, file)
+        return DONE
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Passes signals on: a cell that is asked to leave writes a checkpoint first."""
+
+        def stop(number: int, frame: object) -> None:
+            self._stopping = True
+            self.launcher.stop()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets no other thread have handlers
+            return
+        before = {number: signal.signal(number, stop) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, earlier in before.items():
+                signal.signal(number, earlier)
+
+
+def _link(source: Path, target: Path) -> None:
+    with whole_file(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+
+
+def record(cell: Cell, command: Sequence[str], attempt: Attempt, folder: Path) -> None:
+    """Writes ``cell.json``: what was run, with what, and what it took, attempt by attempt.
+
+    Args:
+        cell: what was run.
+        command: with which.
+        attempt: how it went.
+        folder: OUTPUT_DIR.
+    """
+    path = folder / "cell.json"
+    earlier = json.loads(path.read_text())["attempts"] if path.is_file() else []
+    attempts = [*earlier, {**asdict(attempt), "commit": commit()}]
+    text = {
+        "row": cell.row.name,
+        "vfm": cell.vfm,
+        "seed": cell.seed,
+        "rate": cell.rate,
+        "config": cell.config,
+        "command": list(command),
+        "recipe": cell.recipe,
+        "versions": _versions(),
+        "seconds": sum(a["seconds"] for a in attempts),
+        "peak_memory_gb": max(a["peak_memory_gb"] for a in attempts),
+        "peak_gpu_memory_mb": _gpu_memory(folder / "log.txt"),
+        "attempts": attempts,
+    }
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(text, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"detectron2": detectron2.__version__}
+    for name in ("torch", "timm", "transformers", "fishertune-d2"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a checkout that is not installed; the commit says more
+            versions[name] = None
+    return versions
+
+
+def _gpu_memory(log: Path) -> int | None:
+    """What torch says it allocated at most, in MiB: Detectron2 logs it where there is a GPU."""
+    found = re.findall(r"max_mem: (\d+)M", log.read_text()) if log.is_file() else []
+    return max(map(int, found), default=None)
+
+
+def require_same_recipe(cells: Sequence[Cell]) -> None:
+    """Refuses cells whose folders hold a run of another recipe; as RunRecord, before any starts.
+
+    Raises:
+        ValueError: names the folders, the keys and their values, then and now.
+    """
+    troubles = []
+    for cell in cells:
+        path = cell.folder / "cell.json"
+        then = json.loads(path.read_text())["recipe"] if path.is_file() else {}
+        troubles += [
+            f"  {cell.folder}: {key} was {then[key]!r} and is {value!r}"
+            for key, value in cell.recipe.items()
+            if key in then and then[key] != value
+        ]
+    if troubles:
+        raise ValueError(
+            "cells were run with another recipe; put it back, or name another --output:\n"
+            + "\n".join(troubles)
+        )

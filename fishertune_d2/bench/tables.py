@@ -1,0 +1,240 @@
+"""What the bench can run, as data: ``PROFILES``, ``ROWS`` and ``TABLES``.
+
+A profile is a setting of data and recipe, a row a way to tune, a table a list of rows. A new one of
+any is an entry here. Every name of the tuning registry is a row by itself and needs no entry.
+"""
+
+from dataclasses import dataclass, replace
+
+from fishertune_d2.tuning import TUNING_REGISTRY
+
+FREEZE = "freeze"  # first in a table, so that the warm-up that others take is its own
+RIVAL_OF = "fishertune"  # what differences are taken to
+RATE = "SOLVER.BACKBONE_MULTIPLIER"  # the backbone's learning rate, as a share of BASE_LR
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A setting: which configs, and which data to choose on and to test on.
+
+    Attributes:
+        config: path of a row's own config, with {source}, {row} and {vfm} to fill in.
+        base: path of the config for rows that have none.
+        vfms: foundation models if none are asked for; empty for those of the table.
+        dev: data sets to choose on and to score on meanwhile; empty if there are none, then runs
+            are scored on the test sets at once.
+        test: data sets of the final test; empty for those of the table.
+        rates: SOLVER.BACKBONE_MULTIPLIER's values in the search; empty for those of the configs.
+    """
+
+    config: str
+    base: str
+    vfms: tuple[str, ...] = ()
+    dev: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
+
+
+PROFILES: dict[str, Profile] = {
+    "paper": Profile(
+        config="configs/{source}{row}_{vfm}.yaml", base="configs/{source}fishertune_{vfm}.yaml"
+    ),
+    "camvid": Profile(
+        config="configs/camvid/{row}.yaml",
+        base="configs/camvid/Base-camvid.yaml",
+        vfms=("dinov2_vits",),
+        dev=("camvid_day_val", "camvid_dusk_dev"),
+        test=("camvid_day_test", "camvid_dusk_test"),
+        rates=(0.3, 1.0, 3.0),
+    ),
+    # Chosen on CamVid too, so that no shift of the scenes is looked at before the test.
+    "streets": Profile(
+        config="configs/streets/{row}.yaml",
+        base="configs/streets/Base-streets.yaml",
+        vfms=("dinov2_vits",),
+        dev=("camvid_day_val", "camvid_dusk_dev"),
+        test=(
+            *("streets_day_val", "streets_dusk_val", "streets_night_val"),
+            *("streets_fog_val", "streets_rain_val", "streets_snow_val"),
+            *("camvid_day_test", "camvid_dusk_test"),
+        ),
+        rates=(0.3, 1.0, 3.0),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to tune.
+
+    Attributes:
+        name: what tables and folders call it.
+        method: TUNING.METHOD. The learning rate is chosen once for each method.
+        config: the method whose config it starts from if the profile has none of its own method.
+        options: keys and values in turn, which go before those of the config.
+    """
+
+    name: str
+    method: str
+    config: str
+    options: tuple[str, ...] = ()
+
+    def with_options(self, mark: str, *options: str) -> "Row":
+        """The row with further options, and a mark of them in its name."""
+        return replace(self, name=f"{self.name}@{mark}", options=(*self.options, *options))
+
+
+def _variant(name: str, method: str, *options: str) -> Row:
+    return Row(name, method, method, options)
+
+
+def _selected(name: str) -> Row:
+    return Row(name, name, "fishertune")
+
+
+def _with_perturbation(method: str) -> Row:
+    return _variant(f"{method}_fp", method, "TUNING.FEATURE_PERTURBATION", "True")
+
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        *(_selected(name) for name in ("fisher", "delta_fisher", "childtune")),
+        *(_selected(name) for name in ("random", "random_q", "random_k", "random_v")),
+        *(_with_perturbation(name) for name in ("adaptformer", "vpt", "rein", "fishertune")),
+        _variant("eq7", "fishertune", "FISHER.FORM", "eq7"),
+        _variant("eq15", "fishertune", "FISHER.FORM", "eq15"),
+        _variant("rank", "fishertune", "FISHER.FORM", "rank"),
+        _variant("share_1", "fishertune", "TUNING.D_MAX", "0.01"),
+        _variant("share_20", "fishertune", "TUNING.D_MAX", "0.2"),
+        _variant("smoothed", "fishertune", "FISHER.ESTIMATOR", "smoothed"),
+        _variant("natural", "fishertune", "FISHER.ESTIMATOR", "natural"),
+        _variant("variational", "fishertune", "FISHER.ESTIMATOR", "variational"),
+        Row("fisher_variational", "fisher", "fishertune", ("FISHER.ESTIMATOR", "variational")),
+        _variant("sampled_labels", "fishertune", "FISHER.LABELS", "sampled"),
+        _variant("shift_embedding", "fishertune", "FISHER.PERTURB.POINTS", "[0]"),
+        _variant("shift_blocks", "fishertune", "FISHER.PERTURB.POINTS", "[1, 2, 3]"),
+    )
+}
+
+
+def find_row(name: str) -> Row:
+    """An entry of ``ROWS``, or a tuning method by its name."""
+    return ROWS.get(name) or Row(name, name, name)
+
+
+def rows_of_registry() -> list[str]:
+    """Every name that ``find_row`` makes a row of whose method is registered."""
+    methods = [name for name, _ in TUNING_REGISTRY]
+    return list(dict.fromkeys(methods + [r.name for r in ROWS.values() if r.method in methods]))
+
+
+_GTAV, _CITYSCAPES = "", "cityscapes_to_bdd100k/"
+_L = ("dinov2_vitl", "eva02_vitl")
+_CBM = ("cityscapes_val", "bdd100k_val", "mapillary_val")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows beside each other.
+
+    Attributes:
+        title: what it shows.
+        rows: names for ``find_row``.
+        vfms: foundation models in the profile ``paper``.
+        source: folder of configs in the profile ``paper``, which says what is trained on. All
+            configs/cityscapes_to_*/ train the same model, so tables share those of one.
+        test: test sets in the profile ``paper``, the source's own among them.
+        search: whether the learning rate of each method is chosen first, if the profile has dev
+            sets; if not, the configs' are taken.
+        paper: the table of paper.csv with its numbers; "" if there are none.
+        averages: whether the figure shows averages over unseen domains instead of data sets.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    vfms: tuple[str, ...] = _L
+    source: str = _GTAV
+    test: tuple[str, ...] = _CBM
+    search: bool = True
+    paper: str = ""
+    averages: bool = False
+
+
+_RIVALS = (FREEZE, "full", "lora", "adaptformer", "vpt", "vqt", "rein", "childtune")
+_CITY_ROWS = (FREEZE, "full", "rein", "vqt", "childtune", "fishertune")
+_TABLE_1 = Table(
+    "Table 1: ways to tune, on each foundation model",
+    rows=(*_RIVALS, "set", "fishertune"),
+    vfms=("clip_vitl", "mae_vitl", "sam_vith", "eva02_vitl", "dinov2_vitl"),
+    paper="table1",
+)
+TABLES: dict[str, Table] = {
+    "table1": _TABLE_1,
+    "table2": Table(
+        "Table 2: from one city to others",
+        rows=_CITY_ROWS,
+        source=_CITYSCAPES,
+        test=("cityscapes_val", "bdd100k_val", "acdc_val"),
+        paper="table2",
+    ),
+    "table3": Table(
+        "Table 3: adverse weather",
+        rows=_CITY_ROWS,
+        vfms=("dinov2_vitl",),
+        source=_CITYSCAPES,
+        test=(
+            *("cityscapes_val", "foggy_zurich", "foggy_driving", "dark_zurich_val"),
+            *("nighttime_driving", "acdc_rain_val", "acdc_snow_val"),
+        ),
+        paper="table3",
+    ),
+    "table4": Table(
+        "Table 4: which weights to select",
+        rows=(
+            *(FREEZE, "full", "random", "random_q", "random_k", "random_v"),
+            *("fisher", "delta_fisher", "fishertune"),
+        ),
+        source=_CITYSCAPES,
+        test=("cityscapes_val", "bdd100k_val", "acdc_val"),
+        paper="table4",
+    ),
+    "table5": Table(
+        "Table 5: perturbed features in training (_fp)",
+        rows=tuple(
+            name + end
+            for name in ("adaptformer", "vpt", "rein", "fishertune")
+            for end in ("", "_fp")
+        ),
+        paper="table5",
+    ),
+    "fig2": replace(
+        _TABLE_1, title="Fig. 2: average by foundation model and way to tune", averages=True
+    ),
+    "fig5": Table(
+        "Fig. 5: plain and variational estimates, of F and of DRF",
+        rows=("fisher", "fisher_variational", "fishertune", "variational"),
+        source=_CITYSCAPES,
+        test=("cityscapes_val", "bdd100k_val", "acdc_val"),
+    ),
+    # docs/results/selection.md. Its rates were chosen before (docs/results/camvid.md).
+    "selection": Table(
+        "Which weights to select",
+        rows=(
+            *(FREEZE, "full", "fishertune", "fisher", "delta_fisher", "random", "random_q"),
+            *("random_k", "random_v", "eq7", "eq15", "rank", "share_1", "share_20", "smoothed"),
+            *("natural", "variational", "fisher_variational", "sampled_labels"),
+            *("shift_embedding", "shift_blocks"),
+        ),
+        search=False,
+    ),
+}
+
+
+def sweep(key: str) -> Table:
+    """FisherTune with one key changed, as the paper's appendices C and E; its rows are to be made.
+
+    Args:
+        key: of the config.
+    """
+    return Table(f"FisherTune by {key}", rows=("fishertune",), search=key != RATE)
