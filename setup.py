@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["fishertune_d2", "fishertune_d2.*"]),
+    package_data={"fishertune_d2.bench": ["paper.csv"]},
     install_requires=[
         "torch>=2.6",  # before, a file could get round torch.load(weights_only=True)
         "torchvision",  # from where torch is from; timm and Detectron2 import it
@@ -37,6 +38,7 @@ setup(
     ],
     extras_require={
         "baselines": ["peft>=0.21"],  # LoRA and its kin, to compare with
+        "slurm": ["submitit"],  # the bench's --submitit
         "dev": ["pytest", "hypothesis", "torchmetrics", "ruff", "peft>=0.21"],
     },
 )

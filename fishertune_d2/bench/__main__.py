@@ -22,12 +22,13 @@ from fishertune_d2.data import DatasetError, load_datasets
 from fishertune_d2.modeling.vfm_table import VFMS
 from fishertune_d2.tuning import TUNING_REGISTRY
 
-from .cells import ROOT, Cell, file_name, make_cells, needs_rate, sweep_rows, waves
+from .cells import Cell, file_name, make_cells, needs_rate, sweep_rows, waves
 from .choices import TEST, describe, read_choices, require_unseen, write_choices
 from .launch import Local, Submitit
 from .report import paper_numbers, read_lines, write_report
 from .runner import Runner, require_same_recipe
 from .tables import (
+    FREEZE,
     PROFILES,
     TABLES,
     Profile,
@@ -203,7 +204,9 @@ class _Bench:
             require_unseen(self._place(vfm), methods)
         values = self.args.search or self.profile.rates
         rates = {(vfm, method): values for vfm in self.vfms for method in methods}
-        return self._cells([find_row(method) for method in methods], self.args.seeds[:1], rates)
+        frozen = [row for row in self.rows if row.method == FREEZE]  # for its warm-up
+        rows = [*frozen, *map(find_row, methods)]
+        return self._cells(rows, self.args.seeds[:1], rates)
 
     def _cells_of_rows(self) -> list[Cell]:
         rates, still_open = {}, []
@@ -241,7 +244,8 @@ class _Bench:
 
     def _choose(self, cells: Sequence[Cell]) -> None:
         for vfm in self.vfms:
-            place, of_vfm = self._place(vfm), [cell for cell in cells if cell.vfm == vfm]
+            place = self._place(vfm)
+            of_vfm = [cell for cell in cells if cell.vfm == vfm and cell.rate is not None]
             choices = write_choices(place, of_vfm, self.profile.dev)
             print(f"{place / 'choices.json'}")
             for method in dict.fromkeys(cell.row.method for cell in of_vfm):

@@ -1,0 +1,101 @@
+"""A command that does what train_net.py leaves behind, in milliseconds."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fishertune_d2.bench import __main__ as bench
+
+FAKE = """
+import json, os, pathlib, sys
+folder = pathlib.Path(os.environ["FAKE"])
+words = sys.argv[1:]
+options = {key: words[i + 1] for i, key in enumerate(words[:-1])}
+out = pathlib.Path(options["OUTPUT_DIR"])
+out.mkdir(parents=True, exist_ok=True)
+name = out.name
+with open(folder / "calls.jsonl", "a") as log:
+    print(json.dumps({"name": name, "words": words, "options": options}), file=log)
+for key in ("TUNING.WARMUP_CHECKPOINT", "FISHER.ESTIMATE"):
+    if options.get(key):
+        open(options[key]).close()  # must be there by now
+evaluating = "--eval-only" in words
+if not evaluating:
+    (out / "model_0000149.pth").touch()
+    if not options["TUNING.WARMUP_CHECKPOINT"]:
+        (out / "model_warmup.pth").write_text(f"warm-up of {name}")
+    (out / "fisher.safetensors").write_text(f"estimate of {name}")
+    if (folder / "kill" / name).exists():
+        (folder / "kill" / name).unlink()
+        sys.exit(int(os.environ.get("FAKE_EXIT", "75")))
+    (out / "model_final.pth").touch()
+else:
+    open(options["MODEL.WEIGHTS"]).close()
+scores = json.loads((folder / "scores.json").read_text())
+method, seed = options["TUNING.METHOD"], int(options["SEED"])
+rate = options.get("SOLVER.BACKBONE_MULTIPLIER", "")
+base = scores.get(f"{method} {rate}".strip(), scores.get(method, 40.0)) + seed % 10 / 10
+sets = eval(options["DATASETS.TEST"])
+seen = {n: base + 10 for n in sets if "day" in n}
+unseen = {n: base for n in sets if "day" not in n}
+(out / "results.json").write_text(json.dumps({
+    "source": seen, "targets": unseen, "per_class": {},
+    "protocol": {"seed": seed, "commit": "abc", "mode": os.environ.get("FAKE_MODE", "whole")},
+    "tuned_parameters": 1000, "backbone_parameters": 20000,
+}))
+"""
+
+
+class FakeRuns:
+    """Calls the bench with the fake command; knows what was called.
+
+    Args:
+        folder: of everything.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.output = folder / "out"
+        self.cells = self.output / "dinov2_vits"
+        (folder / "kill").mkdir()
+        (folder / "fake.py").write_text(FAKE)
+        self.score({})
+
+    def score(self, scores: dict[str, float]) -> None:
+        """Says what a method, or a method and its rate, gets at dusk; 10 more by day."""
+        (self.folder / "scores.json").write_text(json.dumps(scores))
+
+    def kill(self, name: str) -> None:
+        """Lets the next training in this folder leave before its end."""
+        (self.folder / "kill" / name).touch()
+
+    def calls(self) -> list[dict]:
+        """What was called since the last time."""
+        log = self.folder / "calls.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+    def __call__(self, *arguments: str, profile: str = "camvid") -> int:
+        """Runs the bench."""
+        return bench.main(
+            [*arguments, "--profile", profile, "--output", str(self.output)],
+            [sys.executable, str(self.folder / "fake.py")],
+        )
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> FakeRuns:
+    """The bench on data that are taken as there, with a command that trains nothing."""
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setattr(bench, "load_datasets", lambda names: [])
+    return FakeRuns(tmp_path)
+
+
+@pytest.fixture
+def names() -> Callable[[list[dict]], list[str]]:
+    """Returns the names of the folders that calls were for."""
+    return lambda calls: [call["name"] for call in calls]

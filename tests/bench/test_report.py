@@ -1,0 +1,132 @@
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fishertune_d2.bench import report
+from fishertune_d2.bench.cells import Cell
+from fishertune_d2.bench.report import AVERAGE
+from fishertune_d2.bench.statistics import Difference, mean_and_std, paired_difference
+from fishertune_d2.bench.tables import PROFILES, ROWS, TABLES, find_row
+
+
+def test_mean_and_sample_deviation():
+    assert mean_and_std([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))  # (4 + 1 + 9) / 2
+    assert mean_and_std([5.0]) == (5.0, None)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_interval_is_that_of_scipys_paired_test(n):
+    rng = np.random.default_rng(n)
+    ours, theirs = rng.normal(50, 2, n), rng.normal(48, 2, n)
+    found = paired_difference(dict(enumerate(ours)), dict(enumerate(theirs)))
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (found.pairs, found.mean) == (n, pytest.approx((ours - theirs).mean()))
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_interval_in_closed_form_for_two_pairs():
+    # Differences 1 and 3: with one degree of freedom t is Cauchy's, whose quantile is tan.
+    found = paired_difference({1: 11.0, 2: 23.0, 3: 9.0}, {2: 20.0, 1: 10.0, 4: 0.0})
+    half = np.tan(np.pi * 0.475) * 2**0.5 / 2**0.5
+    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
+
+
+def test_one_pair_has_no_interval_and_none_no_difference():
+    assert paired_difference({1: 3.0, 2: 9.0}, {1: 1.0}) == Difference(1, 2.0)
+    assert paired_difference({1: 3.0}, {2: 1.0}) is None
+
+
+SETS = ("day", "dusk", "night")
+
+
+@pytest.fixture
+def cell(tmp_path):
+    """Returns a function that makes a finished cell with these scores."""
+
+    def make(row, seed, *scores, vfm="dinov2_vitl", **protocol) -> Cell:
+        folder = tmp_path / vfm / f"{row}_{seed}"
+        folder.mkdir(parents=True)
+        day, dusk, night = scores
+        results = {
+            "source": {"day": day},
+            "targets": {"dusk": dusk, "night": night, "fog": 0.0},
+            "protocol": {"commit": "abc", "mode": "whole", **protocol},
+            "tuned_parameters": 15_209_984,
+        }
+        (folder / "results.json").write_text(json.dumps(results))
+        return Cell(find_row(row), vfm, seed, None, folder, "config", (), {})
+
+    return make
+
+
+def test_table_of_several_models_with_the_papers_numbers(cell, tmp_path):
+    cells = [
+        cell("fishertune", 1, 60.0, 50.0, 40.0),
+        cell("fishertune", 2, 62.0, 52.0, 46.0),
+        cell("full", 1, 61.0, 48.0, 40.0),
+        cell("full", 2, 61.0, 49.0, 41.0),
+        cell("freeze", 2, 50.0, 30.0, 20.0),
+        cell("full", 1, 1.0, 2.0, 3.0, vfm="eva02_vitl"),
+    ]
+    unfinished = Cell(find_row("lora"), "dinov2_vitl", 1, None, tmp_path / "x", "", (), {})
+    lines = report.read_lines([*cells, unfinished], SETS, "dev")
+    paper = {("dinov2_vitl", "full", "dusk"): 47.5, ("dinov2_vitl", "full", AVERAGE): 44.0}
+    text = report.write_report("T", lines, tmp_path / "t", paper=paper, missing=1)
+    table = [line.strip("| ") for line in text.splitlines() if line.startswith("| dinov2")]
+    ours, full, freeze = ([part.strip() for part in line.split("|")] for line in table)
+    assert ours[5:] == ["61.00 ± 1.41", "51.00 ± 1.41", "43.00 ± 4.24", "47.00 ± 2.83", "-"]
+    # Averages over the unseen asked for, not over fog: 45 and 49 against 44 and 45; 1 and 4.
+    half = np.tan(np.pi * 0.475) * np.std([1, 4], ddof=1) / 2**0.5
+    assert full[5:8] == ["61.00 ± 0.00", "48.50 ± 0.71 (47.5)", "40.50 ± 0.71"]
+    assert full[8:] == ["44.50 ± 0.71 (44.0)", f"+2.50 [{2.5 - half:+.2f}, {2.5 + half:+.2f}]"]
+    assert freeze[2] == "1" and freeze[-1] == "+24.00 (one seed)"
+    assert "| eva02_vitl" in text and "Not finished: 1" in text and "15.21 M" in text
+
+    with open(tmp_path / "t.csv", newline="") as file:
+        rows = {(line["vfm"], line["row"], line["set"]): line for line in csv.DictReader(file)}
+    assert rows["dinov2_vitl", "full", "dusk"]["paper"] == "47.5"
+    assert float(rows["dinov2_vitl", "full", "dusk"]["fishertune_minus_row"]) == 2.5
+    assert rows["dinov2_vitl", "freeze", AVERAGE]["low"] == ""
+    assert rows["eva02_vitl", "full", "day"]["fishertune_minus_row"] == ""
+    assert (tmp_path / "t.png").is_file()
+
+
+def test_runs_that_were_scored_otherwise_are_not_compared(cell):
+    cells = [cell("full", 1, 1, 2, 3), cell("freeze", 1, 1, 2, 3, mode="slide")]
+    with pytest.raises(ValueError, match="freeze_1 was scored otherwise than .*full_1.* in mode"):
+        report.read_lines(cells, SETS, "dev")
+
+
+def test_the_results_of_the_first_selection_runs_are_still_read():
+    folder = Path(__file__).resolve().parents[2] / "docs/results/selection"
+    cells = [
+        Cell(find_row(row), "dinov2_vits", seed, None, folder / f"{row}_{seed}", "", (), {})
+        for row in ("fishertune", "fisher")
+        for seed in (42, 43, 44)
+    ]
+    lines = report.read_lines(cells, PROFILES["camvid"].dev, "dev")
+    (difference,) = report.differences(lines, "camvid_dusk_dev").values()
+    assert difference.pairs == 3 and difference.low < difference.mean < difference.high
+
+
+def test_papers_numbers_are_of_rows_sets_and_models_of_their_tables():
+    for name, table in TABLES.items():
+        numbers = report.paper_numbers(table.paper)
+        assert bool(numbers) == bool(table.paper), name
+        for vfm, row, key in numbers:
+            assert vfm in table.vfms and row in table.rows and key in (*table.test, AVERAGE)
+    assert report.paper_numbers("table1")["dinov2_vitl", "fishertune", AVERAGE] == 66.5
+    assert report.paper_numbers("table2")["eva02_vitl", "rein", "acdc_val"] == 70.9
+    assert report.paper_numbers("table4")["eva02_vitl", "delta_fisher", "bdd100k_val"] == 63.1
+    assert report.paper_numbers("table5")["eva02_vitl", "vpt_fp", AVERAGE] == 61.8
+
+
+def test_every_row_of_every_table_can_be_found():
+    for table in TABLES.values():
+        assert len(set(table.rows)) == len(table.rows)
+        assert all(find_row(name).name == name for name in table.rows)
+    assert all(len(row.options) % 2 == 0 for row in ROWS.values())
