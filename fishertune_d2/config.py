@@ -251,3 +251,9 @@ def _add_tuning(cfg: CN) -> None:
     cfg.TUNING.REIN = CN()
     # Rank of Rein's and SET's tokens (theirs). There are as many tokens as the head has queries.
     cfg.TUNING.REIN.RANK = 16
+
+    cfg.TUNING.GROUP = CN()
+    # Method "group", as in the paper's Fig. 3: weights drawn at random from these kinds (Q, K, V,
+    # FFN) in this part of the blocks, from 0.0 to 1.0.
+    cfg.TUNING.GROUP.KINDS = ["Q", "K", "V", "FFN"]
+    cfg.TUNING.GROUP.DEPTH = [0.0, 1.0]

@@ -1,6 +1,6 @@
 """One table and one figure over rows of runs with several seeds, as the paper's Table 4 and Fig. 5.
 
-python -m fishertune_d2.analysis.rows outputs/selection [ROW ...]
+python -m fishertune_d2.analysis.rows outputs/bench/camvid/dinov2_vits [ROW ...]
 """
 
 import argparse

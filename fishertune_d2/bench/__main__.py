@@ -5,7 +5,7 @@
     python -m fishertune_d2.bench table1 --profile camvid --seeds 42 43 44 --test
     python -m fishertune_d2.bench sweep TUNING.D_MAX 0.01 0.05 0.2 --profile camvid
 
-The first chooses a learning rate for each method, the third looks at the test sets. Each goes on
+The first chooses a learning rate for each row, the third looks at the test sets. Each goes on
 where it was stopped. What it does, what lies where: docs/bench.md.
 """
 
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=float,
         metavar="RATE",
-        help="choose a learning rate for each method, with the first seed, on the dev sets",
+        help="choose a learning rate for each row, with the first seed, on the dev sets",
     )
     stage.add_argument("--test", action="store_true", help="score what is trained on the test sets")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run")
@@ -199,13 +199,13 @@ class _Bench:
         return self.output / self.source / vfm
 
     def _cells_of_search(self) -> list[Cell]:
-        methods = list(dict.fromkeys(row.method for row in self.rows if needs_rate(row)))
+        names = list(dict.fromkeys(row.rate_of for row in self.rows if needs_rate(row)))
         for vfm in self.vfms:
-            require_unseen(self._place(vfm), methods)
+            require_unseen(self._place(vfm), names)
         values = self.args.search or self.profile.rates
-        rates = {(vfm, method): values for vfm in self.vfms for method in methods}
+        rates = {(vfm, name): values for vfm in self.vfms for name in names}
         frozen = [row for row in self.rows if row.method == FREEZE]  # for its warm-up
-        rows = [*frozen, *map(find_row, methods)]
+        rows = [*frozen, *map(find_row, names)]
         return self._cells(rows, self.args.seeds[:1], rates)
 
     def _cells_of_rows(self) -> list[Cell]:
@@ -213,10 +213,10 @@ class _Bench:
         for vfm in self.vfms if self.searches else ():
             choices = read_choices(self._place(vfm))
             for row in filter(needs_rate, self.rows):
-                if row.method in choices:
-                    rates[vfm, row.method] = [choices[row.method]["rate"]]
+                if row.rate_of in choices:
+                    rates[vfm, row.rate_of] = [choices[row.rate_of]["rate"]]
                 else:
-                    still_open.append(f"{row.method} on {vfm}")
+                    still_open.append(f"{row.rate_of} on {vfm}")
         if still_open:
             raise ValueError(
                 "the learning rate is not chosen yet for "
@@ -248,9 +248,8 @@ class _Bench:
             of_vfm = [cell for cell in cells if cell.vfm == vfm and cell.rate is not None]
             choices = write_choices(place, of_vfm, self.profile.dev)
             print(f"{place / 'choices.json'}")
-            for method in dict.fromkeys(cell.row.method for cell in of_vfm):
-                known = method in choices
-                print(describe(method, choices[method]) if known else f"{method}: still open")
+            for row in dict.fromkeys(cell.row.name for cell in of_vfm):
+                print(describe(row, choices[row]) if row in choices else f"{row}: still open")
 
     def _report(self, cells: Sequence[Cell], sets: Sequence[str], folder: str) -> None:
         lines = read_lines(cells, sets, folder)

@@ -145,7 +145,7 @@ def make_cells(
         profile: where the configs are.
         source: the table's folder of configs.
         output: folder of all cells.
-        rates: for (vfm, TUNING.METHOD) the values of RATE to run; none for the config's.
+        rates: for (vfm, ``Row.rate_of``) the values of RATE to run; none for the config's.
         options: keys and values in turn for every cell.
 
     Raises:
@@ -157,7 +157,7 @@ def make_cells(
     cells = []
     for vfm in vfms:
         for row in rows:
-            for rate in rates.get((vfm, row.method)) or [None]:
+            for rate in rates.get((vfm, row.rate_of)) or [None]:
                 for seed in seeds:
                     cell = _make(row, vfm, seed, rate, profile, source, output, options)
                     cells.append(cell)

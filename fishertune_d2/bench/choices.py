@@ -1,4 +1,4 @@
-"""The search over learning rates, the same for each method: choices.json beside the cells.
+"""The search over learning rates, the same for each row: choices.json beside the cells.
 
 Chosen is what has the highest mIoU on the profile's dev sets, their mean, with one seed.
 """
@@ -18,7 +18,7 @@ TEST = "test"  # a cell's folder for what is scored once, at the end
 
 
 def read_choices(place: Path) -> dict[str, dict[str, Any]]:
-    """What was chosen for each method, its rate and from which scores; empty without a file.
+    """What was chosen for each row, its rate and from which scores; empty without a file.
 
     Args:
         place: folder of a foundation model's cells.
@@ -28,28 +28,28 @@ def read_choices(place: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> dict[str, Any]:
-    """Chooses among finished cells for each of their methods; other methods' choices stand.
+    """Chooses among finished cells for each of their rows; other rows' choices stand.
 
     Args:
         place: folder of a foundation model's cells.
-        cells: of one seed, several rates for each method; a method is left open while one of its
-            cells is not finished.
+        cells: of one seed, several rates for each row; a row is left open while one of its cells
+            is not finished.
         sets: the dev sets.
 
     Returns:
-        All choices, by TUNING.METHOD.
+        All choices, by the row's name.
     """
     choices = read_choices(place)
-    for method in dict.fromkeys(cell.row.method for cell in cells):
+    for row in dict.fromkeys(cell.row.name for cell in cells):
         scores = {
             cell.rate: _mean(cell.results(sets, "dev"), sets)
             for cell in cells
-            if cell.row.method == method
+            if cell.row.name == row
         }
         if None in scores.values():
             continue
         best = max(sorted(scores), key=scores.__getitem__)  # of equals the smallest
-        choices[method] = {
+        choices[row] = {
             "rate": best,
             "seed": cells[0].seed,
             "sets": list(sets),
@@ -68,22 +68,22 @@ def _mean(results: Mapping[str, Any] | None, sets: Sequence[str]) -> float | Non
     return float(np.mean([scores[name] for name in sets]))
 
 
-def describe(method: str, choice: Mapping[str, Any]) -> str:
+def describe(row: str, choice: Mapping[str, Any]) -> str:
     """One line: what was chosen, from what, and whether it lies at the edge of what was tried."""
     tried = {float(rate): score for rate, score in choice["mIoU"].items()}
     scores = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in tried.items())
     at_edge = len(tried) > 1 and choice["rate"] in (min(tried), max(tried))
     edge = "; at the edge, more values may be better" if at_edge else ""
-    return f"{method}: {choice['rate']:g} of {scores}{edge}"
+    return f"{row}: {choice['rate']:g} of {scores}{edge}"
 
 
-def require_unseen(place: Path, methods: Sequence[str]) -> None:
+def require_unseen(place: Path, rows: Sequence[str]) -> None:
     """Refuses to choose again what the test sets were looked at with.
 
     Raises:
-        ValueError: names the methods.
+        ValueError: names the rows.
     """
-    seen = [m for m in methods if any(place.glob(f"{m}@rate=*/{TEST}/results.json"))]
+    seen = [row for row in rows if any(place.glob(f"{row}@*/{TEST}/results.json"))]
     if seen:
         raise ValueError(
             f"the test sets were looked at with the chosen rates of {', '.join(seen)} in {place}: "

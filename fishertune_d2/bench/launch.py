@@ -127,9 +127,15 @@ class Submitit:
 
     def run(self, command: Sequence[str], log: Path) -> Attempt:
         """See :func:`execute`; waits for the end of the job."""
+        start = time.monotonic()
         job = self._executor.submit(execute, command, log, {})
         self._submitted.append(job)
-        return job.result()
+        try:
+            return job.result()
+        except Exception as error:  # submitit's: the job was cancelled, or its machine failed
+            with open(log, "a") as out:
+                print(f"the job has no result: {error}", file=out)
+            return Attempt(1, time.monotonic() - start, 0.0)
 
     def stop(self) -> None:
         """Cancels the jobs: their processes write a checkpoint and leave."""

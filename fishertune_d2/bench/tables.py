@@ -69,14 +69,16 @@ class Row:
 
     Attributes:
         name: what tables and folders call it.
-        method: TUNING.METHOD. The learning rate is chosen once for each method.
+        method: TUNING.METHOD.
         config: the method whose config it starts from if the profile has none of its own method.
+        rate_of: the row whose chosen learning rate it takes: variants of a method take its.
         options: keys and values in turn, which go before those of the config.
     """
 
     name: str
     method: str
     config: str
+    rate_of: str
     options: tuple[str, ...] = ()
 
     def with_options(self, mark: str, *options: str) -> "Row":
@@ -85,11 +87,28 @@ class Row:
 
 
 def _variant(name: str, method: str, *options: str) -> Row:
-    return Row(name, method, method, options)
+    return Row(name, method, method, method, options)
 
 
-def _selected(name: str) -> Row:
-    return Row(name, name, "fishertune")
+def _selected(name: str, *options: str) -> Row:
+    return Row(name, name, "fishertune", name, options)
+
+
+def _peft(name: str) -> Row:
+    return Row(name, "peft", "peft", name, ("TUNING.PEFT.TYPE", name.upper()))
+
+
+_THIRDS = {"shallow": (0.0, 0.3333), "middle": (0.3333, 0.6667), "deep": (0.6667, 1.0)}
+# A third of the blocks' Q (2.7 % of a ViT-S, 2.8 % of a ViT-L) has to hold it.
+_SHARE_OF_GROUP = ("TUNING.D_MAX", "0.025")
+_GROUPS = tuple(f"{kind}_{part}" for kind in ("q", "k", "v", "ffn") for part in _THIRDS)
+
+
+def _group(name: str) -> Row:
+    kind, part = name.split("_")
+    options = ("TUNING.GROUP.KINDS", f"['{kind.upper()}']")
+    options += ("TUNING.GROUP.DEPTH", str(list(_THIRDS[part])), *_SHARE_OF_GROUP)
+    return Row(name, "group", "fishertune", "random", options)
 
 
 def _with_perturbation(method: str) -> Row:
@@ -99,8 +118,12 @@ def _with_perturbation(method: str) -> Row:
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
-        *(_selected(name) for name in ("fisher", "delta_fisher", "childtune")),
+        *(_selected(name) for name in ("fisher", "delta_fisher")),
         *(_selected(name) for name in ("random", "random_q", "random_k", "random_v")),
+        _selected("childtune", "TUNING.SCHEDULE", "constant"),
+        *(_peft(name) for name in ("dora", "vera", "ia3")),
+        *map(_group, _GROUPS),
+        _variant("share_2.5", "fishertune", *_SHARE_OF_GROUP),
         *(_with_perturbation(name) for name in ("adaptformer", "vpt", "rein", "fishertune")),
         _variant("eq7", "fishertune", "FISHER.FORM", "eq7"),
         _variant("eq15", "fishertune", "FISHER.FORM", "eq15"),
@@ -110,7 +133,7 @@ ROWS: dict[str, Row] = {
         _variant("smoothed", "fishertune", "FISHER.ESTIMATOR", "smoothed"),
         _variant("natural", "fishertune", "FISHER.ESTIMATOR", "natural"),
         _variant("variational", "fishertune", "FISHER.ESTIMATOR", "variational"),
-        Row("fisher_variational", "fisher", "fishertune", ("FISHER.ESTIMATOR", "variational")),
+        replace(_selected("fisher", "FISHER.ESTIMATOR", "variational"), name="fisher_variational"),
         _variant("sampled_labels", "fishertune", "FISHER.LABELS", "sampled"),
         _variant("shift_embedding", "fishertune", "FISHER.PERTURB.POINTS", "[0]"),
         _variant("shift_blocks", "fishertune", "FISHER.PERTURB.POINTS", "[1, 2, 3]"),
@@ -120,7 +143,7 @@ ROWS: dict[str, Row] = {
 
 def find_row(name: str) -> Row:
     """An entry of ``ROWS``, or a tuning method by its name."""
-    return ROWS.get(name) or Row(name, name, name)
+    return ROWS.get(name) or Row(name, name, name, name)
 
 
 def rows_of_registry() -> list[str]:
@@ -145,7 +168,7 @@ class Table:
         source: folder of configs in the profile ``paper``, which says what is trained on. All
             configs/cityscapes_to_*/ train the same model, so tables share those of one.
         test: test sets in the profile ``paper``, the source's own among them.
-        search: whether the learning rate of each method is chosen first, if the profile has dev
+        search: whether the learning rate of each row is chosen first, if the profile has dev
             sets; if not, the configs' are taken.
         paper: the table of paper.csv with its numbers; "" if there are none.
         averages: whether the figure shows averages over unseen domains instead of data sets.
@@ -210,6 +233,12 @@ TABLES: dict[str, Table] = {
     ),
     "fig2": replace(
         _TABLE_1, title="Fig. 2: average by foundation model and way to tune", averages=True
+    ),
+    "fig3": Table(
+        "Fig. 3: one kind in one third of the blocks, as many weights of each",
+        rows=(FREEZE, *_GROUPS, "share_2.5"),
+        source=_CITYSCAPES,
+        test=("cityscapes_val", "bdd100k_val", "acdc_val"),
     ),
     "fig5": Table(
         "Fig. 5: plain and variational estimates, of F and of DRF",

@@ -1,4 +1,4 @@
-"""A random choice of weights: of all candidates, or of one kind (Table 4's rows)."""
+"""A random choice of weights: of all candidates, of one kind (Table 4), of a group (Fig. 3)."""
 
 from collections.abc import Mapping
 
@@ -17,22 +17,32 @@ class RandomChoice(SelectiveMethod):
     Args:
         seed: of the draw.
         kinds: which kinds to draw from.
+        depth: which blocks to draw from: this part of them, (0.0, 0.5) being the first half.
     """
 
     estimates = False
 
-    def __init__(self, seed: int, kinds: tuple[str, ...] = KINDS):
+    def __init__(
+        self,
+        seed: int,
+        kinds: tuple[str, ...] = KINDS,
+        depth: tuple[float, float] = (0.0, 1.0),
+    ):
         self.seed = seed
         self.kinds = kinds
+        self.depth = depth
 
     def scores(self, backbone: nn.Module, estimate: FisherEstimate | None) -> Mapping[str, Tensor]:
-        """Uniform numbers in (0, 1] for the candidates of these kinds, 0 for the others."""
+        """Uniform numbers in (0, 1] for the candidates to draw from, 0 for the others."""
         generator = torch.Generator().manual_seed(self.seed)
         scores: dict[str, Tensor] = {}
-        for candidate in find_candidates(backbone):
+        candidates = find_candidates(backbone)
+        blocks = 1 + max(candidate.block for candidate in candidates)
+        first, end = (round(part * blocks) for part in self.depth)
+        for candidate in candidates:
             parameter, rows = candidate.parameter, candidate.rows
             score = scores.setdefault(candidate.name, torch.zeros_like(parameter))
-            if candidate.kind in self.kinds:
+            if candidate.kind in self.kinds and first <= candidate.block < end:
                 # float32 has 24 bits: among millions, ties occur, and are broken by position.
                 drawn = 1.0 - torch.rand(parameter[rows].shape, generator=generator)
                 score[rows] = drawn.to(score)
@@ -61,3 +71,20 @@ def random_k(cfg: CfgNode) -> TuningMethod:
 def random_v(cfg: CfgNode) -> TuningMethod:
     """``TUNING.METHOD random_v``."""
     return RandomChoice(cfg.SEED, ("V",))
+
+
+@TUNING_REGISTRY.register()
+def group(cfg: CfgNode) -> TuningMethod:
+    """``TUNING.METHOD group``: of ``cfg.TUNING.GROUP``.
+
+    Raises:
+        ValueError: if there is no such kind, or the depth is no part of 0 to 1.
+    """
+    kinds, depth = tuple(cfg.TUNING.GROUP.KINDS), tuple(cfg.TUNING.GROUP.DEPTH)
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"TUNING.GROUP.KINDS is {list(kinds)}: choose from {', '.join(KINDS)}")
+    if len(depth) != 2 or not 0.0 <= depth[0] < depth[1] <= 1.0:
+        raise ValueError(
+            f"TUNING.GROUP.DEPTH is {list(depth)}: give where it begins and ends, from 0.0 to 1.0"
+        )
+    return RandomChoice(cfg.SEED, kinds, depth)

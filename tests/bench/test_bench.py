@@ -271,11 +271,17 @@ def test_submitit_is_optional_and_gets_each_command(runs, names, capsys, monkeyp
             assert parameters == {"slurm_partition": "gpu", "timeout_min": 60}
 
         def submit(self, function, *arguments):
-            return type("Job", (), {"result": lambda self: function(*arguments)})()
+            def result(self):
+                if "full_42" in str(arguments):
+                    raise RuntimeError("node failure")
+                return function(*arguments)
+
+            return type("Job", (), {"result": result})()
 
     fake = type(sys)("submitit")
     fake.AutoExecutor = Executor
     monkeypatch.setitem(sys.modules, "submitit", fake)
     parameters = ("--submitit", "slurm_partition=gpu", "timeout_min=60")
-    assert runs("selection", "--methods", "freeze", "full", *parameters) == 0
-    assert names(runs.calls()) == ["freeze_42", "full_42"]
+    assert runs("selection", "--methods", "freeze", "full", *parameters) == 1
+    assert names(runs.calls()) == ["freeze_42"]
+    assert "node failure" in (runs.cells / "full_42/stdout.txt").read_text()

@@ -71,6 +71,35 @@ def test_random_is_uniform_over_the_candidates(backbone):
         assert abs(counts[group] - expected) < 5 * expected**0.5  # five standard deviations
 
 
+def test_a_group_is_drawn_from_its_kinds_and_blocks(backbone):
+    half = {"TUNING__GROUP__KINDS": ["Q", "FFN"], "TUNING__GROUP__DEPTH": [0.5, 1.0]}
+    counts = _chosen("group", backbone, 0.02, **half).summary()
+    last = max(block for _, block in counts)
+    chosen = {group for group, count in counts.items() if count}
+    assert chosen == {(k, b) for k in ("Q", "FFN") for b in range((last + 1) // 2, last + 1)}
+
+
+def test_thirds_of_the_depth_share_no_block_and_leave_none(backbone):
+    blocks = []
+    for depth in ([0.0, 0.3333], [0.3333, 0.6667], [0.6667, 1.0]):
+        scores = _method("group", TUNING__GROUP__DEPTH=depth).scores(backbone, None)
+        blocks.append({c.block for c in find_candidates(backbone) if scores[c.name][c.rows].any()})
+    assert sorted(block for third in blocks for block in third) == list(range(6))
+    assert all(third for third in blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"TUNING__GROUP__KINDS": ["P"]}, r"KINDS is \['P'\]: choose from Q, K"),
+        ({"TUNING__GROUP__DEPTH": [0.5, 0.2]}, r"DEPTH is \[0.5, 0.2\]"),
+    ],
+)
+def test_a_group_that_is_none_is_refused(options, named):
+    with pytest.raises(ValueError, match=named):
+        _method("group", **options)
+
+
 @pytest.mark.parametrize("kind", ["Q", "K", "V"])
 def test_random_of_one_kind_stays_in_it(kind, backbone):
     counts = _chosen(f"random_{kind.lower()}", backbone, 0.02).summary()

@@ -1,0 +1,102 @@
+"""Every table can be planned in every profile, from the configs as they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+from detectron2.modeling import build_backbone
+
+from fishertune_d2.bench.cells import ESTIMATE, WARMUP, make_cells, waves
+from fishertune_d2.bench.tables import FREEZE, PROFILES, TABLES, find_row
+from fishertune_d2.config import read_config
+from fishertune_d2.engine.plan import build_empty
+from fishertune_d2.fisher import count_of_share, find_candidates
+from fishertune_d2.tuning import TUNING_REGISTRY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _plan(rows, tmp_path, profile="camvid", vfms=("dinov2_vits",), seeds=(1,), **options):
+    options = {"source": "", "rates": {}, **options}
+    rows = [find_row(name) for name in rows]
+    rows = [row for row in rows if row.method in TUNING_REGISTRY]
+    return make_cells(
+        rows, vfms, seeds, profile=PROFILES[profile], output=tmp_path / "out", **options
+    )
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_has_its_configs(name, profile, tmp_path):
+    table = TABLES[name]
+    vfms = PROFILES[profile].vfms or table.vfms
+    source = table.source if profile == "paper" else ""
+    cells = _plan(table.rows, tmp_path, profile, vfms, source=source)
+    assert len(cells) >= 3 * len(vfms)
+    for cell in cells:
+        assert cell.recipe["MODEL.VFM.NAME"] == cell.vfm and cell.recipe["SEED"] == 1
+        assert cell.recipe["TUNING.METHOD"] == cell.row.method
+        trained = {"camvid": "camvid_day_train", "streets": "streets_day_train"}.get(profile)
+        trained = trained or ("cityscapes_train" if table.source else "gtav_train")
+        assert list(cell.recipe["DATASETS.TRAIN"]) == [trained]
+    # Each file is made once; what is taken is made in a group before.
+    made = [cell.shared[what] for cell in cells for what in cell.makes]
+    assert len(set(made)) == len(made)
+    there = set()
+    for group in waves(cells):
+        assert all(set(cell.takes.values()) <= there for cell in group)
+        there |= {cell.shared[what] for cell in group for what in cell.makes}
+
+
+def test_which_rows_share_an_estimate(tmp_path):
+    cells = {cell.row.name: cell for cell in _plan(TABLES["selection"].rows, tmp_path)}
+    of = {name: cell.shared.get(ESTIMATE) for name, cell in cells.items()}
+    plain = ("fishertune", "fisher", "delta_fisher", "eq7", "eq15", "rank", "share_1", "share_20")
+    assert len({of[name] for name in plain}) == 1
+    assert of["fisher_variational"] == of["variational"]
+    others = ("smoothed", "natural", "variational", "sampled_labels", "shift_embedding")
+    assert len({of[name] for name in ("fishertune", *others, "shift_blocks")}) == 7
+    assert of[FREEZE] is of["full"] is of["random_q"] is None
+    assert len({cell.shared[WARMUP] for cell in cells.values()}) == 1
+    assert cells[FREEZE].makes == {WARMUP} and cells["fishertune"].makes == {ESTIMATE}
+
+
+def test_nothing_is_shared_between_seeds_and_models_or_without_a_warm_up(tmp_path):
+    cells = _plan([FREEZE, "full"], tmp_path, vfms=("dinov2_vits", "tiny"), seeds=(1, 2))
+    assert len({cell.shared[WARMUP] for cell in cells}) == 4
+    (cell,) = _plan([FREEZE], tmp_path, options=["TUNING.WARMUP_ITERS", "0"])
+    assert cell.shared == {}
+
+
+def test_rates_are_cells_of_their_own_that_share_the_rest(tmp_path):
+    rates = {("dinov2_vits", "fishertune"): (0.3, 3.0)}
+    cells = _plan([FREEZE, "fishertune", "share_20"], tmp_path, rates=rates)
+    assert [cell.folder.name for cell in cells] == [
+        *("freeze_1", "fishertune@rate=0.3_1", "fishertune@rate=3_1"),
+        *("share_20@rate=0.3_1", "share_20@rate=3_1"),  # a variant takes its method's
+    ]
+    assert [cell.recipe["SOLVER.BACKBONE_MULTIPLIER"] for cell in cells[1:]] == [0.3, 3.0] * 2
+    assert len({cell.shared[ESTIMATE] for cell in cells[1:]}) == 1
+
+
+def test_the_papers_cells_from_cityscapes_are_trained_once(tmp_path):
+    folders = [
+        {cell.folder for cell in _plan(table.rows, tmp_path, "paper", table.vfms, source=source)}
+        for table, source in ((TABLES[name], TABLES[name].source) for name in ("table2", "table3"))
+    ]
+    assert folders[1] < folders[0]
+
+
+def test_the_recipe_is_what_a_json_file_holds(tmp_path):
+    (cell,) = _plan(["full"], tmp_path)
+    assert json.loads(json.dumps(cell.recipe)) == cell.recipe
+
+
+@pytest.mark.parametrize("config", ["camvid/freeze", "freeze_dinov2", "freeze_eva02"])
+def test_each_group_of_fig_3_holds_the_share_that_is_tuned(config):
+    backbone = build_empty(read_config(str(ROOT / f"configs/{config}.yaml")), build_backbone)
+    blocks = 1 + max(candidate.block for candidate in find_candidates(backbone))
+    base = sum(p.numel() for p in backbone.parameters())
+    for kind in ("Q", "K", "V", "FFN"):
+        sizes = [c.numel for c in find_candidates(backbone) if c.kind == kind]
+        assert count_of_share(0.025, base) <= sum(sizes) * (blocks // 3) // blocks
