@@ -30,6 +30,7 @@ from .runner import Runner, require_same_recipe
 from .tables import (
     FREEZE,
     PROFILES,
+    RATE,
     TABLES,
     Profile,
     Row,
@@ -54,12 +55,16 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] | None = N
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
-        return _Bench(args).run(train)
+        bench = _Bench(args)
     except (DatasetError, FileNotFoundError, ImportError, KeyError, ValueError) as error:
         # A KeyError's text is in quotation marks.
         parser.error(str(error.args[0]) if isinstance(error, KeyError) else str(error))
     except (AssertionError, YAMLError) as error:
         parser.error(f"the config cannot be read: {error}")
+    if args.dry_run:
+        print(bench.describe())
+        return 0
+    return bench.run(train)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,10 +106,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Bench:
-    """One call of the command.
+    """One call of the command: its cells, and the data sets to score them on.
 
     Args:
-        args: of the command line.
+        args: of the command line. Without ``dry_run``, data and earlier runs are looked at.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -117,39 +122,67 @@ class _Bench:
         self.output = (args.output or Path("outputs/bench") / args.profile).resolve()
         self.tests = self.profile.test or self.table.test
         self.name = "_".join(["sweep", file_name(args.values[0])] if args.values else [args.table])
-        self.searches = self.table.search and bool(self.profile.rates)
+        fixed = not self.table.search or RATE in args.set
+        self.searches = bool(self.profile.rates) and not fixed
+        self._require_sense()
+        searching = args.search is not None
+        self.cells = self._cells_of_search() if searching else self._cells_of_rows()
+        self.sets = self.tests if args.test or not self.profile.dev else self.profile.dev
+        self.folder = TEST if args.test else "dev" if self.profile.dev else args.table
+        if args.dry_run:
+            return
+        require_same_recipe(self.cells)
+        if args.test:
+            self._require_trained()
+        self._require_data()
+        if args.submitit is None:
+            self.launcher = Local(args.jobs)
+        else:
+            self.launcher = Submitit(self.output / "submitit", args.submitit)
+
+    def run(self, train: Sequence[str] | None) -> int:
+        """Runs the cells, then chooses or writes the table; returns 0, or 1 if a cell failed."""
+        runner = Runner(self.launcher, train) if train else Runner(self.launcher)
+        run = runner.score if self.args.test else runner.train
+        done = run(self.cells, self.sets, self.folder)
+        if self.args.search is not None:
+            self._choose()
+        else:
+            self._report()
+        return 0 if done else 1
+
+    def describe(self) -> str:
+        """The cells, their commands, and what they share."""
+        lines, test = [], self.args.test
+        for number, group in enumerate([self.cells] if test else waves(self.cells), 1):
+            for cell in group:
+                done = ", done before" if cell.results(self.sets, self.folder) else ""
+                arguments = (
+                    cell.score_arguments(self.sets, cell.folder / self.folder)
+                    if test
+                    else cell.arguments(self.sets)
+                )
+                lines.append(f"{cell.folder}  (group {number}{done})")
+                lines.append(f"  {shlex.join(['python', 'train_net.py', *arguments])}")
+                if not test:
+                    lines += [f"  makes the {w.words}: {cell.shared[w]}" for w in cell.makes]
+                    lines += [f"  takes the {w.words}: {path}" for w, path in cell.takes.items()]
+        return "\n".join([*lines, f"{len(self.cells)} cells"])
+
+    def _require_sense(self) -> None:
+        """Refuses options that do not go together."""
+        args = self.args
         if args.jobs < 1:
             raise ValueError(f"--jobs {args.jobs}: at least 1")
         if len(args.set) % 2:
             raise ValueError(f"--set takes keys and values in turn: got {len(args.set)} words")
-
-    def run(self, train: Sequence[str] | None) -> int:
-        """Does what the command line asks for."""
-        args = self.args
         if (args.search is not None or args.test) and not self.profile.dev:
             raise ValueError(
                 f"the profile {args.profile} has no dev sets to choose on: its runs take the "
                 "learning rates of its configs, and are scored on the test sets when they end"
             )
         if args.search is not None and not self.searches:
-            raise ValueError(f"{args.table} takes the learning rates of the configs")
-        cells = self._cells_of_search() if args.search is not None else self._cells_of_rows()
-        sets = self.tests if args.test or not self.profile.dev else self.profile.dev
-        folder = TEST if args.test else "dev" if self.profile.dev else args.table
-        if args.dry_run:
-            print(_describe(cells, sets, folder, args.test))
-            return 0
-        require_same_recipe(cells)
-        if args.test:
-            self._require_trained(cells)
-        self._require_data(cells, sets)
-        runner = self._runner(train)
-        done = (runner.score if args.test else runner.train)(cells, sets, folder)
-        if args.search is not None:
-            self._choose(cells)
-        else:
-            self._report(cells, sets, folder)
-        return 0 if done else 1
+            raise ValueError(f"{args.table} has no search: its learning rates are given")
 
     def _find_rows(self) -> list[Row]:
         """The rows that are asked for.
@@ -170,13 +203,6 @@ class _Bench:
         key, *values = self.args.values
         where = {"vfm": self.vfms[0], "profile": self.profile, "source": self.source}
         return [swept for row in rows for swept in sweep_rows(row, key, values, **where)]
-
-    def _runner(self, train: Sequence[str] | None) -> Runner:
-        if self.args.submitit is None:
-            launcher = Local(self.args.jobs)
-        else:
-            launcher = Submitit(self.output / "submitit", self.args.submitit)
-        return Runner(launcher, train) if train else Runner(launcher)
 
     def _cells(
         self,
@@ -224,17 +250,17 @@ class _Bench:
             )
         return self._cells(self.rows, self.args.seeds, rates)
 
-    def _require_trained(self, cells: Sequence[Cell]) -> None:
-        untrained = [str(cell.folder) for cell in cells if not cell.weights.is_file()]
+    def _require_trained(self) -> None:
+        untrained = [str(cell.folder) for cell in self.cells if not cell.weights.is_file()]
         if untrained:
             raise ValueError(
                 "not trained yet; run the same without --test first:\n  " + "\n  ".join(untrained)
             )
 
-    def _require_data(self, cells: Sequence[Cell], sets: Sequence[str]) -> None:
-        trained = [name for cell in cells for name in cell.recipe["DATASETS.TRAIN"]]
+    def _require_data(self) -> None:
+        trained = [name for cell in self.cells for name in cell.recipe["DATASETS.TRAIN"]]
         troubles = []
-        for name in dict.fromkeys([*trained, *sets]):
+        for name in dict.fromkeys([*trained, *self.sets]):
             try:
                 load_datasets([name])
             except (DatasetError, KeyError) as error:
@@ -242,29 +268,29 @@ class _Bench:
         if troubles:
             raise DatasetError("data are missing:\n" + "\n\n".join(troubles))
 
-    def _choose(self, cells: Sequence[Cell]) -> None:
+    def _choose(self) -> None:
         for vfm in self.vfms:
             place = self._place(vfm)
-            of_vfm = [cell for cell in cells if cell.vfm == vfm and cell.rate is not None]
+            of_vfm = [cell for cell in self.cells if cell.vfm == vfm and cell.rate is not None]
             choices = write_choices(place, of_vfm, self.profile.dev)
             print(f"{place / 'choices.json'}")
             for row in dict.fromkeys(cell.row.name for cell in of_vfm):
                 print(describe(row, choices[row]) if row in choices else f"{row}: still open")
 
-    def _report(self, cells: Sequence[Cell], sets: Sequence[str], folder: str) -> None:
-        lines = read_lines(cells, sets, folder)
+    def _report(self) -> None:
+        lines = read_lines(self.cells, self.sets, self.folder)
         if not lines:
             print("no cell is finished: there is no table yet", file=sys.stderr)
             return
         path = self.output / (f"{self.name}_{TEST}" if self.args.test else self.name)
         own = self.args.profile == "paper" and not self.args.set
-        finished = sum(cell.results(sets, folder) is not None for cell in cells)
+        finished = [cell for cell in self.cells if cell.results(self.sets, self.folder)]
         text = write_report(
             self.table.title,
             lines,
             path,
             paper=paper_numbers(self.table.paper) if own else {},
-            missing=len(cells) - finished,
+            missing=len(self.cells) - len(finished),
             averages=self.table.averages,
         )
         print(text)
@@ -284,22 +310,6 @@ def _find_table(args: argparse.Namespace) -> Table:
     if args.values:
         raise ValueError(f"{args.table} takes no values: {' '.join(args.values)}")
     return TABLES[args.table]
-
-
-def _describe(cells: Sequence[Cell], sets: Sequence[str], folder: str, test: bool) -> str:
-    lines = []
-    for number, group in enumerate([list(cells)] if test else waves(cells), 1):
-        for cell in group:
-            ready = cell.results(sets, folder) is not None
-            lines.append(f"{cell.folder}  (group {number}{', done before' if ready else ''})")
-            arguments = (
-                cell.score_arguments(sets, cell.folder / folder) if test else cell.arguments(sets)
-            )
-            lines.append(f"  {shlex.join(['python', 'train_net.py', *arguments])}")
-            if not test:
-                lines += [f"  makes the {w.words}: {cell.shared[w]}" for w in cell.makes]
-                lines += [f"  takes the {w.words}: {path}" for w, path in cell.takes.items()]
-    return "\n".join([*lines, f"{len(cells)} cells"])
 
 
 if __name__ == "__main__":

@@ -181,12 +181,11 @@ def _make(
     options += [*row.options, *extra]
     cfg = read_config(str(ROOT / config), options)
     method = build_tuning_method(cfg)
-    if rate is None and not own and getattr(method, "adds", False):
-        rate_options = [RATE, "1.0"]  # what is added learns as fast as the head, as its authors do
-    else:
-        rate_options = [] if rate is None else [RATE, str(rate)]
-    if RATE not in (*row.options, *extra):
-        options += rate_options
+    multiplier = rate
+    if rate is None and RATE not in options and not own and getattr(method, "adds", False):
+        multiplier = 1.0  # what is added learns as fast as the head, as its authors do
+    if multiplier is not None:
+        options += [RATE, str(multiplier)]
         cfg = read_config(str(ROOT / config), options)
     name = row.name if rate is None else f"{row.name}@rate={rate:g}"
     place = output / (source or ".") / vfm

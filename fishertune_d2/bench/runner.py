@@ -72,6 +72,11 @@ class Runner:
                     end = self._train(cell, sets)
                 if end != DONE:
                     return end
+            for checkpoint in (
+                *cell.folder.glob("model_[0-9]*.pth"),
+                *cell.folder.glob("model_preempted.pth"),
+            ):
+                checkpoint.unlink()  # of no use any more, and large
             return self._share(cell)
 
         return self._all(waves(cells), run, lambda cell: cell.results(sets, name) is not None)
@@ -127,11 +132,7 @@ class Runner:
         for what, path in cell.takes.items():
             if not path.is_file():
                 return f"{FAILED}: the {what.words} that it takes is not there, {path}"
-        end = self._attempt(cell, cell.arguments(sets), cell.folder)
-        if end == DONE:
-            for checkpoint in cell.folder.glob("model_[0-9]*.pth"):
-                checkpoint.unlink()  # of no use any more, and large
-        return end
+        return self._attempt(cell, cell.arguments(sets), cell.folder)
 
     def _score(self, cell: Cell, sets: Sequence[str], folder: Path) -> str:
         return self._attempt(cell, cell.score_arguments(sets, folder), folder)

@@ -245,6 +245,18 @@ def test_all_missing_data_are_said_at_once(tmp_path, monkeypatch, capsys):
         assert f"{name}: no folder" in said
 
 
+def test_a_rate_that_is_given_needs_no_search(runs, capsys):
+    rate = ("--set", "SOLVER.BACKBONE_MULTIPLIER", "2.0")
+    assert runs("table4", "--methods", "full", *rate) == 0
+    (call,) = runs.calls()
+    assert call["name"] == "full_42" and call["options"]["SOLVER.BACKBONE_MULTIPLIER"] == "2.0"
+    said = _refused(capsys, runs, "table4", "--methods", "full", "--search", *rate)
+    assert "no search" in said
+    assert runs("sweep", "SOLVER.BACKBONE_MULTIPLIER", "2.0", "3.0", "--methods", "full") == 0
+    names = [call["name"] for call in runs.calls()]
+    assert names == [f"full@SOLVER.BACKBONE_MULTIPLIER={rate}_42" for rate in ("2.0", "3.0")]
+
+
 def test_a_dry_run_prints_the_commands_and_runs_nothing(runs, capsys):
     assert runs("selection", *ROWS, "--dry-run") == 0
     said = capsys.readouterr().out
