@@ -13,7 +13,7 @@ from fishertune_d2.analysis.rows import draw
 
 from .cells import Cell
 from .statistics import CONFIDENCE, Difference, mean_and_std, paired_difference
-from .tables import RIVAL_OF
+from .tables import OURS
 
 AVERAGE = "average over unseen"
 _PAPER = Path(__file__).with_name("paper.csv")
@@ -137,11 +137,11 @@ def differences(lines: Sequence[Line], key: str) -> dict[tuple[str, str], Differ
     Returns:
         By foundation model and row; without those that share no seed with it.
     """
-    ours = {line.vfm: line.scores for line in lines if line.row == RIVAL_OF}
+    ours = {line.vfm: line.scores for line in lines if line.row == OURS}
     found = {
         (line.vfm, line.row): paired_difference(ours[line.vfm][key], line.scores[key])
         for line in lines
-        if line.row != RIVAL_OF and line.vfm in ours and key in line.scores
+        if line.row != OURS and line.vfm in ours and key in line.scores
     }
     return {place: difference for place, difference in found.items() if difference}
 
@@ -155,7 +155,7 @@ def write_csv(lines: Sequence[Line], path: Path, paper: Numbers) -> None:
         paper: the paper's numbers; empty where the setting is not its own.
     """
     header = "vfm row rate tuned_parameters set seeds mean std"
-    header += f" {RIVAL_OF}_minus_row low high pairs paper commits"
+    header += f" {OURS}_minus_row low high pairs paper commits"
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header.split())
@@ -203,7 +203,7 @@ def format_markdown(title: str, lines: Sequence[Line], paper: Numbers, missing: 
             ]
         )
     headers = ["foundation model", "row", "seeds", "learning rate", "tuned", *keys]
-    headers.append(f"{RIVAL_OF} minus row")
+    headers.append(f"{OURS} minus row")
     notes = "mIoU in percent: mean ± sample standard deviation over seeds"
     notes += "; in brackets what the paper prints. " if paper else ". "
     notes += (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fishertune_d2.tuning import TUNING_REGISTRY
 
 FREEZE = "freeze"  # first in a table, so that the warm-up that others take is its own
-RIVAL_OF = "fishertune"  # what differences are taken to
+OURS = "fishertune"  # what differences are taken to
 RATE = "SOLVER.BACKBONE_MULTIPLIER"  # the backbone's learning rate, as a share of BASE_LR
 
 
