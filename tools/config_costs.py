@@ -25,13 +25,10 @@ def rewrite(text: str, costs: str) -> str:
     """
     text = re.sub(r"^# Costs, .*?(?=^# Expected)", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = "\n".join(f"# {line}" for line in textwrap.wrap(costs, width=98))
-    text, found = re.subn(
-        r"^(# (?:Tunes|Adds): .*\n)", rf"\g<1>{lines}\n", text, flags=re.MULTILINE
-    )
+    above = re.compile(r"^(# (?:Tunes|Adds): .*\n)", flags=re.MULTILINE)
+    text, found = above.subn(rf"\g<1>{lines}\n", text)
     if not found:
-        raise ValueError(
-            'the head has no line "# Tunes: ..." or "# Adds: ..." to write costs below'
-        )
+        raise ValueError('the head has no line "# Tunes: ..." or "# Adds: ...", to write below')
     return text
 
 

@@ -88,18 +88,23 @@ class WholeCheckpointer(DetectionCheckpointer):
         """Loads the weights, of the warm-up or of the tuning stage.
 
         Raises:
-            ValueError: if they are those of a backbone that another method has added to.
+            ValueError: if what a method has added to the backbone does not fit this one's method.
         """
-        if self.method and _added(checkpoint["model"], self.model):
-            attach(self.model, self.method)
-            foreign = _added(checkpoint["model"], self.model)
-            if foreign:
-                raise ValueError(
-                    f"the checkpoint holds {len(foreign)} tensors that the backbone has no place "
-                    f"for, the first is {foreign[0]}: set TUNING.METHOD and its options as they "
-                    "were when it was written"
-                )
-        return super()._load_model(checkpoint)
+        added = self.method and _lacking(self.model, checkpoint["model"])
+        if not added:
+            return super()._load_model(checkpoint)
+        attach(self.model, self.method)
+        misfits = _lacking(self.model, checkpoint["model"])
+        if not misfits:
+            incompatible = super()._load_model(checkpoint)
+            misfits = [name for name, *_ in incompatible.incorrect_shapes if name in added]
+        if misfits:
+            raise ValueError(
+                f"the checkpoint holds {len(misfits)} tensors that the backbone has no place for, "
+                f"the first is {misfits[0]}: set TUNING.METHOD and its options as they were when "
+                "it was written"
+            )
+        return incompatible
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Writes which checkpoint is the last."""
@@ -132,7 +137,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         )
 
 
-def _added(state: Mapping[str, Any], model: nn.Module) -> list[str]:
+def _lacking(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """Names in a state dict, below the backbone, that the model does not have."""
     own = model.state_dict()
     return [name for name in state if is_backbone(name) and name not in own]

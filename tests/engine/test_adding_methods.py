@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from safetensors.torch import save_file
 
 from fishertune_d2 import add_fishertune_config
@@ -138,6 +139,28 @@ def test_resumes_to_the_bit_and_shares_a_warmup(adding_cfg):
     _assert_same(_state(shared), _state(whole))
 
 
+def _one_of_two(rank: int, cfg: CfgNode, folder: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    comm.create_local_process_group(2)
+    trainer = Trainer(cfg)
+    trainer.train()
+    torch.save(trainer.segmentor.state_dict(), folder / f"rank_{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_stay_equal(adding_cfg, start_process, tmp_path):
+    cfg = adding_cfg()
+    processes = [start_process(_one_of_two, rank, cfg, tmp_path) for rank in (0, 1)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"rank_{rank}.pth") for rank in (0, 1))
+    _assert_same(first, second)
+    _assert_same(first, _state(cfg))
+
+
 def _evaluate(cfg, weights: Path) -> tuple[dict, dict]:
     """As train_net.py --eval-only does: the results, and the state dict that gave them."""
     model = Trainer.build_model(cfg)
@@ -198,3 +221,11 @@ def test_checkpointed_blocks_change_no_number(adding_cfg):
     _train(plain)
     _train(checkpointed)
     _assert_same(_state(checkpointed), _state(plain))
+
+
+def test_refuses_a_checkpoint_of_other_options(tiny_cfg):
+    cfg = tiny_cfg(TUNING__METHOD="lora", TUNING__WARMUP_ITERS=0, SOLVER__MAX_ITER=1)
+    _train(cfg)
+    other = tiny_cfg("other", TUNING__METHOD="lora", TUNING__LORA__RANK=4)
+    with pytest.raises(ValueError, match="holds 24 tensors .*lora_A.* its options as they were"):
+        _evaluate(other, Path(cfg.OUTPUT_DIR) / "model_final.pth")

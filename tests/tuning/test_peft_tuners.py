@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.engine.plan import plan
 from fishertune_d2.fisher import find_candidates
+from fishertune_d2.modeling import VFMS, VFMBackbone
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
 from fishertune_d2.tuning.split_qkv import PROJECTIONS, join_qkv, split_qkv
 
@@ -184,6 +185,16 @@ def test_splitting_takes_no_memory_and_joining_undoes_it(family, backbone):
 def test_the_papers_count_on_vit_l():
     counts = plan(_cfg(METHOD="lora"))  # on DINOv2 ViT-L, as the config's default is
     assert counts == {"tuned_parameters": 786_432, "backbone_parameters": 304_199_680 - 1024}
+
+
+@pytest.mark.parametrize("name", VFMS)
+def test_works_on_every_foundation_model(name):
+    with torch.device("meta"):
+        backbone = VFMBackbone(name=name, weights="random", img_size=(64, 64), patch_size=16)
+        method = _method("lora")
+        method.attach(backbone)
+    added = sum(p.numel() for p in method.parameters(backbone).values())
+    assert added == len(backbone.vit.blocks) * 2 * 8 * 2 * backbone.vit.embed_dim
 
 
 def test_refuses(backbone):
