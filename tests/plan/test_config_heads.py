@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fishertune_d2.config import read_config
+from fishertune_d2.engine.plan import plan
 from fishertune_d2.plan import make_plan, summary
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -48,3 +49,12 @@ def test_full_costs_more_than_fishertune_and_freeze_less():
             tuning(method, vfm) for method in ("freeze", "fishertune", "full")
         )
         assert all(a < b < c for a, b, c in zip(freeze, selected, full, strict=True))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if "\n# Adds: " in path.read_text()], ids=lambda path: path.stem
+)
+def test_says_how_many_weights_are_added(path):
+    counts = plan(read_config(str(path)))
+    added, own = (counts[f"{key}_parameters"] / 1e6 for key in ("tuned", "backbone"))
+    assert f"\n# Adds: {added:.2f} M to {own:.2f} M backbone weights.\n" in path.read_text()
