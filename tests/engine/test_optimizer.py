@@ -31,6 +31,9 @@ def _model() -> nn.Module:
 
 def test_rates_and_decays_of_each_part():
     model = _model()
+    for name in ("learnable_tokens_a", "prompts", "scale", "lora_A"):  # of methods that add
+        model.backbone.add_module(f"of_{name}", added := nn.Module())
+        added.register_parameter(name, nn.Parameter(torch.ones(2)))
     optimizer = build_optimizer(_cfg(), model)
     names = {p: name for name, p in model.named_parameters()}
     found = {
@@ -40,6 +43,10 @@ def test_rates_and_decays_of_each_part():
     }
     assert found == {
         "backbone.weight": (0.05, 0.05),
+        "backbone.of_learnable_tokens_a.learnable_tokens_a": (0.05, 0.0),
+        "backbone.of_prompts.prompts": (0.05, 0.0),
+        "backbone.of_scale.scale": (0.05, 0.0),
+        "backbone.of_lora_A.lora_A": (0.05, 0.05),
         "head.linear.weight": (0.1, 0.05),
         "head.linear.bias": (0.1, 0.05),
         "head.norm.weight": (0.1, 0.0),
