@@ -111,8 +111,13 @@ def _group(name: str) -> Row:
     return Row(name, "group", "fishertune", "random", options)
 
 
+# As their authors: a warm-up would train queries that the tokens then replace.
+_WITHOUT_WARMUP = {name: ("TUNING.WARMUP_ITERS", "0") for name in ("rein", "set")}
+
+
 def _with_perturbation(method: str) -> Row:
-    return _variant(f"{method}_fp", method, "TUNING.FEATURE_PERTURBATION", "True")
+    options = (*_WITHOUT_WARMUP.get(method, ()), "TUNING.FEATURE_PERTURBATION", "True")
+    return _variant(f"{method}_fp", method, *options)
 
 
 ROWS: dict[str, Row] = {
@@ -120,7 +125,8 @@ ROWS: dict[str, Row] = {
     for row in (
         *(_selected(name) for name in ("fisher", "delta_fisher")),
         *(_selected(name) for name in ("random", "random_q", "random_k", "random_v")),
-        _selected("childtune", "TUNING.SCHEDULE", "constant"),
+        _selected("childtune"),
+        *(_variant(name, name, *options) for name, options in _WITHOUT_WARMUP.items()),
         *(_peft(name) for name in ("dora", "vera", "ia3")),
         *map(_group, _GROUPS),
         _variant("share_2.5", "fishertune", *_SHARE_OF_GROUP),
