@@ -22,7 +22,8 @@ class Attempt:
         exit_code: of the process; negative if a signal ended it.
         seconds: wall time.
         peak_memory_gb: the process's largest resident set, or that of a child of its own if that
-            is larger, in 10^9 bytes.
+            is larger, in 10^9 bytes. Linux starts to count from what this process, which only
+            waits, has taken, so it is never below that.
     """
 
     exit_code: int

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from fishertune_d2.bench import __main__ as bench
+from fishertune_d2.bench.launch import execute
 from fishertune_d2.engine.preemption import EXIT_CODE
 
 ROWS = ("--methods", "freeze", "full", "fisher", "fishertune")
@@ -139,8 +141,18 @@ def test_records_what_was_run_and_what_it_took(runs):
     assert {"torch", "detectron2", "timm", "transformers"} <= set(cell["versions"])
     (attempt,) = cell["attempts"]
     assert 0 < attempt["seconds"] == cell["seconds"] < 30 and attempt["commit"]
-    assert 0.001 < cell["peak_memory_gb"] < 1  # a bare Python
+    assert cell["peak_memory_gb"] == attempt["peak_memory_gb"] > 0.001
     assert cell["peak_gpu_memory_mb"] == 1034
+
+
+def test_measures_the_memory_of_the_command(tmp_path):
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # what it is never below
+    size = own + 2 * 10**8
+    command = [sys.executable, "-c", f"print(len(b'x' * {size}))"]
+    attempt = execute(command, tmp_path / "log.txt", {})
+    assert (tmp_path / "log.txt").read_text() == f"{size}\n"
+    assert attempt.exit_code == 0
+    assert size < attempt.peak_memory_gb * 1e9 < size + 10**8
 
 
 def test_a_folder_with_another_recipe_is_refused(runs, capsys):

@@ -30,9 +30,9 @@ def test_costs_are_stated_for_the_batch_and_the_size_of_the_config(path):
     cfg, costs = read_config(str(path)), _costs(path)
     height, width = cfg.INPUT.CROP.SIZE
     assert f"with {cfg.SOLVER.IMS_PER_BATCH} images of {width} x {height}: " in costs
-    stages = {"warm-up", "tuning"} | (
-        {"estimation"} if cfg.TUNING.METHOD == "fishertune" else set()
-    )
+    stages = {"tuning"}
+    stages |= {"warm-up"} if cfg.TUNING.WARMUP_ITERS else set()
+    stages |= {"estimation"} if cfg.TUNING.METHOD == "fishertune" else set()
     assert set(re.findall(r"in (warm-up|estimation|tuning)", costs)) == stages
 
 
