@@ -70,7 +70,8 @@ def _read(output_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 def _shared(run: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's protocol that does not tell the rows apart."""
-    return {k: v for k, v in run["protocol"].items() if k not in ("vfm", "method", "commit")}
+    columns = ("vfm", "method", "feature_perturbation", "commit")
+    return {k: v for k, v in run["protocol"].items() if k not in columns}
 
 
 def _scores(run: dict[str, Any]) -> dict[str, float]:
@@ -85,7 +86,8 @@ def _format(
     rows = [
         [
             run["protocol"].get("vfm", "-"),  # runs of the first commits do not say it
-            run["protocol"]["method"],
+            run["protocol"]["method"]
+            + (", perturbed" if run["protocol"].get("feature_perturbation") else ""),
             f"{run['tuned_parameters'] / 1e6:.2f} M",
             *("-" if score is None else f"{score:.2f}" for score in row),
             run["protocol"]["commit"],

@@ -162,9 +162,10 @@ def _scores(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _require_alike(first: Path, one: Mapping, folder: Path, other: Mapping) -> None:
-    """Raises a ValueError unless two runs differ in nothing but method, commit and seed."""
+    """Raises a ValueError unless two runs differ in nothing but how they tune, commit and seed."""
+    ways = ("method", "feature_perturbation", "commit", "seed")
     compared = [
-        {k: v for k, v in results["protocol"].items() if k not in ("method", "commit", "seed")}
+        {k: v for k, v in results["protocol"].items() if k not in ways}
         | {"test sets": list(_scores(results))}
         for results in (one, other)
     ]

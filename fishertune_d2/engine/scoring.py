@@ -64,6 +64,7 @@ def _protocol(cfg: CfgNode) -> dict:
         "vfm": cfg.MODEL.VFM.NAME,
         "train": list(cfg.DATASETS.TRAIN),
         "method": cfg.TUNING.METHOD,
+        "feature_perturbation": cfg.TUNING.FEATURE_PERTURBATION,
         "seed": cfg.SEED,
         "iterations": cfg.SOLVER.MAX_ITER,
         "warmup_iterations": cfg.TUNING.WARMUP_ITERS,

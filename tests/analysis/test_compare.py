@@ -49,6 +49,12 @@ def test_a_row_for_each_run(runs):
     assert protocol == "Protocol: seed 1"
 
 
+def test_perturbed_features_are_named(tmp_path):
+    runs = [_write(tmp_path / str(on), "vpt", feature_perturbation=on) for on in (False, True)]
+    _, _, plain, perturbed, *_ = compare(runs).splitlines()
+    assert (_cells(plain)[1], _cells(perturbed)[1]) == ("vpt", "vpt, perturbed")
+
+
 def test_runs_without_unseen_domains_have_no_average(tmp_path):
     text = compare([_write(tmp_path / "a", "full", average=None)])
     assert _cells(text.splitlines()[2])[6] == "-"
