@@ -8,7 +8,8 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 
 # Embeddings that are parameters of their own, or of an nn.Embedding: the head's, and those that
-# tuning methods add (tokens, prompts, and the one factor of what tokens add).
+# tuning methods add: tokens, prompts, and factors, which would decay towards 0, not to where they
+# began (of what Rein's tokens add; of a layer's outputs in IA3, of a weight's columns in DoRA).
 _EMBEDDINGS = (
     "queries_embedder",
     "queries_features",
@@ -16,6 +17,8 @@ _EMBEDDINGS = (
     "learnable_tokens",
     "prompts",
     ".scale",
+    "ia3_l",
+    "lora_magnitude_vector",
 )
 
 

@@ -31,7 +31,7 @@ def _model() -> nn.Module:
 
 def test_rates_and_decays_of_each_part():
     model = _model()
-    for name in ("learnable_tokens_a", "prompts", "scale", "lora_A"):  # of methods that add
+    for name in ("learnable_tokens_a", "prompts", "scale", "ia3_l", "lora_A"):  # of methods that add
         model.backbone.add_module(f"of_{name}", added := nn.Module())
         added.register_parameter(name, nn.Parameter(torch.ones(2)))
     optimizer = build_optimizer(_cfg(), model)
@@ -46,6 +46,7 @@ def test_rates_and_decays_of_each_part():
         "backbone.of_learnable_tokens_a.learnable_tokens_a": (0.05, 0.0),
         "backbone.of_prompts.prompts": (0.05, 0.0),
         "backbone.of_scale.scale": (0.05, 0.0),
+        "backbone.of_ia3_l.ia3_l": (0.05, 0.0),
         "backbone.of_lora_A.lora_A": (0.05, 0.05),
         "head.linear.weight": (0.1, 0.05),
         "head.linear.bias": (0.1, 0.05),
