@@ -31,7 +31,7 @@ def _model() -> nn.Module:
 
 def test_rates_and_decays_of_each_part():
     model = _model()
-    for name in ("learnable_tokens_a", "prompts", "scale", "ia3_l", "lora_A"):  # of methods that add
+    for name in ("learnable_tokens_a", "prompts", "scale", "ia3_l", "lora_A"):  # those added
         model.backbone.add_module(f"of_{name}", added := nn.Module())
         added.register_parameter(name, nn.Parameter(torch.ones(2)))
     optimizer = build_optimizer(_cfg(), model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
+from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
 SMALL = {"embed_dim": 32, "depth": 6, "num_heads": 2}
 FAMILIES = {
@@ -25,6 +26,21 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def every_test_on_one_thread(one_thread):
     """Applies to all tests of this folder."""
+
+
+@pytest.fixture
+def build_method() -> Callable[..., TuningMethod]:
+    """Returns a function that builds a method by its name, with keys as TUNING__VPT__DIM=4."""
+
+    def build(name: str, **options) -> TuningMethod:
+        cfg = get_cfg()
+        add_fishertune_config(cfg)
+        cfg.TUNING.METHOD = name
+        for key, value in options.items():
+            cfg.merge_from_list([key.replace("__", "."), value])
+        return build_tuning_method(cfg)
+
+    return build
 
 
 @pytest.fixture

@@ -10,27 +10,17 @@ from detectron2.modeling import build_backbone
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.engine.plan import build_empty
 from fishertune_d2.modeling.pyramid import build_pyramid
-from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
 IMAGES = torch.randn(2, 3, 42, 56, generator=torch.Generator().manual_seed(2))
 
 
-def _method(**options) -> TuningMethod:
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
-    cfg.TUNING.METHOD = "adaptformer"
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return build_tuning_method(cfg)
-
-
 @pytest.fixture
-def attached(small):
+def attached(small, build_method):
     """Returns a function that builds a family's tiny model with bottlenecks of 4 channels."""
 
     def build(family: str, noise: float = 0.1):
         """``noise`` moves the bottlenecks away from where they start."""
-        method, backbone = _method(TUNING__ADAPTFORMER__DIM=4), small(family)
+        method, backbone = build_method("adaptformer", TUNING__ADAPTFORMER__DIM=4), small(family)
         backbone.requires_grad_(False)
         method.attach(backbone)
         for parameter in method.parameters(backbone).values():
@@ -94,17 +84,17 @@ def test_a_copy_has_bottlenecks_of_its_own(attached):
     assert torch.equal(other(IMAGES)["res5"], before)
 
 
-def test_the_papers_count():
+def test_the_papers_count(build_method):
     cfg = get_cfg()
     add_fishertune_config(cfg)
-    backbone, method = build_empty(cfg, build_backbone), _method()
+    backbone, method = build_empty(cfg, build_backbone), build_method("adaptformer")
     method.attach(backbone)
     assert sum(p.numel() for p in method.parameters(backbone).values()) == 3_171_840
 
 
-def test_what_cannot_be_done_is_said(attached):
+def test_what_cannot_be_done_is_said(attached, build_method):
     method, backbone = attached("mae_vitl")
     with pytest.raises(ValueError, match="adaptformer cannot be merged: a bottleneck with a ReLU"):
         method.merge(backbone)
     with pytest.raises(ValueError, match="TUNING.ADAPTFORMER.DIM is 0: choose above 0"):
-        _method(TUNING__ADAPTFORMER__DIM=0).attach(backbone)
+        build_method("adaptformer", TUNING__ADAPTFORMER__DIM=0).attach(backbone)

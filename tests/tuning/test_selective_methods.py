@@ -3,11 +3,9 @@
 import pytest
 import timm
 import torch
-from detectron2.config import get_cfg
 
-from fishertune_d2 import add_fishertune_config
 from fishertune_d2.fisher import FisherEstimate, Selection, domain_related_fisher, find_candidates
-from fishertune_d2.tuning import build_tuning_method
+from fishertune_d2.tuning import TuningMethod
 
 
 @pytest.fixture
@@ -24,18 +22,9 @@ def estimate(backbone) -> FisherEstimate:
     return FisherEstimate(f, shifted, 0.3, 4)
 
 
-def _method(name: str, **options):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
-    cfg.TUNING.METHOD = name
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return build_tuning_method(cfg)
-
-
-def test_the_terms_of_drf(backbone, estimate):
-    assert _method("fisher").scores(backbone, estimate) is estimate.f
-    change = _method("delta_fisher", FISHER__EPS=0.5).scores(backbone, estimate)
+def test_the_terms_of_drf(backbone, estimate, build_method):
+    assert build_method("fisher").scores(backbone, estimate) is estimate.f
+    change = build_method("delta_fisher", FISHER__EPS=0.5).scores(backbone, estimate)
     name = "blocks.0.mlp.fc1.weight"
     f, shifted = estimate.f[name], estimate.shifted[name]
     torch.testing.assert_close(
@@ -44,14 +33,13 @@ def test_the_terms_of_drf(backbone, estimate):
 
 
 @pytest.mark.parametrize("form", ["balanced", "eq7", "eq15", "rank"])
-def test_fishertune_scores_drf_in_the_configured_form(form, backbone, estimate):
-    scores = _method("fishertune", FISHER__FORM=form).scores(backbone, estimate)
+def test_fishertune_scores_drf_in_the_configured_form(form, backbone, estimate, build_method):
+    scores = build_method("fishertune", FISHER__FORM=form).scores(backbone, estimate)
     expected = domain_related_fisher(estimate.f, estimate.shifted, 0.3, form=form)
     assert all(torch.equal(scores[name], expected[name]) for name in expected)
 
 
-def _chosen(name: str, backbone, share: float, **options) -> Selection:
-    method = _method(name, **options)
+def _chosen(method: TuningMethod, backbone, share: float) -> Selection:
     assert method.selects and not method.estimates
     scores = method.scores(backbone, None)
     shapes = {n: p.shape for n, p in method.parameters(backbone).items()}
@@ -60,8 +48,8 @@ def _chosen(name: str, backbone, share: float, **options) -> Selection:
     return Selection.from_scores(scores, share, base)
 
 
-def test_random_is_uniform_over_the_candidates(backbone):
-    counts = _chosen("random", backbone, 0.05).summary()
+def test_random_is_uniform_over_the_candidates(backbone, build_method):
+    counts = _chosen(build_method("random"), backbone, 0.05).summary()
     sizes: dict = {}
     for c in find_candidates(backbone):
         sizes[c.kind, c.block] = sizes.get((c.kind, c.block), 0) + c.numel
@@ -71,18 +59,18 @@ def test_random_is_uniform_over_the_candidates(backbone):
         assert abs(counts[group] - expected) < 5 * expected**0.5  # five standard deviations
 
 
-def test_a_group_is_drawn_from_its_kinds_and_blocks(backbone):
+def test_a_group_is_drawn_from_its_kinds_and_blocks(backbone, build_method):
     half = {"TUNING__GROUP__KINDS": ["Q", "FFN"], "TUNING__GROUP__DEPTH": [0.5, 1.0]}
-    counts = _chosen("group", backbone, 0.02, **half).summary()
+    counts = _chosen(build_method("group", **half), backbone, 0.02).summary()
     last = max(block for _, block in counts)
     chosen = {group for group, count in counts.items() if count}
     assert chosen == {(k, b) for k in ("Q", "FFN") for b in range((last + 1) // 2, last + 1)}
 
 
-def test_thirds_of_the_depth_share_no_block_and_leave_none(backbone):
+def test_thirds_of_the_depth_share_no_block_and_leave_none(backbone, build_method):
     blocks = []
     for depth in ([0.0, 0.3333], [0.3333, 0.6667], [0.6667, 1.0]):
-        scores = _method("group", TUNING__GROUP__DEPTH=depth).scores(backbone, None)
+        scores = build_method("group", TUNING__GROUP__DEPTH=depth).scores(backbone, None)
         blocks.append({c.block for c in find_candidates(backbone) if scores[c.name][c.rows].any()})
     assert sorted(block for third in blocks for block in third) == list(range(6))
     assert all(third for third in blocks)
@@ -95,20 +83,22 @@ def test_thirds_of_the_depth_share_no_block_and_leave_none(backbone):
         ({"TUNING__GROUP__DEPTH": [0.5, 0.2]}, r"DEPTH is \[0.5, 0.2\]"),
     ],
 )
-def test_a_group_that_is_none_is_refused(options, named):
+def test_a_group_that_is_none_is_refused(options, named, build_method):
     with pytest.raises(ValueError, match=named):
-        _method("group", **options)
+        build_method("group", **options)
 
 
 @pytest.mark.parametrize("kind", ["Q", "K", "V"])
-def test_random_of_one_kind_stays_in_it(kind, backbone):
-    counts = _chosen(f"random_{kind.lower()}", backbone, 0.02).summary()
+def test_random_of_one_kind_stays_in_it(kind, backbone, build_method):
+    counts = _chosen(build_method(f"random_{kind.lower()}"), backbone, 0.02).summary()
     assert sum(counts.values()) > 0
     assert all(count == 0 for (k, _), count in counts.items() if k != kind)
 
 
-def test_random_depends_on_the_seed_alone(backbone):
-    first, again, other = (_chosen("random", backbone, 0.02, SEED=seed) for seed in (1, 1, 2))
+def test_random_depends_on_the_seed_alone(backbone, build_method):
+    first, again, other = (
+        _chosen(build_method("random", SEED=seed), backbone, 0.02) for seed in (1, 1, 2)
+    )
     masks = [selection.masks(0.02) for selection in (first, again, other)]
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
     assert not all(torch.equal(masks[0][name], masks[2][name]) for name in masks[0])

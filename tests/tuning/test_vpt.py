@@ -10,26 +10,16 @@ from detectron2.modeling import build_backbone
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.engine.plan import build_empty
 from fishertune_d2.modeling.pyramid import build_pyramid
-from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
 IMAGES = torch.randn(2, 3, 42, 56, generator=torch.Generator().manual_seed(2))
 
 
-def _method(**options) -> TuningMethod:
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
-    cfg.TUNING.METHOD = "vpt"
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return build_tuning_method(cfg)
-
-
 @pytest.fixture
-def attached(small):
+def attached(small, build_method):
     """Returns a function that builds a family's tiny model with three prompts in each block."""
 
     def build(family: str):
-        method, backbone = _method(TUNING__VPT__NUM_TOKENS=3), small(family)
+        method, backbone = build_method("vpt", TUNING__VPT__NUM_TOKENS=3), small(family)
         names = set(backbone.state_dict())
         method.attach(backbone)
         assert names < set(backbone.state_dict())
@@ -88,11 +78,11 @@ def test_a_copy_has_prompts_of_its_own(attached):
     assert torch.equal(other(IMAGES)["res5"], before)
 
 
-def test_the_papers_count():
+def test_the_papers_count(build_method):
     cfg = get_cfg()
     add_fishertune_config(cfg)
     backbone = build_empty(cfg, build_backbone)
-    method = _method()
+    method = build_method("vpt")
     method.attach(backbone)
     assert sum(p.numel() for p in method.parameters(backbone).values()) == 3_686_400
 
@@ -105,9 +95,9 @@ def test_prompts_start_as_the_authors_do(attached):
     assert numbers.mean().item() == pytest.approx(bound / 2, rel=0.1)
 
 
-def test_what_cannot_be_done_is_said(attached):
+def test_what_cannot_be_done_is_said(attached, build_method):
     method, backbone = attached("mae_vitl")
     with pytest.raises(ValueError, match="vpt cannot be merged: prompts are tokens"):
         method.merge(backbone)
     with pytest.raises(ValueError, match="TUNING.VPT.NUM_TOKENS is 0: choose above 0"):
-        _method(TUNING__VPT__NUM_TOKENS=0).attach(backbone)
+        build_method("vpt", TUNING__VPT__NUM_TOKENS=0).attach(backbone)

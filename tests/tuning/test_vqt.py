@@ -10,27 +10,17 @@ from detectron2.modeling import build_backbone
 from fishertune_d2 import add_fishertune_config
 from fishertune_d2.engine.plan import build_empty
 from fishertune_d2.modeling.pyramid import build_pyramid
-from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
 IMAGES = torch.randn(2, 3, 42, 56, generator=torch.Generator().manual_seed(2))
 
 
-def _method(**options) -> TuningMethod:
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
-    cfg.TUNING.METHOD = "vqt"
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return build_tuning_method(cfg)
-
-
 @pytest.fixture
-def attached(small):
+def attached(small, build_method):
     """Returns a function that builds a family's tiny model with three queries in each block."""
 
     def build(family: str, noise: float = 0.1):
         """``noise`` moves the linear layer away from 0."""
-        method, backbone = _method(TUNING__VQT__NUM_TOKENS=3), small(family)
+        method, backbone = build_method("vqt", TUNING__VQT__NUM_TOKENS=3), small(family)
         backbone.requires_grad_(False)
         method.attach(backbone)
         backbone.vqt.weight.data += noise * torch.randn_like(backbone.vqt.weight)
@@ -115,18 +105,18 @@ def test_a_copy_has_queries_of_its_own(attached):
     assert torch.equal(other(IMAGES)["res5"], before)
 
 
-def test_the_count():
+def test_the_count(build_method):
     cfg = get_cfg()
     add_fishertune_config(cfg)
-    backbone, method = build_empty(cfg, build_backbone), _method()
+    backbone, method = build_empty(cfg, build_backbone), build_method("vqt")
     method.attach(backbone)
     count = sum(p.numel() for p in method.parameters(backbone).values())
     assert count == 24 * 80 * 1024 + 1024**2 == 3_014_656
 
 
-def test_what_cannot_be_done_is_said(attached):
+def test_what_cannot_be_done_is_said(attached, build_method):
     method, backbone = attached("mae_vitl")
     with pytest.raises(ValueError, match="vqt cannot be merged: queries are tokens"):
         method.merge(backbone)
     with pytest.raises(ValueError, match="TUNING.VQT.NUM_TOKENS is 0: choose above 0"):
-        _method(TUNING__VQT__NUM_TOKENS=0).attach(backbone)
+        build_method("vqt", TUNING__VQT__NUM_TOKENS=0).attach(backbone)
