@@ -13,6 +13,8 @@ import matplotlib
 import numpy as np
 from tabulate import tabulate
 
+from fishertune_d2.analysis.statistics import format_difference, format_mean, paired_difference
+
 matplotlib.use("Agg")  # also where there is no display
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
@@ -66,7 +68,7 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Formats rows as a Markdown table: mean and standard deviation over seeds.
 
     The last column is the difference to the row ``fishertune`` in the mean of all test sets, over
-    the seeds that both have, if these are two at least. Deviations are those of a sample (n - 1).
+    the seeds that both have, with its confidence interval. Deviations are those of a sample.
 
     Args:
         rows: what :func:`read_rows` returned.
@@ -76,8 +78,7 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines = []
     for row, results in rows.items():
         means = _means_by_seed(results)
-        common = [seed for seed in means if seed in paired]
-        differences = [paired[seed] - means[seed] for seed in common]
+        difference = paired_difference(paired, means) if row != _PAIRED_WITH else None
         tuned = sorted({result["tuned_parameters"] for result in results})
         commits = sorted({result["protocol"].get("commit") or "unknown" for result in results})
         lines.append(
@@ -85,10 +86,10 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 row,
                 len(results),
                 ", ".join(f"{count / 1e6:.2f} M" for count in tuned),
-                *(_mean_and_std([_scores(result)[name] for result in results]) for name in names),
-                _mean_and_std(list(means.values())),
+                *(format_mean([_scores(result)[name] for result in results]) for name in names),
+                format_mean(list(means.values())),
                 ", ".join(commits),
-                _mean_and_std(differences) if row != _PAIRED_WITH and len(common) > 1 else "-",
+                format_difference(difference),
             ]
         )
     headers = ["row", "seeds", "backbone weights tuned", *names, "mean of all test sets"]
@@ -184,11 +185,6 @@ def _require_alike(first: Path, one: Mapping, folder: Path, other: Mapping) -> N
 def _means_by_seed(results: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """The mean over all test sets, source and unseen, by seed."""
     return {r["protocol"]["seed"]: float(np.mean(list(_scores(r).values()))) for r in results}
-
-
-def _mean_and_std(values: Sequence[float]) -> str:
-    mean = f"{np.mean(values):.2f}"
-    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":

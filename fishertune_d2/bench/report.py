@@ -10,9 +10,16 @@ import numpy as np
 from tabulate import tabulate
 
 from fishertune_d2.analysis.rows import draw
+from fishertune_d2.analysis.statistics import (
+    CONFIDENCE,
+    Difference,
+    format_difference,
+    format_mean,
+    mean_and_std,
+    paired_difference,
+)
 
 from .cells import Cell
-from .statistics import CONFIDENCE, Difference, mean_and_std, paired_difference
 from .tables import OURS
 
 AVERAGE = "average over unseen"
@@ -191,7 +198,8 @@ def format_markdown(title: str, lines: Sequence[Line], paper: Numbers, missing: 
     body = []
     for line in lines:
         cells = [
-            _mean(line.scores[key].values(), paper.get((line.vfm, line.row, key))) for key in keys
+            _mean(list(line.scores[key].values()), paper.get((line.vfm, line.row, key)))
+            for key in keys
         ]
         body.append(
             [
@@ -199,7 +207,7 @@ def format_markdown(title: str, lines: Sequence[Line], paper: Numbers, missing: 
                 "-" if line.rate is None else f"{line.rate:g}",
                 ", ".join(f"{count / 1e6:.2f} M" for count in line.tuned),
                 *cells,
-                _difference(ours.get((line.vfm, line.row))),
+                format_difference(ours.get((line.vfm, line.row))),
             ]
         )
     headers = ["foundation model", "row", "seeds", "learning rate", "tuned", *keys]
@@ -219,17 +227,8 @@ def format_markdown(title: str, lines: Sequence[Line], paper: Numbers, missing: 
 
 
 def _mean(values: Sequence[float], paper: float | None) -> str:
-    mean, std = mean_and_std(list(values))
-    text = f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+    text = format_mean(values)
     return text if paper is None else f"{text} ({paper:.1f})"
-
-
-def _difference(difference: Difference | None) -> str:
-    if difference is None:
-        return "-"
-    if difference.low is None:
-        return f"{difference.mean:+.2f} (one seed)"
-    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
 def write_report(

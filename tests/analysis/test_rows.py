@@ -61,12 +61,13 @@ def test_table(runs):
         *("fishertune", "3", "1.50 M", "62.00 ± 2.00", "42.00 ± 2.00", "52.00 ± 1.73"),
         *("abc, def", "-"),
     ]
-    # One seed in common: neither a deviation nor a difference.
-    assert freeze == ["freeze", "1", "0.00 M", "50.00", "20.00", "35.00", "abc", "-"]
-    # Means 45 and 50; seed by seed 50 - 45 and 53 - 50, so 4 with sqrt(1 + 1).
+    # Seed 10 alone: 53 - 35.
+    expected = ["freeze", "1", "0.00 M", "50.00", "20.00", "35.00", "abc", "+18.00 (one seed)"]
+    assert freeze == expected
+    # Means 45 and 50; seed by seed 50 - 45 and 53 - 50: 4, and 12.706 standard errors of 1.
     assert random_q == [
         *("random_q", "2", "1.50 M", "60.50 ± 0.71", "34.50 ± 6.36", "47.50 ± 3.54"),
-        *("abc", "4.00 ± 1.41"),
+        *("abc", "+4.00 [-8.71, +16.71]"),
     ]
 
 

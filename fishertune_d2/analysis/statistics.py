@@ -48,3 +48,18 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
         return Difference(n, mean)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / np.sqrt(n)
     return Difference(n, mean, float(mean - half), float(mean + half))
+
+
+def format_mean(values: Sequence[float]) -> str:
+    """``mean ± standard deviation`` of a sample; of a single value the value alone."""
+    mean, std = mean_and_std(values)
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def format_difference(difference: Difference | None) -> str:
+    """``mean [low, high]``, with signs; of one pair it says so; without any a dash."""
+    if difference is None:
+        return "-"
+    if difference.low is None:
+        return f"{difference.mean:+.2f} (one seed)"
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
