@@ -14,8 +14,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["fishertune_d2", "fishertune_d2.*"]),
-    package_data={"fishertune_d2.bench": ["paper.csv"]},
+    # In a checkout configs/ lies at the top, in the wheel inside of the package.
+    packages=[
+        *find_packages(include=["fishertune_d2", "fishertune_d2.*"]),
+        "fishertune_d2.configs",
+    ],
+    package_dir={"fishertune_d2.configs": "configs"},
+    package_data={
+        "fishertune_d2.bench": ["paper.csv"],
+        "fishertune_d2.configs": ["**/*.yaml"],
+    },
     install_requires=[
         "torch>=2.6",  # before, a file could get round torch.load(weights_only=True)
         "torchvision",  # from where torch is from; timm and Detectron2 import it

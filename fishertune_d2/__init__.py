@@ -7,11 +7,19 @@ PyTorch, can still be imported, and ``fishertune_d2.export.apply_delta``.
 
 from . import compat
 
-__all__ = ["add_fishertune_config", "data", "engine", "evaluation", "modeling", "tuning"]
+__all__ = [
+    "add_fishertune_config",
+    "get_config_file",
+    "data",
+    "engine",
+    "evaluation",
+    "modeling",
+    "tuning",
+]
 
 if compat.has_detectron2():
     from . import data, engine, evaluation, modeling, tuning
-    from .config import add_fishertune_config
+    from .config import add_fishertune_config, get_config_file
 else:
 
     def __getattr__(name: str):

@@ -5,10 +5,17 @@ Mask2Former project, so that a config written for it reads the same here.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.utils.file_io import PathManager
+
+# The configs that come with the package: inside of it in a wheel, else at the top of the checkout.
+CONFIGS = Path(__file__).resolve().parent / "configs"
+if not CONFIGS.is_dir():
+    CONFIGS = CONFIGS.parents[1] / "configs"
 
 
 def add_fishertune_config(cfg: CN) -> None:
@@ -28,19 +35,54 @@ def add_fishertune_config(cfg: CN) -> None:
     _add_tuning(cfg)
 
 
+def get_config_file(name: str) -> str:
+    """The path of a config that comes with the package, as Detectron2's model_zoo has it.
+
+    Args:
+        name: its path below configs/, such as "demo.yaml" or "camvid/freeze.yaml".
+
+    Raises:
+        FileNotFoundError: if there is none; it says where they lie.
+    """
+    path = CONFIGS / name
+    if not path.is_file():
+        raise FileNotFoundError(f"no config {name!r} comes with FisherTune: they lie in {CONFIGS}")
+    return str(path)
+
+
+def find_config(file: str) -> str:
+    """The path of a config as a person names it on a command line.
+
+    Args:
+        file: a path, or a name for :func:`get_config_file`. The path goes first.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if PathManager.isfile(file):
+        return file
+    try:
+        return get_config_file(file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the config file {file!r} does not exist, and {error}") from None
+
+
 def read_config(file: str, options: Sequence[str] = ()) -> CN:
     """Reads a config file; what is wrong with it, Detectron2 raises.
 
     Args:
-        file: its path.
+        file: its path, or the name of one that comes with the package, see :func:`find_config`.
         options: keys and values in turn, which go before those of the file.
 
     Returns:
         The config, frozen.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
     """
     cfg = get_cfg()
     add_fishertune_config(cfg)
-    cfg.merge_from_file(file)
+    cfg.merge_from_file(find_config(file))
     cfg.merge_from_list(list(options))
     cfg.freeze()
     return cfg

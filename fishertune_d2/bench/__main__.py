@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] | None = N
 
     Args:
         arguments: of the command line; None takes the process's own.
-        train: the command that trains a cell; None for train_net.py.
+        train: the command that trains a cell; None for fishertune_d2.train.
 
     Returns:
         0, or 1 if a cell failed.
@@ -163,7 +163,7 @@ class _Bench:
                     else cell.arguments(self.sets)
                 )
                 lines.append(f"{cell.folder}  (group {number}{done})")
-                lines.append(f"  {shlex.join(['python', 'train_net.py', *arguments])}")
+                lines.append(f"  {shlex.join(['python', '-m', 'fishertune_d2.train', *arguments])}")
                 if not test:
                     lines += [f"  makes the {w.words}: {cell.shared[w]}" for w in cell.makes]
                     lines += [f"  takes the {w.words}: {path}" for w, path in cell.takes.items()]

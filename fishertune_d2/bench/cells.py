@@ -15,13 +15,11 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from fishertune_d2.config import read_config
+from fishertune_d2.config import CONFIGS, get_config_file, read_config
 from fishertune_d2.engine.checkpoint import RunRecord
 from fishertune_d2.tuning import build_tuning_method
 
 from .tables import FREEZE, RATE, Profile, Row
-
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout, with train_net.py and configs/
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Cell:
         seed: SEED.
         rate: the chosen RATE; None for the config's.
         folder: OUTPUT_DIR.
-        config: the config file, below ROOT.
+        config: the config, by its name for ``get_config_file``.
         options: keys and values in turn, but for test sets and for what is shared.
         recipe: the keys that say what is trained, and their values.
         shared: where what it shares lies once it is made.
@@ -80,7 +78,7 @@ class Cell:
         return {what: path for what, path in self.shared.items() if what not in self.makes}
 
     def arguments(self, sets: Sequence[str]) -> list[str]:
-        """The arguments with which train_net.py trains it, or goes on with it.
+        """The arguments with which fishertune_d2.train trains it, or goes on with it.
 
         Args:
             sets: data sets to score it on at the end.
@@ -91,7 +89,7 @@ class Cell:
         return [*self._start(self.folder, sets, "--resume"), *taken]
 
     def score_arguments(self, sets: Sequence[str], folder: Path) -> list[str]:
-        """The arguments with which train_net.py scores it, once it is trained.
+        """The arguments with which fishertune_d2.train scores it, once it is trained.
 
         Args:
             sets: data sets.
@@ -100,7 +98,7 @@ class Cell:
         return [*self._start(folder, sets, "--eval-only"), "MODEL.WEIGHTS", str(self.weights)]
 
     def _start(self, folder: Path, sets: Sequence[str], flag: str) -> list[str]:
-        start = ["--config-file", str(ROOT / self.config), flag, *self.options]
+        start = ["--config-file", get_config_file(self.config), flag, *self.options]
         return [*start, "DATASETS.TEST", str(tuple(sets)), "OUTPUT_DIR", str(folder)]
 
     @property
@@ -179,14 +177,14 @@ def _make(
     config, own = _find_config(row, vfm, profile, source)
     options = ["TUNING.METHOD", row.method, "MODEL.VFM.NAME", vfm, "SEED", str(seed)]
     options += [*row.options, *extra]
-    cfg = read_config(str(ROOT / config), options)
+    cfg = read_config(get_config_file(config), options)
     method = build_tuning_method(cfg)
     multiplier = rate
     if rate is None and RATE not in options and not own and getattr(method, "adds", False):
         multiplier = 1.0  # what is added learns as fast as the head, as its authors do
     if multiplier is not None:
         options += [RATE, str(multiplier)]
-        cfg = read_config(str(ROOT / config), options)
+        cfg = read_config(get_config_file(config), options)
     name = row.name if rate is None else f"{row.name}@rate={rate:g}"
     place = output / (source or ".") / vfm
     recipe = RunRecord(cfg, ()).config
@@ -212,11 +210,11 @@ def _find_config(row: Row, vfm: str, profile: Profile, source: str) -> tuple[str
         for name in names:
             for model in models:
                 path = pattern.format(source=source, row=name, vfm=model)
-                if (ROOT / path).is_file():
+                if (CONFIGS / path).is_file():
                     return path, name == row.method
                 tried.append(path)
     raise FileNotFoundError(
-        f"no config for {row.name} with {vfm}: looked in {ROOT} for "
+        f"no config for {row.name} with {vfm}: looked in {CONFIGS} for "
         f"{', '.join(dict.fromkeys(tried))}"
     )
 
@@ -291,10 +289,10 @@ def sweep_rows(
     """
     config, _ = _find_config(row, vfm, profile, source)
     plain = ["TUNING.METHOD", row.method, *row.options]
-    before = read_config(str(ROOT / config), plain)
+    before = read_config(get_config_file(config), plain)
     return [
         row
-        if read_config(str(ROOT / config), [*plain, key, value]) == before
+        if read_config(get_config_file(config), [*plain, key, value]) == before
         else row.with_options(f"{key}={value}", key, value)
         for value in values
     ]

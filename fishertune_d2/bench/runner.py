@@ -18,10 +18,10 @@ from pathlib import Path
 import detectron2
 
 from fishertune_d2.engine.preemption import EXIT_CODE, SIGNALS
-from fishertune_d2.engine.scoring import commit
 from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.version import commit
 
-from .cells import ROOT, Cell, waves
+from .cells import Cell, waves
 from .launch import Attempt, Local, Submitit
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
@@ -39,7 +39,7 @@ class Runner:
     def __init__(
         self,
         launcher: Local | Submitit,
-        train: Sequence[str] = (sys.executable, str(ROOT / "train_net.py")),
+        train: Sequence[str] = (sys.executable, "-m", "fishertune_d2.train"),
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ):
         self.launcher = launcher

@@ -18,8 +18,8 @@ class Profile:
     """A setting: which configs, and which data to choose on and to test on.
 
     Attributes:
-        config: path of a row's own config, with {source}, {row} and {vfm} to fill in.
-        base: path of the config for rows that have none.
+        config: a row's own config, below configs/, with {source}, {row} and {vfm} to fill in.
+        base: the config for rows that have none.
         vfms: foundation models if none are asked for; empty for those of the table.
         dev: data sets to choose on and to score on meanwhile; empty if there are none, then runs
             are scored on the test sets at once.
@@ -36,12 +36,10 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
-    "paper": Profile(
-        config="configs/{source}{row}_{vfm}.yaml", base="configs/{source}fishertune_{vfm}.yaml"
-    ),
+    "paper": Profile(config="{source}{row}_{vfm}.yaml", base="{source}fishertune_{vfm}.yaml"),
     "camvid": Profile(
-        config="configs/camvid/{row}.yaml",
-        base="configs/camvid/Base-camvid.yaml",
+        config="camvid/{row}.yaml",
+        base="camvid/Base-camvid.yaml",
         vfms=("dinov2_vits",),
         dev=("camvid_day_val", "camvid_dusk_dev"),
         test=("camvid_day_test", "camvid_dusk_test"),
@@ -49,8 +47,8 @@ PROFILES: dict[str, Profile] = {
     ),
     # Chosen on CamVid too, so that no shift of the scenes is looked at before the test.
     "streets": Profile(
-        config="configs/streets/{row}.yaml",
-        base="configs/streets/Base-streets.yaml",
+        config="streets/{row}.yaml",
+        base="streets/Base-streets.yaml",
         vfms=("dinov2_vits",),
         dev=("camvid_day_val", "camvid_dusk_dev"),
         test=(

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import subprocess
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from fishertune_d2.data import SegmentationMapper, build_test_loader, load_datasets
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table, summarize
+from fishertune_d2.version import commit
 
 from .plan import plan
 
@@ -71,15 +71,3 @@ def _protocol(cfg: CfgNode) -> dict:
         "batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "commit": commit(),
     }
-
-
-def commit() -> str | None:
-    """The checkout's commit, marked if files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except OSError:  # no git
-        return None
-    return found.stdout.strip() or None

@@ -137,7 +137,7 @@ def test_records_what_was_run_and_what_it_took(runs):
     assert runs("selection", "--methods", "freeze") == 0
     cell = json.loads((runs.cells / "freeze_42/cell.json").read_text())
     assert cell["recipe"]["TUNING.METHOD"] == "freeze" and cell["recipe"]["SEED"] == 42
-    assert cell["config"] == "configs/camvid/freeze.yaml" and "--resume" in cell["command"]
+    assert cell["config"] == "camvid/freeze.yaml" and "--resume" in cell["command"]
     assert {"torch", "detectron2", "timm", "transformers"} <= set(cell["versions"])
     (attempt,) = cell["attempts"]
     assert 0 < attempt["seconds"] == cell["seconds"] < 30 and attempt["commit"]
@@ -273,7 +273,7 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(runs, capsys):
     assert runs("selection", *ROWS, "--dry-run") == 0
     said = capsys.readouterr().out
     assert runs.calls() == [] and not runs.output.exists()
-    assert said.count("python train_net.py") == 4 and "makes the Fisher estimate" in said
+    assert said.count("python -m fishertune_d2.train") == 4 and "makes the Fisher estimate" in said
     assert said.count("takes the warm-up") == 3 and "4 cells" in said
 
 
