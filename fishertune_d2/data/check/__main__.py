@@ -9,8 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fishertune_d2.data.check.survey import format_surveys, survey
-from fishertune_d2.data.pairs import SemSegDataset, datasets_root, folders
+from fishertune_d2.data.check.survey import format_surveys, rows_on_disk, survey
+from fishertune_d2.data.pairs import datasets_root
 from fishertune_d2.data.rows import DATASETS
 
 
@@ -50,19 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     surveys = [survey(row) for row in chosen.values()]
     print(format_surveys(surveys))
     return int(any(found.problems for found in surveys))
-
-
-def rows_on_disk() -> list[SemSegDataset]:
-    """Returns the rows whose folders exist, but for the built-in data: asking would draw them."""
-    return [
-        row
-        for row in DATASETS
-        if row.root is datasets_root
-        and any(
-            folders(row.root(), image_dir) and folders(row.root(), label_dir)
-            for image_dir, label_dir in row.dirs()
-        )
-    ]
 
 
 if __name__ == "__main__":

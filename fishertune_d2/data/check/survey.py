@@ -16,7 +16,14 @@ from fishertune_d2.data.check.reading import (
 )
 from fishertune_d2.data.files import DatasetError, read_image, read_label
 from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS
-from fishertune_d2.data.pairs import Published, SemSegDataset, load_pairs
+from fishertune_d2.data.pairs import (
+    Published,
+    SemSegDataset,
+    datasets_root,
+    folders,
+    load_pairs,
+)
+from fishertune_d2.data.rows import DATASETS
 
 # Data sets beside each other in the table of classes; more do not fit a terminal.
 _COLUMNS = 5
@@ -62,8 +69,26 @@ class Survey:
         return [name for name, share in self.shares().items() if share == 0]
 
 
-def survey(row: SemSegDataset) -> Survey:
-    """Loads a data set, reads all of its files, and compares it with what is published."""
+def rows_on_disk() -> list[SemSegDataset]:
+    """Returns the rows whose folders exist, but for the built-in data: asking would draw them."""
+    return [
+        row
+        for row in DATASETS
+        if row.root is datasets_root
+        and any(
+            folders(row.root(), image_dir) and folders(row.root(), label_dir)
+            for image_dir, label_dir in row.dirs()
+        )
+    ]
+
+
+def survey(row: SemSegDataset, pixels: bool = True) -> Survey:
+    """Loads a data set, reads all of its files, and compares it with what is published.
+
+    Args:
+        row: the data set.
+        pixels: whether to; without, only names and headers are read, which is quick.
+    """
     found = Survey(row)
     try:
         dicts = load_pairs(row)
@@ -72,19 +97,25 @@ def survey(row: SemSegDataset) -> Survey:
         return found
     found.pairs = len(dicts)
     found.sizes = Counter((item["width"], item["height"]) for item in dicts)
+    complete = pixels and _read_pixels(found, dicts)
+    if row.published is not None:
+        found.problems += _differences(found, row.published, complete)
+    return found
+
+
+def _read_pixels(found: Survey, dicts: list[dict[str, Any]]) -> bool:
+    """Reads every file, and returns whether all of them can be read."""
     state, bad = state_of_files(dicts), []
-    for result in for_each_pair(row.name, dicts, _read):
+    for result in for_each_pair(found.row.name, dicts, _read):
         if isinstance(result, str):
             bad.append(result)
         else:
             found.pixels += result
     if bad:
-        found.problems.append(bad_files(row.name, bad))
+        found.problems.append(bad_files(found.row.name, bad))
     else:
-        note_passed(row.name, state)
-    if row.published is not None:
-        found.problems += _differences(found, row.published, complete=not bad)
-    return found
+        note_passed(found.row.name, state)
+    return not bad
 
 
 def _read(item: dict[str, Any]) -> np.ndarray | str:
