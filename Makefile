@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PYTHON
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint docs setup clean
 
 demo: .venv/ready
 	.venv/bin/python train_net.py --config-file configs/demo.yaml
@@ -13,6 +13,11 @@ test: .venv/ready
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# API pages from the docstrings: outputs/docs/index.html.
+docs: .venv/ready
+	.venv/bin/pdoc --docformat google --math --output-directory outputs/docs fishertune_d2 \
+	  $(addprefix fishertune_d2.,config fisher export plan train bench analysis doctor)
 
 setup: .venv/ready
 

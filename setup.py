@@ -47,6 +47,6 @@ setup(
     extras_require={
         "baselines": ["peft>=0.21"],  # LoRA and its kin, to compare with
         "slurm": ["submitit"],  # the bench's --submitit
-        "dev": ["pytest", "hypothesis", "torchmetrics", "ruff", "peft>=0.21"],
+        "dev": ["pytest", "hypothesis", "torchmetrics", "ruff", "pdoc", "peft>=0.21"],
     },
 )

@@ -18,7 +18,10 @@ __all__ = [
 ]
 
 # `python -m fishertune_d2.doctor` imports this first, also where what follows is missing or broken.
-if f"{__name__}.doctor" not in sys.orig_argv:
+# While Python looks for a module to run, argv[0] is "-m".
+_FOR_THE_DOCTOR = sys.argv[:1] == ["-m"] and f"{__name__}.doctor" in sys.orig_argv
+
+if not _FOR_THE_DOCTOR:
     from . import compat
 
     if compat.has_detectron2():

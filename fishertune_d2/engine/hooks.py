@@ -86,7 +86,7 @@ class FisherEstimation(HookBase):
 
     Args:
         estimate: measures F(x) and F(x') on the trainer's model, or returns None if the method
-            needs neither; see :func:`~fishertune_d2.fisher.estimate_fisher`.
+            needs neither; see :func:`fishertune_d2.fisher.estimate_fisher`.
         scores: from what ``estimate`` returned to one score per weight.
         start: iteration before which to estimate, T1.
         share: the largest share that will be tuned, d_max.
@@ -191,7 +191,7 @@ class ParameterMask(HookBase):
         iters: its length, T3.
         d_min: share tuned at the first iteration.
         d_max: share tuned at the last.
-        schedule: see :func:`~fishertune_d2.fisher.tuned_share`.
+        schedule: see :func:`fishertune_d2.fisher.tuned_share`.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ _MIN_SCORE = 1e-6  # where every query says "no object", all classes are equally
 
 
 class SegmentationLoss:
-    """A ``loss_fn`` for :func:`~fishertune_d2.fisher.estimate_fisher` on a ``VFMSegmentor``.
+    """A ``loss_fn`` for :func:`fishertune_d2.fisher.estimate_fisher` on a ``VFMSegmentor``.
 
     The batch passes through the model once; then each image is matched and scored by itself, with
     random points of its own. Images of a batch should have one size: padding is seen by attention.

@@ -59,7 +59,7 @@ class Trainer(DefaultTrainer):
 
     Attributes:
         stage: ``"warmup"`` or ``"tuning"``.
-        method: the :class:`~fishertune_d2.tuning.TuningMethod`.
+        method: the :class:`fishertune_d2.tuning.TuningMethod`.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -330,7 +330,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See :func:`~fishertune_d2.engine.optimizer.build_optimizer`."""
+        """See :func:`fishertune_d2.engine.optimizer.build_optimizer`."""
         return build_optimizer(cfg, model)
 
     @classmethod

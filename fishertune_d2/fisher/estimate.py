@@ -178,14 +178,14 @@ def estimate_fisher(
             splits; B of at least 2, or x' is x.
         loss_fn: ``(model, batch) -> (B,)``, one loss per image of the batch, whatever its own
             reduction over pixels. An image's loss must not depend on the rest of its batch.
-        candidates: what :func:`~fishertune_d2.fisher.find_candidates` found in ``model``.
+        candidates: what :func:`fishertune_d2.fisher.find_candidates` found in ``model``.
         estimator: a key of :data:`ESTIMATORS`, or a function from the candidates to an estimator,
             such as ``partial(Variational, resolution="row")``.
         labels: ``"ground_truth"``, those in the batch (the empirical Fisher), or ``"sampled"``,
             drawn from the model (Eq. 4's expectation): then ``loss_fn.sampled(model, batch)`` is
             called instead, which must return the negative log-likelihood of labels that it draws
             from the model's own distribution, (B,); see
-            :class:`~fishertune_d2.fisher.SoftmaxLikelihood`.
+            :class:`fishertune_d2.fisher.SoftmaxLikelihood`.
         perturb: Eq. 6 with the points to perturb.
         seed: of the perturbation's and the loss's random numbers.
         progress: show a bar, on a terminal.

@@ -61,7 +61,7 @@ class Natural:
         return Natural(self.candidates, self.free_energy, self.beta)
 
     def update(self, losses: BatchLosses) -> None:
-        """Makes one step; raises as :class:`~.diagonal.Diagonal` does."""
+        """Makes one step; raises as :class:`Diagonal` does."""
         device = next(iter(self.parameters.values())).device
         generator = torch.Generator(device).manual_seed(losses.seed)
 

@@ -30,7 +30,7 @@ class Stage:
         name: "warmup", "estimation" or "tuning".
         steps: iterations, or batches of the estimate.
         images: in a batch.
-        flops: multiply-adds of a step; see :mod:`~fishertune_d2.plan.flops`.
+        flops: multiply-adds of a step; see :mod:`fishertune_d2.plan.flops`.
         uncounted: operators that ``flops`` leaves out though they may matter, and how often each
             is met in a pass.
         memory: what a step holds.

@@ -15,7 +15,7 @@ class FisherTune(SelectiveMethod):
 
     Args:
         form: how F and dF become one score, see
-            :func:`~fishertune_d2.fisher.domain_related_fisher`, also for the other arguments.
+            :func:`fishertune_d2.fisher.domain_related_fisher`, also for the other arguments.
     """
 
     def __init__(self, *, form: str, gamma: float, tau: float, eps: float, rho: float):

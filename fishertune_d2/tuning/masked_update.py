@@ -6,7 +6,7 @@ gradient is masked before each step, which also keeps it out of gradient clippin
 moments, and what is not selected is put back after it.
 
 This pays for dense gradients and moments, and fits an optimizer that is there already; it is also
-what :class:`~fishertune_d2.tuning.SelectedWeights`, which pays for the selected alone, is tested
+what :class:`fishertune_d2.tuning.SelectedWeights`, which pays for the selected alone, is tested
 against.
 """
 

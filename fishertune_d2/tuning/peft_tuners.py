@@ -2,7 +2,7 @@
 
 peft puts a layer of its own around each one it tunes, so that the frozen weight of ``q_proj`` goes
 by the name ``q_proj.base_layer.weight`` in a checkpoint of the tuning stage. Fused layers are
-split first, see :mod:`~fishertune_d2.tuning.split_qkv`.
+split first, see :mod:`fishertune_d2.tuning.split_qkv`.
 
 peft is imported by these methods alone.
 """

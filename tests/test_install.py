@@ -1,0 +1,70 @@
+"""INSTALL.md: our messages are those of the source, its commands and configs exist."""
+
+import ast
+import importlib.util
+import re
+import runpy
+from pathlib import Path
+
+import fishertune_d2
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "INSTALL.md").read_text()
+
+
+def _texts() -> list[str]:
+    """Every string of the source, with a line break where a value is put in."""
+    texts = [(ROOT / "tools/setup_venv.sh").read_text()]
+    for path in (ROOT / "fishertune_d2").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+            if isinstance(node, ast.JoinedStr):
+                parts = [getattr(value, "value", None) for value in node.values]
+                texts.append("".join(p if isinstance(p, str) else "\n" for p in parts))
+    return texts
+
+
+def _occurs(message: str, text: str) -> bool:
+    """Whether the parts between "..." stand in a text, in this order."""
+    end = 0
+    for part in message.split("..."):
+        start = text.find(part, end)
+        if start < 0:
+            return False
+        end = start + len(part)
+    return True
+
+
+def test_every_message_of_ours_is_in_the_source():
+    cells = re.findall(r"^\| (.*?) \|", TEXT, flags=re.MULTILINE)
+    ours = [cell[1:-1] for cell in cells if re.fullmatch(r"`[^`]*`", cell)]
+    ours += [cell.split("`")[1] for cell in cells if cell.endswith("` (a warning)")]
+    assert len(ours) > 20
+    texts = _texts()
+    for message in ours:
+        assert any(_occurs(message, text) for text in texts), message
+    assert not any(_occurs("the checkpoint ... is of no other run", text) for text in texts)
+
+
+def test_modules_and_configs_exist():
+    modules = re.findall(r"python -m (fishertune_d2[.\w]*)", TEXT)
+    assert {"fishertune_d2.doctor", "fishertune_d2.train"} <= {*modules}
+    for module in modules:
+        assert importlib.util.find_spec(module), module
+    configs = re.findall(r"--config-file (\S+\.yaml)", TEXT)
+    configs += re.findall(r'get_config_file\("(.*?)"\)', TEXT)
+    assert len(configs) == 3
+    for config in configs:
+        fishertune_d2.get_config_file(config)
+
+
+def test_detectron2_is_installed_as_the_tool_does():
+    tool = (ROOT / "tools/install_detectron2.py").read_text()
+    (command,) = re.findall(r"^(pip install --no-deps .*?)\n```", TEXT, flags=re.DOTALL | re.M)
+    assert command.endswith(runpy.run_path(str(ROOT / "tools/install_detectron2.py"))["WHEEL"])
+    for option in re.findall(r"--[a-z-]+", command):
+        assert f'"{option}' in tool, option
+    assert re.findall(r"fishertune_d2-(.*?)-py3", TEXT) == re.findall(
+        r'version="(.*?)"', (ROOT / "setup.py").read_text()
+    )
