@@ -1,6 +1,7 @@
 """What the tests of several rooms share: real data, small ViTs of every layout, images, a loss."""
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,40 @@ def shared_dir() -> Path:
     if not (folder / "datasets").is_dir():
         pytest.skip(f"needs real data and weights: no such folder {folder} (FISHERTUNE_SHARED)")
     return folder
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the checkout, without data and what runs wrote, that a test may write into."""
+    passed_over = (".*", "datasets", "outputs", "build", "dist", "__pycache__", "*.egg-info")
+    root, copy = Path(__file__).resolve().parents[1], tmp_path / "checkout"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*passed_over))
+    (copy / "datasets").mkdir()
+    shutil.copy(root / "datasets/README.md", copy / "datasets")
+    return copy
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_head) -> list[str]:
+    """What makes a training through train_net.py a matter of seconds: keys and values in turn."""
+    keys = tiny_head | {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.VFM.NAME": "tiny",
+        "MODEL.VFM.WEIGHTS": "random",
+        "MODEL.VFM.IMG_SIZE": [48, 64],
+        "MODEL.VFM.PATCH_SIZE": 16,
+        "INPUT.CROP.SIZE": [48, 64],
+        "INPUT.MIN_SIZE_TRAIN": [48],
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 3,
+        "TUNING.WARMUP_ITERS": 1,
+        "FISHER.BATCHES": 1,
+        "FISHER.IMS_PER_BATCH": 2,
+        "TEST.MODE": "whole",
+        "TEST.PICTURES": 1,
+        "DATALOADER.NUM_WORKERS": 0,
+    }
+    return [str(word) for pair in keys.items() for word in pair]
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,8 @@
 """Ways to tune a backbone: one file each, one registry."""
 
-from . import (  # noqa: F401 - importing registers them
-    adaptformer,
-    childtune,
-    fisher_terms,
-    fishertune,
-    freeze,
-    full,
-    peft_tuners,
-    random_choice,
-    rein,
-    set,
-    vpt,
-    vqt,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .masked_update import MaskedUpdate, require_same_shapes
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod, build_tuning_method
 from .selected_weights import SelectedWeights
@@ -27,3 +16,7 @@ __all__ = [
     "build_tuning_method",
     "require_same_shapes",
 ]
+
+# A method registers itself when its file is imported, so that a further file needs no line here.
+for _module in iter_modules(__path__):
+    import_module(f".{_module.name}", __name__)
