@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's examples, done as it says in a copy of the checkout; no other file is touched."""
+"""What CONTRIBUTING.md says, done in a copy of the checkout; no other file is touched."""
 
 import os
 import re

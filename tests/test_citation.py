@@ -1,0 +1,40 @@
+"""CITATION.cff, as far as its schema (1.2.0) and the package itself can tell."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+PAPER = CITATION["preferred-citation"]
+
+
+def test_all_that_the_schema_requires_is_there():
+    assert CITATION["cff-version"] == "1.2.0"
+    assert CITATION["type"] == "software"
+    assert {"message", "title", "authors"} <= CITATION.keys()
+    assert {"type", "title", "authors"} <= PAPER.keys()
+    assert "name" in PAPER["conference"]
+    assert type(PAPER["year"]) is int and PAPER["month"] in range(1, 13)
+
+
+@pytest.mark.parametrize("author", CITATION["authors"] + PAPER["authors"])
+def test_an_author_is_an_entity_or_a_person(author):
+    assert author.keys() in ({"name"}, {"family-names", "given-names"})
+    assert all(isinstance(part, str) and part for part in author.values())
+
+
+def test_it_cites_this_version_of_this_software():
+    setup = (ROOT / "setup.py").read_text()
+    assert CITATION["version"] == re.search(r'version="(.+?)"', setup)[1]
+    assert CITATION["license"] == re.search(r'license="(.+?)"', setup)[1]
+
+
+def test_it_cites_the_paper_that_the_readme_names():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert PAPER["title"] in readme and PAPER["url"] in readme
+    (preprint,) = PAPER["identifiers"]
+    assert PAPER["url"].endswith(preprint["value"].removeprefix("arXiv:"))
+    assert len(PAPER["authors"]) == 7
