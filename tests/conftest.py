@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
+from fishertune_d2.data.streets.dataset import DOMAINS, GENERATOR_VERSION, VERSION_FILE
 from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
 
 CLASSES = 3
@@ -35,6 +39,35 @@ def checkout(tmp_path) -> Path:
     (copy / "datasets").mkdir()
     shutil.copy(root / "datasets/README.md", copy / "datasets")
     return copy
+
+
+@pytest.fixture
+def furnished(checkout) -> Path:
+    """That copy, with tiny data and weights: streets, two cities of three classes."""
+    rng = np.random.default_rng(0)
+
+    def draw(image: Path, label: Path, classes: int) -> None:
+        for path, shape, end in ((image, (48, 96, 3), 256), (label, (48, 96), classes)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, end, shape, dtype=np.uint8)).save(path)
+
+    streets = checkout / "datasets/streets"
+    for split, domain in (("train", "day"), *(("val", domain) for domain in DOMAINS)):
+        for i in range(2 if split == "train" else 1):
+            name = f"{split}/{domain}/{domain}_000000_{i:06d}"
+            draw(
+                streets / f"leftImg8bit/{name}_leftImg8bit.png",
+                streets / f"gtFine/{name}_gtFine_labelTrainIds.png",
+                19,
+            )
+    (streets / VERSION_FILE).write_text(GENERATOR_VERSION)
+    for city in ("my_city", "my_city_at_night"):
+        for i in range(2):
+            draw(checkout / city / f"images/{i}.jpg", checkout / city / f"labels/{i}.png", 3)
+    torch.manual_seed(0)
+    public = timm.create_model("test_vit", num_classes=0).state_dict()
+    save_file(public, checkout / "public.safetensors")
+    return checkout
 
 
 @pytest.fixture(scope="session")

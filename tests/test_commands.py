@@ -22,202 +22,37 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
 import cv2
-import numpy as np
 import pytest
-import timm
 import torch
 from detectron2.utils.logger import setup_logger
-from PIL import Image
-from safetensors.torch import save_file
+from documents import (
+    IN_BLOCKS,
+    IN_HEADS,
+    IN_TEXT,
+    NOT_HERE,
+    PROGRAMS,
+    PYTHONS,
+    ROOT,
+    WRITTEN,
+    Command,
+    commands_of_block,
+    make_command,
+    saved_files,
+)
 from torch.distributed.run import get_args_parser
 from tqdm import tqdm
 
 from fishertune_d2.bench import __main__ as bench
 from fishertune_d2.bench.tables import rows_of_registry
 from fishertune_d2.config import read_config
-from fishertune_d2.data.streets.dataset import DOMAINS, GENERATOR_VERSION, VERSION_FILE
-
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(
-    path.relative_to(ROOT)
-    for path in (
-        *ROOT.glob("*.md"),
-        ROOT / "datasets/README.md",
-        *(p for folder in ("docs", "examples", "notebooks") for p in (ROOT / folder).rglob("*.md")),
-    )
-)
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
-
-# What stands for something that a person fills in. Any other word in capitals is taken as it is.
-PLACEHOLDERS = {
-    **dict.fromkeys(("N", "M", "T"), "1"),
-    "FILE": "configs/demo.yaml",
-    "HOST:29500": "localhost:29500",
-    "KEY": "SEED",
-    "VALUE": "1",
-    "TABLE": "selection",
-    "VFM": "dinov2_vits",
-    "ROW": "freeze",
-    "NAME": "camvid_day_val",
-    "OUTPUT_DIR": "outputs/demo",
-    "INPUT": "picture.png",
-}
-PYTHONS = ("python", "python3", ".venv/bin/python")
-# They change the environment or the shell, or look at the whole checkout.
-NOT_HERE = {"cd", "conda", "docker", "export", "git", "pip", "pytest", "ruff", "source", "uv"}
-PROGRAMS = {*PYTHONS, *NOT_HERE, "make", "sbatch", "tensorboard", "torchrun"}
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command in a document.
-
-    Attributes:
-        where: document and line.
-        words: of the command line, with placeholders filled in.
-        said: the comments beside it.
-        pattern: whether it had something to fill in or to choose from.
-    """
-
-    where: str
-    words: tuple[str, ...]
-    said: str = ""
-    pattern: bool = False
-
-    @property
-    def program(self) -> str:
-        """Its first word."""
-        return self.words[0]
-
-
-def make_command(line: str, where: str, said: str = "") -> Command | None:
-    """Reads one line of a shell; None if there is no command in it."""
-    # "[--resume]" and "[KEY VALUE ...]" are optional; a list of a config is not.
-    options = re.sub(r"(?<!\S)\[((?:--|[A-Z]{2,}\b)[^\]]*)\](?!\S)", r"\1", line)
-    words = shlex.split(options, comments=True)
-    while words and re.fullmatch(r"\w+=\S*", words[0]):
-        del words[0]
-    if not words:
-        return None
-    filled = []
-    for word in words:
-        plain = word.split("|")[0] if re.fullmatch(r"[\w.]+(\|[\w.]+)+", word) else word
-        if plain == "OUTPUT_DIR" and "--config-file" in words:  # there it is a key
-            filled.append(plain)
-        elif plain not in ("...", "[...]"):
-            filled.append(PLACEHOLDERS.get(plain, plain))
-    return Command(where, tuple(filled), said, options != line or filled != words)
-
-
-def commands_of_block(body: str, where: Callable[[int], str]) -> Iterator[Command]:
-    """The commands of a block: comments and loops understood, lines that go on joined."""
-    loop: tuple[str, list[str], list[tuple[int, str]]] | None = None
-    lines, said, begun = body.splitlines(), "", ""
-    for number, line in enumerate(lines):
-        begun += line.strip()
-        if begun.endswith("\\"):
-            begun = begun[:-1]
-            continue
-        text, begun = begun, ""
-        if not text:
-            said = ""
-        elif text.startswith("#"):
-            said += text
-        elif match := re.fullmatch(r"for (\w+) in (.+); do", text):
-            loop = (match[1], match[2].split(), [])
-        elif text == "done" and loop:
-            name, values, inside = loop
-            loop = None
-            for value in values:
-                for place, each in inside:
-                    each = re.sub(rf"\${name}\b|\${{{name}}}", value, each)
-                    yield from _one(each, where(place), said)
-        elif loop:
-            loop[2].append((number, text))
-        else:
-            yield from _one(text, where(number), said)
-
-
-def _one(text: str, where: str, said: str) -> Iterator[Command]:
-    beside = re.search(r"\s#\s.*", text)
-    command = make_command(text, where, said + (beside[0] if beside else ""))
-    if command:
-        yield command
-
-
-def blocks(document: str) -> Iterator[tuple[int, str, str]]:
-    """Line, language and text of each block of a document that may hold commands."""
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```", document, flags=re.MULTILINE | re.DOTALL):
-        first = document.count("\n", 0, match.start(2)) + 1
-        programs = {line.split(" ")[0] for line in match[2].splitlines()}
-        # Trees of folders have no language, and no program in them.
-        if match[1] in ("sh", "bash") or (not match[1] and programs & PROGRAMS):
-            yield first, match[1], match[2]
-
-
-def commands_in_blocks(path: Path) -> list[Command]:
-    """Those of a document, in its order."""
-    found = []
-    for first, _, body in blocks((ROOT / path).read_text()):
-        found += commands_of_block(body, lambda n, first=first: f"{path}:{first + n}")
-    return found
-
-
-def commands_in_text(path: Path) -> list[Command]:
-    """Those between backticks."""
-    text = re.sub(
-        r"^```.*?^```",
-        lambda m: "\n" * m[0].count("\n"),
-        (ROOT / path).read_text(),
-        flags=re.M | re.S,
-    )
-    found = []
-    for match in re.finditer(r"`([^`]+)`", text):
-        line = match[1].replace("\n", " ").replace(r"\|", "|")
-        if line.split(" ")[0] in PROGRAMS and " " in line and "=" not in line.split(" ")[0]:
-            command = make_command(line, f"{path}:{text.count(chr(10), 0, match.start()) + 1}")
-            found += [command] if command else []
-    return found
-
-
-def commands_of_head(path: Path) -> list[Command]:
-    """Those in a config's head."""
-    head = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
-    found, begun = [], ""
-    for number, line in enumerate(head, 1):
-        text = re.sub(r"\(or: (.*)\)", "", line.removeprefix("#").strip())
-        if begun or text.split(" ")[0] in PROGRAMS:
-            begun += text
-            if begun.endswith("\\"):
-                begun = begun[:-1]
-                continue
-            command = make_command(begun, f"{path}:{number}")
-            found, begun = [*found, *([command] if command else [])], ""
-    return found
-
-
-def saved_files(path: Path) -> dict[str, str]:
-    """The Python files that a document asks to save: examples that open with a file's name."""
-    examples = re.findall(
-        r"^```python\n(# (\S+\.py)\n.*?)^```", (ROOT / path).read_text(), re.M | re.S
-    )
-    return {name: text for text, name in examples}
-
-
-WRITTEN = {name for path in DOCUMENTS for name in saved_files(path)}
-IN_BLOCKS = {path: commands_in_blocks(path) for path in DOCUMENTS}
-IN_TEXT = [command for path in DOCUMENTS for command in commands_in_text(path)]
-IN_HEADS = [command for path in CONFIGS for command in commands_of_head(path)]
-
 
 PARSE = argparse.ArgumentParser.parse_args
 
@@ -240,7 +75,9 @@ def parse(words: Sequence[str]) -> None:
         parsed = _read(get_args_parser(), rest)
         parse(["python", parsed.training_script, *parsed.training_script_args])
     elif program == "sbatch":
-        (script,) = [word for word in rest if word.endswith(".sbatch")]
+        script = next((word for word in rest if word.endswith(".sbatch")), None)
+        if script is None:
+            raise ValueError(f"no script in: {' '.join(words)}")
         _require(script)
         parse(["python", "train_net.py", *rest[rest.index(script) + 1 :]])
     elif program == "make":
@@ -362,10 +199,19 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
                 raise ValueError(f"{program}: say in a comment how many minutes it takes")
             return None
     if program.startswith("train_"):
+        if _needs_data(arguments):
+            return None
         weights = ("MODEL.VFM.WEIGHTS", "public.safetensors")
         classes = () if program in WRITTEN else ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "19")
         return [program, *arguments, *tiny, *weights, *classes]
     return [program, *arguments]
+
+
+def _needs_data(words: Sequence[str]) -> bool:
+    """Whether the command's config trains on what is not built in, as its head says then."""
+    configs = [str(ROOT / word) for word in words if word.endswith(".yaml")]
+    trained = [name for path in configs for name in read_config(path).DATASETS.TRAIN]
+    return not all(name.startswith("streets_") for name in trained)
 
 
 def _tells_time(command: Command) -> bool:
@@ -385,8 +231,59 @@ def test_it_can_be_typed_as_it_stands(command, monkeypatch):
         pytest.fail(f"{command.where}: {' '.join(command.words)}: {error}")
 
 
-@pytest.mark.parametrize("path", [p for p in DOCUMENTS if IN_BLOCKS[p]], ids=str)
-def test_it_runs_or_says_what_it_needs(path, checkout, tiny_run):
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("python train_net.py --config-file configs/dmo.yaml", "no file configs/dmo.yaml"),
+        ("python train_net.py --config-file FILE TUNING.METOD full", "Non-existent key"),
+        ("torchrun --nproc-per-node N train_net.py --config-file FILE SEED x", "Type mismatch"),
+        ("torchrun --processes N train_net.py", "unrecognized arguments|ambiguous|invalid"),
+        ("python -m fishertune_d2.bench table9", "invalid choice: 'table9'"),
+        ("python -m fishertune_d2.export plain OUTPUT_DIR --layuot timm", "unrecognized"),
+        ("python -m fishertune_d2.plans --config-file FILE", "no module fishertune_d2.plans"),
+        ("python tools/zoo.py", "no file tools/zoo.py"),
+        ("sbatch tools/train.sh --config-file FILE", "no script"),
+        ("make dmo", "no target dmo"),
+        ("pythn train_net.py", "no rule for the program 'pythn'"),
+    ],
+)
+def test_a_slip_is_found(line, wrong, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=wrong):
+        parse(make_command(line, "here").words)
+
+
+def test_what_is_run_and_what_is_not(tiny_run):
+    body = """
+python benchmarks/scaling.py --show docs/results/scaling.json
+for method in full freeze; do
+  python train_net.py --config-file configs/demo.yaml \\
+    TUNING.METHOD $method
+done
+python -m fishertune_d2.plan --config-file FILE [--memory-gb N]
+python train_net.py --config-file configs/full_dinov2.yaml
+
+# needs CamVid
+python train_net.py --config-file configs/camvid/full.yaml    # minutes
+
+python benchmarks/scaling.py"""
+    *found, last = commands_of_block(body, str)
+    assert [command.where for command in found] == ["1", "3", "3", "6", "7", "10"]
+    shown, full, freeze, *not_run = (shortened(command, tiny_run) for command in found)
+    assert shown == ["benchmarks/scaling.py", "--show", "docs/results/scaling.json"]
+    assert full[3:5] == ["TUNING.METHOD", "full"] and freeze[3:5] == ["TUNING.METHOD", "freeze"]
+    assert not_run == [None] * 3
+    with pytest.raises(ValueError, match="how many minutes"):
+        shortened(last, tiny_run)
+
+
+@pytest.mark.parametrize("path", sorted({c.where.split(":")[0] for c in IN_HEADS}))
+def test_a_config_with_a_command_says_what_it_needs(path):
+    assert re.search(r"^# Needs[:,] \w", (ROOT / path).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [path for path, found in IN_BLOCKS.items() if found], ids=str)
+def test_it_runs_or_says_what_it_needs(path, furnished, tiny_run):
     commands = []
     for command in IN_BLOCKS[path]:
         try:
@@ -395,48 +292,20 @@ def test_it_runs_or_says_what_it_needs(path, checkout, tiny_run):
             pytest.fail(f"{command.where}: {error}")
         if words:
             commands.append((command.where, words))
-    _furnish(checkout, path)
+    shutil.copytree(ROOT / "docs/results/fisher", furnished / "outputs/fisher")
+    for name, text in saved_files(path).items():
+        (furnished / name).write_text(text)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fishertune_d2.engine"])
-    child = context.Process(target=_run_all, args=(checkout, commands))
+    child = context.Process(target=_run_all, args=(furnished, commands))
     child.start()
     child.join()
-    assert child.exitcode == 0, (checkout / "said.txt").read_text()[-4000:]
+    assert child.exitcode == 0, (furnished / "said.txt").read_text()[-4000:]
     # Tables of what lies in a folder: "| in `outputs/demo/` | |", and a line for each file.
     tables = re.findall(r"^\| in `(.+?)/`.*\n\|.*\n((?:\|.*\n)+)", (ROOT / path).read_text(), re.M)
     for folder, lines in tables:
         for name in re.findall(r"`([a-z_]+(?:\.\w+|/))`", lines):
-            assert (checkout / folder / name).exists(), f"{path}: there is no {name} in {folder}"
-
-
-def _furnish(checkout: Path, document: Path) -> None:
-    """Lays down what a person has who follows the document: data, weights, files they saved."""
-    rng = np.random.default_rng(0)
-
-    def draw(image: Path, label: Path, classes: int) -> None:
-        for path, shape, end in ((image, (48, 96, 3), 256), (label, (48, 96), classes)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, end, shape, dtype=np.uint8)).save(path)
-
-    streets = checkout / "datasets/streets"
-    for split, domain in (("train", "day"), *(("val", domain) for domain in DOMAINS)):
-        for i in range(2 if split == "train" else 1):
-            name = f"{split}/{domain}/{domain}_000000_{i:06d}"
-            draw(
-                streets / f"leftImg8bit/{name}_leftImg8bit.png",
-                streets / f"gtFine/{name}_gtFine_labelTrainIds.png",
-                19,
-            )
-    (streets / VERSION_FILE).write_text(GENERATOR_VERSION)
-    for city in ("my_city", "my_city_at_night"):
-        for i in range(2):
-            draw(checkout / city / f"images/{i}.jpg", checkout / city / f"labels/{i}.png", 3)
-    torch.manual_seed(0)
-    public = timm.create_model("test_vit", num_classes=0).state_dict()
-    save_file(public, checkout / "public.safetensors")
-    shutil.copytree(ROOT / "docs/results/fisher", checkout / "outputs/fisher")
-    for name, text in saved_files(document).items():
-        (checkout / name).write_text(text)
+            assert (furnished / folder / name).exists(), f"{path}: there is no {name} in {folder}"
 
 
 def _run_all(checkout: Path, commands: Sequence[tuple[str, list[str]]]) -> None:
