@@ -1,14 +1,16 @@
 """FisherTune for Detectron2.
 
 Importing this package registers its models and data sets with Detectron2; it needs no data, no
-network and no compiler. Where Detectron2 is not installed, ``fishertune_d2.fisher``, which is pure
-PyTorch, can still be imported, and ``fishertune_d2.export.apply_delta``.
+network and no compiler. Where Detectron2 is not installed, what is pure PyTorch can still be
+imported: ``fishertune_d2.fisher``, ``MaskedUpdate`` and ``SelectedWeights`` of
+``fishertune_d2.tuning``, and ``fishertune_d2.export.apply_delta``.
 """
 
 import sys
 
 __all__ = [
     "add_fishertune_config",
+    "apply_fishertune",
     "get_config_file",
     "data",
     "engine",
@@ -22,11 +24,12 @@ __all__ = [
 _FOR_THE_DOCTOR = sys.argv[:1] == ["-m"] and f"{__name__}.doctor" in sys.orig_argv
 
 if not _FOR_THE_DOCTOR:
-    from . import compat
+    from . import compat, tuning
 
     if compat.has_detectron2():
-        from . import data, engine, evaluation, modeling, tuning
+        from . import data, engine, evaluation, modeling
         from .config import add_fishertune_config, get_config_file
+        from .engine import apply_fishertune
     else:
 
         def __getattr__(name: str):

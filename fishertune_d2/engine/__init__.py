@@ -1,5 +1,6 @@
 """Training: the trainer, its stages as hooks, the optimizer."""
 
+from .apply import apply_fishertune
 from .checkpoint import WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
 from .launch import launch
@@ -14,6 +15,7 @@ __all__ = [
     "Trainer",
     "WarmupFreeze",
     "WholeCheckpointer",
+    "apply_fishertune",
     "build_optimizer",
     "count_parameters",
     "launch",

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .batch_losses import BatchLosses, LossFn, mixed_seed
@@ -168,9 +169,10 @@ def estimate_fisher(
 
     x and x' see the same random numbers (a loss that draws points draws the same ones), so that
     their difference is the shift's, and exactly 0 if the shift is switched off. Dropout and
-    stochastic depth are off meanwhile. Where a process group exists, every process gives its own
-    batches, as many as the others, and sums are reduced over processes before the mean is taken.
-    Random numbers belong to the k-th batch of all, which is batch k // W of process k % W.
+    stochastic depth are off meanwhile, and batch norms keep and use their running statistics. Where
+    a process group exists, every process gives its own batches, as many as the others, and sums are
+    reduced over processes before the mean is taken. Random numbers belong to the k-th batch of all,
+    which is batch k // W of process k % W.
 
     Args:
         model: any module that holds the candidates; its mode and weights stay as they are.
@@ -230,7 +232,7 @@ def estimate_fisher(
 
     # An autocast that is on outside must not reach the squares, nor the backward passes.
     plain = torch.autocast(device.type, enabled=False)
-    with plain, _dropout_off(model), _requiring_gradients(candidates):
+    with plain, _images_apart(model), _requiring_gradients(candidates):
         for step, batch in enumerate(tqdm(batches, "Fisher", disable=None if progress else True)):
             for shift, gathered in domains:
                 gathered.update(
@@ -285,15 +287,19 @@ def _require_finite_sums(*estimates: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def _dropout_off(model: nn.Module) -> Iterator[None]:
-    """Dropout and stochastic depth in eval mode, everything else as it is."""
-    noisy = [m for m in model.modules() if m.training and "Drop" in type(m).__name__]
-    for module in noisy:
+def _images_apart(model: nn.Module) -> Iterator[None]:
+    """Dropout, stochastic depth and batch norms in eval mode, everything else as it is."""
+    set_aside = [
+        m
+        for m in model.modules()
+        if m.training and ("Drop" in type(m).__name__ or isinstance(m, _BatchNorm))
+    ]
+    for module in set_aside:
         module.eval()
     try:
         yield
     finally:
-        for module in noisy:
+        for module in set_aside:
             module.train()
 
 

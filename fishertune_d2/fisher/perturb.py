@@ -77,6 +77,29 @@ class StatisticsPerturbation:
         self.p = p
         self._drawn: list[_Shift] = []
 
+    @classmethod
+    def of_vit(cls, vit: nn.Module, **options) -> "StatisticsPerturbation":
+        """Eq. 6 at the patch embedding and the blocks at 1/3, 1/2 and 2/3 of the depth (ours).
+
+        Args:
+            vit: with ``patch_embed`` and ``blocks``, such as timm's and Detectron2's.
+            options: as of the class.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        blocks, embed = getattr(vit, "blocks", None), getattr(vit, "patch_embed", None)
+        if blocks is None or embed is None:
+            raise ValueError(
+                f"{type(vit).__name__} has no patch_embed or no blocks: say where to perturb, "
+                "StatisticsPerturbation([modules, ...])"
+            )
+        depth = len(blocks)
+        thirds = (max(0, end - 1) for end in (depth // 3, depth // 2, 2 * depth // 3))
+        # timm's name; Detectron2's ViT has no such tokens.
+        options.setdefault("num_prefix_tokens", getattr(vit, "num_prefix_tokens", 0))
+        return cls([embed, *(blocks[i] for i in thirds)], **options)
+
     @contextmanager
     def drawing(self, generator: torch.Generator | None = None) -> Iterator[None]:
         """Perturbs one forward pass over a batch, drawing eps and Sigma, which are then kept.

@@ -1,0 +1,66 @@
+"""Each example, shortened: what it says has moved has moved, and nothing else has."""
+
+import importlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def every_test_on_one_thread(one_thread):
+    """Applies to all tests of this folder."""
+
+
+@pytest.fixture
+def main(request, monkeypatch):
+    """The main function of an example."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module(request.param).main
+    if "shapes" in DatasetCatalog:
+        DatasetCatalog.remove("shapes")
+        MetadataCatalog.remove("shapes")
+
+
+@pytest.mark.parametrize(
+    ("main", "backbone"),
+    [
+        ("vitdet_mask_rcnn", "backbone.net."),
+        ("simple_trainer", "backbone."),
+        ("timm_classifier", ""),
+    ],
+    indirect=["main"],
+)
+def test_of_the_backbone_the_selected_weights_move_and_no_others(main, backbone, capsys):
+    before, model, selection, losses = main(max_iter=8)
+    assert len(losses) == 8 and all(map(math.isfinite, losses))
+    masks = {backbone + name: mask for name, mask in selection.masks(selection.share).items()}
+    selected = moved = rest = rest_moved = 0
+    for name, parameter in model.named_parameters():
+        changed = parameter.detach() != before[name]
+        if name.startswith(backbone) and not name.startswith("head."):
+            mask = masks.get(name, torch.zeros_like(changed))
+            assert not changed[~mask].any(), name
+            selected, moved = selected + int(mask.sum()), moved + int(changed[mask].sum())
+        else:
+            rest, rest_moved = rest + changed.numel(), rest_moved + int(changed.sum())
+    assert selected == int(0.05 * selection.base)
+    assert moved > 0.99 * selected
+    assert rest_moved > 0.99 * rest > 0
+    printed = capsys.readouterr().out.replace(",", "").split()
+    for number in (selected, selection.base - selected, rest):
+        assert str(number) in printed
+
+
+def test_the_plain_loop_needs_no_detectron2():
+    code = "import sys; sys.modules['detectron2'] = None; import timm_classifier as e; e.main(8)"
+    environment = {"PYTHONPATH": f"{EXAMPLES.parent}:{EXAMPLES}", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+    assert b"backbone, selected" in run.stdout
