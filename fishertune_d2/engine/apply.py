@@ -127,8 +127,9 @@ def apply_fishertune(
     def update() -> MaskedUpdate:
         if estimation.selection is None:
             raise RuntimeError(
-                f"training began after iteration {warmup}, where the weights are selected, from a "
-                "checkpoint without a selection: begin at 0, or resume one of a FisherTune run"
+                f"training goes on after iteration {warmup}, where weights are selected, and no "
+                "checkpoint has told which: call apply_fishertune before one is loaded, and resume "
+                "runs that had it from their beginning"
             )
         return MaskedUpdate(optimizer, tunable, estimation.selection)
 
