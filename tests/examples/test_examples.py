@@ -2,13 +2,18 @@
 
 import importlib
 import math
+import re
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import SimpleTrainer
+
+from fishertune_d2.analysis.selection_map import draw_run
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -56,6 +61,28 @@ def test_of_the_backbone_the_selected_weights_move_and_no_others(main, backbone,
     printed = capsys.readouterr().out.replace(",", "").split()
     for number in (selected, selection.base - selected, rest):
         assert str(number) in printed
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reuse.md"])
+def test_the_call_on_a_page_works(page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("simple_trainer")
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / page).read_text(), re.DOTALL)
+    (block,) = [text for text in blocks if "apply_fishertune" in text]
+    model = example.Classifier()
+    head = model.head.weight.detach().clone()
+    trainer = SimpleTrainer(
+        model, example.draw_batches(0), torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+    data_loader = islice(example.draw_batches(1), 1)
+    variables = {"max_iter": 2, "warmup": 1, "output_dir": tmp_path}
+    exec(block, variables | {"trainer": trainer, "data_loader": data_loader})
+    assert (model.head.weight != head).any()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "fisher.safetensors",
+        "selection.safetensors",
+    }
+    assert draw_run(tmp_path).is_file()
 
 
 def test_the_plain_loop_needs_no_detectron2():

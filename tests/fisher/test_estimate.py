@@ -189,3 +189,21 @@ def test_an_overflowing_square_is_named():
     batch = torch.full((1, 1), 1e30)
     with pytest.raises(FloatingPointError, match="information of weight overflows torch.float32"):
         estimate_fisher(model, [batch], lambda m, x: m(x).squeeze(1), candidates)
+
+
+def test_images_do_not_meet_in_batch_norms_and_their_statistics_stay():
+    torch.manual_seed(0)
+    linear, norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+    model = nn.Sequential(linear, norm)
+    candidates = [Candidate("0.weight", "FFN", 0, linear.weight, slice(0, 4), 12)]
+
+    def loss(model, batch):
+        return model(batch).square().sum(1)
+
+    batch, buffers = torch.randn(5, 3), [buffer.clone() for buffer in model.buffers()]
+    estimate = estimate_fisher(model, [batch], loss, candidates)
+    assert norm.training
+    assert all(map(torch.equal, model.buffers(), buffers))
+    # As initialised, in eval mode: y / sqrt(1 + eps), so dL/dw = 2 y x / (1 + eps).
+    gradients = 2 * linear(batch)[:, :, None] * batch[:, None] / (1 + norm.eps)
+    torch.testing.assert_close(estimate["0.weight"], gradients.square().mean(0))

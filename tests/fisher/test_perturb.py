@@ -1,4 +1,5 @@
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -99,3 +100,12 @@ def test_refuses():
     with pytest.raises(RuntimeError, match="nothing to replay"):
         with StatisticsPerturbation([nn.Identity()]).replaying(0):
             pass
+
+
+def test_of_a_vit_the_patch_embedding_and_three_blocks_without_the_prefix():
+    vit = timm.create_model("test_vit", reg_tokens=2, num_classes=0)
+    perturb = StatisticsPerturbation.of_vit(vit, strength=0.5)
+    assert perturb.points == [vit.patch_embed, vit.blocks[1], vit.blocks[2], vit.blocks[3]]
+    assert (perturb.num_prefix_tokens, perturb.strength) == (3, 0.5)
+    with pytest.raises(ValueError, match="Linear has no patch_embed or no blocks: say where"):
+        StatisticsPerturbation.of_vit(nn.Linear(2, 2))
