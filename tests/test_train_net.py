@@ -151,8 +151,16 @@ def _without_detectron2(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_without_detectron2_the_import_says_how_to_get_it():
-    run = _without_detectron2("from fishertune_d2 import add_fishertune_config")
+@pytest.mark.parametrize(
+    ("room", "name"),
+    [
+        ("fishertune_d2", "apply_fishertune"),
+        ("fishertune_d2", "engine"),
+        ("fishertune_d2.tuning", "build_tuning_method"),
+    ],
+)
+def test_without_detectron2_the_import_says_how_to_get_it(room, name):
+    run = _without_detectron2(f"from {room} import {name}")
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: FisherTune needs Detectron2, which is not installed: run")

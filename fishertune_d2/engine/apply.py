@@ -207,12 +207,12 @@ def loss_of_one_image(model: nn.Module, batch: Sequence) -> Tensor:
 
 def _find_backbone(model: nn.Module, name: str | None) -> nn.Module:
     modules = dict(model.named_modules())
-    for candidate in ("backbone.net", "backbone") if name is None else (name,):
-        if candidate in modules:
-            return modules[candidate]
+    for path in ("backbone.net", "backbone") if name is None else (name,):
+        if path in modules:
+            return modules[path]
     raise ValueError(
         f"{type(model).__name__} has no submodule {name or 'backbone'!r}: pass backbone=, the name "
-        f"of one; it has {', '.join(name for name, _ in model.named_children())}"
+        f"of one; it has {', '.join(child for child, _ in model.named_children())}"
     )
 
 
