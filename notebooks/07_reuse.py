@@ -200,7 +200,7 @@ display(Image(filename=draw_run(output.name), width=760))
 
 # %% [markdown]
 # This ViT began at random, where attention is nearly even over the patches, so queries and keys
-# hardly matter. The map of a pretrained one is another: tutorial 5 draws it.
+# hardly matter. The map of a pretrained one is another: tutorial 1 draws it.
 
 # %% [markdown]
 # ## Why a zero gradient is not enough

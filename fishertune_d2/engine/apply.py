@@ -99,6 +99,7 @@ def apply_fishertune(
     if perturb is None:
         path = candidates[0].name.partition("blocks.")[0].rstrip(".")
         perturb = StatisticsPerturbation.of_vit(vit.get_submodule(path))
+    Path(output_dir).mkdir(parents=True, exist_ok=True)  # fails now, not after the warm-up
 
     def estimate() -> FisherEstimate:
         # Models write into the storage on top, and the run's metrics must not show these passes.

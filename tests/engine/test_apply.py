@@ -86,7 +86,7 @@ def test_the_backbone_stands_still_then_ever_more_of_the_selected_moves(tmp_path
     trainer, weights = _trainer(), _Weights()
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.register_hooks([weights])
-    estimation = _apply(trainer, tmp_path)
+    estimation = _apply(trainer, tmp_path / "a new" / "folder")
     assert estimation.selection is None
     trainer.train(0, STEPS)
     counts = []
