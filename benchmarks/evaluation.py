@@ -58,7 +58,7 @@ CALLS: tuple[tuple[object, str, str], ...] = (
     (segmentor.VFMSegmentor, "forward", MODEL),
     (segmentor, "sliding_average", "windows"),
     (mapper, "read_image", "read the image"),
-    (mapper, "_fit_into", "resize the image"),
+    (mapper, "fit_into", "resize the image"),
     (DomainGeneralizationEvaluator, "process", EVALUATE),
     (evaluator, "read_label", "read the label"),
     (evaluator, "confusion_matrix", "count pixels"),

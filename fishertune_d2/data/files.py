@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fishertune_d2.data.labels import FIRST_CHANNEL_MAPS, LABEL_MAPS, UNKNOWN_ID
 
@@ -22,14 +22,14 @@ class DatasetError(RuntimeError):
     """Data that cannot be used as they are; the message names the file and the remedy."""
 
 
-def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
-    """Reads an image as it is stored.
-
-    An orientation tag is not applied: label files carry none, and they fit the stored pixels.
+def read_image(path: str | Path, image_format: str = "RGB", *, upright: bool = False) -> np.ndarray:
+    """Reads an image as it is stored, or upright.
 
     Args:
         path: the file.
         image_format: order of the channels, "RGB" or "BGR".
+        upright: turn the image as its orientation tag says. Not where it has a label: label files
+            carry no tag, and fit the stored pixels.
 
     Returns:
         (H, W, 3) uint8.
@@ -39,7 +39,8 @@ def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            return convert_PIL_to_numpy(image, image_format)
+            shown = ImageOps.exif_transpose(image) if upright else image
+            return convert_PIL_to_numpy(shown, image_format)
     except _BROKEN as error:
         raise _unreadable(path, error) from error
 

@@ -153,7 +153,7 @@ class SegmentationMapper:
             image, label = self._pad(image, label)
         return {
             **dataset_dict,
-            "image": _to_tensor(image),
+            "image": to_tensor(image),
             "sem_seg": torch.from_numpy(label.astype(np.int64)),
         }
 
@@ -163,7 +163,7 @@ class SegmentationMapper:
         halve = item.get("halve_label", False) and not self.native_labels
         parts = 2 if halve else 1
         return {
-            "image": _to_tensor(image if size is None else _fit_into(image, size)),
+            "image": to_tensor(image if size is None else fit_into(image, size)),
             "test_size": size,
             "halve_label": halve,
             "height": item["height"] // parts,
@@ -181,12 +181,12 @@ class SegmentationMapper:
         return padded, padded_label
 
 
-def _fit_into(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes (H, W, 3) to the largest size of the same ratio inside ``size``, (width, height)."""
+def fit_into(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes (H, W, 3) uint8 to the largest size of its ratio inside ``size``, (width, height)."""
     resize = T.ResizeShortestEdge(min(size), max(size))
     return resize.get_transform(image).apply_image(image)
 
 
-def _to_tensor(image: np.ndarray) -> torch.Tensor:
+def to_tensor(image: np.ndarray) -> torch.Tensor:
     """(H, W, 3) array to (3, H, W) tensor; flips leave negative strides, which torch refuses."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -1,5 +1,6 @@
 """Side-by-side pictures: image, label, prediction, and the names of the colours."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fishertune_d2.data.labels import IGNORE_LABEL, LabelSpace
 
-_LINE = 20  # height of a line of the legend, in pixels
+_TEXT = 13  # size of the legend's names, in pixels
 _MAX_HEIGHT = 512  # of a panel; larger images are scaled down
 
 
@@ -45,7 +46,7 @@ def draw_comparison(
         # Nearest: a mixture of two classes' colours could be the colour of a third.
         shown = shown.resize((width, _MAX_HEIGHT), Image.Resampling.NEAREST)
     present = np.union1d(label, prediction)
-    legend = _legend([k for k in present.tolist() if k != IGNORE_LABEL], space, shown.width)
+    legend = draw_legend(present.tolist(), space, shown.width)
     picture = Image.new("RGB", (shown.width, shown.height + legend.height), "white")
     picture.paste(shown, (0, 0))
     picture.paste(legend, (0, shown.height))
@@ -53,19 +54,34 @@ def draw_comparison(
     picture.save(path)
 
 
-def _legend(classes: list[int], space: LabelSpace, width: int) -> Image.Image:
-    """Draws a coloured square and a name for each class, in as many lines as needed."""
-    font = ImageFont.load_default(size=13)
-    places, x, y = [], 4, 0
+def draw_legend(
+    classes: Sequence[int], space: LabelSpace, width: int, text: int = _TEXT
+) -> Image.Image:
+    """Draws a coloured square and a name for each class, in as many lines as needed.
+
+    Args:
+        classes: of ``space``; ``IGNORE_LABEL`` is left out.
+        space: names and colours of the classes.
+        width: of the picture, in pixels.
+        text: size of the names, in pixels.
+    """
+    font = ImageFont.load_default(size=text)
+    square, gap, line = text - 1, text // 3, round(1.5 * text)
+    places, x, y = [], gap, 0
     for k in classes:
-        step = int(font.getlength(space.classes[k])) + 32
-        if x + step > width and x > 4:
-            x, y = 4, y + _LINE
+        if k == IGNORE_LABEL:
+            continue
+        step = round(font.getlength(space.classes[k])) + square + 5 * gap
+        if x + step > width and x > gap:
+            x, y = gap, y + line
         places.append((k, x, y))
         x += step
-    legend = Image.new("RGB", (width, y + _LINE), "white")
+    legend = Image.new("RGB", (width, y + line), "white")
     draw = ImageDraw.Draw(legend)
     for k, x, y in places:
-        draw.rectangle((x, y + 4, x + 12, y + 16), fill=space.colors[k], outline="black")
-        draw.text((x + 17, y + 2), space.classes[k], fill="black", font=font)
+        middle = y + line / 2
+        box = (x, middle - square / 2, x + square, middle + square / 2)
+        draw.rectangle(box, fill=space.colors[k], outline="black")
+        name = (x + square + gap, middle)
+        draw.text(name, space.classes[k], fill="black", font=font, anchor="lm")
     return legend

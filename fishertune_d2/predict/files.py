@@ -1,0 +1,189 @@
+"""Images and videos: which to read, where the pictures of them go, and drawing them."""
+
+from collections.abc import Callable, Sequence
+from glob import glob
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fishertune_d2.data.files import read_image
+
+from .pictures import draw_prediction
+from .predictor import Predictor
+
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
+
+
+class InputError(ValueError):
+    """Inputs that cannot be drawn as they are; the message names the file and the remedy."""
+
+
+def find_inputs(names: Sequence[str]) -> list[Path]:
+    """Finds the images and videos that a person names.
+
+    Args:
+        names: files, folders (of which all images and videos are taken, not those in folders
+            inside), or patterns such as "night/*.png".
+
+    Returns:
+        Files in the order given, within a folder or pattern by name.
+
+    Raises:
+        InputError: if a name leads to nothing, or to a file that is neither.
+    """
+    files: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if _is_readable(p) and p.is_file())
+            if not found:
+                raise InputError(
+                    f"--input {name}: there is no image or video in this folder (none ends in "
+                    f"{', '.join((*IMAGES, *VIDEOS))}; folders inside are not searched)"
+                )
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(Path(match) for match in glob(name, recursive=True))
+            if not found:
+                raise InputError(
+                    f"--input {name}: there is no such file or folder, and as a pattern it "
+                    "matches none"
+                )
+        files += found
+    for file in files:
+        if not _is_readable(file):
+            raise InputError(
+                f"--input {file}: by its name neither an image ({', '.join(IMAGES)}) nor a video "
+                f"({', '.join(VIDEOS)})"
+            )
+    return files
+
+
+def name_outputs(inputs: Sequence[Path], output: str | Path) -> list[Path]:
+    """Says where the picture of each input goes.
+
+    Args:
+        inputs: images and videos.
+        output: the file to write, if there is one input and this has an ending (.mp4 of a video);
+            else a folder, in which pictures get the inputs' names, as .png or .mp4.
+
+    Raises:
+        InputError: if two pictures would go to one file, or one to an input's place.
+    """
+    output = Path(output)
+    if output.suffix and not output.is_dir():
+        if len(inputs) > 1:
+            raise InputError(
+                f"--output {output} is one file, for {len(inputs)} inputs: name a folder"
+            )
+        allowed = (".mp4",) if is_video(inputs[0]) else IMAGES
+        if output.suffix.lower() not in allowed:
+            raise InputError(
+                f"--output {output}: the picture of {inputs[0]} is written as {', '.join(allowed)}"
+            )
+        targets = [output]
+    else:
+        targets = [output / f"{p.stem}{'.mp4' if is_video(p) else '.png'}" for p in inputs]
+    owners: dict[Path, Path] = {}
+    read = {path.resolve() for path in inputs}
+    for source, target in zip(inputs, targets, strict=True):
+        if target.resolve() in read:
+            raise InputError(f"{target} would replace an input: choose another --output")
+        if target in owners:
+            raise InputError(
+                f"the pictures of {owners[target]} and {source} would both go to {target}: draw "
+                "them one after the other, to two folders"
+            )
+        owners[target] = source
+    return targets
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video by its name."""
+    return path.suffix.lower() in VIDEOS
+
+
+def draw_file(
+    predictor: Predictor, source: Path, target: Path, *, confidence: bool = False
+) -> None:
+    """Predicts an image, or a video frame by frame, and writes the picture.
+
+    Below an image stand the names of the classes that occur in it, below a video those of all
+    classes, so that its frames are of one size and the names stay where they are.
+
+    Args:
+        predictor: the model.
+        source: an image or a video.
+        target: the file to write; its folder is made.
+        confidence: see :func:`draw_prediction`.
+
+    Raises:
+        DatasetError: if the image cannot be read.
+        InputError: if the video cannot be read or written.
+    """
+    every_class = range(len(predictor.space.classes)) if is_video(source) else None
+
+    def draw(image: np.ndarray) -> np.ndarray:
+        return draw_prediction(
+            image, predictor(image), predictor.space, confidence=confidence, legend=every_class
+        )
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_video(source):
+        _draw_video(source, target, draw)
+    else:
+        Image.fromarray(draw(read_image(source, upright=True))).save(target)
+
+
+def _draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Draws each frame, at the source's rate; sound is left out."""
+    video = cv2.VideoCapture(str(source))
+    rate = video.get(cv2.CAP_PROP_FPS) or 25.0  # some files do not say
+    frames = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0)  # a guess of the file's header
+    writer, done = None, 0
+    try:
+        with tqdm(total=frames or None, desc=source.name, unit="frame", leave=None) as progress:
+            while True:
+                read, frame = video.read()
+                if not read:
+                    break
+                picture = _even(draw(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))
+                if writer is None:
+                    size = picture.shape[1::-1]
+                    writer = cv2.VideoWriter(
+                        str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, size
+                    )
+                    if not writer.isOpened():
+                        raise InputError(
+                            f"{target} cannot be written as a video of {size[0]} x {size[1]}: is "
+                            "there room, and may you write there?"
+                        )
+                writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+                done += 1
+                progress.update()
+    finally:
+        video.release()
+        if writer is not None:
+            writer.release()
+    if not done:
+        raise InputError(
+            f"{source}: OpenCV reads no frame of it. Copy it again, or convert it first: "
+            f"ffmpeg -i {source.name} -pix_fmt yuv420p converted.mp4"
+        )
+
+
+def _even(picture: np.ndarray) -> np.ndarray:
+    """Adds a white row or column where the size is odd: MPEG-4 codes colours in pairs of pixels."""
+    height, width = picture.shape[:2]
+    if height % 2 == width % 2 == 0:
+        return picture
+    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
+
+
+def _is_readable(path: Path) -> bool:
+    return path.suffix.lower() in (*IMAGES, *VIDEOS) and not path.name.startswith(".")

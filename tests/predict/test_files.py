@@ -1,0 +1,152 @@
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from fishertune_d2.data import DatasetError
+from fishertune_d2.predict import InputError, Predictor, draw_file, find_inputs, name_outputs
+from fishertune_d2.predict.predictor import read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _touch(folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def _write_video(path: Path, frames: int, size: tuple[int, int], rate: float = 5.0) -> None:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+    for k in range(frames):
+        writer.write(np.full((*size[::-1], 3), 40 * k, np.uint8))
+    writer.release()
+
+
+def _read_video(path: Path) -> tuple[list[np.ndarray], float]:
+    video, frames = cv2.VideoCapture(str(path)), []
+    while True:
+        read, frame = video.read()
+        if not read:
+            return frames, video.get(cv2.CAP_PROP_FPS)
+        frames.append(frame)
+
+
+@pytest.fixture
+def predictor(make_run, town) -> Predictor:
+    return Predictor(read_run(f"{make_run().OUTPUT_DIR}/config.yaml"))
+
+
+def test_files_folders_and_patterns(tmp_path):
+    _touch(tmp_path / "a", "2.PNG", "1.jpg", "drive.mp4", "notes.txt", "._1.jpg")
+    _touch(tmp_path / "b", "[1].png", "1.png", "2.png")
+    found = find_inputs([f"{tmp_path}/b/[1].png", f"{tmp_path}/a", f"{tmp_path}/b/?.png"])
+    assert [str(path.relative_to(tmp_path)) for path in found] == [
+        "b/[1].png", "a/1.jpg", "a/2.PNG", "a/drive.mp4", "b/1.png", "b/2.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("gone.png", "gone.png: there is no such file or folder, and as a pattern it matches none"),
+        ("a/*.jpg", "matches none"),
+        ("a", "no image or video in this folder"),
+        ("a/notes.txt", "neither an image .* nor a video"),
+    ],
+)
+def test_inputs_that_lead_nowhere(tmp_path, name, message):
+    _touch(tmp_path / "a", "notes.txt")
+    with pytest.raises(InputError, match=message):
+        find_inputs([f"{tmp_path}/{name}"])
+
+
+def test_one_input_to_a_file_several_to_a_folder():
+    image, video = Path("in/a.jpg"), Path("in/b.mov")
+    assert name_outputs([image], "seen.webp") == [Path("seen.webp")]
+    assert name_outputs([image], "seen") == [Path("seen/a.png")]
+    assert name_outputs([video], "seen.mp4") == [Path("seen.mp4")]
+    assert name_outputs([image, video], "seen") == [Path("seen/a.png"), Path("seen/b.mp4")]
+
+
+@pytest.mark.parametrize(
+    "inputs, output, message",
+    [
+        (["a.png", "b.png"], "seen.png", "one file, for 2 inputs: name a folder"),
+        (["a.mp4"], "seen.png", "a.mp4 is written as .mp4"),
+        (["a.png"], "seen.mp4", "a.png is written as .bmp"),
+        (["in/a.png"], "in", "would replace an input"),
+        (["x/a.png", "y/a.jpg"], "seen", "x/a.png and y/a.jpg would both go to seen/a.png"),
+    ],
+)
+def test_no_picture_is_lost(inputs, output, message):
+    with pytest.raises(InputError, match=message):
+        name_outputs([Path(name) for name in inputs], output)
+
+
+def test_an_image_lies_as_its_camera_was_held(predictor, image, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
+    draw_file(predictor, tmp_path / "a.png", tmp_path / "new/seen.png")
+    assert Image.open(tmp_path / "new/seen.png").width == 40  # the image is 56 wide as stored
+
+
+@pytest.mark.parametrize("size", [(64, 48), (63, 47)])
+def test_a_video_has_as_many_frames_of_one_size(predictor, tmp_path, size):
+    _write_video(tmp_path / "drive.avi", 4, size)
+    draw_file(predictor, tmp_path / "drive.avi", tmp_path / "seen.mp4", confidence=True)
+    before, after = _read_video(tmp_path / "drive.avi"), _read_video(tmp_path / "seen.mp4")
+    assert len(after[0]) == len(before[0]) == 4
+    assert after[1] == before[1] == 5.0
+    height, width = before[0][0].shape[:2]
+    assert {frame.shape[1] for frame in after[0]} == {2 * width}
+    assert all(frame.shape[0] > height for frame in after[0])  # the legend
+    assert np.abs(after[0][0][:height].astype(int) - after[0][3][:height]).max() > 20
+
+
+@pytest.mark.parametrize("content", [b"", b"no video"])
+def test_a_video_that_cannot_be_read(predictor, tmp_path, content):
+    (tmp_path / "drive.mp4").write_bytes(content)
+    with pytest.raises(InputError, match="drive.mp4: OpenCV reads no frame of it.*ffmpeg -i"):
+        draw_file(predictor, tmp_path / "drive.mp4", tmp_path / "seen.mp4")
+    assert not (tmp_path / "seen.mp4").exists()
+
+
+def test_an_image_that_cannot_be_read(predictor, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match="a.png: cannot be read"):
+        draw_file(predictor, tmp_path / "a.png", tmp_path / "seen.png")
+
+
+def test_the_command(make_run, town, tmp_path):
+    config = f"{make_run('moved').OUTPUT_DIR}/config.yaml"
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.zeros((40, 56, 3), np.uint8)).save(tmp_path / "in/a.jpg")
+    _write_video(tmp_path / "drive.mp4", 2, (64, 48))
+    run = subprocess.run(
+        [
+            *(sys.executable, "demo.py", "--config-file", config),
+            *("--input", f"{tmp_path}/in", f"{tmp_path}/*.mp4", "--output", f"{tmp_path}/seen"),
+            *("--confidence", "--opts", "MODEL.DEVICE", "cpu"),
+        ],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert Image.open(tmp_path / "seen/a.png").width == 2 * 56
+    assert len(_read_video(tmp_path / "seen/drive.mp4")[0]) == 2
+    assert "keeps its random" not in run.stdout + run.stderr  # no weight does
+
+
+def test_the_command_says_what_is_wrong(monkeypatch):
+    # It would change the loggers of the tests to come.
+    monkeypatch.setattr("detectron2.utils.logger.setup_logger", lambda **_: None)
+    monkeypatch.setattr("sys.argv", "demo.py --config-file x --input gone --output seen".split())
+    with pytest.raises(SystemExit, match="^error: --input gone: there is no such file or folder"):
+        runpy.run_path(str(ROOT / "demo.py"), run_name="__main__")
