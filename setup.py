@@ -23,6 +23,7 @@ setup(
     package_data={
         "fishertune_d2.bench": ["paper.csv"],
         "fishertune_d2.configs": ["**/*.yaml"],
+        "fishertune_d2.report": ["page.html"],
     },
     install_requires=[
         "torch>=2.6",  # before, a file could get round torch.load(weights_only=True)
@@ -41,6 +42,8 @@ setup(
         "pycocotools",  # Detectron2 imports it
         "matplotlib",
         "tabulate",
+        "jinja2",  # the report's page, escaped; torch brings it along
+        "PyYAML",  # the report reads configs with keys of any version
         "tensorboard",
         "tqdm",
     ],

@@ -146,7 +146,7 @@ def test_the_command(make_run, town, tmp_path):
 
 def test_the_command_says_what_is_wrong(monkeypatch):
     # It would change the loggers of the tests to come.
-    monkeypatch.setattr("detectron2.utils.logger.setup_logger", lambda **_: None)
+    monkeypatch.setattr("fishertune_d2.predict.__main__.setup_logger", lambda **_: None)
     monkeypatch.setattr("sys.argv", "demo.py --config-file x --input gone --output seen".split())
     with pytest.raises(SystemExit, match="^error: --input gone: there is no such file or folder"):
         runpy.run_path(str(ROOT / "demo.py"), run_name="__main__")

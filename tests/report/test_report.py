@@ -1,0 +1,335 @@
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from PIL import Image
+
+from fishertune_d2 import add_fishertune_config
+from fishertune_d2.fisher import FisherEstimate, Selection
+from fishertune_d2.report import Run, RunError, write_report
+from fishertune_d2.report.__main__ import main
+from fishertune_d2.report.figures import draw_curves
+
+DAY, NIGHT = "town_day", "town_night"
+RESULTS = {
+    "source": {DAY: 61.234},
+    "targets": {NIGHT: 40.5},
+    "target_average": 40.5,
+    "per_class": {DAY: {"road": 90.0, "sky": 32.468}, NIGHT: {"road": 40.5}},
+    "protocol": {
+        "mode": "slide",
+        "crop": [512, 512],
+        "commit": "0123abc",
+        "halved_labels": [],
+        "test_size": {DAY: [1024, 512], NIGHT: None},
+        "classes": {DAY: ["road", "sky"], NIGHT: ["road", "sky"]},
+    },
+    "tuned_parameters": 1_500_000,
+    "backbone_parameters": 30_000_000,
+}
+LOG = """[11/21] detectron2 INFO: Environment info:
+-----------  ---------
+Python       3.11.7 (main, May  9 2026) [GCC]
+PyTorch      2.15.0 @/home/someone/torch
+Compiler     c++
+-----------  ---------
+PyTorch built with: nothing
+"""
+
+
+class _Page(HTMLParser):
+    """What a browser finds in a page: tags, attributes, text."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags, self.attributes, self.texts = Counter(), [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.texts.append(" ".join(data.split()))
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def _metrics(*iterations: int, **numbers: float) -> str:
+    lines = [
+        {"iteration": i, "total_loss": 9.0, "loss_ce": 1.0, "lr": 1e-4, **numbers}
+        for i in iterations
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _write_run(folder: Path, results: dict | None = RESULTS, **options) -> Path:
+    """A run of 40 iterations, 20 of them warm-up, as train_net.py leaves it."""
+    folder.mkdir()
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    tested = tuple(results["protocol"]["classes"]) if results else (DAY, NIGHT)
+    options = {
+        "DATASETS.TRAIN": (DAY,),
+        "DATASETS.TEST": tested,
+        "SOLVER.MAX_ITER": 40,
+        "TUNING.WARMUP_ITERS": 20,
+    } | options
+    for key, value in options.items():
+        cfg.merge_from_list([key, value])
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "log.txt").write_text(LOG)
+    (folder / "metrics.json").write_text(_metrics(19, 39))
+    if results is not None:
+        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "pictures").mkdir()
+        for name in tested:
+            for k in range(3):
+                Image.new("RGB", (90, 30), (0, 90, 0)).save(folder / "pictures" / f"{name}_{k}.png")
+    return folder
+
+
+def _add_fisher(folder: Path) -> None:
+    torch.manual_seed(0)
+    names = [f"blocks.{k}.attn.qkv.weight" for k in range(2)]
+    f, shifted = ({name: torch.rand(12, 4) for name in names} for _ in range(2))
+    FisherEstimate(f, shifted, 0.5, 4).save(folder / "fisher.safetensors")
+    Selection.from_scores(f, 0.25, 96).save(folder / "selection.safetensors")
+
+
+def _report(folder: Path) -> _Page:
+    path = folder / "report.html"
+    write_report(Run.read(folder), path)
+    return _Page(path)
+
+
+def test_a_finished_run(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    _add_fisher(folder)
+    page = _report(folder)
+    assert (
+        "fishertune on dinov2_vitl: mIoU 61.23 on the source, 40.50 on the unseen domain; 1.50 M "
+        "weights tuned, as many as 5.0 % of the backbone's 30.00 M."
+    ) in page.text
+    assert "source town_day unseen town_night mIoU 61.23 40.50 road 90.00 40.50 sky 32.47 –" in (
+        page.text
+    )
+    for part in ("Loss, and its parts", "Learning rate", "Sensitivity", "Selection"):
+        assert part in page.text
+    assert "crop 512, 512" in page.text and "commit 0123abc" in page.text
+    assert "test size, town_day 1024 x 512 test size, town_night as stored" in page.text
+    assert "Python 3.11.7 PyTorch 2.15.0" in page.text and "someone" not in page.text
+    assert "Unfinished" not in page.text and "Not drawn" not in page.text
+    assert page.tags["img"] == 2 * 3 + 2 + 2  # pictures, curves, maps
+
+
+def test_the_page_needs_no_other_file(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    _add_fisher(folder)
+    page = _report(folder)
+    assert not page.tags.keys() & {"script", "link", "iframe", "object", "base", "form", "a"}
+    sources = [value for name, value in page.attributes if name == "src"]
+    assert sources and all(value.startswith("data:image/") for value in sources)
+    assert not {name for name, _ in page.attributes if name in ("href", "srcset", "data")}
+    style = (folder / "report.html").read_text().split("</style>")[0]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_names_are_text_whatever_they_hold(tmp_path):
+    data_set, label = "<script>alert(1)<script>", '"><img src=x onerror="alert(2)">$\\frac$'
+    results = {
+        **RESULTS,
+        "source": {data_set: 50.0},
+        "targets": {},
+        "target_average": None,
+        "per_class": {data_set: {label: 50.0}},
+        "protocol": {"commit": "{{ 7 * 7 }}", "classes": {data_set: [label]}},
+    }
+    folder = _write_run(tmp_path / "<b>$x^ & y$", results, **{"TUNING.METHOD": "<i>full"})
+    numbers = {f"{data_set}/sem_seg/mIoU": 40.0}
+    (folder / "metrics.json").write_text(_metrics(19, 39, **numbers))
+    (folder / "log.txt").write_text(LOG.replace("3.11.7", "<u>3.11.7"))
+    _add_fisher(folder)
+    page = _report(folder)
+    assert not page.tags.keys() & {"script", "b", "i", "u"}
+    assert page.tags["img"] == 3 + 3 + 2
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    for name in (data_set, label, folder.name, "<i>full", "<u>3.11.7", "{{ 7 * 7 }}"):
+        assert name in page.text
+    assert escape(label) not in page.text  # once, not twice
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "lora", "rein"])
+def test_without_a_selection_its_section_is_left_out(tmp_path, method):
+    tuned = 0 if method == "freeze" else 5_000
+    folder = _write_run(
+        tmp_path / "run", {**RESULTS, "tuned_parameters": tuned}, **{"TUNING.METHOD": method}
+    )
+    page = _report(folder)
+    assert "What was selected" not in page.text
+    assert ("no weight of the backbone's" in page.text) == (method == "freeze")
+
+
+def test_a_run_that_was_cut_off(tmp_path):
+    folder = _write_run(tmp_path / "run", None)
+    (folder / "metrics.json").write_text(_metrics(19, 29) + '{"iteration": 39, "total_')
+    page = _report(folder)
+    assert "Unfinished. The log ends after 30 of 40 iterations." in page.text
+    assert f"--config-file {folder}/config.yaml --resume" in page.text
+    assert "Scores" not in page.text and "Pictures" not in page.text
+    assert "mode slide class rule present seed 42" in page.text  # of the config
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    folder = _write_run(tmp_path / "run", None)
+    for name in ("metrics.json", "log.txt"):
+        (folder / name).unlink()
+    page = _report(folder)
+    assert "Unfinished. Nothing has been logged of the 40 iterations" in page.text
+    assert page.tags["img"] == 0 and "No log.txt says" in page.text
+
+
+def test_trained_and_not_scored_and_the_other_way_round(tmp_path):
+    trained = _write_run(tmp_path / "trained", None)
+    assert "Not scored." in _report(trained).text
+    assert f"--eval-only MODEL.WEIGHTS {trained}/model_final.pth" in _report(trained).text
+    scored = _write_run(tmp_path / "scored")
+    (scored / "metrics.json").unlink()
+    assert "An evaluation only." in _report(scored).text
+
+
+def test_of_a_resumed_iteration_the_later_numbers_count(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    lines = _metrics(9, 19, 29) + _metrics(19, 29, total_loss=8.0)
+    (folder / "metrics.json").write_text(lines)
+    assert Run.read(folder).series("total_loss") == [(9, 9.0), (19, 8.0), (29, 8.0)]
+
+
+def test_curves_are_drawn_of_what_was_logged(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    numbers = {"fisher/tuned_share": 0.05, "lr_backbone": 1e-5, f"{DAY}/sem_seg/mIoU": 50.0}
+    (folder / "metrics.json").write_text(_metrics(9, 19) + _metrics(29, 39, **numbers))
+    titles = [curve.title.split(",")[0] for curve in draw_curves(Run.read(folder))]
+    assert titles == [
+        "Loss",
+        "Learning rate",
+        "Share of the backbone that is tuned",
+        "mIoU during training",
+    ]
+    (folder / "metrics.json").write_text(_metrics(39, total_loss=float("nan")))
+    assert len(draw_curves(Run.read(folder))) == 2
+
+
+def test_pictures_are_those_of_their_data_set(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    for name in (f"{DAY}_extra_0", f"{DAY}_10", f"{DAY}_x"):
+        Image.new("RGB", (4000, 50)).save(folder / "pictures" / f"{name}.png")
+    names = [path.stem for path in Run.read(folder).pictures(DAY)]
+    assert names == [f"{DAY}_0", f"{DAY}_1", f"{DAY}_2", f"{DAY}_10"]
+    _report(folder)
+    assert len((folder / "report.html").read_text()) < 300_000
+
+
+def test_the_config_shows_what_differs_from_the_defaults(tmp_path):
+    run = Run.read(_write_run(tmp_path / "run", **{"FISHER.EPS": 1e-6}))
+    assert run.changed == {
+        "DATASETS.TRAIN": [DAY],
+        "DATASETS.TEST": [DAY, NIGHT],
+        "SOLVER.MAX_ITER": 40,
+        "TUNING.WARMUP_ITERS": 20,
+        "FISHER.EPS": 1e-6,
+    }
+
+
+def test_a_damaged_estimate_costs_its_map_alone(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    _add_fisher(folder)
+    (folder / "fisher.safetensors").write_bytes(b"no tensors")
+    page = _report(folder)
+    assert re.search("Not drawn: .*fisher.safetensors cannot be used", page.text)
+    assert page.tags["img"] == 2 * 3 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.yaml", None, "there is no .*config.yaml: name the OUTPUT_DIR of a run"),
+        ("config.yaml", "a: [", "config.yaml is no config of a run"),
+        ("config.yaml", "just text", "config.yaml is no config of a run"),
+        ("config.yaml", "SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER is 'many', no number"),
+        ("config.yaml", "x: !!python/object/apply:os.getcwd []", "is no config of a run"),
+        ("results.json", "{", "results.json is not what an evaluation writes .*--eval-only"),
+        ("results.json", '{"source": {"a": "b"}, "targets": {}}', "is not what an evaluation"),
+    ],
+)
+def test_files_that_are_not_of_a_run(tmp_path, capsys, file, content, message):
+    folder = _write_run(tmp_path / "run")
+    (folder / file).unlink() if content is None else (folder / file).write_text(content)
+    with pytest.raises(RunError, match=message):
+        Run.read(folder)
+    assert main([str(folder)]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (folder / "report.html").exists()
+
+
+def test_the_command(tmp_path, capsys):
+    folder = _write_run(tmp_path / "run")
+    assert main([str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/page.html: 0.")
+    assert main([str(folder), "--output", str(tmp_path / "no/page.html")]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+_MEASURE = """<!DOCTYPE html><iframe width="390" height="800" srcdoc="{page}"></iframe><script>
+addEventListener("load", () => {{
+  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+  const images = [...page.images];
+  document.body.innerHTML = "<p id=found>" + JSON.stringify({{
+    width: root.clientWidth, needed: root.scrollWidth, images: images.length,
+    shown: images.filter((image) => image.complete && image.naturalWidth).length,
+    scrolled: page.querySelector("table").parentElement.scrollWidth,
+  }}) + "</p>";
+}});
+</script>"""
+
+
+def test_on_a_phone_in_a_real_browser(tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs a browser: neither chromium nor google-chrome is on the PATH")
+    domains = [DAY, NIGHT, *(f"a_data_set_with_a_rather_long_name_{k}" for k in range(5))]
+    results = {
+        **RESULTS,
+        "targets": {name: 40.5 for name in domains[1:]},
+        "per_class": {name: {"road": 40.5} for name in domains},
+        "protocol": {"classes": {name: ["road"] for name in domains}, "commit": "0" * 200},
+    }
+    folder = _write_run(tmp_path / ("run" + "n" * 80), results)
+    _add_fisher(folder)
+    _report(folder)
+    page = escape((folder / "report.html").read_text(encoding="utf-8"))
+    (tmp_path / "measure.html").write_text(_MEASURE.format(page=page), encoding="utf-8")
+    run = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+            (tmp_path / "measure.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads(re.search(r"<p id=\"found\">(.*?)</p>", run.stdout)[1])
+    assert 370 < found["width"] <= 390
+    assert found["needed"] <= found["width"]
+    assert found["scrolled"] > 390  # the table does, within its frame
+    assert found["shown"] == found["images"] == 7 * 3 + 2 + 2
+    assert "CONSOLE" not in run.stderr
