@@ -2,13 +2,16 @@
 PYTHON ?= python3
 export PYTHON
 
-.PHONY: demo test lint docs setup clean
+.PHONY: demo test notebooks lint docs setup clean
 
 demo: .venv/ready
 	.venv/bin/python train_net.py --config-file configs/demo.yaml
 
 test: .venv/ready
 	.venv/bin/python -m pytest
+
+notebooks: .venv/ready
+	.venv/bin/python tools/run_notebooks.py
 
 lint: .venv/ready
 	.venv/bin/ruff check .

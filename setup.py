@@ -50,6 +50,7 @@ setup(
     extras_require={
         "baselines": ["peft>=0.21"],  # LoRA and its kin, to compare with
         "slurm": ["submitit"],  # the bench's --submitit
+        "notebooks": ["jupyter", "jupytext", "nbclient", "scikit-learn"],
         "dev": ["pytest", "hypothesis", "torchmetrics", "ruff", "pdoc", "peft>=0.21"],
     },
 )

@@ -19,7 +19,7 @@ then
     own=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     here=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "import site; site.addsitedir('$own')" >"$here/own_detectron2.pth"
-    .venv/bin/python -m pip install --quiet -e '.[dev]'
+    .venv/bin/python -m pip install --quiet -e '.[dev,notebooks]'
 else
     echo "Setting up .venv (torch and its libraries take several GB, once)"
     "$python" -m venv .venv

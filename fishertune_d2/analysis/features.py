@@ -1,0 +1,92 @@
+"""A segmentor's patch features of a data set's images, and pictures of them.
+
+Shapes: D channels, (h, w) patches.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from fishertune_d2.data import SegmentationMapper, load_datasets
+
+
+def read_images(cfg: CfgNode, name: str, count: int) -> list[dict]:
+    """Reads images as they are tested, evenly spread over a data set.
+
+    Args:
+        cfg: INPUT and TEST are read.
+        name: a registered data set.
+        count: how many; all if it has fewer.
+
+    Returns:
+        What the segmentor takes; ``image`` is (3, H, W) uint8.
+    """
+    items, mapper = load_datasets([name]), SegmentationMapper(cfg, is_train=False)
+    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [mapper(items[i]) for i in chosen]
+
+
+@torch.no_grad()
+def patch_features(model: nn.Module, images: Sequence[dict], block: int = -1) -> list[Tensor]:
+    """The output of one of the backbone's blocks at each patch.
+
+    Args:
+        model: a ``VFMSegmentor``.
+        images: dicts with ``image`` (3, H, W), 0 .. 255; sizes may differ.
+        block: its index; -1 is the last.
+
+    Returns:
+        For each image (h, w, D), without class token and registers.
+    """
+    backbone, kept = model.backbone, []
+    hook = backbone.vit.blocks[block].register_forward_hook(
+        lambda module, inputs, output: kept.append(output)
+    )
+    maps = []
+    try:
+        for image in (item["image"].to(model.device) for item in images):
+            backbone(((image - model.pixel_mean) / model.pixel_std)[None])
+            height, width = (ceil(side / backbone.patch_size) for side in image.shape[-2:])
+            tokens = kept.pop()
+            if tokens.dim() == 3:  # SAM's blocks keep the map
+                tokens = tokens[:, backbone.num_prefix_tokens :]
+            maps.append(tokens.reshape(height, width, -1))
+    finally:
+        hook.remove()
+    return maps
+
+
+def pca_pictures(maps: Sequence[Tensor]) -> list[np.ndarray]:
+    """The three directions in which features differ most, as red, green and blue.
+
+    The directions are those of all maps together, so that a colour means the same in each.
+
+    Args:
+        maps: (h, w, D) each; h and w may differ.
+
+    Returns:
+        For each (h, w, 3) float in 0..1. A direction's colour runs from its 1st to its 99th
+        percentile. Its sign has no meaning.
+
+    Raises:
+        ValueError: if there are fewer than three patches or channels.
+    """
+    patches = torch.cat([features.flatten(0, 1) for features in maps]).double().cpu().numpy()
+    if min(patches.shape) < 3:
+        raise ValueError(
+            f"{patches.shape[0]} patches of {patches.shape[1]} channels have no three directions"
+        )
+    patches = patches - patches.mean(axis=0)
+    directions = np.linalg.eigh(patches.T @ patches)[1][:, :-4:-1]  # of the largest variance
+    values = patches @ directions
+    low, high = np.percentile(values, [1, 99], axis=0)
+    values = np.clip((values - low) / np.maximum(high - low, 1e-12), 0, 1)
+    ends = np.cumsum([features.shape[0] * features.shape[1] for features in maps])[:-1]
+    parts = np.split(values, ends)
+    return [
+        part.reshape(*features.shape[:2], 3) for part, features in zip(parts, maps, strict=True)
+    ]

@@ -1,0 +1,148 @@
+"""Every notebook: runs shortened, is paired, kept outputs are fit to be shown, copies no code."""
+
+import ast
+import base64
+import io
+import re
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import numpy as np
+import pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import run_notebooks  # noqa: E402
+
+MAX_BYTES = 1_000_000
+MAX_LINES = 10  # of a function or class in a cell
+# At least two folders deep, and not the end of a URL, a tag or a relative path.
+ABSOLUTE_PATH = re.compile(r"(?<![\w.~:/<])/(?:[\w.-]+/)+[\w.-]+")
+
+
+@pytest.fixture(params=run_notebooks.sources(), ids=lambda path: path.stem)
+def source(request) -> Path:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("notebooks")
+    variables = run_notebooks.quick_environment(folder)
+    return {**variables, "FISHERTUNE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+def _read_outputs(source: Path) -> nbformat.NotebookNode:
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+
+
+def _texts(notebook: nbformat.NotebookNode) -> str:
+    parts = []
+    for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
+        parts.append(output.get("text", ""))
+        parts += [text for kind, text in output.get("data", {}).items() if "image" not in kind]
+    return "\n".join(parts)
+
+
+def _long_definitions(notebook: nbformat.NotebookNode) -> list[str]:
+    found = []
+    for cell in (c for c in notebook.cells if c.cell_type == "code"):
+        code = "\n".join(
+            "" if line.startswith(("%", "!")) else line for line in cell.source.split("\n")
+        )
+        for node in ast.walk(ast.parse(code)):
+            named = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            if named and node.end_lineno - node.lineno >= MAX_LINES:
+                found.append(node.name)
+    return found
+
+
+def test_runs_shortened(source, environment, tmp_path):
+    # From a copy, so that what it writes does not mix with the runs of the notebooks in full.
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "notebooks").mkdir()
+    for file in run_notebooks.FOLDER.iterdir():
+        (tmp_path / "notebooks" / file.name).symlink_to(file)
+    notebook = run_notebooks.execute(tmp_path / "notebooks" / source.name, environment)
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_is_paired_with_its_outputs(source):
+    written, kept = jupytext.read(source), _read_outputs(source)
+    cells = [[(c.cell_type, c.source) for c in notebook.cells] for notebook in (written, kept)]
+    assert cells[0] == cells[1], f"run `python tools/run_notebooks.py {source.stem}`"
+
+
+def test_kept_outputs_are_whole_and_name_no_machine(source):
+    kept = _read_outputs(source)
+    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = {output.output_type for cell in code for output in cell.outputs}
+    assert kinds and "error" not in kinds
+    assert not ABSOLUTE_PATH.findall(_texts(kept))
+    assert source.with_suffix(".ipynb").stat().st_size < MAX_BYTES
+
+
+def test_copies_no_code(source):
+    assert not _long_definitions(jupytext.read(source))
+
+
+def test_ends_with_something_to_try(source):
+    headings = [
+        line for cell in jupytext.read(source).cells if cell.cell_type == "markdown"
+        for line in cell.source.split("\n") if line.startswith("## ")
+    ]  # fmt: skip
+    assert headings[-1] == "## Something to try"
+
+
+def test_the_guards_find_what_they_look_for():
+    long = "def copied():\n" + "    pass\n" * MAX_LINES
+    assert _long_definitions(new_notebook(cells=[new_code_cell(long)])) == ["copied"]
+    short = "%matplotlib inline\ndef short():\n" + "    pass\n" * (MAX_LINES - 1)
+    assert not _long_definitions(new_notebook(cells=[new_code_cell(short)]))
+    assert ABSOLUTE_PATH.findall("see /home/me/file.py, line 3") == ["/home/me/file.py"]
+    assert not ABSOLUTE_PATH.findall("../outputs/a/b.png https://a.org/b/c/d <b>x</b> 1/2 a / b")
+
+
+def test_names_choose_by_their_beginning(tmp_path, monkeypatch):
+    for name in ("01_a.py", "02_b.py", "02_c.py"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(run_notebooks, "FOLDER", tmp_path)
+    assert [path.name for path in run_notebooks.sources()] == ["01_a.py", "02_b.py", "02_c.py"]
+    assert [path.name for path in run_notebooks.sources(["02_b"])] == ["02_b.py"]
+    with pytest.raises(ValueError, match="'03'; there are 01_a, 02_b, 02_c"):
+        run_notebooks.sources(["03"])
+
+
+def test_a_failing_cell_is_an_error_with_its_traceback(tmp_path):
+    (tmp_path / "bad.py").write_text("# %%\nraise RuntimeError('this cell')\n")
+    with pytest.raises(CellExecutionError, match="this cell"):
+        run_notebooks.execute(tmp_path / "bad.py", {})
+
+
+def test_cleaning_drops_stderr_and_makes_pictures_small():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    before = base64.b64encode(file.getvalue()).decode()
+    outputs = [
+        new_output("stream", name="stderr", text="/home/me/x.py: UserWarning"),
+        new_output("stream", name="stdout", text="kept"),
+        new_output("display_data", data={"image/png": before}),
+    ]
+    notebook = new_notebook(cells=[new_code_cell("1", outputs=outputs)])
+    run_notebooks.clean(notebook)
+    text, picture = notebook.cells[0].outputs
+    assert text.text == "kept"
+    after = picture.data["image/png"]
+    assert len(after) < 0.5 * len(before)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(after))).convert("RGB"))
+    assert pixels.shape == noise.shape
+    # 256 colours: nearer to each pixel than any one colour could be.
+    assert np.abs(pixels.astype(int) - noise).mean() < 0.5 * np.abs(128 - noise.astype(int)).mean()

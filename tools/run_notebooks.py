@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""Executes the notebooks, and writes each with its outputs beside its source.
+
+python tools/run_notebooks.py                 # all of notebooks/*.py, in full
+python tools/run_notebooks.py 02_data 05      # those whose names begin so
+python tools/run_notebooks.py --quick         # shortened, as the tests do; nothing is written
+"""
+
+import argparse
+import base64
+import io
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jupytext
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fishertune_d2.data.streets.dataset import (  # noqa: E402 - the package need not be installed
+    DOMAINS,
+    write_streets,
+)
+
+FOLDER = ROOT / "notebooks"
+QUICK = "FISHERTUNE_NOTEBOOK_QUICK"
+
+
+def sources(names: Sequence[str] = ()) -> list[Path]:
+    """The notebooks' sources, in order.
+
+    Args:
+        names: how the names of those wanted begin; all without.
+
+    Raises:
+        ValueError: if a name fits none.
+    """
+    found = sorted(FOLDER.glob("*.py"))
+    for name in names:
+        if not any(path.name.startswith(name) for path in found):
+            raise ValueError(
+                f"no notebook begins with {name!r}; there are {', '.join(p.stem for p in found)}"
+            )
+    return [path for path in found if not names or path.name.startswith(tuple(names))]
+
+
+def quick_environment(folder: Path) -> dict[str, str]:
+    """What shortens the notebooks: the switch that they read, and a few small street scenes.
+
+    Args:
+        folder: where the scenes are drawn; must be empty.
+
+    Returns:
+        Environment variables.
+    """
+    counts = {("train", "day"): 4, **{("val", domain): 2 for domain in DOMAINS}}
+    write_streets(folder / "streets", progress=False, size=(128, 64), counts=counts)
+    return {QUICK: "1", "DETECTRON2_DATASETS": str(folder)}
+
+
+def execute(source: Path, environment: Mapping[str, str]) -> NotebookNode:
+    """Executes a notebook in a kernel of this Python, from the folder that it lies in.
+
+    Args:
+        source: in the percent format.
+        environment: variables beside those of this process.
+
+    Returns:
+        The notebook with its outputs.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: if a cell fails; with the traceback.
+    """
+    notebook = jupytext.read(source)
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(source.parent)}},
+    )
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    client.execute(env={**os.environ, QUICK: "", "PYTHONPATH": path, **environment})
+    return notebook
+
+
+def clean(notebook: NotebookNode) -> None:
+    """Leaves what is worth keeping, the same on every machine and small, in place.
+
+    What a cell wrote to stderr goes: progress bars and warnings with paths of this machine.
+    """
+    notebook.metadata.pop("language_info", None)
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number:02}"  # a random one would be a difference in every run
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if "image/png" in data:
+                data["image/png"] = small_png(data["image/png"])
+
+
+def small_png(encoded: str) -> str:
+    """A picture in 256 colours, if that is smaller; both in base64."""
+    before = base64.b64decode(encoded)
+    file = io.BytesIO()
+    Image.open(io.BytesIO(before)).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
+    return base64.b64encode(min(before, file.getvalue(), key=len)).decode()
+
+
+def _cpu_seconds() -> float:
+    """Of all kernels that have ended, and of their children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="how names begin; default: all")
+    parser.add_argument("--quick", action="store_true", help="shortened; nothing is written")
+    args = parser.parse_args()
+    try:
+        chosen = sources(args.names)
+    except ValueError as error:
+        parser.error(str(error))
+    with tempfile.TemporaryDirectory() as folder:
+        environment = quick_environment(Path(folder)) if args.quick else {}
+        for source in chosen:
+            start, cpu_start = time.monotonic(), _cpu_seconds()
+            notebook = execute(source, environment)
+            seconds, cpu = time.monotonic() - start, _cpu_seconds() - cpu_start
+            print(f"{source.stem}: {seconds:.0f} s, of which {cpu:.0f} s of a core", flush=True)
+            if not args.quick:
+                clean(notebook)
+                jupytext.write(notebook, source.with_suffix(".ipynb"))
+
+
+if __name__ == "__main__":
+    main()
