@@ -23,12 +23,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from fishertune_d2.data.streets.dataset import (  # noqa: E402 - the package need not be installed
-    DOMAINS,
-    write_streets,
-)
+sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 FOLDER = ROOT / "notebooks"
 QUICK = "FISHERTUNE_NOTEBOOK_QUICK"
@@ -61,6 +56,8 @@ def quick_environment(folder: Path) -> dict[str, str]:
     Returns:
         Environment variables.
     """
+    from fishertune_d2.data.streets.dataset import DOMAINS, write_streets  # seconds, only for this
+
     counts = {("train", "day"): 4, **{("val", domain): 2 for domain in DOMAINS}}
     write_streets(folder / "streets", progress=False, size=(128, 64), counts=counts)
     return {QUICK: "1", "DETECTRON2_DATASETS": str(folder)}
@@ -85,6 +82,7 @@ def execute(source: Path, environment: Mapping[str, str]) -> NotebookNode:
         timeout=None,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(source.parent)}},
     )
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -105,16 +103,19 @@ def clean(notebook: NotebookNode) -> None:
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         for output in cell.outputs:
             data = output.get("data", {})
-            if "image/png" in data:
-                data["image/png"] = small_png(data["image/png"])
+            jpeg = as_jpeg(data["image/png"]) if "image/png" in data else None
+            if jpeg is not None:
+                del data["image/png"]
+                data["image/jpeg"] = jpeg
 
 
-def small_png(encoded: str) -> str:
-    """A picture in 256 colours, if that is smaller; both in base64."""
-    before = base64.b64decode(encoded)
+def as_jpeg(encoded: str) -> str | None:
+    """A PNG as JPEG where that is less than half as large: photographs, not charts; in base64."""
     file = io.BytesIO()
-    Image.open(io.BytesIO(before)).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
-    return base64.b64encode(min(before, file.getvalue(), key=len)).decode()
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    picture.save(file, "JPEG", quality=85, subsampling=0, optimize=True)
+    jpeg = base64.b64encode(file.getvalue()).decode()
+    return jpeg if 2 * len(jpeg) < len(encoded) else None
 
 
 def _cpu_seconds() -> float:

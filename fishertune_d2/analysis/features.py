@@ -31,29 +31,29 @@ def read_images(cfg: CfgNode, name: str, count: int) -> list[dict]:
 
 
 @torch.no_grad()
-def patch_features(model: nn.Module, images: Sequence[dict], block: int = -1) -> list[Tensor]:
-    """The output of one of the backbone's blocks at each patch.
+def patch_features(
+    model: nn.Module, images: Sequence[dict], module: nn.Module | None = None
+) -> list[Tensor]:
+    """What a module of the backbone puts out at each patch.
 
     Args:
         model: a ``VFMSegmentor``.
         images: dicts with ``image`` (3, H, W), 0 .. 255; sizes may differ.
-        block: its index; -1 is the last.
+        module: the patch embedding or a block; by default the last block.
 
     Returns:
         For each image (h, w, D), without class token and registers.
     """
     backbone, kept = model.backbone, []
-    hook = backbone.vit.blocks[block].register_forward_hook(
-        lambda module, inputs, output: kept.append(output)
-    )
+    module = backbone.vit.blocks[-1] if module is None else module
+    hook = module.register_forward_hook(lambda module, inputs, output: kept.append(output))
     maps = []
     try:
         for image in (item["image"].to(model.device) for item in images):
             backbone(((image - model.pixel_mean) / model.pixel_std)[None])
             height, width = (ceil(side / backbone.patch_size) for side in image.shape[-2:])
-            tokens = kept.pop()
-            if tokens.dim() == 3:  # SAM's blocks keep the map
-                tokens = tokens[:, backbone.num_prefix_tokens :]
+            tokens = kept.pop()[0]  # (N, D), prefix first; or a map, as the patch embedding's
+            tokens = tokens.flatten(0, -2)[-height * width :]
             maps.append(tokens.reshape(height, width, -1))
     finally:
         hook.remove()

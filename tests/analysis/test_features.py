@@ -37,13 +37,21 @@ def test_features_are_what_timm_computes_for_every_family(small, small_family, o
     backbone = small(small_family, img_size=(28, 42))
     (image,) = _images((28, 42))
     pixels = (image["image"] - 100.0) / 50.0
-    for block in (2, -1):
-        (features,) = patch_features(_Segmentor(backbone), [image], block)
-        index = block % len(backbone.vit.blocks)
+    for index in (2, len(backbone.vit.blocks) - 1):
+        module = backbone.vit.blocks[index] if index == 2 else None
+        (features,) = patch_features(_Segmentor(backbone), [image], module)
         (expected,) = backbone.vit.forward_intermediates(
             pixels[None], indices=[index], norm=False, intermediates_only=True
         )  # (1, D, h, w)
         torch.testing.assert_close(features, expected[0].permute(1, 2, 0).detach())
+
+
+def test_features_of_the_patch_embedding(small, small_family, one_thread):
+    backbone = small(small_family, img_size=(28, 42))
+    (image,) = _images((28, 42))
+    (features,) = patch_features(_Segmentor(backbone), [image], backbone.vit.patch_embed)
+    convolved = backbone.vit.patch_embed.proj((image["image"][None] - 100.0) / 50.0)
+    torch.testing.assert_close(features, convolved[0].permute(1, 2, 0).detach())
 
 
 def test_images_of_any_size_are_padded_as_the_backbone_does(small, one_thread):
