@@ -90,8 +90,9 @@ Markdown(tabulate(rows, ["kind", "candidate weights", "% of the backbone"], "git
 #
 # The first three principal components of the patch features, as red, green and blue, of one
 # street by day, at night and in snow. A colour means the same in the three pictures of a row.
-# What to see: with real weights, patches of a kind share a colour although no label was seen;
-# early blocks still show the light, the last block rather the things.
+# What to see: the road, the cars and the houses have colours of their own although no label was
+# seen. Snow keeps most of the colours of the day; night changes them in every block, the last
+# included.
 
 # %%
 blocks = [backbone.thirds[0], backbone.thirds[2], len(backbone.vit.blocks) - 1]
@@ -137,8 +138,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# What to see: how much of a patch's feature survives the change of domain, and at which depth.
-# What does not survive is what fine-tuning has to mend.
+# What to see: under snow a patch keeps a good part of its feature, at night far less, and most of
+# it in the middle of the depth. What does not survive is what fine-tuning has to mend.
 #
 # ## Mask2Former's queries
 #
@@ -166,8 +167,9 @@ print(f"{len(predictions)} predictions: one on the queries alone, then one after
 
 # %% [markdown]
 # The six queries that are surest of a class, with their masks in the last prediction. What to
-# see: a query that has found its class draws one region; the surest are those of the large
-# classes.
+# see: the queries of sky and road draw their region. Those of pole and traffic sign are sure of
+# their class, for most images have some, and have not learnt to find it: their masks are almost
+# empty.
 
 # %%
 classes = MetadataCatalog.get("streets_day_val").label_space.classes
@@ -182,8 +184,10 @@ figure.colorbar(shown, ax=axes, label="σ(mask logit)")
 plt.show()
 
 # %% [markdown]
-# The sum over queries after each prediction, and the class of the highest score. What to see: the
-# queries alone know where road and sky usually are; the layers look at the image and correct it.
+# The class of the highest score after each prediction. A mask is the product of a query with the
+# pixel decoder's features, so that the queries find regions even before the first layer; the
+# layers let them look at the image. What to see: after so short a training the large regions are
+# there from the start, and the layers add small ones, not all of them right.
 
 # %%
 space = MetadataCatalog.get("streets_day_val").label_space
@@ -202,8 +206,9 @@ plt.show()
 # ## On real photographs
 #
 # Day and dusk in CamVid are different streets, so patches cannot be compared one by one. The mean
-# feature of an image can: how alike are two images of the same light, and of different light?
-# (Its licence is for research, so this notebook keeps numbers of it and no pictures.)
+# feature of an image can: how alike are two images of the same light, and of different light,
+# seen from the mean of all of them? A cosine below 0 across means two groups on opposite sides.
+# (CamVid's licence is for research, so this notebook keeps numbers of it and no pictures.)
 
 # %%
 if QUICK or not Path(os.environ["DETECTRON2_DATASETS"], "CamVid").is_dir():

@@ -140,14 +140,14 @@ def test_cleaning_drops_stderr_and_makes_photographs_small():
     chart[64] = 0
     outputs = [
         new_output("stream", name="stderr", text="/home/me/x.py: UserWarning"),
-        new_output("stream", name="stdout", text="kept"),
+        new_output("stream", name="stdout", text=f"kept: {run_notebooks.FOLDER}/../outputs/a.png"),
         new_output("display_data", data={"image/png": _png(photograph)}),
         new_output("display_data", data={"image/png": _png(chart)}),
     ]
     notebook = new_notebook(cells=[new_code_cell("1", outputs=outputs)])
     run_notebooks.clean(notebook)
     text, first, second = notebook.cells[0].outputs
-    assert text.text == "kept"
+    assert text.text == "kept: ../outputs/a.png"
     assert second.data == {"image/png": _png(chart)}
     assert list(first.data) == ["image/jpeg"]
     assert 2 * len(first.data["image/jpeg"]) < len(_png(photograph))

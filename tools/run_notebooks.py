@@ -93,7 +93,7 @@ def execute(source: Path, environment: Mapping[str, str]) -> NotebookNode:
 def clean(notebook: NotebookNode) -> None:
     """Leaves what is worth keeping, the same on every machine and small, in place.
 
-    What a cell wrote to stderr goes: progress bars and warnings with paths of this machine.
+    What a cell wrote to stderr goes: progress bars and warnings. Paths become relative ones.
     """
     notebook.metadata.pop("language_info", None)
     for number, cell in enumerate(notebook.cells):
@@ -103,6 +103,9 @@ def clean(notebook: NotebookNode) -> None:
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         for output in cell.outputs:
             data = output.get("data", {})
+            for part in (output, data):
+                for kind in {"text", "text/plain", "text/markdown"} & part.keys():
+                    part[kind] = part[kind].replace(f"{FOLDER}/", "")
             jpeg = as_jpeg(data["image/png"]) if "image/png" in data else None
             if jpeg is not None:
                 del data["image/png"]

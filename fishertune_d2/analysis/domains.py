@@ -67,13 +67,14 @@ def draw_distances(rows: Mapping[str, Mapping[str, float]], path: Path, *, sourc
         path: the PNG to write.
         source: the name of the source domain.
     """
-    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for name, values in rows.items():
         axes.plot(list(values), list(values.values()), marker="o", label=name)
     axes.axhline(
         np.sqrt(2 / np.pi), color="grey", linestyle=":", label="Eq. 6 at strength 1, mean |eps|"
     )
     axes.set_ylim(bottom=0)
+    axes.set_xlabel("where the statistics are taken")
     axes.set_ylabel(f"distance from {source} in Σ")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
