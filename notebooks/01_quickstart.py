@@ -85,9 +85,9 @@ trainer.train()
 # %% [markdown]
 # ## The table
 #
-# Test sets of the domain that was trained on are the *source*, the others are *unseen*; what counts
-# is the average over the unseen ones. The log above ends with the table by data set and class, and
-# `results.json` holds it, with the protocol:
+# Test sets of the domain that was trained on are the *source*, the others are *unseen*; what
+# counts is the average over the unseen ones. The log above ends with the table by data set and
+# class, and `results.json` holds it, with the protocol:
 
 # %%
 results = json.loads((output / "results.json").read_text())
@@ -102,8 +102,9 @@ print(f"{'average over unseen':20} mIoU {results['target_average']:5.2f} %")
 #
 # ## The pictures
 #
-# From left to right image, label and prediction, with the colours of Cityscapes. What to see:
-# road, sky and buildings are found by day; at night and in snow the prediction frays.
+# From left to right image, label and prediction, with the colours of Cityscapes. What to see: by
+# day the large regions are found; in snow pieces of them are lost, and at night far more, the sky
+# first.
 
 # %%
 Image(filename=output / "pictures/streets_day_val_1.png", width=840)
@@ -118,8 +119,9 @@ Image(filename=output / "pictures/streets_snow_val_1.png", width=840)
 # ## What was tuned
 #
 # The map shows which share of each group (a block's query, key, value or feed-forward weights)
-# was selected. What to see: the choice is far from even. Some groups hold many times their share,
-# others are hardly touched.
+# was selected. What to see: the choice is far from even. Values and feed-forward layers of the
+# first half hold nearly all of it. (After so short a warm-up it is nearly that of F alone, as the
+# log says above; [05_fisher](05_fisher.ipynb) is about that.)
 
 # %%
 Image(filename=draw_run(output), width=760)
