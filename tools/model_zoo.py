@@ -7,7 +7,6 @@ Read is every docs/results/<table>/**/<row>_<seed>/results.json, as the bench na
 """
 
 import json
-import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -97,7 +96,7 @@ class Run:
             f"{warmup} + {protocol['iterations'] - warmup}",
             f"{self.results['tuned_parameters'] / 1e6:.2f} M",
             *(f"{score:.2f}" for score in self.scores.values()),
-            f"[{Path(config).name}]({config})" if config else "-",
+            f"[{Path(config).name}](configs/{config})" if config else "-",
             protocol.get("commit") or "unknown",
         ]
 
@@ -179,6 +178,5 @@ def _place(run: Run) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    logging.getLogger("detectron2").setLevel(logging.ERROR)  # it warns of configs without VERSION
     (ROOT / "MODEL_ZOO.md").write_text(page(ROOT / "docs/results"))
     print(ROOT / "MODEL_ZOO.md")

@@ -10,7 +10,6 @@ where it was stopped. What it does, what lies where: docs/bench.md.
 """
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,7 +50,6 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] | None = N
     Returns:
         0, or 1 if a cell failed.
     """
-    logging.getLogger("detectron2.config.compat").setLevel(logging.ERROR)  # configs' versions
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
