@@ -5,6 +5,7 @@ run. It must work where any of these is missing or broken, so this file itself i
 library alone, and a check imports what it looks at. A new check is a function in ``CHECKS``.
 """
 
+import argparse
 import ast
 import importlib
 import os
@@ -13,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -63,7 +64,8 @@ def package() -> Iterator[Finding]:
         version = metadata.version("fishertune-d2")
     except metadata.PackageNotFoundError:
         version = "a copy that is not installed"
-    yield Finding("fishertune-d2", f"{version}, commit {commit()}, in {Path(__file__).parent}")
+    of = f", commit {commit()}" if commit() else ""
+    yield Finding("fishertune-d2", f"{version}{of}, in {Path(__file__).parent}")
 
 
 def python() -> Iterator[Finding]:
@@ -186,17 +188,7 @@ def devices() -> Iterator[Finding]:
 
 
 def resources() -> Iterator[Finding]:
-    """Cores, threads, memory and disk."""
-    import torch
-
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    threads = torch.get_num_threads()
-    words = f"{cores} usable, threads of torch: {threads}"
-    if threads > cores:
-        yield Finding("cores", words, WARNING, f"export OMP_NUM_THREADS={cores}")
-    else:
-        yield Finding("cores", words)
+    """Memory and disk."""
     yield Finding("memory", _memory())
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) <= 64 * 2**20:
@@ -213,6 +205,18 @@ def resources() -> Iterator[Finding]:
         yield Finding("disk", words, WARNING, "make room, or set OUTPUT_DIR to another disk")
     else:
         yield Finding("disk", words)
+
+
+def threads() -> Iterator[Finding]:
+    """The cores that this process may use, and how many threads torch takes."""
+    import torch
+
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    taken = torch.get_num_threads()
+    remedy = f"export OMP_NUM_THREADS={cores}"
+    words = f"{cores} usable, threads of torch: {taken}"
+    yield Finding("cores", words, WARNING if taken > cores else OK, remedy)
 
 
 def weights() -> Iterator[Finding]:
@@ -285,6 +289,7 @@ CHECKS: list[Callable[[], Iterable[Finding]]] = [
     registration,
     devices,
     resources,
+    threads,
     weights,
     datasets,
 ]
@@ -328,8 +333,19 @@ def report(findings: Iterable[Finding], width: int = 100) -> str:
     return "\n".join([*lines, "", f"{end}; {notes} warnings (!)."])
 
 
-def main() -> int:
-    """Runs the command; returns 1 if something stops a run, else 0."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line, which has none but --help; None takes the process's own.
+
+    Returns:
+        0, or 1 if something stops a run.
+    """
+    argparse.ArgumentParser(
+        prog="python -m fishertune_d2.doctor",
+        description="Says what is wrong with the environment, and what to do.",
+    ).parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages about each other
         findings = examine()

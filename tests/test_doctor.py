@@ -43,7 +43,7 @@ def _fake_versions(monkeypatch, **versions: str | None) -> None:
 
 
 def test_this_environment_is_well(capsys):
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     said = capsys.readouterr().out
     for words in (metadata.version("torch"), "detectron2", "compiled part", "FISHERTUNE_CACHE"):
         assert words in said
@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch, tmp_path):
 
 def test_more_threads_than_cores_are_a_warning(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
-    assert _of(doctor.resources)["cores"].mark == WARNING
+    assert _of(doctor.threads)["cores"].mark == WARNING
 
 
 def test_a_disk_that_holds_no_checkpoint_is_a_warning(monkeypatch):
@@ -148,7 +148,7 @@ def test_a_check_that_fails_is_a_finding_and_those_before_it_stay(monkeypatch, c
         raise RuntimeError("CUDA error: no kernel image\nis available")
 
     monkeypatch.setattr(doctor, "CHECKS", [broken])
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     assert capsys.readouterr().out.splitlines() == [
         " ok  first   well",
         "  x  broken  RuntimeError: CUDA error: no kernel image",
