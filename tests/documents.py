@@ -34,9 +34,12 @@ PLACEHOLDERS = {
     "OUTPUT_DIR": "outputs/demo",
     "INPUT": "picture.png",
 }
-PYTHONS = ("python", "python3", ".venv/bin/python")
+PYTHONS = ("python", "python3")
 # They change the environment or the shell, or look at the whole checkout.
-NOT_HERE = {"cd", "conda", "docker", "export", "git", "pip", "pytest", "ruff", "source", "uv"}
+NOT_HERE = {
+    *("cd", "conda", "cp", "curl", "docker", "export", "git", "jupyter", "jupytext", "ln", "mkdir"),
+    *("pip", "pytest", "ruff", "source", "sudo", "uv", "venv", "wget"),
+}
 PROGRAMS = {*PYTHONS, *NOT_HERE, "make", "sbatch", "tensorboard", "torchrun"}
 
 
@@ -48,7 +51,7 @@ class Command:
         where: document and line.
         words: of the command line, with placeholders filled in.
         said: the comments beside it.
-        pattern: whether it had something to fill in or to choose from.
+        pattern: whether it had something to fill in or to choose from. What is optional is taken.
     """
 
     where: str
@@ -73,7 +76,9 @@ def make_command(line: str, where: str, said: str = "") -> Command | None:
             filled.append(plain)
         elif plain not in ("...", "[...]"):
             filled.append(PLACEHOLDERS.get(plain, plain))
-    return Command(where, tuple(filled), said, options != line or filled != words)
+    pattern = filled != words
+    program = Path(filled[0]).name  # .venv/bin/python is python
+    return Command(where, (program, *filled[1:]), said, pattern)
 
 
 def commands_of_block(body: str, where: Callable[[int], str]) -> Iterator[Command]:
@@ -118,7 +123,7 @@ def commands_in_blocks(path: Path) -> list[Command]:
     text, found = (ROOT / path).read_text(), []
     for match in re.finditer(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         # Trees of folders have no language either, and no program in them.
-        programs = {line.split(" ")[0] for line in match[2].splitlines()} & PROGRAMS
+        programs = {Path(line.split(" ")[0]).name for line in match[2].splitlines()} & PROGRAMS
         if match[1] in ("sh", "bash") or (not match[1] and programs):
             first = text.count("\n", 0, match.start(2)) + 1
             found += commands_of_block(match[2], lambda n, first=first: f"{path}:{first + n}")
