@@ -57,7 +57,6 @@ def write_report(run: Run, path: str | Path) -> None:
         warmup_of=run.config["TUNING.WARMUP_CHECKPOINT"],
         done=_iterations_done(run),
         scores=_scores(run),
-        tuned=_tuned(run),
         pictures=_pictures(run),
         curves=draw_curves(run),
         maps=_maps(run),
@@ -89,14 +88,6 @@ def _scores(run: Run) -> dict[str, Any] | None:
         "unseen": results["target_average"],
         "unseen_count": len(results["targets"]),
     }
-
-
-def _tuned(run: Run) -> dict[str, int] | None:
-    """How many weights train, and how many the backbone has; None before that is recorded."""
-    results = run.results or {}
-    if not results.get("backbone_parameters"):
-        return None
-    return {"tuned": results["tuned_parameters"], "all": results["backbone_parameters"]}
 
 
 def _pictures(run: Run) -> list[tuple[str, list[str]]]:

@@ -142,10 +142,15 @@ def _read_results(path: Path) -> dict[str, Any] | None:
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        for name, score in (results["source"] | results["targets"]).items():
-            float(score)
-            classes = results["protocol"]["classes"][name]
-            [float(results["per_class"][name].get(label, 0)) for label in classes]
+        scores = results["source"] | results["targets"]
+        numbers = [*scores.values(), results["tuned_parameters"], results["backbone_parameters"]]
+        for name in scores:
+            ious, classes = results["per_class"][name], results["protocol"]["classes"][name]
+            numbers += [ious.get(label, 0) for label in classes]
+        if results["target_average"] is not None:
+            numbers.append(results["target_average"])
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError("a score is no number")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path} is not what an evaluation writes ({type(error).__name__}: {error}): delete "

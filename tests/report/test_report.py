@@ -190,6 +190,13 @@ def test_a_run_that_was_cut_off(tmp_path):
     assert "mode slide class rule present seed 42" in page.text  # of the config
 
 
+def test_scores_of_an_unfinished_run_are_called_that(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    (folder / "metrics.json").write_text(_metrics(19))
+    text = _report(folder).text
+    assert "20 of 40 iterations, and the scores are of an evaluation on the way" in text
+
+
 def test_a_run_that_has_just_begun(tmp_path):
     folder = _write_run(tmp_path / "run", None)
     for name in ("metrics.json", "log.txt"):
@@ -269,7 +276,8 @@ def test_a_damaged_estimate_costs_its_map_alone(tmp_path):
         ("config.yaml", "SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER is 'many', no number"),
         ("config.yaml", "x: !!python/object/apply:os.getcwd []", "is no config of a run"),
         ("results.json", "{", "results.json is not what an evaluation writes .*--eval-only"),
-        ("results.json", '{"source": {"a": "b"}, "targets": {}}', "is not what an evaluation"),
+        ("results.json", '{"source": {"a": 1}, "targets": {}}', "is not what an evaluation"),
+        ("results.json", json.dumps({**RESULTS, "target_average": "40"}), "a score is no number"),
     ],
 )
 def test_files_that_are_not_of_a_run(tmp_path, capsys, file, content, message):
