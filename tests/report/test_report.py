@@ -56,13 +56,18 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags[tag] += 1
         self.attributes += attributes
+        if tag != "wbr":  # it may break a line, and parts no words
+            self.texts.append(" ")
+
+    def handle_endtag(self, tag):
+        self.texts.append(" ")
 
     def handle_data(self, data):
-        self.texts.append(" ".join(data.split()))
+        self.texts.append(data)
 
     @property
     def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
+        return " ".join("".join(self.texts).split())
 
 
 def _metrics(*iterations: int, **numbers: float) -> str:
