@@ -157,11 +157,11 @@ draw_distances(measured, output / "distances.png", source="day")
 Image(filename=output / "distances.png")
 
 # %% [markdown]
-# What to see: in the pixels, dusk and night are four to five $\Sigma$ away, far more than Eq. 6
-# draws at strength 1 (dotted: the mean of $|\epsilon|$). The deeper, the nearer: the foundation
-# model already removes a good part of the shift, and what is left two thirds of the way, one to
-# two $\Sigma$, is of the size of the simulated one. It is a crude measure, for it looks at each
-# channel alone.
+# What to see: in the pixels, dusk and night are about four $\Sigma$ away, far more than Eq. 6
+# draws at strength 1 (dotted: the mean of $|\epsilon|$). In the blocks they come nearer: the
+# foundation model already removes a good part of the shift, and what is left two thirds of the
+# way, one to one and a half $\Sigma$, is of the size of the simulated one. It is a crude measure,
+# for it looks at each channel alone and at a dozen images.
 #
 # ## On real photographs
 #

@@ -147,7 +147,7 @@ plt.show()
 # classes, $p_q(c)$, with "no object" as an extra class, and a mask, $m_q$. The score of class $c$
 # at a pixel is a sum over queries,
 #
-# $$s_c(i, j) = \sum_{q=1}^{Q} p_q(c) \, \sigma\!\left(m_q(i, j)\right).$$
+# $$s_c(i, j) = \sum_{q=1}^{Q} p_q(c) \, \sigma\left(m_q(i, j)\right).$$
 #
 # An untrained decoder shows nothing, so this takes the warm-up of [04_warmup](04_warmup.ipynb),
 # and makes it (a minute or two) if it is not there.

@@ -87,7 +87,7 @@ print("written:", ", ".join(sorted(path.name for path in output.glob("*.pth"))))
 # %% [markdown]
 # The loss of each iteration, and its mean over ten. Mask2Former's loss is a sum over
 # classification, masks and Dice, of every layer, so its size says little. What to see: it falls
-# fast at first, and has not settled when this short run ends.
+# fast at first, and still falls, slowly, when this short run ends.
 
 # %%
 losses = np.array([value for value, _ in trainer.storage.history("total_loss").values()])
@@ -125,7 +125,8 @@ Markdown(f"```\n{format_table(results)}\n```")
 
 # %% [markdown]
 # By class, for the classes that the run has learnt at all (IoU above 5 % by day). What to see:
-# the loss is not the same for all; what night hides is not what snow hides.
+# the loss is not the same for all. The sky, which is bright by day, is not found at night at all;
+# the road nearly as well as by day.
 
 # %%
 iou = results["per_class"]
@@ -143,8 +144,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Image, label and prediction of a scene at night. What to see: what is lit is found; in the dark
-# the regions lose their borders.
+# Image, label and prediction of a scene at night. What to see: road and cars are found, with
+# ragged borders; above them houses, trees and sky are guesses.
 
 # %%
 Image(filename=output / "pictures/streets_night_val_1.png", width=840)
@@ -152,8 +153,8 @@ Image(filename=output / "pictures/streets_night_val_1.png", width=840)
 # %% [markdown]
 # ## On real photographs
 #
-# The same warm-up on CamVid by day, scored by day and at dusk, where its files are. (Its licence
-# is for research, so this notebook keeps numbers of it and no pictures.)
+# The same on CamVid by day, scored by day and at dusk, where its files are. (Its licence is for
+# research, so this notebook keeps numbers of it and no pictures.)
 
 # %%
 if QUICK or not Path(os.environ["DETECTRON2_DATASETS"], "CamVid").is_dir():
@@ -168,11 +169,14 @@ else:
     print(format_table(json.loads((folder / "results.json").read_text())))
 
 # %% [markdown]
+# After so few iterations dusk need not score below day: what counts are the large classes, and
+# the two sequences hold different shares of them. A longer run tells them apart:
+# [docs/results/camvid.md](../docs/results/camvid.md).
+#
 # ## Something to try
 #
 # - How long does the frozen model go on improving? `"SOLVER.MAX_ITER", 600`.
 # - `"MODEL.VFM.WEIGHTS", "random"`: what is the same decoder worth on features that have seen
 #   nothing?
-# - The first table with another `MODEL.VFM.NAME`: `python -m fishertune_d2.plan --config-file
-#   notebooks/streets.yaml MODEL.VFM.NAME dinov2_vitl` says what it would cost, without running
-#   it.
+# - What would the steps of the first table cost with a larger model? Without running it: `python
+#   -m fishertune_d2.plan --config-file streets.yaml MODEL.VFM.NAME dinov2_vitl`.

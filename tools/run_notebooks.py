@@ -59,7 +59,7 @@ def quick_environment(folder: Path) -> dict[str, str]:
     from fishertune_d2.data.streets.dataset import DOMAINS, write_streets  # seconds, only for this
 
     counts = {("train", "day"): 4, **{("val", domain): 2 for domain in DOMAINS}}
-    write_streets(folder / "streets", progress=False, size=(128, 64), counts=counts)
+    write_streets(folder / "streets", progress=False, size=(128, 64), counts=counts, workers=1)
     return {QUICK: "1", "DETECTRON2_DATASETS": str(folder)}
 
 
