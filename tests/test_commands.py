@@ -3,9 +3,10 @@
 * Every command, also one in the middle of a sentence or in a config's head, must parse: its program
   and its config exist, it has the options, the config has the keys.
 * A command in a block of its own is run, in the order of the document, in a copy of the checkout
-  with tiny data: a training is shortened by options, the bench is asked what it would do. Not run
-  is what a comment beside it says "needs" something for (a GPU, data), a benchmark whose comment
-  says how many minutes it takes, what installs things, and a pattern such as ``--seeds N ...``.
+  with tiny data: trainings and plans are shortened by options, the bench is asked what it would
+  do. Not run is what a comment beside it says "needs" something for (a GPU, data), a training on
+  data that are not built in, a benchmark whose comment says how many minutes it takes, what
+  installs things, and a pattern such as ``--seeds N ...``.
 """
 
 import argparse
@@ -205,6 +206,10 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
             if not _tells_time(command):
                 raise ValueError(f"{program}: say in a comment how many minutes it takes")
             return None
+    if program == "fishertune_d2.plan":
+        return [program, *arguments, "MODEL.VFM.NAME", "tiny"]
+    if program == "fishertune_d2.export" and arguments[1].endswith(".safetensors"):
+        return [program, *arguments, "--base", "public.safetensors"]  # not from the network
     if program.startswith("train_"):
         if _needs_data(arguments):
             return None
@@ -364,7 +369,7 @@ def _run(program: str, arguments: Sequence[str]) -> None:
         place.mkdir(parents=True, exist_ok=True)
         choices = {row: {"rate": 1.0} for row in rows_of_registry()}
         (place / "choices.json").write_text(json.dumps(choices))  # as after a search
-    start(program, arguments)
     delta = Path("outputs/demo/delta.safetensors")
-    if delta.exists():  # what the README calls it, in the hands of who was given it
+    if delta.exists():  # and in the hands of who was given it
         shutil.copy(delta, delta.name)
+    start(program, arguments)
