@@ -23,7 +23,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from fishertune_d2.bench import __main__ as bench
 from fishertune_d2.bench.tables import rows_of_registry
-from fishertune_d2.config import read_config
+from fishertune_d2.config import find_config, read_config
 
 PARSE = argparse.ArgumentParser.parse_args
 
@@ -82,7 +82,7 @@ def parse(words: Sequence[str]) -> None:
         _require(script)
         parse(["python", "train_net.py", *rest[rest.index(script) + 1 :]])
     elif program == "make":
-        for target in rest:
+        for target in (word for word in rest if "=" not in word):
             if not re.search(rf"^{target}:", Path("Makefile").read_text(), re.MULTILINE):
                 raise ValueError(f"the Makefile has no target {target}")
     elif program in PYTHONS and rest[0] == "-c":
@@ -92,9 +92,17 @@ def parse(words: Sequence[str]) -> None:
     elif program in PYTHONS:
         script = "train_net.py" if rest[0] in WRITTEN else rest[0]
         _require(script)
-        _parse_program(script, Path(script).read_text(), rest[1:])
+        _parse_program(script, "".join(_sources(Path(script))), rest[1:])
     elif program not in PROGRAMS:
         raise ValueError(f"no rule for the program {program!r}: add one to tests/test_commands.py")
+
+
+def _sources(script: Path) -> Iterator[str]:
+    """The text of a script, and of the package's module that runs for it, if it is but a door."""
+    yield script.read_text()
+    door = re.search(r"^from (fishertune_d2[.\w]*) import run$", script.read_text(), re.MULTILINE)
+    if door:
+        yield Path(find_spec(door[1]).origin).read_text()
 
 
 def _parse_module(name: str, arguments: Sequence[str]) -> None:
@@ -123,9 +131,12 @@ def _parse_program(program: str, text: str, arguments: Sequence[str]) -> None:
         raise
     config = getattr(parsed, "config_file", None)
     if config and not str(config).startswith("outputs/"):  # those, a run before has written
-        _require(config)
         try:
-            read_config(str(config), getattr(parsed, "opts", None) or [])
+            config = find_config(str(config))
+        except FileNotFoundError:
+            raise ValueError(f"no file {config}") from None
+        try:
+            read_config(config, getattr(parsed, "opts", None) or [])
         except (AssertionError, KeyError, ValueError) as error:
             raise ValueError(f"{config}: {error}") from error
 
@@ -232,7 +243,9 @@ def recipe(command: Command) -> list[Command]:
         return []
     rules = (ROOT / "Makefile").read_text()
     found = [
-        re.search(rf"^{target}:.*\n((?:\t.*\n)*)", rules, re.M) for target in command.words[1:]
+        re.search(rf"^{target}:.*\n((?:\t.*\n)*)", rules, re.M)
+        for target in command.words[1:]
+        if "=" not in target
     ]
     lines = [make_command(line, command.where) for rule in found for line in rule[1].splitlines()]
     return [line for line in lines if line.words[1].startswith("train_")]
