@@ -109,14 +109,16 @@ estimate = estimate_fisher(model, batches, loss, candidates, perturb=shift, prog
 print(f"mean F(x) over all candidates: {mean_over_candidates(estimate.f):.2e}")
 
 # %% [markdown]
-# How F is spread, by kind. The axis is logarithmic. What to see: F spans many orders of
-# magnitude, so a few weights hold most of it, which is why tuning a few can work at all.
+# How F is spread, by kind. The axis is logarithmic. What to see: F spans several orders of
+# magnitude, and a weight of a value projection mostly holds more than one of a query or key.
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 for kind in KINDS:
     values = torch.cat([estimate.f[c.name][c.rows].flatten() for c in candidates if c.kind == kind])
-    axes.hist(values[values > 0].log10().numpy(), 120, density=True, histtype="step", label=kind)
+    axes.hist(
+        values[values > 0].log10(), 120, range=(-10, 0), density=True, histtype="step", label=kind
+    )
 axes.set_xlabel("log10 of F(x)")
 axes.set_ylabel("density of weights")
 axes.legend()
@@ -168,9 +170,11 @@ Markdown(tabulate(rows, headers, tablefmt="github", floatfmt=("", ".1f", ".1e", 
 
 # %% [markdown]
 # What to see: `diagonal_loop` and `closed_form` select the same as `diagonal`, as they should,
-# and `smoothed` nearly. Other crops agree less, so at so few images noise decides more than the
-# estimator. `variational` has made one step per batch, far from its optimum. The mean of
-# `batch_mean` is smaller: gradients of different images cancel. With many more images:
+# and `smoothed` nearly. Other crops agree less, so at so few images noise decides more than
+# smoothing does. The mean of `batch_mean` is about a quarter, for a batch has four images: their
+# gradients point in unrelated directions and cancel, while their squares do not. `natural` and
+# `variational` have made one step for each of six batches, far from their optimum. (The loss of
+# sampled labels is another one, so only its ranking compares.) With many more images:
 # [docs/results/fisher.md](../docs/results/fisher.md).
 #
 # ## The simulated shift
@@ -200,24 +204,28 @@ print(f"mean of exp(-(|eps_mu| + |eps_sigma|)) at strength 1: {estimate.shift_we
 # $$\Delta F = \frac{|F(x) - F(x')|}{\min(F(x), F(x')) + \varepsilon}, \qquad
 #   \mathrm{DRF} = F(x) + e^{-(\epsilon_\mu + \epsilon_\sigma)} \, \Delta F. \tag{5, 7}$$
 #
-# Read literally, the sum compares unlike things: $F$ is tiny and $\Delta F$ a ratio of order one,
-# so the ranking is that of $\Delta F$ alone. The paper's own way out is Eq. 15, in terms of
-# $\Lambda$:
+# Read literally, the sum compares unlike things: $F$ is small, here below $10^{-3}$ for most
+# weights, and $\Delta F$ a ratio of order one and more, so the ranking is that of $\Delta F$
+# alone. Eq. 15 puts it in terms of $\Lambda$:
 #
 # $$\mathrm{DRF} = \gamma \left( \Lambda_x - \tau^{-2} + e^{-(\epsilon_\mu + \epsilon_\sigma)}
 #   \frac{|\Lambda_x - \Lambda_{x'}|}{\min(\Lambda_x, \Lambda_{x'}) + \varepsilon / \gamma} \right).
 #   \tag{15}$$
 #
-# The default, `balanced`, is Eq. 15 with $\gamma$ the mean of $F$ over all candidates and $\gamma
-# \tau^{-2}$ one hundredth of it: constants that the estimate itself supplies. (They are ours; the
-# paper's text does not give them.) What each form would select from this estimate:
+# There $\gamma$ decides: if it is far below $F$, the ranking is that of $F$ alone. The default,
+# `balanced`, is Eq. 15 with $\gamma$ the mean of $F$ over all candidates and $\gamma \tau^{-2}$
+# one hundredth of it: constants that the estimate itself supplies. (They are ours; the paper's
+# text does not give them.) What each form would select from this estimate:
 
 # %%
 Markdown(table(select_by_each(estimate, share=0.05)))
 
 # %% [markdown]
-# What to see: the row `eq7` selects what dF selects, almost to the weight; `balanced` takes from
-# both.
+# What to see: `eq7` selects what dF does, `eq15` with a fixed $\gamma$ what F does. `balanced`
+# lies between, here near F: after so short a warm-up, F is concentrated in few weights. After 300
+# iterations on CamVid, the two terms have about equal parts
+# ([docs/results/camvid.md](../docs/results/camvid.md)). Every run logs both overlaps, so that a
+# one-sided score is seen.
 #
 # ## As the shift grows
 #
@@ -251,9 +259,10 @@ plt.show()
 # ## The sensitivity map
 #
 # The mean of each group, over the mean of all candidates, for F and for DRF (the paper's Fig. 6).
-# What to see: which kinds and depths are above average, and that DRF evens out what F
-# concentrates. The paper, on a ViT-L after long training, sees the important weights in the
-# deeper blocks, Q and K above V. This model is small and has trained for a minute.
+# What to see: values and feed-forward layers of the first half are above average, queries and
+# keys below it, and DRF lifts the deeper half. The paper, on a ViT-L after long training, sees
+# the important weights in the deeper blocks, and Q and K above V. This model is small and has
+# trained for a minute; whether that is the reason, this notebook cannot say.
 
 # %%
 draw_sensitivity_map([("streets", estimate)], output / "sensitivity.png")
@@ -263,7 +272,9 @@ Image(filename=output / "sensitivity.png", width=760)
 # ## On real photographs
 #
 # Does another source select other weights? The same estimate on CamVid by day, after CamVid's
-# warm-up, where 04_warmup has made it.
+# warm-up, where 04_warmup has made it. The maps of groups are alike; of the single weights, less
+# than a half is the same. (For scale: how much other crops of the same source share, the table
+# above says.)
 
 # %%
 real_warmup = OUTPUT / "camvid_freeze/model_warmup.pth"
