@@ -3,7 +3,7 @@
 
 python tools/run_notebooks.py                 # all of notebooks/*.py, in full
 python tools/run_notebooks.py 02_data 05      # those whose names begin so
-python tools/run_notebooks.py --quick         # shortened, as the tests do; nothing is written
+python tools/run_notebooks.py --quick         # shortened, as the tests do; the .ipynb stay
 """
 
 import argparse
@@ -131,7 +131,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="how names begin; default: all")
-    parser.add_argument("--quick", action="store_true", help="shortened; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="shortened; the .ipynb stay")
     args = parser.parse_args()
     try:
         chosen = sources(args.names)
