@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OK, WARNING, PROBLEM = "ok", "!", "x"
 
 # Where the name to import is not the one to install.
-_MODULES = {"Pillow": "PIL", "opencv-python-headless": "cv2"}
+_MODULES = {"Pillow": "PIL", "PyYAML": "yaml", "opencv-python-headless": "cv2"}
 _BOTH = (
     "pip install --force-reinstall torch torchvision, both from one index: PyPI's do not mix with "
     "those of download.pytorch.org"

@@ -141,16 +141,19 @@ def section(runs: Sequence[Run]) -> str:
     """A heading, how its runs came about, and their table."""
     table, profile, vfm, train, sets, protocol = runs[0].shared
     words = [f"`{vfm}`, trained on {', '.join(train)}; {protocol}."]
-    if profile and {*sets} <= {*PROFILES[profile].dev}:
-        words.append("These are the sets to choose on; the test sets come last.")
+    dev = PROFILES[profile].dev if profile else ()
+    # Where there are no sets to choose on, all that is scored is a test.
+    kind = "dev" if {*sets} <= {*dev} else "test" if dev else ""
     about = f"docs/results/{table}.md"
     if (ROOT / about).is_file():
         words.append(f"A reading: [{about}]({about}).")
-    lines = [f"## {TABLES[table].title if table in TABLES else table}", " ".join(words)]
+    title = TABLES[table].title if table in TABLES else table
+    lines = [f"## {title}" + (f", {kind} sets" if kind else ""), " ".join(words)]
     if profile:
         data = " and ".join(dict.fromkeys(name.split("_")[0] for name in (*train, *sets)))
         command = f"python -m fishertune_d2.bench {table} --profile {profile}"
-        lines.append(f"```sh\n# needs data: {data}\n{command} --methods ROW --seeds N\n```")
+        command += " --methods ROW --seeds N" + (" --test" if kind == "test" else "")
+        lines.append(f"```sh\n# needs data: {data}\n{command}\n```")
     headers = ["row", "seed", "steps", "weights tuned", *sets, "config", "commit"]
     cells = [run.line for run in runs]
     return "\n\n".join([*lines, tabulate(cells, headers, tablefmt="github", disable_numparse=True)])
