@@ -221,7 +221,7 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
         return [program, *arguments, "MODEL.VFM.NAME", "tiny"]
     if program == "fishertune_d2.export" and arguments[1].endswith(".safetensors"):
         return [program, *arguments, "--base", "public.safetensors"]  # not from the network
-    if program.startswith("train_"):
+    if program.startswith("train_") or program == "fishertune_d2.train":
         if _needs_data(arguments):
             return None
         weights = ("MODEL.VFM.WEIGHTS", "public.safetensors")
@@ -232,7 +232,8 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
 
 def _needs_data(words: Sequence[str]) -> bool:
     """Whether the command's config trains on what is not built in, as its head says then."""
-    configs = [str(ROOT / word) for word in words if word.endswith(".yaml")]
+    names = [word for word in words if word.endswith(".yaml")]
+    configs = [str(ROOT / name) if (ROOT / name).is_file() else name for name in names]
     trained = [name for path in configs for name in read_config(path).DATASETS.TRAIN]
     return not all(name.startswith("streets_") for name in trained)
 
