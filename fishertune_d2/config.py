@@ -82,7 +82,8 @@ def read_config(file: str, options: Sequence[str] = ()) -> CN:
     """
     cfg = get_cfg()
     add_fishertune_config(cfg)
-    cfg.merge_from_file(find_config(file))
+    # Detectron2's default would let a config that was downloaded run any Python.
+    cfg.merge_from_file(find_config(file), allow_unsafe=False)
     cfg.merge_from_list(list(options))
     cfg.freeze()
     return cfg

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from yaml.constructor import ConstructorError
 
 import fishertune_d2
 from fishertune_d2.config import CONFIGS, find_config, read_config
@@ -25,3 +26,11 @@ def test_what_is_no_config_is_refused_with_where_they_lie(name):
     for find in (fishertune_d2.get_config_file, find_config):
         with pytest.raises(FileNotFoundError, match=f"'{name}'.*they lie in {CONFIGS}"):
             find(name)
+
+
+def test_a_config_runs_no_code(tmp_path):
+    file = tmp_path / "hostile.yaml"
+    file.write_text(f'OUTPUT_DIR: !!python/object/apply:os.mkdir ["{tmp_path}/made"]\n')
+    with pytest.raises(ConstructorError, match="python/object"):
+        read_config(str(file))
+    assert not (tmp_path / "made").exists()
