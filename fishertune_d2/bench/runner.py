@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import detectron2
 
-from fishertune_d2.engine.preemption import EXIT_CODE, SIGNALS
+from fishertune_d2.engine.preemption import EXIT_CODE, handling
 from fishertune_d2.fisher.files import whole_file
 from fishertune_d2.version import commit
 
@@ -172,12 +171,8 @@ class Runner:
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets no other thread have handlers
             return
-        before = {number: signal.signal(number, stop) for number in SIGNALS}
-        try:
+        with handling(stop):
             yield
-        finally:
-            for number, earlier in before.items():
-                signal.signal(number, earlier)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -58,7 +58,7 @@ class Preemption(HookBase):
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets no other thread have handlers
             return
-        with _handling(self._receive):
+        with handling(self._receive):
             yield
 
     def at_once(self, work: Callable[[], Result]) -> Callable[[], Result]:
@@ -113,12 +113,13 @@ def forwarding() -> Iterator[None]:
         for child in active_children():
             os.kill(child.pid, number)
 
-    with _handling(forward):
+    with handling(forward):
         yield
 
 
 @contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Lets ``handler`` receive SIGNALS meanwhile; only the main thread can."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

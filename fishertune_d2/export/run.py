@@ -5,10 +5,10 @@ from textwrap import shorten
 
 import timm
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from yaml import YAMLError
 
-from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.config import read_config
 from fishertune_d2.engine.plan import count_parameters
 from fishertune_d2.modeling import VFM, VFMS, VFMBackbone
 from fishertune_d2.modeling.checkpoints import read_checkpoint
@@ -148,11 +148,8 @@ def _read_run(source: Path, config_file: str | Path | None) -> tuple[CfgNode, Tu
     for file, option in ((checkpoint, "another checkpoint"), (config_file, "--config-file")):
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}: name the run's OUTPUT_DIR, or {option}")
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
     try:
-        # Detectron2's default also builds any Python object that a config names.
-        cfg.merge_from_file(str(config_file), allow_unsafe=False)
+        cfg = read_config(str(config_file))
     except (YAMLError, KeyError) as error:
         raise ValueError(f"{config_file} is no config of a run: {error}") from error
     architecture, state = _architecture(cfg), read_checkpoint(checkpoint)
