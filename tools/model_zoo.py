@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from fishertune_d2.bench.cells import Cell, make_cells  # noqa: E402 - it need not be installed
 from fishertune_d2.bench.tables import PROFILES, TABLES, find_row  # noqa: E402
+from fishertune_d2.evaluation import all_scores  # noqa: E402
 
 HEAD = """# Model zoo
 
@@ -59,7 +60,7 @@ class Run:
     @property
     def scores(self) -> dict[str, float]:
         """The mIoU by data set."""
-        return {**self.results["source"], **self.results["targets"]}
+        return all_scores(self.results)
 
     @property
     def vfm(self) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fishertune_d2.evaluation import all_scores
+
 
 def compare(output_dirs: Sequence[str | Path]) -> str:
     """Reads each run's ``results.json`` into a row: what was tuned, mIoU by data set, average.
@@ -26,8 +28,10 @@ def compare(output_dirs: Sequence[str | Path]) -> str:
         ValueError: if the runs differ in test sets or protocol, which would compare unlike things.
     """
     runs = _read(output_dirs)
-    columns = [*_scores(runs[0]), "average over unseen"]
-    return _format(runs, columns, [[*_scores(run).values(), run["target_average"]] for run in runs])
+    columns = [*all_scores(runs[0]), "average over unseen"]
+    return _format(
+        runs, columns, [[*all_scores(run).values(), run["target_average"]] for run in runs]
+    )
 
 
 def compare_classes(output_dirs: Sequence[str | Path], name: str) -> str:
@@ -45,13 +49,13 @@ def compare_classes(output_dirs: Sequence[str | Path], name: str) -> str:
         ValueError: as :func:`compare`, or if the runs were not tested on the data set.
     """
     runs = _read(output_dirs)
-    if name not in _scores(runs[0]):
+    if name not in all_scores(runs[0]):
         raise ValueError(
-            f"the runs were not tested on {name!r}; choose one of {', '.join(_scores(runs[0]))}"
+            f"the runs were not tested on {name!r}; choose one of {', '.join(all_scores(runs[0]))}"
         )
     classes = runs[0]["protocol"]["classes"][name]
     scores = [
-        [*(run["per_class"][name].get(label) for label in classes), _scores(run)[name]]
+        [*(run["per_class"][name].get(label) for label in classes), all_scores(run)[name]]
         for run in runs
     ]
     return _format(runs, [*classes, f"mIoU of {name}"], scores)
@@ -61,7 +65,7 @@ def _read(output_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Reads the runs' results; raises a ValueError unless they are alike."""
     runs = [json.loads((Path(folder) / "results.json").read_text()) for folder in output_dirs]
     for folder, run in zip(output_dirs, runs, strict=True):
-        if (_shared(run), list(_scores(run))) != (_shared(runs[0]), list(_scores(runs[0]))):
+        if (_shared(run), list(all_scores(run))) != (_shared(runs[0]), list(all_scores(runs[0]))):
             raise ValueError(
                 f"{folder} was scored by another protocol or on other data than {output_dirs[0]}"
             )
@@ -72,10 +76,6 @@ def _shared(run: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's protocol that does not tell the rows apart."""
     columns = ("vfm", "method", "feature_perturbation", "commit")
     return {k: v for k, v in run["protocol"].items() if k not in columns}
-
-
-def _scores(run: dict[str, Any]) -> dict[str, float]:
-    return {**run["source"], **run["targets"]}
 
 
 def _format(

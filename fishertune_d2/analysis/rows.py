@@ -14,6 +14,7 @@ import numpy as np
 from tabulate import tabulate
 
 from fishertune_d2.analysis.statistics import format_difference, format_mean, paired_difference
+from fishertune_d2.evaluation import all_scores
 
 matplotlib.use("Agg")  # also where there is no display
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
@@ -73,7 +74,7 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     Args:
         rows: what :func:`read_rows` returned.
     """
-    names = list(_scores(next(iter(rows.values()))[0]))
+    names = list(all_scores(next(iter(rows.values()))[0]))
     paired = _means_by_seed(rows.get(_PAIRED_WITH, ()))
     lines = []
     for row, results in rows.items():
@@ -86,7 +87,7 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 row,
                 len(results),
                 ", ".join(f"{count / 1e6:.2f} M" for count in tuned),
-                *(format_mean([_scores(result)[name] for result in results]) for name in names),
+                *(format_mean([all_scores(result)[name] for result in results]) for name in names),
                 format_mean(list(means.values())),
                 ", ".join(commits),
                 format_difference(difference),
@@ -106,7 +107,7 @@ def scores_by_set(
         rows: what :func:`read_rows` returned.
     """
     return {
-        row: {name: [_scores(r)[name] for r in results] for name in _scores(results[0])}
+        row: {name: [all_scores(r)[name] for r in results] for name in all_scores(results[0])}
         for row, results in rows.items()
     }
 
@@ -158,16 +159,12 @@ def draw(
     plt.close(figure)
 
 
-def _scores(results: Mapping[str, Any]) -> dict[str, float]:
-    return {**results["source"], **results["targets"]}
-
-
 def _require_alike(first: Path, one: Mapping, folder: Path, other: Mapping) -> None:
     """Raises a ValueError unless two runs differ in nothing but how they tune, commit and seed."""
     ways = ("method", "feature_perturbation", "commit", "seed")
     compared = [
         {k: v for k, v in results["protocol"].items() if k not in ways}
-        | {"test sets": list(_scores(results))}
+        | {"test sets": list(all_scores(results))}
         for results in (one, other)
     ]
     differing = [
@@ -184,7 +181,7 @@ def _require_alike(first: Path, one: Mapping, folder: Path, other: Mapping) -> N
 
 def _means_by_seed(results: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """The mean over all test sets, source and unseen, by seed."""
-    return {r["protocol"]["seed"]: float(np.mean(list(_scores(r).values()))) for r in results}
+    return {r["protocol"]["seed"]: float(np.mean(list(all_scores(r).values()))) for r in results}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fishertune_d2.evaluation import all_scores
 from fishertune_d2.fisher.files import whole_file
 
 from .cells import Cell
@@ -64,7 +65,7 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
 def _mean(results: Mapping[str, Any] | None, sets: Sequence[str]) -> float | None:
     if results is None:
         return None
-    scores = {**results["source"], **results["targets"]}
+    scores = all_scores(results)
     return float(np.mean([scores[name] for name in sets]))
 
 

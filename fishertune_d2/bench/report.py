@@ -18,6 +18,7 @@ from fishertune_d2.analysis.statistics import (
     mean_and_std,
     paired_difference,
 )
+from fishertune_d2.evaluation import all_scores
 
 from .cells import Cell
 from .tables import OURS
@@ -108,7 +109,7 @@ def read_lines(cells: Sequence[Cell], sets: Sequence[str], name: str) -> list[Li
 
 
 def _scores(results: Mapping[str, Any], sets: Sequence[str]) -> dict[str, float]:
-    scores = {**results["source"], **results["targets"]}
+    scores = all_scores(results)
     unseen = [results["targets"][name] for name in sets if name in results["targets"]]
     average = {AVERAGE: float(np.mean(unseen))} if unseen else {}
     return {name: scores[name] for name in sets} | average

@@ -71,6 +71,15 @@ def summarize(
     }
 
 
+def all_scores(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The mIoU of every test set, source and unseen, in percent.
+
+    Args:
+        summary: what `summarize` returned, or `results.json` holds.
+    """
+    return {**summary["source"], **summary["targets"]}
+
+
 def format_table(summary: Mapping[str, Any]) -> str:
     """Formats a summary for the log: mIoU by data set, then IoU by class and data set.
 
