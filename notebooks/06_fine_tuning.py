@@ -196,7 +196,7 @@ Image(filename=OUTPUT / "tsne.png")
 # ## On real photographs
 #
 # FisherTune on CamVid, from the warm-up of 04_warmup, beside its frozen row, where 04_warmup has
-# made it. Thirty iterations of tuning, one seed.
+# made it. Twenty iterations of tuning, one seed.
 
 # %%
 real_freeze = OUTPUT / "camvid_freeze"
