@@ -110,12 +110,12 @@ Markdown(compare([OUTPUT / name for name in runs]))
 
 # %% [markdown]
 # Read this with care: it is one seed, forty iterations of tuning and a small model, and
-# differences of a point are noise. By day, tuning 5 % of the weights has moved the score as far
-# as tuning all of them. On the unseen domains full fine-tuning is a point ahead, and FisherTune
-# about where the frozen backbone is. [docs/results/camvid.md](../docs/results/camvid.md) has 300
-# iterations of tuning on photographs; there FisherTune is far above the frozen backbone at dusk,
-# and below full fine-tuning. The paper reports that it beats full fine-tuning after far longer
-# training on larger models.
+# differences of a point are noise: even another number of threads changes them. By day, tuning
+# 5 % of the weights moves the score as far as tuning all of them. On the unseen domains forty
+# iterations are too few to tell the three apart.
+# [docs/results/camvid.md](../docs/results/camvid.md) has 300 iterations of tuning on photographs;
+# there FisherTune is far above the frozen backbone at dusk, and below full fine-tuning. The paper
+# reports that it beats full fine-tuning after far longer training on larger models.
 #
 # ## What moves
 #
@@ -196,7 +196,7 @@ Image(filename=OUTPUT / "tsne.png")
 # ## On real photographs
 #
 # FisherTune on CamVid, from the warm-up of 04_warmup, beside its frozen row, where 04_warmup has
-# made it. Twenty iterations of tuning, one seed.
+# made it. Thirty iterations of tuning, one seed.
 
 # %%
 real_freeze = OUTPUT / "camvid_freeze"
