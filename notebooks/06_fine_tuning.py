@@ -189,9 +189,8 @@ draw_embeddings(features, OUTPUT / "tsne.png")
 Image(filename=OUTPUT / "tsne.png")
 
 # %% [markdown]
-# What to see: the images of night stay together in all three, and of fog nearly so. Full
-# fine-tuning mixes the domains most, FisherTune a little; that is the order of the table above,
-# too, and just as much in need of a longer run.
+# What to see: the images of night lie apart in all three. Full fine-tuning mixes the domains most,
+# FisherTune a little; after forty iterations no more can be read from it.
 #
 # ## On real photographs
 #
