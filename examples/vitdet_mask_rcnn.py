@@ -3,7 +3,8 @@
     python examples/vitdet_mask_rcnn.py
 
 Needs no data, no download, no GPU and no compiled part of Detectron2; it takes half a minute. The
-config is that of Detectron2's configs/common/models/mask_rcnn_vitdet.py, made small.
+configs are Detectron2's own (configs/common/models/mask_rcnn_vitdet.py and what trains it),
+made small.
 """
 
 import json
@@ -12,17 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2 import data, modeling
-from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import SimpleTrainer
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import anchor_generator, poolers, proposal_generator, roi_heads
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.matcher import Matcher
-from detectron2.solver.build import get_default_optimizer_params
+from detectron2.model_zoo import get_config
 from detectron2.utils.logger import setup_logger
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -32,63 +27,31 @@ from fishertune_d2 import apply_fishertune
 from fishertune_d2.fisher import Selection
 
 SIDE, CHANNELS = 128, 32  # of an image in pixels, and of a map of the pyramid
-MAPS = ["p2", "p3", "p4", "p5"]
-POOLER = {"scales": [1 / 4, 1 / 8, 1 / 16, 1 / 32], "sampling_ratio": 0}
 
-# fmt: off
-model = L(modeling.GeneralizedRCNN)(
-    backbone=L(modeling.SimpleFeaturePyramid)(
-        net=L(modeling.ViT)(  # its weights are what FisherTune selects from
-            img_size=SIDE, embed_dim=48, depth=6, num_heads=2, use_rel_pos=True,
-            window_size=3, window_block_indexes=[0, 1, 3, 4],
-        ),
-        in_feature="last_feat", out_channels=CHANNELS, scale_factors=(4.0, 2.0, 1.0, 0.5),
-        top_block=L(LastLevelMaxPool)(), square_pad=SIDE,
-    ),
-    proposal_generator=L(proposal_generator.RPN)(
-        in_features=[*MAPS, "p6"],
-        head=L(proposal_generator.StandardRPNHead)(in_channels=CHANNELS, num_anchors=1),
-        anchor_generator=L(anchor_generator.DefaultAnchorGenerator)(
-            sizes=[[8], [16], [32], [64], [128]], aspect_ratios=[1.0], strides=[4, 8, 16, 32, 64],
-        ),
-        anchor_matcher=L(Matcher)(
-            thresholds=[0.3, 0.7], labels=[0, -1, 1], allow_low_quality_matches=True
-        ),
-        box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
-        batch_size_per_image=32, positive_fraction=0.5,
-        pre_nms_topk=(200, 100), post_nms_topk=(50, 50),
-    ),
-    roi_heads=L(modeling.StandardROIHeads)(
-        num_classes=2, batch_size_per_image=16, positive_fraction=0.25,
-        proposal_matcher=L(Matcher)(thresholds=[0.5], labels=[0, 1]),
-        box_in_features=MAPS,
-        box_pooler=L(poolers.ROIPooler)(output_size=7, pooler_type="ROIAlignV2", **POOLER),
-        box_head=L(roi_heads.FastRCNNConvFCHead)(
-            input_shape=ShapeSpec(channels=CHANNELS, height=7, width=7), conv_dims=[], fc_dims=[64],
-        ),
-        box_predictor=L(roi_heads.FastRCNNOutputLayers)(
-            input_shape=ShapeSpec(channels=64), num_classes=2,
-            box2box_transform=L(Box2BoxTransform)(weights=[10.0, 10.0, 5.0, 5.0]),
-        ),
-        mask_in_features=MAPS,
-        mask_pooler=L(poolers.ROIPooler)(output_size=14, pooler_type="ROIAlignV2", **POOLER),
-        mask_head=L(roi_heads.MaskRCNNConvUpsampleHead)(
-            input_shape=ShapeSpec(channels=CHANNELS), num_classes=2, conv_dims=[CHANNELS] * 2,
-        ),
-    ),
-    pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375], input_format="RGB",
+model = get_config("common/models/mask_rcnn_vitdet.py").model
+# Its ViT's weights are what FisherTune selects from. From here to the optimizer: made small.
+model.backbone.net.update(
+    {"img_size": SIDE, "embed_dim": 48, "depth": 6, "num_heads": 2, "window_size": 3}
 )
-optimizer = L(torch.optim.AdamW)(
-    params=L(get_default_optimizer_params)(weight_decay_norm=0.0), lr=1e-3, weight_decay=0.1,
+model.backbone.net.window_block_indexes = [0, 1, 3, 4]
+model.backbone.update(out_channels=CHANNELS, square_pad=SIDE)
+rpn, heads = model.proposal_generator, model.roi_heads
+rpn.head.in_channels = CHANNELS
+rpn.anchor_generator.sizes = [[8], [16], [32], [64], [128]]
+rpn.update(batch_size_per_image=32, pre_nms_topk=(200, 100), post_nms_topk=(50, 50))
+heads.update(num_classes=2, batch_size_per_image=16)
+heads.box_head.update(
+    input_shape=ShapeSpec(channels=CHANNELS, height=7, width=7), conv_dims=[], fc_dims=[64]
 )
-loader = L(data.build_detection_train_loader)(
-    dataset=L(data.get_detection_dataset_dicts)(names="shapes"),
-    mapper=L(data.DatasetMapper)(
-        is_train=True, augmentations=[], image_format="RGB", use_instance_mask=True,
-    ),
-    total_batch_size=2,
-)
-# fmt: on
+heads.box_predictor.input_shape = ShapeSpec(channels=64)
+heads.mask_head.update(input_shape=ShapeSpec(channels=CHANNELS), conv_dims=[CHANNELS] * 2)
+
+optimizer = get_config("common/optim.py").AdamW
+optimizer.lr = 1e-3
+train = get_config("common/data/coco.py").dataloader.train
+train.dataset.names = "shapes"
+train.mapper.update(augmentations=[], image_format="RGB")
+train.update(total_batch_size=2, num_workers=0)
 
 
 def draw_data(root: Path) -> None:
@@ -120,10 +83,10 @@ def main(max_iter: int = 40) -> tuple[dict[str, Tensor], nn.Module, Selection, l
     with tempfile.TemporaryDirectory() as folder:
         draw_data(Path(folder))
         register_coco_instances("shapes", {}, f"{folder}/coco.json", folder)
-        trainer = SimpleTrainer(detector, instantiate(loader), instantiate(optimizer))
+        trainer = SimpleTrainer(detector, instantiate(train), instantiate(optimizer))
         estimation = apply_fishertune(
             trainer,
-            instantiate(loader),
+            instantiate(train),
             max_iter=max_iter,
             output_dir=folder,
             warmup=max_iter // 4,
