@@ -136,7 +136,7 @@ def detectron2() -> Iterator[Finding]:
             f"detectron2.model_zoo cannot be imported with setuptools {_version('setuptools')} "
             f"({_line(error)}); FisherTune does not use it",
             WARNING,
-            "for code of your own that does: pip install 'setuptools<81'",
+            "for code that does (the ViTDet example): pip install 'setuptools<81'",
         )
 
 
