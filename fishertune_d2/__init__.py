@@ -4,6 +4,10 @@ Importing this package registers its models and data sets with Detectron2; it ne
 network and no compiler. Where Detectron2 is not installed, what is pure PyTorch can still be
 imported: ``fishertune_d2.fisher``, ``MaskedUpdate`` and ``SelectedWeights`` of
 ``fishertune_d2.tuning``, and ``fishertune_d2.export.apply_delta``.
+
+Not imported with it: ``fishertune_d2.export``, and the commands ``fishertune_d2.train``,
+``fishertune_d2.plan``, ``fishertune_d2.bench``, ``fishertune_d2.analysis``,
+``fishertune_d2.doctor``. The keys of a config: ``fishertune_d2.config``.
 """
 
 import sys
