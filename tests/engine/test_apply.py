@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
 from detectron2.modeling import ViT
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
@@ -113,6 +113,23 @@ def test_the_optimizer_is_free_again_after_training(tmp_path):
     trainer.optimizer.step()
     for name in ("backbone.blocks.0.norm1.weight", "backbone.blocks.0.mlp.fc1.weight"):
         assert (trainer.model.get_parameter(name) != before[name]).float().mean() > 0.9
+
+
+def test_scaled_gradients_move_the_same_weights(tmp_path, monkeypatch):
+    plain = _trainer()
+    _apply(plain, tmp_path / "plain")
+    plain.train(0, STEPS)
+    # AMPTrainer asks for CUDA and its autocast casts nothing on a CPU; its scaler works there.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = _Model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+    scaled = AMPTrainer(model, cycle(_data()), _optimizer(model), grad_scaler=scaler)
+    _apply(scaled, tmp_path / "scaled")
+    scaled.train(0, STEPS)
+    assert scaler.get_scale() == 64.0 * 4  # a power of two rounds nothing
+    expected = dict(plain.model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
 
 
 def test_F_is_the_mean_of_squared_gradients_of_each_images_summed_losses(tmp_path):
