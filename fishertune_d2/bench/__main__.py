@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] | None = N
     if args.dry_run:
         print(bench.describe())
         return 0
+    if args.report:
+        bench.conclude()
+        return 0
     return bench.run(train)
 
 
@@ -94,7 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         help="choose a learning rate for each row, with the first seed, on the dev sets",
     )
     stage.add_argument("--test", action="store_true", help="score what is trained on the test sets")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be run")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="say what would be run")
+    only.add_argument(
+        "--report", action="store_true", help="run nothing; write the table of what is finished"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time")
     where.add_argument(
@@ -107,7 +114,7 @@ class _Bench:
     """One call of the command: its cells, and the data sets to score them on.
 
     Args:
-        args: of the command line. Without ``dry_run``, data and earlier runs are looked at.
+        args: of the command line. If cells are to run, data and earlier runs are looked at.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -127,7 +134,7 @@ class _Bench:
         self.cells = self._cells_of_search() if searching else self._cells_of_rows()
         self.sets = self.tests if args.test or not self.profile.dev else self.profile.dev
         self.folder = TEST if args.test else "dev" if self.profile.dev else args.table
-        if args.dry_run:
+        if args.dry_run or args.report:
             return
         require_same_recipe(self.cells)
         if args.test:
@@ -139,15 +146,19 @@ class _Bench:
             self.launcher = Submitit(self.output / "submitit", args.submitit)
 
     def run(self, train: Sequence[str] | None) -> int:
-        """Runs the cells, then chooses or writes the table; returns 0, or 1 if a cell failed."""
+        """Runs the cells, then concludes; returns 0, or 1 if a cell failed."""
         runner = Runner(self.launcher, train) if train else Runner(self.launcher)
         run = runner.score if self.args.test else runner.train
         done = run(self.cells, self.sets, self.folder)
+        self.conclude()
+        return 0 if done else 1
+
+    def conclude(self) -> None:
+        """Chooses, or writes the table, from what is finished."""
         if self.args.search is not None:
             self._choose()
         else:
             self._report()
-        return 0 if done else 1
 
     def describe(self) -> str:
         """The cells, their commands, and what they share."""

@@ -277,6 +277,29 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(runs, capsys):
     assert said.count("takes the warm-up") == 3 and "4 cells" in said
 
 
+def test_a_report_is_the_table_of_the_results_alone(runs, capsys, tmp_path):
+    rows = ("table4", "--methods", "freeze", "full", "--seeds", "42", "43")
+    assert runs(*rows, "--search") == 0
+    runs.kill("freeze_43")
+    with pytest.raises(SystemExit):
+        runs(*rows)
+    capsys.readouterr()
+    assert runs(*rows, "--report") == 0
+    partial = capsys.readouterr().out
+    assert partial.count("| 1       |") == 2 and "Not finished: 2 of" in partial
+    assert runs(*rows) == 0
+    whole = capsys.readouterr().out
+    runs.calls()
+    kept = tmp_path / "kept"
+    for file in [*runs.cells.glob("*/results.json"), runs.cells / "choices.json"]:
+        copy = kept / file.relative_to(runs.output)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    assert bench.main([*rows, "--report", "--profile", "camvid", "--output", str(kept)]) == 0
+    assert capsys.readouterr().out == whole and runs.calls() == []
+    assert (kept / "table4.csv").read_text() == (runs.output / "table4.csv").read_text()
+
+
 def test_jobs_side_by_side(runs, names):
     assert runs("selection", *ROWS, "--seeds", "42", "43", "--jobs", "4") == 0
     assert len(runs.calls()) == 8
