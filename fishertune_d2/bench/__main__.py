@@ -21,7 +21,7 @@ from fishertune_d2.data import DatasetError, load_datasets
 from fishertune_d2.modeling.vfm_table import VFMS
 from fishertune_d2.tuning import TUNING_REGISTRY
 
-from .cells import Cell, file_name, make_cells, needs_rate, sweep_rows, waves
+from .cells import Cell, file_name, make_cells, needs_rate, sweep_rows
 from .choices import TEST, describe, read_choices, require_unseen, write_choices
 from .launch import Local, Submitit
 from .report import paper_numbers, read_lines, write_report
@@ -163,19 +163,18 @@ class _Bench:
     def describe(self) -> str:
         """The cells, their commands, and what they share."""
         lines, test = [], self.args.test
-        for number, group in enumerate([self.cells] if test else waves(self.cells), 1):
-            for cell in group:
-                done = ", done before" if cell.results(self.sets, self.folder) else ""
-                arguments = (
-                    cell.score_arguments(self.sets, cell.folder / self.folder)
-                    if test
-                    else cell.arguments(self.sets)
-                )
-                lines.append(f"{cell.folder}  (group {number}{done})")
-                lines.append(f"  {shlex.join(['python', '-m', 'fishertune_d2.train', *arguments])}")
-                if not test:
-                    lines += [f"  makes the {w.words}: {cell.shared[w]}" for w in cell.makes]
-                    lines += [f"  takes the {w.words}: {path}" for w, path in cell.takes.items()]
+        for cell in self.cells:
+            done = "  (done before)" if cell.results(self.sets, self.folder) else ""
+            arguments = (
+                cell.score_arguments(self.sets, cell.folder / self.folder)
+                if test
+                else cell.arguments(self.sets)
+            )
+            lines.append(f"{cell.folder}{done}")
+            lines.append(f"  {shlex.join(['python', '-m', 'fishertune_d2.train', *arguments])}")
+            if not test:
+                lines += [f"  makes the {w.words}: {cell.shared[w]}" for w in cell.makes]
+                lines += [f"  takes the {w.words}: {path}" for w, path in cell.takes.items()]
         return "\n".join([*lines, f"{len(self.cells)} cells"])
 
     def _require_sense(self) -> None:

@@ -258,17 +258,13 @@ def _let_first_make(cells: Sequence[Cell]) -> list[Cell]:
     return result
 
 
-def waves(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells in groups, each of which takes only what groups before it make."""
-    makers = {cell.shared[what]: cell for cell in cells for what in cell.makes}
-    levels: dict[Path, int] = {}
-    for cell in cells:  # makers stand before those who take from them
-        before = [makers[path].folder for path in cell.takes.values() if path in makers]
-        levels[cell.folder] = max((levels[folder] + 1 for folder in before), default=0)
-    return [
-        [cell for cell in cells if levels[cell.folder] == level]
-        for level in range(max(levels.values(), default=-1) + 1)
-    ]
+def makers(cells: Sequence[Cell]) -> dict[Path, set[Path]]:
+    """For each cell's folder, those of the cells that make what it takes."""
+    made_in = {cell.shared[what]: cell.folder for cell in cells for what in cell.makes}
+    return {
+        cell.folder: {made_in[path] for path in cell.takes.values() if path in made_in}
+        for cell in cells
+    }
 
 
 def sweep_rows(

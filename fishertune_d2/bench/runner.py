@@ -7,8 +7,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -20,14 +20,14 @@ from fishertune_d2.engine.preemption import EXIT_CODE, handling
 from fishertune_d2.fisher.files import whole_file
 from fishertune_d2.version import commit
 
-from .cells import Cell, waves
+from .cells import Cell, makers
 from .launch import Attempt, Local, Submitit
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 
 
 class Runner:
-    """Runs cells, those first that others take something from.
+    """Runs cells in their order; each as soon as what it takes from others is made.
 
     Args:
         launcher: runs commands.
@@ -78,7 +78,9 @@ class Runner:
                 checkpoint.unlink()  # of no use any more, and large
             return self._share(cell)
 
-        return self._all(waves(cells), run, lambda cell: cell.results(sets, name) is not None)
+        return self._all(
+            cells, makers(cells), run, lambda cell: cell.results(sets, name) is not None
+        )
 
     def score(self, cells: Sequence[Cell], sets: Sequence[str], name: str) -> bool:
         """Scores what is trained, into the folder ``name`` of each cell.
@@ -100,15 +102,17 @@ class Runner:
                 return DONE
             return self._score(cell, sets, cell.folder / name)
 
-        return self._all([list(cells)], run, lambda cell: cell.results(sets, name) is not None)
+        free = {cell.folder: set() for cell in cells}
+        return self._all(cells, free, run, lambda cell: cell.results(sets, name) is not None)
 
     def _all(
         self,
-        groups: Sequence[Sequence[Cell]],
+        cells: Sequence[Cell],
+        after: Mapping[Path, set[Path]],
         run: Callable[[Cell], str],
         finished: Callable[[Cell], bool],
     ) -> bool:
-        total, ends = sum(len(group) for group in groups), []
+        ends: list[str] = []
 
         def one(cell: Cell) -> None:
             before, start = finished(cell), time.monotonic()
@@ -117,11 +121,19 @@ class Runner:
             if end == DONE:
                 end = "done before" if before else f"done in {time.monotonic() - start:.0f} s"
             if not self._stopping or end != STOPPED:
-                self.say(f"[{len(ends)}/{total}] {cell.folder}: {end}")
+                self.say(f"[{len(ends)}/{len(cells)}] {cell.folder}: {end}")
 
         with self._listening(), ThreadPoolExecutor(self.launcher.jobs) as pool:
-            for group in groups:
-                list(pool.map(one, group))
+            waiting, over = list(cells), set()
+            running: dict[Future, Path] = {}
+            while waiting or running:
+                free = [cell for cell in waiting if after[cell.folder] <= over]
+                for cell in free[: self.launcher.jobs - len(running)]:
+                    waiting.remove(cell)
+                    running[pool.submit(one, cell)] = cell.folder
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    over.add(running.pop(future))
         if STOPPED in ends:
             self.say("stopped early: the same command goes on from here")
             sys.exit(EXIT_CODE)

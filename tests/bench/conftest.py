@@ -10,7 +10,7 @@ import pytest
 from fishertune_d2.bench import __main__ as bench
 
 FAKE = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, time
 folder = pathlib.Path(os.environ["FAKE"])
 words = sys.argv[1:]
 options = {key: words[i + 1] for i, key in enumerate(words[:-1])}
@@ -19,6 +19,11 @@ out.mkdir(parents=True, exist_ok=True)
 name = out.name
 with open(folder / "calls.jsonl", "a") as log:
     print(json.dumps({"name": name, "words": words, "options": options}), file=log)
+hold, end = folder / "hold" / name, time.monotonic() + 20
+while hold.exists() and hold.read_text() not in (folder / "calls.jsonl").read_text():
+    if time.monotonic() > end:
+        sys.exit(4)
+    time.sleep(0.01)
 for key in ("TUNING.WARMUP_CHECKPOINT", "FISHER.ESTIMATE"):
     if options.get(key):
         open(options[key]).close()  # must be there by now
@@ -61,6 +66,7 @@ class FakeRuns:
         self.output = folder / "out"
         self.cells = self.output / "dinov2_vits"
         (folder / "kill").mkdir()
+        (folder / "hold").mkdir()
         (folder / "fake.py").write_text(FAKE)
         self.score({})
 
@@ -71,6 +77,10 @@ class FakeRuns:
     def kill(self, name: str) -> None:
         """Lets the next training in this folder leave before its end."""
         (self.folder / "kill" / name).touch()
+
+    def hold(self, name: str, until: str) -> None:
+        """Lets the training in this folder wait until that in another has begun."""
+        (self.folder / "hold" / name).write_text(f'"name": "{until}"')
 
     def calls(self) -> list[dict]:
         """What was called since the last time."""

@@ -305,6 +305,14 @@ def test_jobs_side_by_side(runs, names):
     assert len(runs.calls()) == 8
 
 
+def test_a_cell_waits_for_what_it_takes_and_for_nothing_else(runs, names):
+    runs.hold("freeze_42", until="fishertune_43")
+    assert runs("selection", *ROWS, "--seeds", "42", "43", "--jobs", "2") == 0
+    order = names(runs.calls())
+    assert len(order) == 8 and {*order[:2]} == {"freeze_42", "freeze_43"}
+    assert {*order[-3:]} == {"full_42", "fisher_42", "fishertune_42"}
+
+
 def test_submitit_is_optional_and_gets_each_command(runs, names, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "submitit", None)
     said = _refused(capsys, runs, "selection", "--methods", "freeze", "--submitit")

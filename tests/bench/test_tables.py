@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from detectron2.modeling import build_backbone
 
-from fishertune_d2.bench.cells import ESTIMATE, WARMUP, make_cells, waves
+from fishertune_d2.bench.cells import ESTIMATE, WARMUP, make_cells, makers
 from fishertune_d2.bench.tables import FREEZE, PROFILES, TABLES, find_row
 from fishertune_d2.config import read_config
 from fishertune_d2.engine.plan import build_empty
@@ -39,13 +39,14 @@ def test_every_table_has_its_configs(name, profile, tmp_path):
         trained = {"camvid": "camvid_day_train", "streets": "streets_day_train"}.get(profile)
         trained = trained or ("cityscapes_train" if table.source else "gtav_train")
         assert list(cell.recipe["DATASETS.TRAIN"]) == [trained]
-    # Each file is made once; what is taken is made in a group before.
+    # Each file is made once, by a cell that stands before those who take it.
     made = [cell.shared[what] for cell in cells for what in cell.makes]
     assert len(set(made)) == len(made)
-    there = set()
-    for group in waves(cells):
-        assert all(set(cell.takes.values()) <= there for cell in group)
-        there |= {cell.shared[what] for cell in group for what in cell.makes}
+    before: set[Path] = set()
+    for cell in cells:
+        taken_from = makers(cells)[cell.folder]
+        assert taken_from <= before and bool(taken_from) == bool(cell.takes)
+        before.add(cell.folder)
 
 
 def test_which_rows_share_an_estimate(tmp_path):
