@@ -199,9 +199,11 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
     if command.pattern or words[0] in NOT_HERE:
         return None
     if "fishertune_d2.bench" in words:
-        if "needs " not in command.said and not _tells_time(command):
+        told = "needs " in command.said or _tells_time(command)
+        if not told and "--report" not in words:
             raise ValueError("say in a comment what data it needs, or how long it takes")
-        return [*words[2:], "--dry-run"]
+        # A report needs neither data nor time, but would write into docs/.
+        return [*(word for word in words[2:] if word != "--report"), "--dry-run"]
     if "needs " in command.said:
         return None
     if words[0] == "make":
