@@ -30,10 +30,8 @@ SIDE, CHANNELS = 128, 32  # of an image in pixels, and of a map of the pyramid
 
 model = get_config("common/models/mask_rcnn_vitdet.py").model
 # Its ViT's weights are what FisherTune selects from. From here to the optimizer: made small.
-model.backbone.net.update(
-    {"img_size": SIDE, "embed_dim": 48, "depth": 6, "num_heads": 2, "window_size": 3}
-)
-model.backbone.net.window_block_indexes = [0, 1, 3, 4]
+model.backbone.net.update(img_size=SIDE, embed_dim=48, depth=6, num_heads=2)
+model.backbone.net.update(window_size=3, window_block_indexes=[0, 1, 3, 4])
 model.backbone.update(out_channels=CHANNELS, square_pad=SIDE)
 rpn, heads = model.proposal_generator, model.roi_heads
 rpn.head.in_channels = CHANNELS

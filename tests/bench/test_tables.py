@@ -42,10 +42,10 @@ def test_every_table_has_its_configs(name, profile, tmp_path):
     # Each file is made once, by a cell that stands before those who take it.
     made = [cell.shared[what] for cell in cells for what in cell.makes]
     assert len(set(made)) == len(made)
-    before: set[Path] = set()
+    taken_from, before = makers(cells), set()
     for cell in cells:
-        taken_from = makers(cells)[cell.folder]
-        assert taken_from <= before and bool(taken_from) == bool(cell.takes)
+        makers_of_it = taken_from[cell.folder]
+        assert makers_of_it <= before and bool(makers_of_it) == bool(cell.takes)
         before.add(cell.folder)
 
 
