@@ -77,7 +77,8 @@ class MaskedUpdate:
     def _mask_gradients(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                parameter.grad.mul_(self.masks[name])
+                # Not by a product, which makes NaN of an infinite gradient.
+                parameter.grad.masked_fill_(~self.masks[name], 0)
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

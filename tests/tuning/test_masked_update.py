@@ -54,6 +54,16 @@ def test_momentum_gathered_before_does_not_move_what_is_not_selected():
     assert weight[3] != before[3]
 
 
+def test_an_infinite_gradient_of_what_is_not_selected_does_no_harm():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    MaskedUpdate(optimizer, {"w": weight}, _selection(torch.arange(1.0, 5.0), 0.25)).grow(0.25)
+    weight.grad = torch.tensor([torch.inf, torch.nan, 1.0, 1.0])
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([1.0, 1.0, 1.0, 0.9])
+    assert torch.isfinite(weight.grad).all()  # so that its norm can be clipped
+
+
 def test_grows_and_never_shrinks():
     weight = nn.Parameter(torch.ones(10))
     selection = _selection(torch.arange(1.0, 11.0), 0.5)
