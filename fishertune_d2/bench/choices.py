@@ -29,11 +29,11 @@ def read_choices(place: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> dict[str, Any]:
-    """Chooses among finished cells for each of their rows; other rows' choices stand.
+    """Chooses for each row among its finished cells, and the rates that were tried before.
 
     Args:
         place: folder of a foundation model's cells.
-        cells: of one seed, several rates for each row; a row is left open while one of its cells
+        cells: of one seed, with their rates; a row's choice stays as it is while one of its cells
             is not finished.
         sets: the dev sets.
 
@@ -41,6 +41,7 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
         All choices, by the row's name.
     """
     choices = read_choices(place)
+    setting = {"seed": cells[0].seed, "sets": list(sets)} if cells else {}
     for row in dict.fromkeys(cell.row.name for cell in cells):
         scores = {
             cell.rate: _mean(cell.results(sets, "dev"), sets)
@@ -49,11 +50,13 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
         }
         if None in scores.values():
             continue
+        before = choices.get(row, {})
+        if setting.items() <= before.items():
+            scores = {float(rate): score for rate, score in before["mIoU"].items()} | scores
         best = max(sorted(scores), key=scores.__getitem__)  # of equals the smallest
         choices[row] = {
             "rate": best,
-            "seed": cells[0].seed,
-            "sets": list(sets),
+            **setting,
             "mIoU": {str(rate): scores[rate] for rate in sorted(scores)},
         }
     place.mkdir(parents=True, exist_ok=True)

@@ -190,6 +190,20 @@ def test_search_chooses_on_the_dev_sets_and_later_seeds_use_the_choice(runs, nam
     assert names(runs.calls()) == ["freeze_43", "full@rate=1_43", "fisher@rate=3_43"]
 
 
+def test_a_later_search_adds_values(runs, names, capsys):
+    runs.score({"full 0.3": 41.0, "full 1.0": 42.0, "full 3.0": 43.0, "full 10.0": 42.0})
+    assert runs("table4", "--methods", "full", "--search") == 0
+    runs.calls()
+    assert runs("table4", "--methods", "full", "--search", "10") == 0
+    assert names(runs.calls()) == ["full@rate=10_42"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "full: 3 of 0.3: 46.20, 1: 47.20, 3: 48.20, 10: 47.20"
+    runs.score({"full": 30.0})
+    assert runs("table4", "--methods", "full", "--search", "1", "--seeds", "43") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "full: 1 of 1: 35.30"  # of one seed alone
+
+
 def test_search_of_unfinished_runs_leaves_the_choice_open(runs, capsys, monkeypatch):
     monkeypatch.setenv("FAKE_EXIT", "3")
     runs.kill("full@rate=1_42")

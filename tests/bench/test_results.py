@@ -1,0 +1,43 @@
+"""What docs/results/tables.md shows is what its commands write from what the runs left."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fishertune_d2.bench.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/results/tables.md").read_text().splitlines()
+COMMANDS = [
+    match[1]
+    for line in PAGE
+    if (match := re.match(r"python -m fishertune_d2\.bench (.* --report .*)", line))
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_it_shows_what_the_command_writes(command, tmp_path, capsys):
+    words = command.split()
+    folder = ROOT / words[words.index("--output") + 1]
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, ignore=lambda _, names: [n for n in names if "table" in n])
+    assert main([*words[: words.index("--output")], "--output", str(copy)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    shown = [line for line in said if line.startswith("|") or " of 0." in line]
+    assert shown
+    assert not {*shown} - {*PAGE}
+    for file in [*copy.glob("table*.md"), *copy.glob("table*.csv"), *copy.rglob("choices.json")]:
+        name = file.relative_to(copy)
+        assert file.read_text() == (folder / name).read_text(), f"run it again: {command}"
+
+
+def test_every_table_has_its_command():
+    for table in (ROOT / "docs/results").glob("table1/*/table*.md"):
+        assert any(
+            command.endswith(f"--output {table.parent.relative_to(ROOT)}")
+            and "--search" not in command
+            and ("--test" in command) == table.stem.endswith("_test")
+            for command in COMMANDS
+        ), table
