@@ -282,9 +282,8 @@ class _Bench:
             of_vfm = [cell for cell in self.cells if cell.vfm == vfm and cell.rate is not None]
             choices = write_choices(place, of_vfm, self.profile.dev)
             print(f"{place / 'choices.json'}")
-            unfinished = {c.row.name for c in of_vfm if c.results(self.sets, self.folder) is None}
             for row in dict.fromkeys(cell.row.name for cell in of_vfm):
-                print(f"{row}: still open" if row in unfinished else describe(row, choices[row]))
+                print(describe(row, choices[row]) if row in choices else f"{row}: still open")
 
     def _report(self) -> None:
         lines = read_lines(self.cells, self.sets, self.folder)

@@ -38,9 +38,9 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
         sets: the dev sets.
 
     Returns:
-        All choices, by the row's name.
+        The choices for those of the rows that are finished, by the row's name.
     """
-    choices = read_choices(place)
+    choices, finished = read_choices(place), []
     setting = {"seed": cells[0].seed, "sets": list(sets)} if cells else {}
     for row in dict.fromkeys(cell.row.name for cell in cells):
         scores = {
@@ -50,6 +50,7 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
         }
         if None in scores.values():
             continue
+        finished.append(row)
         before = choices.get(row, {})
         if setting.items() <= before.items():
             scores = {float(rate): score for rate, score in before["mIoU"].items()} | scores
@@ -62,7 +63,7 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
     place.mkdir(parents=True, exist_ok=True)
     with whole_file(place / "choices.json") as temporary:
         temporary.write_text(json.dumps(choices, indent=2) + "\n")
-    return choices
+    return {row: choices[row] for row in finished}
 
 
 def _mean(results: Mapping[str, Any] | None, sets: Sequence[str]) -> float | None:
