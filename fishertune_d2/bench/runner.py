@@ -113,15 +113,17 @@ class Runner:
         finished: Callable[[Cell], bool],
     ) -> bool:
         ends: list[str] = []
+        saying = threading.Lock()
 
         def one(cell: Cell) -> None:
             before, start = finished(cell), time.monotonic()
             end = STOPPED if self._stopping else run(cell)
-            ends.append(end)
-            if end == DONE:
-                end = "done before" if before else f"done in {time.monotonic() - start:.0f} s"
-            if not self._stopping or end != STOPPED:
-                self.say(f"[{len(ends)}/{len(cells)}] {cell.folder}: {end}")
+            with saying:  # or two cells that end together have one number, on one line
+                ends.append(end)
+                if end == DONE:
+                    end = "done before" if before else f"done in {time.monotonic() - start:.0f} s"
+                if not self._stopping or end != STOPPED:
+                    self.say(f"[{len(ends)}/{len(cells)}] {cell.folder}: {end}")
 
         with self._listening(), ThreadPoolExecutor(self.launcher.jobs) as pool:
             waiting, over = list(cells), set()
