@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from fishertune_d2.bench.__main__ import main
+from fishertune_d2.bench.choices import read_choices
+from fishertune_d2.config import CONFIGS, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/results/tables.md").read_text().splitlines()
@@ -41,3 +43,11 @@ def test_every_table_has_its_command():
             and ("--test" in command) == table.stem.endswith("_test")
             for command in COMMANDS
         ), table
+
+
+def test_configs_have_the_learning_rates_that_were_chosen():
+    choices = read_choices(ROOT / "docs/results/table1/camvid/dinov2_vits")
+    assert choices
+    for row, choice in choices.items():
+        cfg = read_config(str(CONFIGS / f"camvid/{row}.yaml"))
+        assert choice["rate"] == cfg.SOLVER.BACKBONE_MULTIPLIER, row

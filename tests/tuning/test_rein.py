@@ -249,8 +249,10 @@ def test_a_head_without_queries_is_refused(segmentor):
 
 
 @pytest.mark.parametrize("path", ["camvid/rein", "camvid/set", "rein_dinov2"])
-def test_configs_train_tokens_as_fast_as_the_decoder(path):
+def test_configs_train_tokens_as_their_authors(path):
     cfg, text = read_config(str(CONFIGS / f"{path}.yaml")), (CONFIGS / f"{path}.yaml").read_text()
     assert cfg.TUNING.METHOD in path and cfg.OUTPUT_DIR == f"outputs/{path}"
     assert f"python train_net.py --config-file configs/{path}.yaml" in text
-    assert cfg.SOLVER.BACKBONE_MULTIPLIER == 1 and cfg.SOLVER.WEIGHT_DECAY_EMBED == 0
+    # As fast as the decoder, but where a search chose (tests/bench/test_results.py).
+    assert path == "camvid/rein" or cfg.SOLVER.BACKBONE_MULTIPLIER == 1
+    assert cfg.SOLVER.WEIGHT_DECAY_EMBED == 0
