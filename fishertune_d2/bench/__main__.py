@@ -234,8 +234,9 @@ class _Bench:
 
     def _cells_of_search(self) -> list[Cell]:
         names = list(dict.fromkeys(row.rate_of for row in self.rows if needs_rate(row)))
-        for vfm in self.vfms:
-            require_unseen(self._place(vfm), names)
+        if not self.args.report:  # which reads again what was chosen, from the same cells
+            for vfm in self.vfms:
+                require_unseen(self._place(vfm), names)
         values = self.args.search or self.profile.rates
         rates = {(vfm, name): values for vfm in self.vfms for name in names}
         frozen = [row for row in self.rows if row.method == FREEZE]  # for its warm-up
