@@ -137,6 +137,10 @@ class _Bench:
         if args.dry_run or args.report:
             return
         require_same_recipe(self.cells)
+        if searching:
+            searched = list(dict.fromkeys(c.row.name for c in self.cells if c.rate is not None))
+            for vfm in self.vfms:
+                require_unseen(self._place(vfm), searched)
         if args.test:
             self._require_trained()
         self._require_data()
@@ -234,9 +238,6 @@ class _Bench:
 
     def _cells_of_search(self) -> list[Cell]:
         names = list(dict.fromkeys(row.rate_of for row in self.rows if needs_rate(row)))
-        if not self.args.report:  # which reads again what was chosen, from the same cells
-            for vfm in self.vfms:
-                require_unseen(self._place(vfm), names)
         values = self.args.search or self.profile.rates
         rates = {(vfm, name): values for vfm in self.vfms for name in names}
         frozen = [row for row in self.rows if row.method == FREEZE]  # for its warm-up
