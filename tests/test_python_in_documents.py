@@ -38,3 +38,11 @@ def test_export(tmp_path, monkeypatch):
     variables = _run_example("export.md", "apply_delta", model=public)
     for vit in (variables["backbone"].vit, public):
         assert all(torch.equal(tensor, tuned[name]) for name, tensor in vit.state_dict().items())
+
+
+def test_how_far_other_kernels_move_a_number(monkeypatch):
+    monkeypatch.chdir(DOCS.parent)
+    variables = _run_example("results/tables.md", "other_kernels")
+    sizes, largest = variables["sizes"].values(), max(variables["sizes"].values())
+    page = " ".join((DOCS / "results/tables.md").read_text().split())
+    assert f"moved by {sum(sizes) / len(sizes):.1f} up or down, at most by {largest:.1f} (" in page

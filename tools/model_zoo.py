@@ -145,11 +145,9 @@ def section(runs: Sequence[Run]) -> str:
     dev = PROFILES[profile].dev if profile else ()
     # Where there are no sets to choose on, all that is scored is a test.
     kind = "dev" if {*sets} <= {*dev} else "test" if dev else ""
-    about = f"docs/results/{table}.md"
-    if table in TABLES and not (ROOT / about).is_file():
-        about = "docs/results/tables.md"
-    if (ROOT / about).is_file():
-        words.append(f"A reading: [{about}]({about}).")
+    own = f"docs/results/{table}.md"
+    about = own if (ROOT / own).is_file() else "docs/results/tables.md"
+    words.append(f"A reading: [{about}]({about}).")
     title = TABLES[table].title if table in TABLES else table
     lines = [f"## {title}" + (f", {kind} sets" if kind else ""), " ".join(words)]
     if profile:

@@ -138,9 +138,7 @@ class _Bench:
             return
         require_same_recipe(self.cells)
         if searching:
-            searched = list(dict.fromkeys(c.row.name for c in self.cells if c.rate is not None))
-            for vfm in self.vfms:
-                require_unseen(self._place(vfm), searched)
+            self._require_unseen()
         if args.test:
             self._require_trained()
         self._require_data()
@@ -259,6 +257,11 @@ class _Bench:
                 f"{', '.join(dict.fromkeys(still_open))}: run the same with --search first"
             )
         return self._cells(self.rows, self.args.seeds, rates)
+
+    def _require_unseen(self) -> None:
+        searched = list(dict.fromkeys(c.row.name for c in self.cells if c.rate is not None))
+        for vfm in self.vfms:
+            require_unseen(self._place(vfm), searched)
 
     def _require_trained(self) -> None:
         untrained = [str(cell.folder) for cell in self.cells if not cell.weights.is_file()]
