@@ -228,7 +228,6 @@ def test_test_sets_are_looked_at_once_with_the_choice(runs, names, capsys):
     assert (runs.output / "table4_test.csv").is_file()
     assert runs(*only, "--test") == 0 and runs.calls() == []
     assert "the test sets were looked at" in _refused(capsys, runs, *only, "--search", "10")
-    capsys.readouterr()
     assert runs(*only, "--search", "--report") == 0 and runs.calls() == []
     assert "full: 3 of 0.3: " in capsys.readouterr().out
     assert "not trained yet" in _refused(
