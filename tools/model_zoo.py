@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def read_run(file: Path, results: Path) -> Run:
     row = named[-1].removesuffix(f"_{seed}")
     run = Run(table, row, content, "", None)
     for name, profile in PROFILES.items() if table in TABLES else ():
-        if not {*run.scores} <= {*profile.dev, *(profile.test or TABLES[table].test)}:
+        tests = [*chain(*profile.test.values())] or TABLES[table].test
+        if not {*run.scores} <= {*profile.dev, *tests}:
             continue
         (cell,) = make_cells(
             [find_row(row.partition("@")[0])],  # after the @ stands what a sweep changes

@@ -13,6 +13,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from yaml import YAMLError
@@ -125,14 +126,17 @@ class _Bench:
         self.vfms = list(args.vfm or self.profile.vfms or self.table.vfms)
         self.rows = self._find_rows()
         self.output = (args.output or Path("outputs/bench") / args.profile).resolve()
-        self.tests = self.profile.test or self.table.test
         self.name = "_".join(["sweep", file_name(args.values[0])] if args.values else [args.table])
         fixed = not self.table.search or RATE in args.set
         self.searches = bool(self.profile.rates) and not fixed
         self._require_sense()
         searching = args.search is not None
         self.cells = self._cells_of_search() if searching else self._cells_of_rows()
-        self.sets = self.tests if args.test or not self.profile.dev else self.profile.dev
+        if args.test:
+            self.shown = {f"{self.name}_{end}": sets for end, sets in self.profile.test.items()}
+        else:
+            self.shown = {self.name: self.profile.dev or self.table.test}
+        self.sets = list(chain(*self.shown.values()))
         self.folder = TEST if args.test else "dev" if self.profile.dev else args.table
         if args.dry_run or args.report:
             return
@@ -291,23 +295,23 @@ class _Bench:
                 print(describe(row, choices[row]) if row in choices else f"{row}: still open")
 
     def _report(self) -> None:
-        lines = read_lines(self.cells, self.sets, self.folder)
-        if not lines:
+        finished = [cell for cell in self.cells if cell.results(self.sets, self.folder)]
+        if not finished:
             print("no cell is finished: there is no table yet", file=sys.stderr)
             return
-        path = self.output / (f"{self.name}_{TEST}" if self.args.test else self.name)
         own = self.args.profile == "paper" and not self.args.set
-        finished = [cell for cell in self.cells if cell.results(self.sets, self.folder)]
-        text = write_report(
-            self.table.title,
-            lines,
-            path,
-            paper=paper_numbers(self.table.paper) if own else {},
-            missing=len(self.cells) - len(finished),
-            averages=self.table.averages,
-        )
-        print(text)
-        print(f"{path}.csv, .md, .png", file=sys.stderr)
+        for name, sets in self.shown.items():
+            path = self.output / name
+            text = write_report(
+                self.table.title,
+                read_lines(finished, sets, self.folder),
+                path,
+                paper=paper_numbers(self.table.paper) if own else {},
+                missing=len(self.cells) - len(finished),
+                averages=self.table.averages,
+            )
+            print(text)
+            print(f"{path}.csv, .md, .png", file=sys.stderr)
 
 
 def _find_table(args: argparse.Namespace) -> Table:

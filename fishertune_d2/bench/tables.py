@@ -4,7 +4,8 @@ A profile is a setting of data and recipe, a row a way to tune, a table a list o
 any is an entry here. Every name of the tuning registry is a row by itself and needs no entry.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from fishertune_d2.tuning import TUNING_REGISTRY
 
@@ -23,7 +24,8 @@ class Profile:
         vfms: foundation models if none are asked for; empty for those of the table.
         dev: data sets to choose on and to score on meanwhile; empty if there are none, then runs
             are scored on the test sets at once.
-        test: data sets of the final test; empty for those of the table.
+        test: data sets of the final test, by the end of the name of the table that shows them, with
+            an average over the unseen of them; empty for those of the table.
         rates: SOLVER.BACKBONE_MULTIPLIER's values in the search; empty for those of the configs.
     """
 
@@ -31,10 +33,11 @@ class Profile:
     base: str
     vfms: tuple[str, ...] = ()
     dev: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
+    test: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
 
 
+_CAMVID_TEST = ("camvid_day_test", "camvid_dusk_test")
 PROFILES: dict[str, Profile] = {
     "paper": Profile(config="{source}{row}_{vfm}.yaml", base="{source}fishertune_{vfm}.yaml"),
     "camvid": Profile(
@@ -42,7 +45,7 @@ PROFILES: dict[str, Profile] = {
         base="camvid/Base-camvid.yaml",
         vfms=("dinov2_vits",),
         dev=("camvid_day_val", "camvid_dusk_dev"),
-        test=("camvid_day_test", "camvid_dusk_test"),
+        test={"test": _CAMVID_TEST},
         rates=(0.3, 1.0, 3.0),
     ),
     # Chosen on CamVid too, so that no shift of the scenes is looked at before the test.
@@ -51,11 +54,13 @@ PROFILES: dict[str, Profile] = {
         base="streets/Base-streets.yaml",
         vfms=("dinov2_vits",),
         dev=("camvid_day_val", "camvid_dusk_dev"),
-        test=(
-            *("streets_day_val", "streets_dusk_val", "streets_night_val"),
-            *("streets_fog_val", "streets_rain_val", "streets_snow_val"),
-            *("camvid_day_test", "camvid_dusk_test"),
-        ),
+        test={
+            "test_camvid": _CAMVID_TEST,
+            "test_shifts": (
+                *("streets_day_val", "streets_dusk_val", "streets_night_val"),
+                *("streets_fog_val", "streets_rain_val", "streets_snow_val"),
+            ),
+        },
         rates=(0.3, 1.0, 3.0),
     ),
 }

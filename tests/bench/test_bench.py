@@ -235,6 +235,25 @@ def test_test_sets_are_looked_at_once_with_the_choice(runs, names, capsys):
     )
 
 
+def test_scenes_and_camvid_are_scored_at_once_and_averaged_apart(runs):
+    only = ("table1", "--methods", "freeze", "fishertune")
+    assert runs(*only, "--search", profile="streets") == 0
+    assert runs(*only, profile="streets") == 0
+    runs.calls()
+    runs.score({"fishertune": 44.0})
+    assert runs(*only, "--test", profile="streets") == 0
+    assert len(runs.calls()) == 2
+    seen = {}
+    for end in ("camvid", "shifts"):
+        with open(runs.output / f"table1_test_{end}.csv", newline="") as file:
+            seen[end] = [line for line in csv.DictReader(file) if line["row"] == "fishertune"]
+    assert [line["set"] for line in seen["camvid"]] == [
+        *("camvid_day_test", "camvid_dusk_test", "average over unseen")
+    ]
+    assert len(seen["shifts"]) == 7 and seen["shifts"][-1]["set"] == "average over unseen"
+    assert not (runs.output / "table1_test.csv").exists()
+
+
 def test_writes_csv_markdown_and_a_figure(runs, capsys):
     runs.score({"fishertune": 44.0, "full": 43.0, "freeze": 30.0})
     assert runs("selection", *ROWS[:3], "fishertune", "--seeds", "42", "43") == 0
