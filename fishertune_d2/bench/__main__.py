@@ -240,8 +240,12 @@ class _Bench:
 
     def _cells_of_search(self) -> list[Cell]:
         names = list(dict.fromkeys(row.rate_of for row in self.rows if needs_rate(row)))
-        values = self.args.search or self.profile.rates
-        rates = {(vfm, name): values for vfm in self.vfms for name in names}
+        rates = {}
+        for vfm in self.vfms:
+            before = read_choices(self._place(vfm)) if self.args.report else {}
+            for name in names:
+                tried = [float(rate) for rate in before.get(name, {}).get("mIoU", ())]
+                rates[vfm, name] = self.args.search or tried or self.profile.rates
         frozen = [row for row in self.rows if row.method == FREEZE]  # for its warm-up
         rows = [*frozen, *map(find_row, names)]
         return self._cells(rows, self.args.seeds[:1], rates)

@@ -204,6 +204,16 @@ def test_a_later_search_adds_values(runs, names, capsys):
     assert said[-1] == "full: 1 of 1: 35.30"  # of one seed alone
 
 
+def test_a_report_of_a_search_shows_what_was_tried(runs, capsys):
+    runs.score({"full 10.0": 42.0, "full 30.0": 41.0})
+    assert runs("table4", "--methods", "full", "--search", "10", "30") == 0
+    runs.calls()
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("full: 10 of 10: 47.20, 30: 46.20")
+    assert runs("table4", "--methods", "full", "--search", "--report") == 0 and runs.calls() == []
+    assert capsys.readouterr().out.splitlines() == said
+
+
 def test_search_of_unfinished_runs_leaves_the_choice_open(runs, capsys, monkeypatch):
     monkeypatch.setenv("FAKE_EXIT", "3")
     runs.kill("full@rate=1_42")
