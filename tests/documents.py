@@ -35,10 +35,10 @@ PLACEHOLDERS = {
     "INPUT": "picture.png",
 }
 PYTHONS = ("python", "python3")
-# They change the environment or the shell, or look at the whole checkout.
+# They change the environment or the shell, or look at the whole checkout or at what long runs left.
 NOT_HERE = {
-    *("cd", "conda", "cp", "curl", "docker", "export", "git", "jupyter", "jupytext", "ln", "mkdir"),
-    *("pip", "pytest", "ruff", "source", "sudo", "uv", "venv", "wget"),
+    *("cd", "conda", "cp", "curl", "docker", "export", "git", "grep", "jupyter", "jupytext", "ln"),
+    *("mkdir", "pip", "pytest", "ruff", "source", "sudo", "uv", "venv", "wget"),
 }
 PROGRAMS = {*PYTHONS, *NOT_HERE, "make", "sbatch", "tensorboard", "torchrun"}
 
