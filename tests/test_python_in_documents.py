@@ -46,3 +46,12 @@ def test_how_far_other_kernels_move_a_number(monkeypatch):
     sizes, largest = variables["sizes"].values(), max(variables["sizes"].values())
     page = " ".join((DOCS / "results/tables.md").read_text().split())
     assert f"moved by {sum(sizes) / len(sizes):.1f} up or down, at most by {largest:.1f} (" in page
+
+
+def test_how_far_fishertune_is_from_full_fine_tuning(monkeypatch, capsys):
+    monkeypatch.chdir(DOCS.parent)
+    _run_example("results/tables.md", "paired_difference")
+    lines = (DOCS / "results/tables.md").read_text().splitlines()
+    said = capsys.readouterr().out.splitlines()
+    assert said
+    assert not {*said} - {*lines}
