@@ -28,8 +28,8 @@ HEAD = """# Model zoo
 
 Every model of which this project has a score, and no other: a line is one run, read from the
 `results.json` that it wrote. The paper's numbers are not ours and not here.{large} Checkpoints are
-not given away: the command above a table, or on the page that reads it, trains its models again, and
-`python -m fishertune_d2.export delta OUTPUT_DIR --decoder` makes a small file of one.
+not given away: the command above a table, or on the page that reads it, trains its models again,
+and `python -m fishertune_d2.export delta OUTPUT_DIR --decoder` makes a small file of one.
 
 mIoU is in percent. *Steps* are those of the warm-up and those of tuning; *commit* is that of the
 code that scored. This page is written by a command, which takes up all below `docs/results/`:
