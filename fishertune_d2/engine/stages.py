@@ -1,5 +1,8 @@
 """What each stage of training trains, in one place for the trainer and the plan."""
 
+from contextlib import nullcontext
+
+import torch
 from torch import nn
 
 from fishertune_d2.fisher import Selection
@@ -13,6 +16,9 @@ STAGES = ("warmup", "tuning")
 def attach(model: nn.Module, method: TuningMethod) -> None:
     """Adds what ``method`` adds to the segmentor, unless that is there already.
 
+    What the method makes on the CPU is moved to the segmentor's device. On the meta device nothing
+    is made elsewhere, so that no memory is taken.
+
     Args:
         model: the segmentor, without DDP wrapper.
         method: the tuning method.
@@ -23,8 +29,12 @@ def attach(model: nn.Module, method: TuningMethod) -> None:
     backbone = model.backbone
     if not method.adds or getattr(backbone, "attached", False):
         return
-    with next(backbone.parameters()).device:
+    device = next(backbone.parameters()).device
+    # Where a GPU is the default device, peft fills GPU tensors from a CPU generator, which fails.
+    with device if device.type == "meta" else nullcontext():
         method.attach(backbone, model.sem_seg_head)
+    _move_all(backbone, device)
+    _move_all(model.sem_seg_head, device)
     backbone.attached = True
 
 
@@ -66,3 +76,11 @@ def prepare_stage(
         parameter.requires_grad_(parameter in trained)
         parameter.grad = None
     return tuned, selected
+
+
+def _move_all(module: nn.Module, device: torch.device) -> None:
+    """Moves what lies elsewhere, and leaves the parameters that are there as the same objects."""
+    for part in module.modules():
+        own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        if any(tensor.device != device for tensor in own):
+            part.to(device)

@@ -57,15 +57,24 @@ def make_plan(cfg: CfgNode) -> Plan:
     """Plans a config, without weights or data, and without the device it names.
 
     Raises:
-        ValueError: if one of FISHER.ESTIMATOR, LABELS and PRECISION is unknown, or nothing is
-            trained. What Detectron2 and the model find wrong in a config, they raise.
+        ValueError: if one of FISHER.ESTIMATOR, LABELS and PRECISION is unknown, nothing is trained,
+            or the method computes with operators that need values. What Detectron2 and the model
+            find wrong in a config, they raise.
     """
     for key, known in _KNOWN.items():
         if cfg.FISHER[key] not in known:
             raise ValueError(f"FISHER.{key} is {cfg.FISHER[key]!r}: choose from {', '.join(known)}")
     size = tuple(cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else cfg.MODEL.VFM.IMG_SIZE)
     model, method = imagine(cfg), build_tuning_method(cfg)
-    stages = plan_stages(cfg, method, size)
+    try:
+        stages = plan_stages(cfg, method, size)
+    except NotImplementedError as error:  # of torch, for an operator that the meta device lacks
+        name = getattr(method, "name", cfg.TUNING.METHOD)
+        raise ValueError(
+            f"the cost of {name} cannot be counted without values ({str(error).partition(' with ')[0]}"
+            "): start a run, which logs how many weights it trains, and read its time and memory "
+            "from metrics.json"
+        ) from error
     if not stages:
         raise ValueError(
             f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: nothing is trained after the "

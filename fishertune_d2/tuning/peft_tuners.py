@@ -7,11 +7,13 @@ split first, see :mod:`fishertune_d2.tuning.split_qkv`.
 peft is imported by these methods alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from torch import nn
 
@@ -20,6 +22,8 @@ from .split_qkv import PROJECTIONS, join_qkv, split_qkv
 
 # Tuners that are known by a name, and are another one's option in peft.
 _OPTIONS_OF = {"DORA": ("LORA", {"use_dora": True})}
+# Tuners that read the values of tensors while they are built; the meta device has no values.
+_READ_VALUES = ("BOFT", "FROD", "SHIRA", "UNILORA")
 
 
 class PeftTuner(TuningMethod):
@@ -83,9 +87,11 @@ class PeftTuner(TuningMethod):
                 f"{', '.join(sorted(linear))}"
             )
         vit.requires_grad_(False)
+        needs_values = self.name in _READ_VALUES and next(vit.parameters()).is_meta
         try:
             config = self._config(**self._options, target_modules=self.targets)
-            self._tuner(vit, config, "default")
+            with _values(vit, self.targets) if needs_values else nullcontext():
+                self._tuner(vit, config, "default")
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"peft cannot put {self.name} around {', '.join(self.targets)}: {error}"
@@ -119,6 +125,18 @@ class PeftTuner(TuningMethod):
             vit.set_submodule(name, layer.get_base_layer())
         del vit.peft_config, backbone.tuned_names
         join_qkv(vit)
+
+
+@contextmanager
+def _values(vit: nn.Module, targets: Sequence[str]) -> Iterator[None]:
+    """Gives the targets in a model on the meta device random weights on the CPU meanwhile."""
+    for name, module in list(vit.named_modules()):
+        if name.rpartition(".")[2] in targets:
+            for parameter in module.to_empty(device="cpu").parameters():
+                parameter.data.normal_()  # decompositions need full rank
+    with torch.device("cpu"):
+        yield
+    vit.to("meta")
 
 
 def _usable_tuners() -> dict[str, tuple[type, type]]:

@@ -48,6 +48,12 @@ def test_a_run_that_trains_nothing_is_refused(small_cfg):
         make_plan(small_cfg(**own))
 
 
+def test_a_method_that_computes_with_values_is_refused_by_name(small_cfg):
+    own = {"TUNING__METHOD": "peft", "TUNING__PEFT__TYPE": "SHIRA"}
+    with pytest.raises(ValueError, match="the cost of SHIRA cannot be counted .*: start a run"):
+        make_plan(small_cfg(**own))
+
+
 def test_estimation_begins_as_warmup_leaves_the_decoder(small_cfg):
     def held(**overrides) -> dict:
         cfg = small_cfg(**overrides)

@@ -12,6 +12,7 @@ from fishertune_d2.engine.plan import plan
 from fishertune_d2.fisher import find_candidates
 from fishertune_d2.modeling import VFMS, VFMBackbone
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
+from fishertune_d2.tuning.peft_tuners import _usable_tuners
 from fishertune_d2.tuning.split_qkv import PROJECTIONS, join_qkv, split_qkv
 
 
@@ -195,6 +196,22 @@ def test_works_on_every_foundation_model(name):
         method.attach(backbone)
     added = sum(p.numel() for p in method.parameters(backbone).values())
     assert added == len(backbone.vit.blocks) * 2 * 8 * 2 * backbone.vit.embed_dim
+
+
+@pytest.mark.parametrize("name", _usable_tuners())
+def test_adds_on_the_meta_device_what_it_adds_on_a_real_one(name):
+    options = {"C3A": ["block_size", 16], "VBLORA": ["vector_length", 16]}.get(name, [])
+    shapes = []
+    for device in ("cpu", "meta"):
+        method = _method(name, *options)
+        with torch.device(device):
+            size = {"img_size": (48, 64), "patch_size": 16}
+            tuned = VFMBackbone(name="tiny", weights="random", **size)
+            method.attach(tuned)
+        assert {p.device.type for p in tuned.parameters()} == {device}
+        shapes.append({n: p.shape for n, p in method.parameters(tuned).items()})
+    assert shapes[0]
+    assert shapes[0] == shapes[1]
 
 
 def test_refuses(backbone):
