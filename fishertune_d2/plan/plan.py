@@ -69,11 +69,10 @@ def make_plan(cfg: CfgNode) -> Plan:
     try:
         stages = plan_stages(cfg, method, size)
     except NotImplementedError as error:  # of torch, for an operator that the meta device lacks
-        name = getattr(method, "name", cfg.TUNING.METHOD)
+        name, words = getattr(method, "name", cfg.TUNING.METHOD), str(error).partition(" with ")[0]
         raise ValueError(
-            f"the cost of {name} cannot be counted without values ({str(error).partition(' with ')[0]}"
-            "): start a run, which logs how many weights it trains, and read its time and memory "
-            "from metrics.json"
+            f"the cost of {name} cannot be counted without values ({words}): start a run, which "
+            "logs how many weights it trains, and read its time and memory from metrics.json"
         ) from error
     if not stages:
         raise ValueError(

@@ -39,8 +39,8 @@ class TuningMethod:
         """Adds what the method adds; only called if ``adds``.
 
         That is when the tuning stage begins, so that methods share one warm-up; before a checkpoint
-        of that stage is loaded; and on the meta device, where numbers are counted. New tensors may be
-        made on the CPU, for they are moved to the backbone's device afterwards.
+        of that stage is loaded; and on the meta device, where numbers are counted. New tensors may
+        be made on the CPU, for they are moved to the backbone's device afterwards.
 
         Args:
             backbone: what is added becomes a part of it, with names of its own in the state dict.
