@@ -12,18 +12,18 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
-from detectron2.utils import comm
 from torch import nn
 from torch.nn import functional as F
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
-    Mask2FormerLoss,
     Mask2FormerPixelDecoder,
     Mask2FormerTransformerModule,
 )
 
 from fishertune_d2.compat import without_autocast
+from fishertune_d2.modeling.mask2former_criterion import Mask2FormerCriterion
 from fishertune_d2.modeling.mask2former_init import init_pixel_decoder, init_transformer
+from fishertune_d2.modeling.targets import SegmentationTargets, present_classes, semantic_masks
 
 # transformers' names of the losses -> those of Mask2Former on Detectron2
 LOSS_NAMES = {
@@ -32,36 +32,6 @@ LOSS_NAMES = {
     "loss_dice": "loss_dice",
 }
 FEATURE_STRIDES = [4, 8, 16, 32]
-
-
-class Mask2FormerCriterion(Mask2FormerLoss):
-    """Matching and losses, with the number of masks averaged over Detectron2's processes.
-
-    transformers asks accelerate for the processes, which knows nothing of a group that
-    Detectron2's launcher made: each process would divide by its own count.
-
-    Attributes:
-        across_processes: False to count this process's masks only, as the loss of a single image
-            must, or it would depend on what other processes hold.
-    """
-
-    across_processes = True
-
-    def get_num_masks(self, class_labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-        """Counts the target masks.
-
-        Args:
-            class_labels: for each image of this process, the classes of its masks.
-            device: where the count is wanted.
-
-        Returns:
-            Scalar: masks per process, averaged over processes, and at least 1.
-        """
-        count = torch.tensor(float(sum(len(labels) for labels in class_labels)), device=device)
-        if self.across_processes and comm.get_world_size() > 1:
-            torch.distributed.all_reduce(count)
-            count /= comm.get_world_size()
-        return count.clamp(min=1)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -106,8 +76,10 @@ class Mask2FormerHead(nn.Module):
         self.transformer = Mask2FormerTransformerModule(config.feature_size, decoder_config)
         self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
         self.criterion = Mask2FormerCriterion(config, self.loss_weights)
+        self.dropout = config.dropout
         init_pixel_decoder(self.pixel_decoder)
         init_transformer(self.transformer)
+        self.train()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -148,17 +120,29 @@ class Mask2FormerHead(nn.Module):
             ),
         }
 
+    def train(self, mode: bool = True) -> "Mask2FormerHead":
+        """Sets the mode, but for the pixel decoder's layers if they have no dropout.
+
+        In training they look for infinities, for which the host waits for a GPU in each. Nothing
+        else in them depends on the mode, and `losses` refuses what is not finite.
+        """
+        super().train(mode)
+        if not self.dropout:
+            self.pixel_decoder.encoder.layers.eval()
+        return self
+
     def forward(
         self,
         features: dict[str, torch.Tensor],
-        targets: torch.Tensor | None = None,
+        targets: torch.Tensor | SegmentationTargets | None = None,
         image_size: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         """Computes the losses, or without targets the scores.
 
         Args:
             features: maps (B, channels, H / stride, W / stride) by name.
-            targets: class of each pixel, (B, H, W) int64; `ignore_value` where there is none.
+            targets: class of each pixel, (B, H, W) of any integer type; `ignore_value` where there
+                is none. Of a tensor on a GPU the host has to download the classes first.
             image_size: (H, W) of the scores. The mask logits are brought there before the sigmoid,
                 as the published code does. None leaves them at the size of the stride-4 map.
 
@@ -200,7 +184,7 @@ class Mask2FormerHead(nn.Module):
     def loss_of_image(
         self,
         predictions: list[tuple[torch.Tensor, torch.Tensor]],
-        targets: torch.Tensor,
+        targets: SegmentationTargets,
         image: int,
     ) -> torch.Tensor:
         """The sum of the weighted losses of one image, as if it were a batch of its own.
@@ -210,7 +194,7 @@ class Mask2FormerHead(nn.Module):
 
         Args:
             predictions: what `predict` returns for the batch.
-            targets: (B, H, W) int64.
+            targets: the labels of the batch.
             image: its index in the batch.
 
         Returns:
@@ -220,39 +204,38 @@ class Mask2FormerHead(nn.Module):
         self.criterion.across_processes = False
         try:
             own = [(classes[one], masks[one]) for classes, masks in predictions]
-            return sum(self.losses(own, targets[one]).values())
+            return sum(self.losses(own, targets.of_image(image)).values())
         finally:
             self.criterion.across_processes = True
 
-    def loss_divisors(self, targets: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def loss_divisors(self, targets: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """What the losses of a batch divide by, so that those of its parts can be put together.
 
         Args:
-            targets: of each image (H, W) int64.
+            targets: of each image (H, W), of any integer type.
 
         Returns:
             For ``loss_ce`` the weights of all queries' classes, which is known before they are
-            matched; for ``loss_mask`` and ``loss_dice`` the masks per process, at least 1. Scalars.
+            matched; for ``loss_mask`` and ``loss_dice`` the masks per process, at least 1. Numbers
+            or scalars.
         """
-        labels = [self.target_masks(target[None])[1][0] for target in targets]
+        labels = present_classes(targets, self.num_classes, self.ignore_value)
         queries, nothing = self.num_queries, self.criterion.eos_coef
         matched = [min(len(classes), queries) for classes in labels]
         weight = sum(n + nothing * (queries - n) for n in matched)
-        masks = self.criterion.get_num_masks(labels, targets[0].device)
-        return {"loss_ce": masks.new_tensor(weight), "loss_mask": masks, "loss_dice": masks}
-
-    def target_masks(self, targets: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """See :func:`semantic_masks`."""
-        return semantic_masks(targets, self.num_classes, self.ignore_value)
+        masks = self.criterion.get_num_masks(labels, self.class_predictor.weight.device)
+        return {"loss_ce": weight, "loss_mask": masks, "loss_dice": masks}
 
     def losses(
-        self, predictions: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor
+        self,
+        predictions: list[tuple[torch.Tensor, torch.Tensor]],
+        targets: torch.Tensor | SegmentationTargets,
     ) -> dict[str, torch.Tensor]:
         """Matches each prediction with the targets and weighs the losses.
 
         Args:
             predictions: what `predict` returns.
-            targets: (B, H, W) int64.
+            targets: as in `forward`.
 
         Returns:
             ``loss_ce``, ``loss_mask`` and ``loss_dice`` of the final prediction, then (under deep
@@ -263,20 +246,22 @@ class Mask2FormerHead(nn.Module):
             ValueError: if a target is neither a class nor `ignore_value`.
             FloatingPointError: if a prediction is not finite.
         """
-        masks, labels = self.target_masks(targets)
+        if not isinstance(targets, SegmentationTargets):
+            classes = present_classes(targets, self.num_classes, self.ignore_value)
+            targets = SegmentationTargets(targets, classes)
+        masks, labels = semantic_masks(targets)
         supervised = {"": predictions[-1]}
         if self.deep_supervision:
             supervised |= {f"_{k}": pair for k, pair in enumerate(predictions[:-1])}
         # Half precision underflows in the losses and ties in the matcher.
         supervised = {k: (c.float(), m.float()) for k, (c, m) in supervised.items()}
-        _require_finite(supervised)
-        losses = {}
-        with without_autocast(targets.device):
-            for suffix, (class_logits, mask_logits) in supervised.items():
-                unweighted = self.criterion(mask_logits, class_logits, masks, labels)
-                for name, weight in self.loss_weights.items():
-                    losses[LOSS_NAMES[name] + suffix] = weight * unweighted[name]
-        return losses
+        with without_autocast(targets.pixels.device):
+            unweighted = self.criterion(supervised, masks, labels)
+        return {
+            LOSS_NAMES[name] + suffix: weight * losses[name]
+            for suffix, losses in unweighted.items()
+            for name, weight in self.loss_weights.items()
+        }
 
 
 def semantic_scores(
@@ -297,57 +282,6 @@ def semantic_scores(
         mask_logits = F.interpolate(mask_logits, size, mode="bilinear", align_corners=False)
     probabilities = class_logits.float().softmax(-1)[..., :-1]
     return torch.einsum("bqc,bqhw->bchw", probabilities, mask_logits.sigmoid())
-
-
-def semantic_masks(
-    targets: torch.Tensor, num_classes: int, ignore_value: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Splits label maps into one binary mask for each class that is present.
-
-    As in the published code, an ignored pixel (so also padding) is 0 in every mask: it is
-    background to the classes present, not left out of their losses.
-
-    Args:
-        targets: (B, H, W) int64.
-        num_classes: C.
-        ignore_value: the value of unlabelled pixels.
-
-    Returns:
-        For each image the masks (n, H, W) float32 of 0 and 1, and their classes (n,) int64.
-
-    Raises:
-        ValueError: if a value is neither in 0 .. C - 1 nor `ignore_value`.
-    """
-    masks, labels = [], []
-    for index, target in enumerate(targets):
-        present = target.unique()
-        present = present[present != ignore_value]
-        wrong = present[(present < 0) | (present >= num_classes)]
-        if len(wrong):
-            raise ValueError(
-                f"sem_seg of image {index} of the batch holds {wrong.tolist()}; allowed are 0 to "
-                f"{num_classes - 1} (MODEL.SEM_SEG_HEAD.NUM_CLASSES = {num_classes}) and "
-                f"{ignore_value} (IGNORE_VALUE). Map the label ids to training ids first."
-            )
-        masks.append((target == present[:, None, None]).float())
-        labels.append(present)
-    return masks, labels
-
-
-def _require_finite(predictions: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    # transformers' matcher replaces what is not finite by a large cost and goes on: the run would
-    # diverge in silence. One reduction for all, so that a GPU waits once.
-    logits = [x for pair in predictions.values() for x in pair]
-    finite = torch.stack([x.isfinite().all() for x in logits])
-    if finite.all():
-        return
-    names = [f"{kind}{k}" for k in predictions for kind in ("class logits", "mask logits")]
-    bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-    raise FloatingPointError(
-        f"Mask2FormerHead predicts NaN or infinity in: {', '.join(bad)} (no number: the final "
-        "prediction, _k: the one before decoder layer k). Lower SOLVER.BASE_LR, clip the gradients "
-        "(SOLVER.CLIP_GRADIENTS), or check that the input images are finite."
-    )
 
 
 def _check(config: Mask2FormerConfig, strides: list[int]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishertune_d2.modeling.sliding import sliding_average
+from fishertune_d2.modeling.targets import SegmentationTargets, present_classes
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
 
 TEST_MODES = ("whole", "slide")
@@ -35,6 +36,7 @@ class VFMSegmentor(nn.Module):
         test_mode: str,
         crop_size: tuple[int, int],
         stride: tuple[int, int],
+        windows_per_batch: int = 1,
     ):
         """Puts the parts together.
 
@@ -46,9 +48,11 @@ class VFMSegmentor(nn.Module):
             test_mode: "whole" or "slide".
             crop_size: height and width of a sliding window, in pixels.
             stride: pixels between windows, vertically and horizontally.
+            windows_per_batch: how many windows of an image pass through the model at once.
 
         Raises:
-            ValueError: if `test_mode` is unknown, or the windows would leave gaps.
+            ValueError: if `test_mode` is unknown, the windows would leave gaps, or
+                `windows_per_batch` is not positive.
         """
         super().__init__()
         if test_mode not in TEST_MODES:
@@ -58,11 +62,17 @@ class VFMSegmentor(nn.Module):
                 f"TEST.STRIDE = {list(stride)} must lie between 1 and TEST.CROP_SIZE = "
                 f"{list(crop_size)}: windows would leave pixels without a score"
             )
+        if windows_per_batch < 1:
+            raise ValueError(
+                f"TEST.WINDOWS_PER_BATCH is {windows_per_batch}: choose at least 1 window, or as "
+                "many as fit the device's memory"
+            )
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.test_mode = test_mode
         self.crop_size = tuple(crop_size)
         self.stride = tuple(stride)
+        self.windows_per_batch = windows_per_batch
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -87,6 +97,7 @@ class VFMSegmentor(nn.Module):
             "test_mode": cfg.TEST.MODE,
             "crop_size": cfg.TEST.CROP_SIZE,
             "stride": cfg.TEST.STRIDE,
+            "windows_per_batch": cfg.TEST.WINDOWS_PER_BATCH,
         }
 
     @property
@@ -101,7 +112,7 @@ class VFMSegmentor(nn.Module):
 
         Args:
             batched_inputs: for each image a dict with ``image`` (3, H, W) in RGB, 0 .. 255; in
-                training ``sem_seg`` (H, W) int64; in evaluation ``height`` and ``width`` of the
+                training ``sem_seg`` (H, W) uint8 or int64; in evaluation ``height`` and ``width`` of the
                 wanted scores (default: H and W). Sizes may differ within the batch.
 
         Returns:
@@ -140,34 +151,33 @@ class VFMSegmentor(nn.Module):
             raise FloatingPointError(f"on {images}: {error}") from error
         return losses
 
-    def loss_divisors(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+    def loss_divisors(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor | float]:
         """What each of a batch's losses is divided by, for a trainer that passes it in parts.
 
         Args:
             batched_inputs: dicts with ``sem_seg``.
 
         Returns:
-            Scalars by the losses' names, without the number of the prediction.
+            Numbers or scalars by the losses' names, without the number of the prediction.
         """
-        return self.sem_seg_head.loss_divisors(
-            [inputs["sem_seg"].to(self.device) for inputs in batched_inputs]
-        )
+        return self.sem_seg_head.loss_divisors([inputs["sem_seg"] for inputs in batched_inputs])
 
     def features_and_targets(
         self, batched_inputs: list[dict]
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor], SegmentationTargets]:
         """Checks and stacks a batch, and passes it through the backbone.
 
         Args:
             batched_inputs: dicts with ``image`` and ``sem_seg``.
 
         Returns:
-            The backbone's maps, and the class of each pixel, (B, H, W) int64, with the head's
-            ``ignore_value`` where images were padded.
+            The backbone's maps, and the labels, with the head's ``ignore_value`` where images were
+            padded.
 
         Raises:
             KeyError: if an image comes without ``sem_seg``.
-            ValueError: if ``sem_seg`` has another size than its image.
+            ValueError: if ``sem_seg`` has another size than its image, or holds a value that is
+                neither a class nor ``ignore_value``.
         """
         for inputs in batched_inputs:
             if "sem_seg" not in inputs:
@@ -182,15 +192,18 @@ class VFMSegmentor(nn.Module):
                     f"{tuple(inputs['image'].shape[-2:])} and its sem_seg "
                     f"{tuple(inputs['sem_seg'].shape)}; the mapper must transform both alike"
                 )
-        divisor = self.backbone.size_divisibility
+        divisor, head = self.backbone.size_divisibility, self.sem_seg_head
         images = self._normalised([inputs["image"] for inputs in batched_inputs])
         images = ImageList.from_tensors(images, divisor)
-        targets = ImageList.from_tensors(
-            [inputs["sem_seg"].to(self.device) for inputs in batched_inputs],
+        labels = [inputs["sem_seg"] for inputs in batched_inputs]
+        # Before the upload, so that the host does not wait for a GPU.
+        classes = present_classes(labels, head.num_classes, head.ignore_value)
+        pixels = ImageList.from_tensors(
+            [label.to(self.device, non_blocking=True) for label in labels],
             divisor,
-            pad_value=self.sem_seg_head.ignore_value,
+            pad_value=head.ignore_value,
         )
-        return self.backbone(images.tensor), targets.tensor
+        return self.backbone(images.tensor), SegmentationTargets(pixels.tensor, classes)
 
     @torch.no_grad()
     def inference(self, batched_inputs: list[dict]) -> list[dict[str, torch.Tensor]]:
@@ -209,29 +222,34 @@ class VFMSegmentor(nn.Module):
         for inputs in batched_inputs:
             (image,) = self._normalised([inputs["image"]])
             if self.test_mode == "slide":
-                scores = sliding_average(self._scores, image, self.crop_size, self.stride)
+                scores = sliding_average(
+                    self._scores, image, self.crop_size, self.stride, self.windows_per_batch
+                )
             else:
-                scores = self._scores(image)
+                scores = self._scores(image[None])[0]
             size = (inputs.get("height", image.shape[1]), inputs.get("width", image.shape[2]))
             scores = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
             results.append({"sem_seg": scores})
         return results
 
     def _normalised(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [(image.to(self.device) - self.pixel_mean) / self.pixel_std for image in images]
+        uploaded = [image.to(self.device, non_blocking=True) for image in images]
+        return [(image - self.pixel_mean) / self.pixel_std for image in uploaded]
 
-    def _scores(self, image: torch.Tensor) -> torch.Tensor:
-        """Scores a normalised image or window (3, H, W) -> (C, H, W)."""
-        padded = ImageList.from_tensors([image], self.backbone.size_divisibility)
+    def _scores(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores normalised images or windows of one size (B, 3, H, W) -> (B, C, H, W) float32."""
+        padded = ImageList.from_tensors(list(images), self.backbone.size_divisibility)
         features = self.backbone(padded.tensor)
         scores, _ = self.sem_seg_head(features, image_size=padded.tensor.shape[-2:])
-        return scores[0, :, : image.shape[1], : image.shape[2]]
+        # Autocast may give half precision, in which averages over windows would be rounded again.
+        return scores[..., : images.shape[2], : images.shape[3]].float()
 
 
 def _require_finite(losses: dict[str, torch.Tensor]) -> None:
-    values = [loss.detach() for loss in losses.values()]
-    # One sum, so that a GPU waits once; the matcher has waited for it before.
-    if isfinite(sum(values)):
+    values = torch.stack([loss.detach() for loss in losses.values()])
+    # One sum, so that the host waits for a GPU once.
+    if isfinite(values.sum()):
         return
-    broken = [f"{n} is {float(v)}" for n, v in zip(losses, values, strict=True) if not isfinite(v)]
+    pairs = zip(losses, values.tolist(), strict=True)
+    broken = [f"{name} is {value}" for name, value in pairs if not isfinite(value)]
     raise FloatingPointError(f"{', '.join(broken) or 'the sum of the losses overflows'}.")

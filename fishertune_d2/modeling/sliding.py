@@ -1,7 +1,7 @@
 """Sliding windows over an image, averaged where they overlap.
 
 Shapes:
-    C: classes; H, W: the image, in pixels
+    C: classes; H, W: the image, in pixels; N: windows that are predicted at once
 """
 
 from collections.abc import Callable
@@ -29,26 +29,33 @@ def sliding_average(
     image: torch.Tensor,
     window: tuple[int, int],
     stride: tuple[int, int],
+    batch: int = 1,
 ) -> torch.Tensor:
-    """Predicts window by window and averages the scores of each pixel.
+    """Predicts windows in batches and averages the scores of each pixel.
 
     Args:
-        predict: maps a part (3, h, w) of the image to its scores (C, h, w).
+        predict: maps parts (N, 3, h, w) of the image to their scores (N, C, h, w).
         image: (3, H, W).
         window: height and width of a window; a smaller image is one window.
         stride: pixels between windows, vertically and horizontally.
+        batch: N; the last batch may be smaller.
 
     Returns:
-        (C, H, W).
+        (C, H, W), of the scores' type.
     """
     height, width = image.shape[-2:]
     total, count = None, image.new_zeros(height, width)
-    for top in window_starts(height, window[0], stride[0]):
-        for left in window_starts(width, window[1], stride[1]):
-            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-            scores = predict(image[place])
-            if total is None:
-                total = scores.new_zeros(scores.shape[0], height, width)
-            total[place] += scores
+    places = [
+        (..., slice(top, top + window[0]), slice(left, left + window[1]))
+        for top in window_starts(height, window[0], stride[0])
+        for left in window_starts(width, window[1], stride[1])
+    ]
+    for first in range(0, len(places), batch):
+        chosen = places[first : first + batch]
+        scores = predict(torch.stack([image[place] for place in chosen]))
+        if total is None:
+            total = scores.new_zeros(scores.shape[1], height, width)
+        for place, of_window in zip(chosen, scores, strict=True):
+            total[place] += of_window
             count[place] += 1
     return total / count

@@ -27,7 +27,7 @@ from fvcore.nn.jit_handles import (
 )
 from torch import Tensor, nn
 
-from .imagined import WithoutValues
+from .imagined import WithoutValues, every_class
 
 FORWARD, INPUTS, WEIGHTS = "forward", "gradients of inputs", "gradients of weights"
 
@@ -113,7 +113,8 @@ class TrainingPass(_Pass):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """See the class."""
-        return sum(self.head(self.backbone(images), labels)[1].values())
+        targets = every_class(labels, self.head.num_classes)
+        return sum(self.head(self.backbone(images), targets)[1].values())
 
 
 class InferencePass(_Pass):

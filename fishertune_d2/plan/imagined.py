@@ -8,7 +8,7 @@ there, for a GPU too where there is none.
 Shapes: B images, C classes, Q queries, (H, W) pixels; q, k, v (B, heads, N, D / heads).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fishertune_d2.engine.plan import build_empty, count_tuned
 from fishertune_d2.fisher import Selection
+from fishertune_d2.modeling.targets import SegmentationTargets
 from fishertune_d2.tuning import TuningMethod
 
 
@@ -38,9 +39,7 @@ def stand_in_for_values(model: nn.Module) -> None:
     Every class is in every image, and the k-th query is matched with the k-th class. That is as
     many matches as there can be. The matcher's own work falls away.
     """
-    head = model.sem_seg_head
-    head.criterion.matcher = _InOrder()
-    head.target_masks = partial(_every_class, num_classes=head.num_classes)
+    model.sem_seg_head.criterion.match = _in_order
     model.features_and_targets = partial(_features_and_targets, model)
 
 
@@ -146,24 +145,27 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
     return operator(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
-class _InOrder(nn.Module):
-    """Stands in for the matcher, which needs values."""
-
-    def forward(
-        self, mask_logits: Tensor, class_logits: Tensor, masks: list[Tensor], classes: list[Tensor]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The indices of the queries and of the targets that belong together, for each image."""
-        queries = class_logits.shape[1]
-        return [(torch.arange(min(queries, len(each))),) * 2 for each in classes]
+def every_class(labels: Tensor, num_classes: int) -> SegmentationTargets:
+    """Labels (B, H, W) of which every image holds every class."""
+    return SegmentationTargets(labels, [torch.arange(num_classes)] * len(labels))
 
 
-def _features_and_targets(model: nn.Module, batch: Sequence[dict]) -> tuple[dict, Tensor]:
+def _in_order(
+    predictions: Mapping[str, Sequence[Tensor]], masks: Sequence[Tensor], labels: Sequence[Tensor]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Stands in for the criterion's ``match``, which needs values."""
+    matched = []
+    for class_logits, _ in predictions.values():
+        queries, device = class_logits.shape[1], class_logits.device
+        pairs = [torch.arange(min(queries, len(each)), device=device) for each in labels]
+        matched.append([(pair, pair) for pair in pairs])
+    return matched
+
+
+def _features_and_targets(
+    model: nn.Module, batch: Sequence[dict]
+) -> tuple[dict, SegmentationTargets]:
     """Stands in for the segmentor's: Detectron2's ImageList makes numbers of the images' sizes."""
     images, labels = (torch.stack([each[key] for each in batch]) for key in ("image", "sem_seg"))
-    return model.backbone(images.to(model.device).float()), labels.to(model.device)
-
-
-def _every_class(targets: Tensor, num_classes: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Stands in for the head's ``target_masks``, (B, H, W) -> masks (C, H, W), classes (C,)."""
-    masks = [torch.zeros(num_classes, *each.shape, device=each.device) for each in targets]
-    return masks, [torch.arange(num_classes, device=each.device) for each in targets]
+    targets = every_class(labels.to(model.device), model.sem_seg_head.num_classes)
+    return model.backbone(images.to(model.device).float()), targets

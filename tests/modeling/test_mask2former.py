@@ -11,12 +11,9 @@ from detectron2.modeling import build_sem_seg_head
 from transformers import Mask2FormerConfig
 
 from fishertune_d2.config import add_fishertune_config
-from fishertune_d2.modeling.mask2former import (
-    Mask2FormerCriterion,
-    Mask2FormerHead,
-    semantic_masks,
-    semantic_scores,
-)
+from fishertune_d2.modeling.mask2former import Mask2FormerHead, semantic_scores
+from fishertune_d2.modeling.mask2former_criterion import Mask2FormerCriterion
+from fishertune_d2.modeling.targets import SegmentationTargets, present_classes, semantic_masks
 
 CLASSES, QUERIES, LAYERS, POINTS, CHANNELS = 5, 8, 3, 64, 24
 IGNORE = 255
@@ -58,6 +55,12 @@ def random_features(batch: int = 2, height: int = 70, width: int = 90) -> dict[s
         )
         for name, s in shapes().items()
     }
+
+
+def masks_of(targets: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The masks and classes of each image of (B, H, W)."""
+    classes = present_classes(targets, CLASSES, IGNORE)
+    return semantic_masks(SegmentationTargets(targets, classes))
 
 
 def blocky_targets() -> torch.Tensor:
@@ -207,14 +210,18 @@ def test_losses_and_gradients_equal_a_naive_float64_reference(monkeypatch):
         torch.nn.init.normal_(layer.self_attn.attention_weights.weight, std=0.1)
     exact = copy.deepcopy(head).double()
     matches, points = [], []
-    head.criterion.matcher.register_forward_hook(lambda *call: matches.append(call[-1]))
-    draw = head.criterion.sample_points_using_uncertainty
+    match, draw = head.criterion.match, head.criterion.sample_points_using_uncertainty
 
-    def recorded(*args):
+    def recorded_match(*args):
+        matches.extend(match(*args))
+        return matches
+
+    def recorded_draw(*args):
         points.append(draw(*args))
         return points[-1]
 
-    monkeypatch.setattr(head.criterion, "sample_points_using_uncertainty", recorded)
+    monkeypatch.setattr(head.criterion, "match", recorded_match)
+    monkeypatch.setattr(head.criterion, "sample_points_using_uncertainty", recorded_draw)
 
     maps = {name: x.requires_grad_() for name, x in random_features().items()}
     torch.manual_seed(3)
@@ -246,13 +253,14 @@ def test_losses_and_gradients_equal_a_naive_float64_reference(monkeypatch):
 def test_matching_is_the_cheapest_of_all():
     targets = blocky_targets()[:1]
     head = tiny_head(num_queries=5)
-    masks, labels = semantic_masks(targets, CLASSES, IGNORE)
+    masks, labels = masks_of(targets)
     with torch.no_grad():
         class_logits, mask_logits = head.predict(random_features(batch=1))[-1]
     torch.manual_seed(4)
-    (queries, picks) = head.criterion.matcher(mask_logits, class_logits, masks, labels)[0]
+    prediction = {"": (class_logits, mask_logits)}
+    ((queries, picks),) = head.criterion.match(prediction, masks, labels)[0]
     torch.manual_seed(4)
-    points = torch.rand(1, POINTS, 2)[0].double()
+    points = torch.rand(1, 1, POINTS, 2)[0, 0].double()
 
     cost = torch.empty(5, 4, dtype=torch.float64)
     for q, j in itertools.product(range(5), range(4)):
@@ -268,10 +276,30 @@ def test_matching_is_the_cheapest_of_all():
     assert sorted(zip(picks.tolist(), queries.tolist(), strict=True)) == list(enumerate(best))
 
 
+def test_all_predictions_are_matched_as_transformers_matches_each(monkeypatch):
+    head, targets = tiny_head(num_queries=3), blocky_targets()  # the first image has four classes
+    masks, labels = masks_of(targets)
+    with torch.no_grad():
+        predictions = head.predict(random_features())
+    named = {str(k): pair for k, pair in enumerate(predictions)}
+    torch.manual_seed(4)
+    found = head.criterion.match(named, masks, labels)
+    torch.manual_seed(4)
+    drawn = torch.rand(LAYERS, 2, POINTS, 2)
+    for k, (class_logits, mask_logits) in enumerate(predictions):
+        # transformers draws the points of one image after the other.
+        points = iter(drawn[k][:, None])
+        monkeypatch.setattr(torch, "rand", lambda *shape, points=points, **_: next(points))
+        wanted = head.criterion.matcher(mask_logits, class_logits, masks, labels)
+        for (queries, picks), (other_queries, other_picks) in zip(found[k], wanted, strict=True):
+            assert queries.tolist() == other_queries.tolist()
+            assert picks.tolist() == other_picks.tolist()
+
+
 def test_weights_scale_the_losses_and_deep_supervision_can_be_off():
     # The weights are also the costs of the matcher: all are doubled, so that it chooses alike.
     weights = {"class_weight": 4.0, "mask_weight": 10.0, "dice_weight": 10.0}
-    plain, double = tiny_head(), tiny_head(**weights, use_auxiliary_loss=False)
+    plain, double = (tiny_head(use_auxiliary_loss=False, **each) for each in ({}, weights))
     torch.manual_seed(5)
     _, once = plain(random_features(), blocky_targets())
     torch.manual_seed(5)
@@ -303,9 +331,16 @@ def test_poor_labels_train(case):
 
 def test_ignored_pixels_are_background_of_every_mask():
     target = torch.tensor([[[0, 0, 4], [IGNORE, 4, IGNORE]]])
-    masks, labels = semantic_masks(target, CLASSES, IGNORE)
+    masks, labels = masks_of(target)
     assert labels[0].tolist() == [0, 4]
     assert masks[0].tolist() == [[[1, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 1, 0]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_classes_are_found_in_labels_of_any_integer_type(dtype):
+    found = present_classes(blocky_targets().to(dtype), CLASSES, IGNORE)
+    assert [classes.tolist() for classes in found] == [[0, 1, 2, 4], [2, 3]]
+    assert all(classes.dtype == torch.int64 for classes in found)
 
 
 @pytest.mark.parametrize("value", [CLASSES, -1, 254])
@@ -364,6 +399,14 @@ def test_losses_are_float32_under_autocast():
         torch.testing.assert_close(loss, reference[name], rtol=0.05, atol=0)
 
 
+def test_the_pixel_decoders_layers_are_in_training_mode_if_they_have_dropout():
+    modes = []
+    for dropout in (0.0, 0.1):
+        layers = tiny_head(dropout=dropout).train().pixel_decoder.encoder.layers
+        modes.append([module.training for module in layers.modules()])
+    assert not any(modes[0]) and all(modes[1])
+
+
 def test_dropout_skips_no_decoder_layer():
     head = tiny_head(dropout=0.9)
     assert [len(head.predict(random_features(1))) for _ in range(5)] == [LAYERS] * 5
@@ -397,6 +440,7 @@ def _count_on_rank(rank: int, folder: str) -> None:
 
 def _losses_of_images(images) -> list[float]:
     head, targets = tiny_head(), blocky_targets()
+    targets = SegmentationTargets(targets, present_classes(targets, CLASSES, IGNORE))
     predictions = head.predict(random_features())
     losses = []
     for image in images:

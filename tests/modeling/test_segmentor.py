@@ -75,9 +75,12 @@ def label(height, width):
 def test_training_pads_after_normalising_and_ignores_the_padding(monkeypatch):
     model = build()
     seen = []
-    monkeypatch.setattr(
-        model.sem_seg_head, "forward", lambda features, targets: seen.append(targets) or (None, {})
-    )
+
+    def record(features, targets):
+        seen.append(targets)
+        return None, {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(model.sem_seg_head, "forward", record)
     first, second = photo(50, 70), photo(64, 40, seed=1)
     model(
         [
@@ -85,7 +88,7 @@ def test_training_pads_after_normalising_and_ignores_the_padding(monkeypatch):
             {"image": second, "sem_seg": label(64, 40)},
         ]
     )
-    images, targets = model.backbone.seen, seen[0]
+    images, targets = model.backbone.seen, seen[0].pixels
     assert images.shape == (2, 3, 64, 96) and targets.shape == (2, 64, 96)
     red = (first[0, 7, 9].item() - 123.675) / 58.395
     assert images[0, 0, 7, 9].item() == pytest.approx(red, rel=1e-5)
@@ -152,6 +155,27 @@ def test_sliding_averages_the_scores_of_its_windows():
     torch.testing.assert_close(result[:, :, 26:64], (left[:, :, 26:] + right[:, :, :38]) / 2)
 
 
+@pytest.mark.parametrize("together", [2, 4, 100])
+def test_windows_in_batches_score_as_one_by_one(together):
+    image = photo(70, 160)  # 2 x 4 windows
+    one_by_one = scores(build("TEST.MODE", "slide"), image)
+    model = build("TEST.MODE", "slide", "TEST.WINDOWS_PER_BATCH", together)
+    batches = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    torch.testing.assert_close(scores(model, image), one_by_one, rtol=1e-5, atol=1e-6)
+    assert batches == {2: [2] * 4, 4: [4] * 2, 100: [8]}[together]
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_scores_are_float32_under_autocast(mode):
+    model, image = build("TEST.MODE", mode), photo(64, 90)
+    exact = scores(model, image)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = scores(model, image)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.1 * exact.max()
+
+
 @pytest.mark.parametrize("mode", ["whole", "slide"])
 def test_scores_have_the_size_of_the_label_and_no_gradient(mode):
     model, image = build("TEST.MODE", mode), photo(70, 100)
@@ -184,6 +208,8 @@ def test_unknown_mode_and_gaps_are_refused():
         build("TEST.MODE", "tiles")
     with pytest.raises(ValueError, match="TEST.STRIDE"):
         build("TEST.STRIDE", [65, 43])
+    with pytest.raises(ValueError, match="TEST.WINDOWS_PER_BATCH is 0: choose at least 1"):
+        build("TEST.WINDOWS_PER_BATCH", 0)
 
 
 def test_the_statistics_follow_the_device_and_stay_out_of_checkpoints():
@@ -214,12 +240,13 @@ def test_sliding_average_of_a_pointwise_function_is_the_function():
     image = torch.rand(3, 37, 53)
     sizes = set()
 
-    def predict(part):
-        sizes.add(tuple(part.shape[-2:]))
-        return 2 * part
+    def predict(parts):
+        sizes.add(tuple(parts.shape[-2:]))
+        return 2 * parts
 
-    result = sliding_average(predict, image, (16, 20), (11, 13))
-    torch.testing.assert_close(result, 2 * image)
+    for batch in (1, 3, 50):
+        result = sliding_average(predict, image, (16, 20), (11, 13), batch)
+        torch.testing.assert_close(result, 2 * image)
     assert sizes == {(16, 20)}
 
 

@@ -1,0 +1,91 @@
+"""The labels of a batch as Mask2Former takes them: one binary mask for each class of an image.
+
+Which classes an image holds decides the shapes of the masks, so the host has to know it. It is read
+off the labels before they are uploaded, so that the host does not wait for a GPU.
+
+Shapes:
+    B: images in the batch; C: classes; n: classes that an image holds
+    H, W: the padded images, in pixels
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SegmentationTargets(NamedTuple):
+    """The labels of a batch.
+
+    Attributes:
+        pixels: the class of each pixel, (B, H, W) of any integer type, where the losses are
+            computed.
+        classes: for each image the classes that it holds, ascending, (n,) int64 on the CPU.
+    """
+
+    pixels: Tensor
+    classes: list[Tensor]
+
+    def of_image(self, image: int) -> "SegmentationTargets":
+        """The labels of one image, as a batch of its own."""
+        return SegmentationTargets(self.pixels[image : image + 1], [self.classes[image]])
+
+
+def present_classes(labels: Sequence[Tensor], num_classes: int, ignore_value: int) -> list[Tensor]:
+    """Finds the classes that each image holds.
+
+    Args:
+        labels: for each image the class of each pixel, (H, W) of any integer type. On a GPU, the
+            host waits for it once an image.
+        num_classes: C.
+        ignore_value: the value of unlabelled pixels.
+
+    Returns:
+        For each image its classes, ascending, (n,) int64 on the CPU.
+
+    Raises:
+        ValueError: if a value is neither in 0 .. C - 1 nor ``ignore_value``.
+    """
+    found = []
+    for index, label in enumerate(labels):
+        present = _values(label)
+        present = present[present != ignore_value]
+        wrong = present[(present < 0) | (present >= num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"sem_seg of image {index} of the batch holds {wrong.tolist()}; allowed are 0 to "
+                f"{num_classes - 1} (MODEL.SEM_SEG_HEAD.NUM_CLASSES = {num_classes}) and "
+                f"{ignore_value} (IGNORE_VALUE). Map the label ids to training ids first."
+            )
+        found.append(present)
+    return found
+
+
+def semantic_masks(targets: SegmentationTargets) -> tuple[list[Tensor], list[Tensor]]:
+    """Splits label maps into one binary mask for each class that is present.
+
+    As in the published code, an ignored pixel (so also padding) is 0 in every mask: it is
+    background to the classes present, not left out of their losses.
+
+    Args:
+        targets: the labels.
+
+    Returns:
+        For each image the masks (n, H, W) float32 of 0 and 1, and their classes (n,) int64, both
+        where the labels' pixels are.
+    """
+    counts = [len(classes) for classes in targets.classes]
+    labels = torch.cat(targets.classes).to(targets.pixels.device, non_blocking=True).split(counts)
+    masks = [
+        (pixels == classes[:, None, None]).float()
+        for pixels, classes in zip(targets.pixels, labels, strict=True)
+    ]
+    return masks, list(labels)
+
+
+def _values(label: Tensor) -> Tensor:
+    """The values that a label map holds, ascending, int64 on the CPU."""
+    if label.dtype == torch.uint8 and not label.is_cuda:  # a tenth of unique's time
+        return torch.bincount(label.flatten(), minlength=256).nonzero().flatten()
+    return label.unique().cpu().to(torch.int64)
