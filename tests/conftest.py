@@ -18,6 +18,14 @@ from fishertune_d2.data.streets.dataset import DOMAINS, GENERATOR_VERSION, VERSI
 from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
 
 CLASSES = 3
+# Where the tests' models are: "cpu", or "cuda" on a machine with a GPU.
+DEVICE = os.environ.get("FISHERTUNE_TEST_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """MODEL.DEVICE of the tests that run on a GPU as on a CPU; FISHERTUNE_TEST_DEVICE chooses."""
+    return DEVICE
 
 
 @pytest.fixture
@@ -71,10 +79,10 @@ def furnished(checkout) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_head) -> list[str]:
+def tiny_run(tiny_head, device) -> list[str]:
     """What makes a training through train_net.py a matter of seconds: keys and values in turn."""
     keys = tiny_head | {
-        "MODEL.DEVICE": "cpu",
+        "MODEL.DEVICE": device,
         "MODEL.VFM.NAME": "tiny",
         "MODEL.VFM.WEIGHTS": "random",
         "MODEL.VFM.IMG_SIZE": [48, 64],

@@ -78,7 +78,7 @@ def _with_tiny_data(root: Path, function: Callable, *args) -> None:
 
 
 @pytest.fixture
-def tiny_cfg(tiny_data, tiny_head, tmp_path) -> Callable[..., CfgNode]:
+def tiny_cfg(tiny_data, tiny_head, device, tmp_path) -> Callable[..., CfgNode]:
     """Returns a function that makes a config: T1 = 3, T3 = 4, a ViT of 6 blocks; takes overrides.
 
     Keys are given with a double underscore for the dot.
@@ -89,7 +89,7 @@ def tiny_cfg(tiny_data, tiny_head, tmp_path) -> Callable[..., CfgNode]:
         add_fishertune_config(cfg)
         options = {
             **tiny_head,
-            "MODEL.DEVICE": "cpu",
+            "MODEL.DEVICE": device,
             "MODEL.VFM.NAME": "tiny",
             "MODEL.VFM.WEIGHTS": "random",
             "MODEL.VFM.IMG_SIZE": [48, 64],

@@ -46,7 +46,7 @@ def town(tmp_path, image) -> Iterator[str]:
 
 
 @pytest.fixture
-def make_run(tmp_path, tiny_head) -> Callable[..., CfgNode]:
+def make_run(tmp_path, tiny_head, device) -> Callable[..., CfgNode]:
     """Returns a function that writes config.yaml and model_final.pth, and returns the config.
 
     Keys are given with a double underscore for the dot.
@@ -57,7 +57,7 @@ def make_run(tmp_path, tiny_head) -> Callable[..., CfgNode]:
         add_fishertune_config(cfg)
         options = {
             **tiny_head,
-            "MODEL.DEVICE": "cpu",
+            "MODEL.DEVICE": device,
             "MODEL.VFM.NAME": "tiny",
             "MODEL.VFM.WEIGHTS": "random",
             "MODEL.VFM.IMG_SIZE": [48, 64],

@@ -124,7 +124,7 @@ def _scaled(block: nn.Module, part: int, x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def segmentor(tiny_head, monkeypatch) -> Callable[..., tuple[CfgNode, nn.Module]]:
+def segmentor(tiny_head, device, monkeypatch) -> Callable[..., tuple[CfgNode, nn.Module]]:
     """Returns a function that builds (cfg, segmentor), the same numbers every time."""
 
     def make(method: str, vfm: str = "dinov2_vitl_reg") -> tuple[CfgNode, nn.Module]:
@@ -136,7 +136,7 @@ def segmentor(tiny_head, monkeypatch) -> Callable[..., tuple[CfgNode, nn.Module]
         add_fishertune_config(cfg)
         keys = {
             **tiny_head,
-            "MODEL.DEVICE": "cpu",
+            "MODEL.DEVICE": device,
             "MODEL.VFM.NAME": vfm,
             "MODEL.VFM.WEIGHTS": "random",
             "MODEL.VFM.IMG_SIZE": [48, 64],

@@ -1,0 +1,86 @@
+"""What was asked of the device: operators, waits and uploads, each by the line that asked."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = f"{ROOT / 'fishertune_d2'}/"
+# Code that only passes calls on, and so says nothing about who asked.
+_PASSING_ON = ("/torch/", "/contextlib.py", "/tools/fake_cuda/")
+
+
+@dataclass
+class Counts:
+    """Each counter's keys are pairs: what happened, and where.
+
+    Attributes:
+        operators: that start at least one kernel; a fused or foreach operator counts once.
+        waits: the host stands still until the device has done all that it was given.
+        uploads: copies from the host to the device, whether the host waits for them or not.
+    """
+
+    operators: Counter = field(default_factory=Counter)
+    waits: Counter = field(default_factory=Counter)
+    uploads: Counter = field(default_factory=Counter)
+
+    def copy(self) -> "Counts":
+        """The counts as they are now."""
+        return Counts(*(Counter(each) for each in vars(self).values()))
+
+    def since(self, before: "Counts") -> "Counts":
+        """What came in addition to ``before``."""
+        return Counts(*(now - then for now, then in self._beside(before)))
+
+    def _beside(self, other: "Counts") -> Iterator[tuple[Counter, Counter]]:
+        return zip(vars(self).values(), vars(other).values(), strict=True)
+
+    def by_name(self, kind: str) -> Counter:
+        """A counter by what happened, wherever it did."""
+        names = Counter()
+        for (name, _), number in getattr(self, kind).items():
+            names[name] += number
+        return names
+
+
+COUNTS = Counts()
+
+
+@contextmanager
+def counting() -> Iterator[Counts]:
+    """Yields counts that, when the block has ended, are of the block."""
+    before, found = COUNTS.copy(), Counts()
+    yield found
+    vars(found).update(vars(COUNTS.since(before)))
+
+
+def place() -> str:
+    """Where the running operator was asked for.
+
+    That is the innermost line of the package, behind the line of a library that it called, as in
+    ``timm/layers/mlp.py:47 < fishertune_d2/modeling/vfm.py:210``. A backward pass has no line, for
+    it runs in a thread of its own.
+    """
+    frame, inner = sys._getframe(1), ""
+    while frame is not None:
+        name, own = _known(frame.f_code.co_filename)
+        if name:
+            here = f"{name}:{frame.f_lineno}"
+            if own:
+                return f"{inner} < {here}" if inner else here
+            inner = inner or here
+        frame = frame.f_back
+    return inner or "the backward pass"
+
+
+@cache
+def _known(file: str) -> tuple[str, bool]:
+    """A file's short name, empty if it only passes calls on, and whether it is the package's."""
+    if any(part in file for part in _PASSING_ON):
+        return "", False
+    short = file.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/")
+    return short, file.startswith(_PACKAGE)
