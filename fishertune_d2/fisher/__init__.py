@@ -1,5 +1,6 @@
 """Which weights of a vision foundation model to tune. Pure PyTorch: knows nothing of Detectron2."""
 
+from .activations import keeping_activations
 from .batch_losses import image_seeds, seeded
 from .batch_mean import BatchMean
 from .candidates import KINDS, Candidate, find_candidates
@@ -41,6 +42,7 @@ __all__ = [
     "estimate_fisher",
     "find_candidates",
     "image_seeds",
+    "keeping_activations",
     "overlap",
     "relative_change",
     "sampled_nll",

@@ -10,8 +10,7 @@ m^2 + v / B, and Eq. 9 gives m^2 + v: what images disagree about counts less, th
 in a batch. It is here to be compared with.
 """
 
-import torch
-
+from .activations import gradients_of
 from .batch_losses import BatchLosses
 from .cost import Cost
 from .diagonal import DiagonalLoop
@@ -34,7 +33,5 @@ class BatchMean(DiagonalLoop):
                 batch's first image.
         """
         self.images += 1  # the batch counts as one
-        gradients = torch.autograd.grad(
-            losses.together().mean(), list(self.parameters.values()), allow_unused=True
-        )
+        gradients = gradients_of(losses.together().mean(), self.parameters)
         self._add(gradients, losses.place(0))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .activations import gradients_of
 from .batch_losses import BatchLosses
 from .candidates import Candidate
 from .cost import Cost
@@ -61,9 +62,7 @@ class DiagonalLoop:
         """
         self.images += losses.size
         for image in range(losses.size):
-            gradients = torch.autograd.grad(
-                losses.alone(image), list(self.parameters.values()), allow_unused=True
-            )
+            gradients = gradients_of(losses.alone(image), self.parameters)
             self._add(gradients, losses.place(image))
 
     def _add(self, gradients: Sequence[Tensor | None], place: str) -> None:

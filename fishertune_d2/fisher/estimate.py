@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from .activations import keeping_activations
 from .batch_losses import BatchLosses, LossFn, mixed_seed
 from .batch_mean import BatchMean
 from .candidates import Candidate
@@ -169,10 +170,10 @@ def estimate_fisher(
 
     x and x' see the same random numbers (a loss that draws points draws the same ones), so that
     their difference is the shift's, and exactly 0 if the shift is switched off. Dropout and
-    stochastic depth are off meanwhile, and batch norms keep and use their running statistics. Where
-    a process group exists, every process gives its own batches, as many as the others, and sums are
-    reduced over processes before the mean is taken. Random numbers belong to the k-th batch of all,
-    which is batch k // W of process k % W.
+    stochastic depth are off meanwhile, batch norms keep and use their running statistics, and no
+    activations are checkpointed. Where a process group exists, every process gives its own batches,
+    as many as the others, and sums are reduced over processes before the mean is taken. Random
+    numbers belong to the k-th batch of all, which is batch k // W of process k % W.
 
     Args:
         model: any module that holds the candidates; its mode and weights stay as they are.
@@ -198,8 +199,8 @@ def estimate_fisher(
         The estimate, on the device of the parameters.
 
     Raises:
-        ValueError: if there is no batch or no candidate, an argument is unknown, or model and loss
-            do not fit the estimator.
+        ValueError: if there is no batch or no candidate, an argument is unknown, model and loss do
+            not fit the estimator, or the model checkpoints activations whatever its flags say.
         FloatingPointError: if a loss or gradient is not finite, with the parameter's name and the
             image.
     """
@@ -232,7 +233,8 @@ def estimate_fisher(
 
     # An autocast that is on outside must not reach the squares, nor the backward passes.
     plain = torch.autocast(device.type, enabled=False)
-    with plain, _images_apart(model), _requiring_gradients(candidates):
+    apart, kept = _images_apart(model), keeping_activations(model)
+    with plain, apart, kept, _requiring_gradients(candidates):
         for step, batch in enumerate(tqdm(batches, "Fisher", disable=None if progress else True)):
             for shift, gathered in domains:
                 gathered.update(

@@ -14,7 +14,7 @@ from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.stages import attach, prepare_stage
 from fishertune_d2.engine.step import autocast_dtype, largest_part
 from fishertune_d2.engine.trainer import PRECISIONS, build_perturbation
-from fishertune_d2.fisher import ESTIMATORS, find_candidates
+from fishertune_d2.fisher import ESTIMATORS, find_candidates, keeping_activations
 from fishertune_d2.tuning import SelectedWeights, TuningMethod
 
 from .flops import Flops, TrainingPass, count_flops
@@ -118,7 +118,7 @@ def count_passes(
         require_dense(name, model, method)
         trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         if trained not in known:
-            with model.backbone.keeping_activations():
+            with keeping_activations(model):
                 known[trained] = count_flops(TrainingPass(model), [images, labels])
         flops[name] = known[trained]
     return flops
@@ -184,12 +184,12 @@ def _loss(
         loss_fn = SegmentationLoss()
         loss_fn = loss_fn.sampled if cfg.FISHER.LABELS == "sampled" else loss_fn
         loss, shift = partial(loss_fn, model), build_perturbation(cfg, model.backbone).drawing()
-        kept = model.backbone.keeping_activations()
+        kept = keeping_activations(model)
     size = padded_size(model, size)
     batch = [
         {
             "image": torch.empty(3, *size, dtype=torch.uint8),
-            "sem_seg": torch.empty(*size, dtype=torch.int64),
+            "sem_seg": torch.empty(*size, dtype=torch.uint8),
         }
         for _ in range(images)
     ]

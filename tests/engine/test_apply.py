@@ -178,6 +178,19 @@ def test_one_image_at_a_time_selects_as_the_losses_of_a_batch_do(tmp_path):
     assert common > 0.99 * sum(map(len, one.values()))  # roundings swap the last ones
 
 
+def test_a_checkpointed_backbone_is_measured_and_trained_as_a_plain_one(tmp_path):
+    weights = []
+    for checkpointed in (False, True):
+        model = _Model()
+        model.backbone.set_grad_checkpointing(checkpointed)
+        trainer = _trainer(model)
+        _apply(trainer, tmp_path)
+        trainer.train(0, STEPS)
+        assert model.backbone.grad_checkpointing == checkpointed
+        weights.append(model.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
 class _DefaultTrainer(DefaultTrainer):
     """Detectron2's, with its checkpoints, schedule and writers, on the model above."""
 
