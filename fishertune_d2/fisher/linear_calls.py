@@ -81,8 +81,8 @@ class LinearCalls(TorchFunctionMode):
             return F.linear(input, weight, bias)
         if not torch.is_grad_enabled():
             raise ValueError(
-                f"{call.names[0]} is used where no graph is kept, by torch.no_grad or an activation "
-                "checkpoint: switch that off for the estimate"
+                f"{call.names[0]} is used where no graph is kept, by torch.no_grad or an "
+                "activation checkpoint: switch that off for the estimate"
             )
         for name in call.names:
             if name in self.seen:
