@@ -1,6 +1,8 @@
 """Selected entries as parameters, against a dense mask on a stock optimizer."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fishertune_d2.fisher import Selection, find_candidates
 from fishertune_d2.tuning import MaskedUpdate, SelectedWeights
+from fishertune_d2.tuning.selected_values import SelectedValues
 
 
 def _select(model: nn.Module, share: float = 0.05, only: Callable[[str], bool] = lambda _: True):
@@ -168,6 +171,118 @@ def test_a_copy_of_the_model_is_on_its_own(vit, images):
     assert not torch.equal(model.state_dict()[name], before[name])
 
 
+@pytest.mark.parametrize("way", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_the_weights_are_written_when_the_optimizer_has_stepped(vit, images, way, monkeypatch):
+    model = vit()
+    start = _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    selected.grow(0.03)
+    optimizer = torch.optim.AdamW(list(selected.parameters().values()), lr=1e-2, **way)
+    _step(model, optimizer, _pixels(images))
+    writes = _count_writes(monkeypatch)
+    name = "blocks.1.mlp.fc1.weight"
+    dense = model.get_submodule("blocks.1.mlp.fc1").parametrizations.weight.original
+    mask = selected.selection.masks(0.03)[name]
+    assert torch.equal(dense != start[name], mask)
+    with torch.no_grad():
+        model(_pixels(images))
+    model.state_dict()
+    assert writes == []  # nothing has moved since
+    _step(model, optimizer, _pixels(images))
+    assert len(writes) == 1
+
+
+def _count_writes(monkeypatch) -> list[SelectedValues]:
+    writes, write = [], SelectedValues.write
+    monkeypatch.setattr(
+        SelectedValues, "write", lambda values: (writes.append(values), write(values))
+    )
+    return writes
+
+
+def test_an_optimizer_that_calls_its_parents_step_writes_once(vit, images, monkeypatch):
+    class Clipping(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = vit()
+    _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    selected.grow(0.05)
+    optimizer = Clipping(list(selected.parameters().values()), fused=True)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    writes = _count_writes(monkeypatch)
+    _step(model, optimizer, _pixels(images))
+    other.step()
+    assert len(writes) == 1
+
+
+def test_values_that_no_optimizer_has_moved_are_written_when_they_are_read(vit):
+    model = vit()
+    _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    selected.grow(0.05)
+    with torch.no_grad():
+        for values in selected.parameters().values():
+            values.add_(1)
+    for name, values in selected.parameters().items():
+        path, _, attribute = name.rpartition(".")
+        weight = getattr(model.get_submodule(path), attribute)
+        assert torch.equal(weight.view(-1)[selected.selection.indices[name]], values)
+
+
+def test_what_joins_after_a_checkpoint_was_loaded_starts_from_that(vit, images):
+    model = vit()
+    _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    optimizer = _adamw(selected.parameters().values())
+    selected.grow(0.01)
+    _step(model, optimizer, _pixels(images))
+    loaded = {name: value + 1 for name, value in model.state_dict().items()}
+    model.load_state_dict(loaded)
+    _step(model, optimizer, _pixels(images))
+    selected.grow(0.05)
+    first, later = (selected.selection.masks(share) for share in (0.01, 0.05))
+    for name, values in selected.parameters().items():
+        places = selected.selection.indices[name]
+        joining = (later[name] & ~first[name]).view(-1)[places]
+        assert torch.equal(values[joining], loaded[name].view(-1)[places][joining])
+
+
+@pytest.mark.parametrize("parted", [copy.deepcopy, lambda model: model.double()])
+def test_a_copied_or_converted_model_grows_and_trains_on(vit, images, parted):
+    model = vit()
+    _freeze(model)
+    selection = _select(model)
+    selected = SelectedWeights(model, selection)
+    selected.grow(0.01)
+    model = parted(model)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    values = [p for p in model.parameters() if p.requires_grad]
+    entries = [m for m in model.modules() if hasattr(m, "shared")]
+    optimizer, shared = _adamw(values), entries[0].shared
+    dtype = next(model.parameters()).dtype
+    for share in (0.01, 0.03, 0.05):
+        assert shared.grow(selection.count(share)) == selection.count(share)
+        _step(model, optimizer, _pixels(images).to(dtype))
+        model(_pixels(images).to(dtype))  # a copy's optimizer has no hook: reading writes
+    masks = selection.masks(0.05)
+    for name, value in model.state_dict().items():
+        mask = masks.get(name, torch.zeros(value.shape, dtype=torch.bool))
+        assert torch.equal(value[~mask], start[name][~mask])
+    assert {id(e.shared) for e in entries} == {id(shared)}
+    assert all(v.untyped_storage()._cdata == shared.flat.untyped_storage()._cdata for v in values)
+
+
+def test_the_optimizers_hooks_keep_no_model_alive(vit):
+    model = vit()
+    selected = SelectedWeights(model, _select(model))
+    alive = weakref.ref(model)
+    del model, selected
+    gc.collect()
+    assert alive() is None
+
+
 def test_release_leaves_the_plain_model(vit, images):
     plain = vit()
     model, selected = _trained(vit(), _pixels(images))
@@ -193,6 +308,25 @@ def test_gradients_accumulate_to_those_of_the_large_batch(vit, images):
         grads.append({name: p.grad for name, p in selected.parameters().items()})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad)
+
+
+def test_two_forward_passes_before_their_backward_passes_share_no_gradient(vit, images):
+    pixels = _pixels(images, 4).double()
+    grads = []
+    for together in (False, True):
+        model = vit(dtype=torch.float64)
+        _freeze(model)
+        selected = SelectedWeights(model, _select(model))
+        selected.grow(0.03)
+        values = list(selected.parameters().values())
+        losses = [model(part).logsumexp(dim=1).sum() for part in pixels.split(2)]
+        if together:
+            grads.append(torch.autograd.grad(sum(losses), values))
+        else:
+            each = [torch.autograd.grad(loss, values) for loss in losses]
+            grads.append([a + b for a, b in zip(*each, strict=True)])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_activation_checkpoints_change_no_gradient(vit, images):
