@@ -1,4 +1,4 @@
-"""One training step: autocast, and a batch passed through the model in parts."""
+"""One training step: autocast, a batch passed through the model in parts, and the log of losses."""
 
 import re
 import time
@@ -14,12 +14,19 @@ from torch.utils.data import DataLoader
 
 # SOLVER.AMP.PRECISION: what autocast computes in.
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# SOLVER.MATMUL_PRECISION, as torch calls them.
+_MATMUL_PRECISIONS = ("highest", "high", "medium")
+# Steps between downloads of the losses, for which the host waits for a GPU: as often as Detectron2
+# writes metrics.
+LOG_PERIOD = 20
 
 
 class StepTrainer(SimpleTrainer):
     """Detectron2's SimpleTrainer and AMPTrainer in one, on any device, with gradient accumulation.
 
-    AMPTrainer refuses CPUs and always scales losses, which only float16 needs.
+    AMPTrainer refuses CPUs and always scales losses, which only float16 needs. Both download the
+    losses in each step; here those of ``LOG_PERIOD`` steps are downloaded together, after the
+    optimizer's step. The log and metrics.json get the losses of every step all the same.
 
     Args:
         model: returns losses by name, each a sum over something divided by its number. With more
@@ -48,6 +55,8 @@ class StepTrainer(SimpleTrainer):
         self.parts = parts
         self.device_type = next(model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
+        # Of each step since the last download: iteration, losses by name, seconds for the data.
+        self._unwritten: list[tuple[int, dict[str, torch.Tensor], float]] = []
 
     def run_step(self) -> None:
         """Draws a batch, adds up the gradients of its parts, and moves the weights."""
@@ -66,12 +75,31 @@ class StepTrainer(SimpleTrainer):
                     losses = _as_shares(losses, segmentor.loss_divisors(part), whole)
                 if k == 0:  # where SimpleTrainer does it
                     self.optimizer.zero_grad()
-                self.scaler.scale(sum(losses.values())).backward()
+                self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
             sums.update({name: loss.detach() for name, loss in losses.items()})
         self.after_backward()
-        self._write_metrics(dict(sums), data_time)
+        # A fused optimizer would do this within its step, after the gradients are clipped.
+        self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self._unwritten.append((self.iter, dict(sums), data_time))
+        if (self.iter + 1) % LOG_PERIOD == 0:
+            self.write_losses()
+
+    def write_losses(self) -> None:
+        """Writes the losses of the steps since the last call; every process must call it.
+
+        Raises:
+            FloatingPointError: if a loss is not finite.
+        """
+        if not self._unwritten:
+            return
+        losses = [loss for _, step, _ in self._unwritten for loss in step.values()]
+        downloaded = iter(torch.stack(losses).cpu())  # the one wait
+        for iteration, step, data_time in self._unwritten:
+            step = {name: next(downloaded) for name in step}
+            self.write_metrics(step, data_time, iteration)
+        self._unwritten = []
 
     def _exchanging_gradients(self, now: bool):
         """Processes add up their gradients once for all parts."""
@@ -99,6 +127,20 @@ def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
     if precision not in _DTYPES:
         raise ValueError(f"SOLVER.AMP.PRECISION is {precision!r}: choose from {', '.join(_DTYPES)}")
     return _DTYPES[precision] if cfg.SOLVER.AMP.ENABLED else None
+
+
+def set_matmul_precision(cfg: CfgNode) -> None:
+    """Sets what SOLVER.MATMUL_PRECISION says for float32 matrix products, in the whole process.
+
+    Raises:
+        ValueError: if SOLVER.MATMUL_PRECISION is unknown.
+    """
+    precision = cfg.SOLVER.MATMUL_PRECISION
+    if precision not in _MATMUL_PRECISIONS:
+        raise ValueError(
+            f"SOLVER.MATMUL_PRECISION is {precision!r}: choose from {', '.join(_MATMUL_PRECISIONS)}"
+        )
+    torch.set_float32_matmul_precision(precision)
 
 
 def largest_part(images: int, parts: int) -> int:

@@ -5,7 +5,7 @@ So what happens to every one of them is one operator, however many tensors they 
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 

@@ -27,7 +27,7 @@ def points_of_the_losses_stay(monkeypatch):
 
     def rand(*shape, **options) -> torch.Tensor:
         shape = shape[0] if len(shape) == 1 else shape
-        drawn = torch.empty(shape[1:]).uniform_(generator=torch.Generator().manual_seed(0))
+        drawn = torch.empty(shape[-2:]).uniform_(generator=torch.Generator().manual_seed(0))
         return drawn.expand(shape).clone().to(options.get("device"))
 
     monkeypatch.setattr(torch, "rand", rand)
@@ -93,11 +93,49 @@ def test_autocast_trains_float32_weights_and_resumes(tiny_cfg, precision):
     assert bool(scaler) == (precision == "float16")  # bfloat16 has float32's range
 
 
+@pytest.mark.parametrize("method", ["full", "fishertune"])
+def test_a_fused_optimizer_clips_and_trains_as_the_plain_one(tiny_cfg, method):
+    options = {
+        "TUNING__METHOD": method,
+        # Its gradients are scaled by 65,536 until they are clipped.
+        "SOLVER__AMP__ENABLED": True,
+        "SOLVER__AMP__PRECISION": "float16",
+        "SOLVER__CLIP_GRADIENTS__ENABLED": True,
+        "SOLVER__CLIP_GRADIENTS__CLIP_TYPE": "full_model",
+        # A limit that AdamW feels, whose steps do not depend on the gradients' scale.
+        "SOLVER__CLIP_GRADIENTS__CLIP_VALUE": 1e-7,
+    }
+    plain = _trained(tiny_cfg("plain", **options))
+    fused = _trained(tiny_cfg("fused", SOLVER__FUSED=True, **options))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(fused[name], tensor, msg=name)
+
+
+def test_the_losses_of_every_step_are_logged(tiny_cfg):
+    trainer = Trainer(tiny_cfg(SOLVER__MAX_ITER=23))
+    seen = []
+    step = trainer._trainer.run_step
+
+    def run_step() -> None:
+        step()
+        histories = trainer.storage.histories()
+        seen.append(len(histories["total_loss"].values()) if "total_loss" in histories else 0)
+
+    trainer._trainer.run_step = run_step
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert seen == [0] * 19 + [20] * 4  # one download for 20 steps
+    values = trainer.storage.history("total_loss").values()
+    assert [iteration for _, iteration in values] == list(range(23))
+    assert len({value for value, _ in values}) == 23
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"SOLVER__AMP__PRECISION": "half"}, "SOLVER.AMP.PRECISION is 'half'"),
         ({"SOLVER__ACCUMULATE": 0}, "SOLVER.ACCUMULATE is 0"),
+        ({"SOLVER__MATMUL_PRECISION": "tf32"}, "SOLVER.MATMUL_PRECISION is 'tf32': choose .*high,"),
     ],
 )
 def test_refuses(tiny_cfg, options, message):
