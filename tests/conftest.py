@@ -129,12 +129,12 @@ def one_thread():
 
 
 @pytest.fixture
-def vit() -> Callable[..., nn.Module]:
+def vit(device) -> Callable[..., nn.Module]:
     """Returns a function that builds a classifier of two blocks, the same at every call."""
 
     def make(family: str = "vit", dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
-        return _FAMILIES[family]().to(dtype).train()
+        return _FAMILIES[family]().to(device, dtype).train()
 
     return make
 
@@ -175,12 +175,13 @@ def family(request) -> str:
 
 
 @pytest.fixture
-def images() -> Callable[[int], list[tuple[torch.Tensor, int]]]:
+def images(device) -> Callable[[int], list[tuple[torch.Tensor, int]]]:
     """Returns a function that draws (image, class) pairs, the same at every call."""
 
     def draw(count: int) -> list[tuple[torch.Tensor, int]]:
         generator = torch.Generator().manual_seed(1)
-        return [(torch.randn(3, 32, 32, generator=generator), i % CLASSES) for i in range(count)]
+        pixels = [torch.randn(3, 32, 32, generator=generator) for _ in range(count)]
+        return [(image.to(device), i % CLASSES) for i, image in enumerate(pixels)]
 
     return draw
 
@@ -191,7 +192,7 @@ def loss() -> Callable[[nn.Module, Sequence], torch.Tensor]:
 
     def cross_entropy(model: nn.Module, batch: Sequence) -> torch.Tensor:
         pixels = torch.stack([image for image, _ in batch])
-        labels = torch.tensor([label for _, label in batch])
+        labels = torch.tensor([label for _, label in batch], device=pixels.device)
         logits = model(pixels.to(next(model.parameters()).dtype))
         return nn.functional.cross_entropy(logits, labels, reduction="none")
 

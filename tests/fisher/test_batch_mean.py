@@ -17,7 +17,8 @@ def test_is_the_mean_over_batches_of_the_square_of_the_mean(vit, images, loss):
     def of_batch(chosen, batch):
         pixels = torch.stack([image for image, _ in batch]).double()
         logits = functional_call(model, {**weights, **chosen}, (pixels,))
-        return nn.functional.cross_entropy(logits, torch.tensor([label for _, label in batch]))
+        labels = torch.tensor([label for _, label in batch], device=logits.device)
+        return nn.functional.cross_entropy(logits, labels)
 
     for name in estimate:
         squares = [grad(of_batch)({name: weights[name]}, batch)[name] ** 2 for batch in batches]

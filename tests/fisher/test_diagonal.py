@@ -33,7 +33,7 @@ def test_is_the_mean_of_squares_per_image_by_torch_func(way, vit, images, loss):
 
     def of_one(chosen, image, label):
         logits = functional_call(model, {**weights, **chosen}, (image[None].double(),))
-        return nn.functional.cross_entropy(logits, torch.tensor([label]))
+        return nn.functional.cross_entropy(logits, torch.tensor([label], device=logits.device))
 
     for name in estimate:
         squares = [
@@ -149,7 +149,8 @@ def test_a_gradient_that_is_not_finite_is_named(way, bad, vit, images, loss):
 
     def broken(model, batch):
         losses = loss(model, batch)
-        hit = torch.tensor([image is pictures[1][0] for image, _ in batch])
+        hits = [image is pictures[1][0] for image, _ in batch]
+        hit = torch.tensor(hits, device=losses.device)
         # The value stays finite, its gradient does not.
         return losses + torch.where(hit, _InfiniteSlope.apply(losses, bad), 0.0)
 

@@ -90,7 +90,7 @@ def test_random_numbers_belong_to_an_image_whatever_its_batch(vit, images, loss)
         factors = []
         for seed in image_seeds(len(batch)):
             with seeded(seed):
-                factors.append(torch.rand(()))
+                factors.append(torch.rand((), device=batch[0][0].device))
         return loss(model, batch) * torch.stack(factors)
 
     make = partial(estimate_fisher, model, _batches(images), noisy_loss, find_candidates(model))

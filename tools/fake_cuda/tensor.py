@@ -41,9 +41,7 @@ INDEXED = frozenset(
 # These take tensors of two devices.
 CROSSING = frozenset("_foreach_copy_ copy copy_ is_same_size set_".split())
 # These refuse a CPU's tensor even if it is a single number; operators element by element take it.
-STRICT = frozenset(
-    "addmm bmm cat embedding gather index_select isin mm scatter stack where".split()
-)
+STRICT = frozenset("addmm bmm cat embedding gather index_select isin mm scatter stack".split())
 # CUDA copies smaller parts of ordinary memory into a buffer of its own, and does not wait.
 STAGED_BYTES = 64 * 1024
 
