@@ -175,6 +175,9 @@ def _add_input_and_test(cfg: CN) -> None:
     # Height and width of a window, and the steps between windows, in pixels.
     cfg.TEST.CROP_SIZE = [512, 512]
     cfg.TEST.STRIDE = [341, 341]
+    # Windows of an image that pass through the model at once. Scores are those of one at a time, up
+    # to rounding; a GPU is faster with more, as far as its memory goes.
+    cfg.TEST.WINDOWS_PER_BATCH = 1
     # Classes averaged into mIoU: "present" in the ground truth (Detectron2), or "union", present
     # in ground truth or prediction (mmsegmentation, torchmetrics).
     cfg.TEST.CLASS_RULE = "present"
@@ -206,6 +209,13 @@ def _add_solver(cfg: CN) -> None:
     # With SOLVER.AMP.ENABLED: "bfloat16", or "float16" (with a gradient scaler, for GPUs that have
     # nothing better). FISHER.PRECISION is the estimate's.
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
+    # What a GPU may round the operands of float32 matrix products to: "highest" keeps float32,
+    # "high" takes TF32 (10 bits of mantissa, several times as fast), see
+    # torch.set_float32_matmul_precision. Convolutions take TF32 by torch's default.
+    cfg.SOLVER.MATMUL_PRECISION = "highest"
+    # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, where the default
+    # launches a dozen for each group of tensors.
+    cfg.SOLVER.FUSED = False
     # T1 + T3 of the paper's Algorithm 1; T1 is TUNING.WARMUP_ITERS, so T3 is the difference.
     cfg.SOLVER.MAX_ITER = 40000
     cfg.SOLVER.CHECKPOINT_PERIOD = 5000

@@ -36,7 +36,7 @@ from .optimizer import build_optimizer, carry_state, is_backbone
 from .preemption import Preemption
 from .scoring import score_datasets
 from .stages import prepare_stage
-from .step import StepTrainer, autocast_dtype
+from .step import StepTrainer, autocast_dtype, set_matmul_precision
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,9 @@ class Trainer(DefaultTrainer):
         """Builds model, data and hooks; trains nothing yet.
 
         Raises:
-            ValueError: if SEED is negative, warm-up would outlast training, FISHER.PRECISION is
-                unknown, or TUNING.FEATURE_PERTURBATION is on and a process has one image a step.
+            ValueError: if SEED is negative, warm-up would outlast training, FISHER.PRECISION or
+                SOLVER.MATMUL_PRECISION is unknown, or TUNING.FEATURE_PERTURBATION is on and a
+                process has one image a step.
         """
         if cfg.SEED < 0:
             raise ValueError(
@@ -85,6 +86,7 @@ class Trainer(DefaultTrainer):
             )
         # Not DefaultTrainer's: it wraps with DDP once and for all, and fails to on CPUs.
         TrainerBase.__init__(self)
+        set_matmul_precision(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -102,7 +104,7 @@ class Trainer(DefaultTrainer):
             run=RunRecord(cfg, names),
             trainer=weakref.proxy(self),
         )
-        self._preemption = Preemption(lambda: self._save("model_preempted"))
+        self._preemption = Preemption(self._save_and_leave)
         self._estimation = self._build_estimation()
         self._perturbation = self._build_perturbation()
         self.stage = ""
@@ -250,6 +252,10 @@ class Trainer(DefaultTrainer):
     def _save(self, name: str) -> None:
         self.checkpointer.save(name, iteration=self.iter)
 
+    def _save_and_leave(self) -> None:
+        self._trainer.write_losses()
+        self._save("model_preempted")
+
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes this run, or starts from another run's warm-up, or from MODEL.WEIGHTS.
 
@@ -304,6 +310,8 @@ class Trainer(DefaultTrainer):
         try:
             with self._shift(seed_of_shift):
                 super().run_step()
+            if self.iter + 1 == self.max_iter:
+                self._trainer.write_losses()
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"iteration {self.iter}, stage {self.stage}, {error} The last checkpoint stands"
@@ -368,4 +376,5 @@ def _build_loader(cfg: CfgNode, batch_size: int, seed: int) -> DataLoader:
         batch_size=batch_size,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         seed=seed,
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
     )

@@ -89,6 +89,9 @@ def optimizer_bytes(cfg: CfgNode, model: nn.Module) -> dict[str, int]:
         cfg: SOLVER is read.
         model: on the meta device; what the stage trains requires a gradient.
     """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.FUSED = False  # which the meta device does not have; the state is the same
     optimizer = build_optimizer(cfg, model)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in trained:

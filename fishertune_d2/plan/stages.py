@@ -99,7 +99,7 @@ def count_held(cfg: CfgNode, method: TuningMethod, runs: Collection[str]) -> dic
     tuning = replace(plain, **optimizer_bytes(cfg, model), weights=weight_bytes(model))
     if selected:
         vectors = tuning.weights - plain.weights
-        held = vectors + held_bytes(selected.selection)
+        held = vectors + held_bytes(selected.extra_tensors())
         tuning = replace(tuning, weights=plain.weights, selection=held)
     return {"warmup": warmup, "estimation": estimation, "tuning": tuning}
 

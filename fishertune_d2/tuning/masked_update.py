@@ -64,9 +64,10 @@ class MaskedUpdate:
             How many entries are selected now.
         """
         for name, mask in self.masks.items():
-            prefix = self.selection.prefix(name, share)
-            mask.view(-1)[prefix[self._selected[name] :].to(mask.device)] = True
-            self._selected[name] = max(self._selected[name], len(prefix))
+            joining = self.selection.prefix(name, share)[self._selected[name] :]
+            if len(joining):
+                mask.view(-1)[joining.to(mask.device)] = True
+                self._selected[name] += len(joining)
         return sum(self._selected.values())
 
     def release(self) -> None:

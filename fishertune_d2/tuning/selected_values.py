@@ -46,6 +46,10 @@ class SelectedValues:
         own = {id(tensor[0].values) for tensor in self.tensors}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
+    def extra_tensors(self) -> list[Tensor]:
+        """The ranks and the values to put back; none once all values count."""
+        return [tensor for tensor in (self._rank, self._start) if tensor is not None]
+
     def grow(self, count: int) -> int:
         """Lets the entries of a rank below ``count`` count; those that did before still do.
 

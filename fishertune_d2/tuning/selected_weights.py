@@ -72,6 +72,10 @@ class SelectedWeights:
         """The vectors, by the name of the parameter that each selects from; each of shape (n,)."""
         return {name: _entries(self.model, name)[0].values for name in self.names}
 
+    def extra_tensors(self) -> list[Tensor]:
+        """Tensors that are held beside the model's as long as the share grows."""
+        return [tensor for values in self._values for tensor in values.extra_tensors()]
+
     def grow(self, share: float) -> int:
         """Selects up to ``share`` of the selection's base; what was selected stays.
 
