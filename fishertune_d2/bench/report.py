@@ -121,6 +121,7 @@ def _require_same_scoring(
     def scoring(results: Mapping) -> dict[str, Any]:
         protocol = results["protocol"]
         said = {key: protocol.get(key) for key in ("mode", "crop", "stride", "class_rule", "train")}
+        said["precision"] = protocol.get("precision", "float32")
         for key in ("test_size", "classes"):
             said |= {f"{key} of {name}": protocol.get(key, {}).get(name) for name in sets}
         return said | {f"halved {name}": name in protocol.get("halved_labels", ()) for name in sets}

@@ -14,6 +14,7 @@ from itertools import count
 from multiprocessing import parent_process
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from detectron2.data.common import DatasetFromList
@@ -25,6 +26,10 @@ from fishertune_d2.data.files import DatasetError
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # macOS does not
+# Workers of a process, where the cores decide. Eight map more than 100 images of GTAV's size in a
+# second (docs/results/data_loading.md), many times what a model takes in; each further one holds
+# two more batches in memory.
+MOST_WORKERS = 8
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
@@ -140,6 +145,34 @@ class _Loader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def count_workers(num_workers: int) -> int:
+    """Says how many worker processes a loader of this process starts.
+
+    Args:
+        num_workers: DATALOADER.NUM_WORKERS. -1 stands for this process's share of the CPU cores
+            that it may use, at least 1 and at most `MOST_WORKERS`; the processes of a run on this
+            machine share them.
+
+    Returns:
+        The number; 0 maps in the calling process.
+
+    Raises:
+        ValueError: if it is below -1.
+    """
+    if num_workers < -1:
+        raise ValueError(
+            f"DATALOADER.NUM_WORKERS is {num_workers}: choose -1 (this process's share of the CPU "
+            f"cores, at most {MOST_WORKERS}), 0 (no worker processes) or their number."
+        )
+    if num_workers >= 0:
+        return num_workers
+    if hasattr(os, "sched_getaffinity"):  # a scheduler may give a job some of the cores
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min(max(cores // comm.get_local_size(), 1), MOST_WORKERS)
+
+
 def build_train_loader(
     dicts: Sequence[dict[str, Any]],
     mapper: Mapper,
@@ -148,6 +181,7 @@ def build_train_loader(
     num_workers: int,
     seed: int,
     start: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Builds an endless loader of shuffled, augmented batches.
 
@@ -155,16 +189,18 @@ def build_train_loader(
         dicts: entries as `load_datasets` returns them.
         mapper: turns an entry into tensors.
         batch_size: images per step over all ranks.
-        num_workers: worker processes of each rank; 0 maps in the calling process.
+        num_workers: worker processes of each rank, see `count_workers`.
         seed: seed of the order and of the augmentation. The same on every rank.
         start: images over all ranks that were drawn before; ``loader.sampler.start`` sets it
             later, until iteration begins.
+        pin_memory: hand tensors over in pinned memory, for a model on a GPU.
 
     Returns:
         A loader of lists of mapped dicts.
 
     Raises:
-        ValueError: if the ranks cannot share the batch evenly, or there are no entries.
+        ValueError: if the ranks cannot share the batch evenly, there are no entries, or
+            ``num_workers`` is below -1.
     """
     world_size = comm.get_world_size()
     if batch_size < 1 or batch_size % world_size:
@@ -177,9 +213,10 @@ def build_train_loader(
         _SeededItems(dicts, mapper, seed),
         batch_size=block,
         sampler=ResumableSampler(len(dicts), seed, block, start),
-        num_workers=num_workers,
+        num_workers=count_workers(num_workers),
         collate_fn=_as_list,
-        worker_init_fn=_outlive_schedulers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
         # The loader draws a base seed when iterated; from the global generator, that would shift
         # the random numbers of the model after a resume.
         generator=torch.Generator(),
@@ -187,28 +224,34 @@ def build_train_loader(
 
 
 def build_test_loader(
-    dicts: Sequence[dict[str, Any]], mapper: Mapper, *, num_workers: int
+    dicts: Sequence[dict[str, Any]],
+    mapper: Mapper,
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Builds a loader that goes once through this rank's share, one image at a time.
 
     Args:
         dicts: entries as `load_datasets` returns them.
         mapper: turns an entry into tensors.
-        num_workers: worker processes of each rank; 0 maps in the calling process.
+        num_workers: worker processes of each rank, see `count_workers`.
+        pin_memory: hand tensors over in pinned memory, for a model on a GPU.
 
     Returns:
         A loader of lists of one mapped dict.
 
     Raises:
-        ValueError: if there are no entries.
+        ValueError: if there are no entries, or ``num_workers`` is below -1.
     """
     return _Loader(
         _MappedItems(dicts, mapper),
         batch_size=1,
         sampler=InferenceSampler(len(dicts)),
-        num_workers=num_workers,
+        num_workers=count_workers(num_workers),
         collate_fn=_as_list,
-        worker_init_fn=_outlive_schedulers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),
     )
 
@@ -217,7 +260,12 @@ def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return batch
 
 
-def _outlive_schedulers(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(1)  # as PyTorch sets its own: the workers share the cores
+    _outlive_schedulers()
+
+
+def _outlive_schedulers() -> None:
     """Lets SIGTERM and SIGINT end a worker only if they come from the process that it works for.
 
     A scheduler sends them to every process of a job, a terminal to every process in front of it.

@@ -12,8 +12,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
+from PIL import Image
 
-from fishertune_d2.data.files import read_image, read_label
+from fishertune_d2.data.files import DatasetError, load_image, read_label, to_array
 
 
 class ColorJitter(T.Augmentation):
@@ -31,7 +32,8 @@ class ColorJitter(T.Augmentation):
 class SegmentationMapper:
     """Turns a data set's dict into what the segmentor takes.
 
-    Training: resize to a random short edge, crop, colour jitter, flip, pad to the crop's size.
+    Training: resize to a random short edge, crop, colour jitter, flip, pad to the crop's size. The
+    crop is chosen on the label, and of the image only what lies in it is resized.
     Test: only the resize into the data set's ``test_size``; the label stays on disk, where the
     evaluator reads it, at its own size or halved.
     """
@@ -41,6 +43,8 @@ class SegmentationMapper:
         self,
         is_train: bool,
         *,
+        resize: T.ResizeShortestEdge | None = None,
+        crop: T.RandomCrop_CategoryAreaConstraint | None = None,
         augmentations: Sequence[T.Augmentation] = (),
         image_format: str = "RGB",
         pad_to: tuple[int, int] | None = None,
@@ -52,8 +56,11 @@ class SegmentationMapper:
         """Stores the augmentations.
 
         Args:
-            is_train: whether labels are loaded and ``augmentations`` applied.
-            augmentations: applied in this order to image and label.
+            is_train: whether labels are loaded, and image and label augmented.
+            resize: draws a short edge; images are resized as Pillow does it (bilinear, with
+                antialiasing), labels by nearest neighbours. None keeps the files' size.
+            crop: draws a part of the resized label. None takes all of it.
+            augmentations: then applied in this order to image and label.
             image_format: "RGB" or "BGR".
             pad_to: (height, width) up to which smaller crops are padded on the right and at the
                 bottom, so that a batch stacks; None pads nothing.
@@ -75,6 +82,8 @@ class SegmentationMapper:
             )
         self.native_labels = native_labels
         self.is_train = is_train
+        self.resize = resize
+        self.crop = crop
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
         self.pad_to = pad_to
@@ -95,20 +104,16 @@ class SegmentationMapper:
                 "to 'absolute' and INPUT.CROP.SIZE to pixels."
             )
         ignore_label = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-        augmentations: list[T.Augmentation] = []
+        resize, cropping, augmentations = None, None, []
         if is_train:
-            augmentations.append(
-                T.ResizeShortestEdge(
-                    cfg.INPUT.MIN_SIZE_TRAIN,
-                    cfg.INPUT.MAX_SIZE_TRAIN,
-                    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
-                )
+            resize = T.ResizeShortestEdge(
+                cfg.INPUT.MIN_SIZE_TRAIN,
+                cfg.INPUT.MAX_SIZE_TRAIN,
+                cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
             )
             if crop.ENABLED:
-                augmentations.append(
-                    T.RandomCrop_CategoryAreaConstraint(
-                        crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, ignore_label
-                    )
+                cropping = T.RandomCrop_CategoryAreaConstraint(
+                    crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, ignore_label
                 )
             if cfg.INPUT.COLOR_AUG_SSD:
                 augmentations.append(ColorJitter(cfg.INPUT.FORMAT))
@@ -121,6 +126,8 @@ class SegmentationMapper:
                 )
         return {
             "is_train": is_train,
+            "resize": resize,
+            "crop": cropping,
             "augmentations": augmentations,
             "image_format": cfg.INPUT.FORMAT,
             "pad_to": tuple(crop.SIZE) if is_train and crop.ENABLED else None,
@@ -134,19 +141,28 @@ class SegmentationMapper:
         """Maps one dict of `load_pairs`.
 
         Returns:
-            A copy with ``image``, (3, H, W) uint8, and in training ``sem_seg``, (H, W) int64
+            A copy with ``image``, (3, H, W) uint8, and in training ``sem_seg``, (H, W) uint8
             train ids. ``height`` and ``width`` stay those of the label file, except at test where
             ``halve_label`` is true: there they are half of it, rounded down.
 
         Raises:
-            DatasetError: if a file cannot be read or holds a label out of range.
+            DatasetError: if a file cannot be read, holds a label out of range, or, in training, an
+                image and its label differ in size.
         """
-        image = read_image(dataset_dict["file_name"], self.image_format)
+        image = load_image(dataset_dict["file_name"])
         if not self.is_train:
             return {**dataset_dict, **self._protocol(dataset_dict, image)}
 
         label = read_label(dataset_dict["sem_seg_file_name"], dataset_dict["label_map"])
-        augmented = T.AugInput(image, sem_seg=label)
+        if image.size != label.shape[::-1]:
+            raise DatasetError(
+                f"{dataset_dict['file_name']} has the size {image.width} x {image.height}, and its "
+                f"label {dataset_dict['sem_seg_file_name']} {label.shape[1]} x {label.shape[0]}. "
+                "An image and its label must have the same size; restore the files as their "
+                "authors ship them."
+            )
+        image, label = self._resized_part(image, label)
+        augmented = T.AugInput(to_array(image, self.image_format), sem_seg=label)
         self.augmentations(augmented)
         image, label = augmented.image, augmented.sem_seg
         if self.pad_to is not None:
@@ -154,16 +170,43 @@ class SegmentationMapper:
         return {
             **dataset_dict,
             "image": to_tensor(image),
-            "sem_seg": torch.from_numpy(label.astype(np.int64)),
+            "sem_seg": torch.from_numpy(label.copy()),  # Pillow's memory is read-only
         }
 
-    def _protocol(self, item: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
+    def _resized_part(
+        self, image: Image.Image, label: np.ndarray
+    ) -> tuple[Image.Image, np.ndarray]:
+        """Draws a size and a part of the label, and resizes that part of the image alone.
+
+        It has the pixels of the same part of the whole resized image, up to 2 grey levels: each of
+        the two passes, along rows and along columns, may round a number to its other neighbour.
+        """
+        if self.resize is not None:
+            label = self.resize.get_transform(label).apply_segmentation(label)
+        height, width = label.shape
+        left, top, right, bottom = 0, 0, width, height
+        if self.crop is not None:
+            part = self.crop.get_transform(label, label)
+            label = part.apply_segmentation(label)
+            left, top, right, bottom = part.x0, part.y0, part.x0 + part.w, part.y0 + part.h
+        across, down = image.width / width, image.height / height
+        box = (
+            left * across,
+            top * down,
+            min(right * across, image.width),  # a product rounds up
+            min(bottom * down, image.height),
+        )
+        size = (right - left, bottom - top)
+        return image.resize(size, Image.Resampling.BILINEAR, box=box), label
+
+    def _protocol(self, item: dict[str, Any], image: Image.Image) -> dict[str, Any]:
         """Returns the image at the size to test at, and the size to score at."""
         size = self.test_sizes.get(item.get("dataset_name"), item.get("test_size"))
         halve = item.get("halve_label", False) and not self.native_labels
         parts = 2 if halve else 1
+        fitted = image if size is None else fit_into(image, size)
         return {
-            "image": to_tensor(image if size is None else fit_into(image, size)),
+            "image": to_tensor(to_array(fitted, self.image_format)),
             "test_size": size,
             "halve_label": halve,
             "height": item["height"] // parts,
@@ -181,10 +224,15 @@ class SegmentationMapper:
         return padded, padded_label
 
 
-def fit_into(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes (H, W, 3) uint8 to the largest size of its ratio inside ``size``, (width, height)."""
-    resize = T.ResizeShortestEdge(min(size), max(size))
-    return resize.get_transform(image).apply_image(image)
+def fit_into(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resizes an RGB image to the largest size of its ratio inside ``size``, (width, height).
+
+    It gives the pixels that Detectron2's ``ResizeShortestEdge`` gives: scores depend on them.
+    """
+    height, width = T.ResizeShortestEdge.get_output_shape(
+        image.height, image.width, min(size), max(size)
+    )
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:

@@ -3,8 +3,10 @@
 import json
 import logging
 from collections import OrderedDict
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
@@ -15,6 +17,7 @@ from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table
 from fishertune_d2.version import commit
 
 from .plan import plan
+from .step import autocast_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ def score_datasets(cfg: CfgNode, model: nn.Module) -> OrderedDict:
     class, counts of parameters, the protocol) and the pictures into OUTPUT_DIR.
 
     Args:
-        cfg: DATASETS, TEST, TUNING and OUTPUT_DIR are read.
+        cfg: DATASETS, DATALOADER, SOLVER.AMP, TEST, TUNING and OUTPUT_DIR are read.
         model: the segmentor, without DDP wrapper.
 
     Returns:
@@ -35,12 +38,17 @@ def score_datasets(cfg: CfgNode, model: nn.Module) -> OrderedDict:
     """
     results: OrderedDict = OrderedDict()
     mapper = SegmentationMapper(cfg, is_train=False)
+    device = next(model.parameters()).device
     for name in cfg.DATASETS.TEST:
         loader = build_test_loader(
-            load_datasets([name]), mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+            load_datasets([name]),
+            mapper,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            pin_memory=device.type == "cuda",
         )
         evaluator = DomainGeneralizationEvaluator(cfg, name, output_dir=cfg.OUTPUT_DIR)
-        results[name] = inference_on_dataset(model, loader, evaluator)
+        with scoring_autocast(cfg, device):
+            results[name] = inference_on_dataset(model, loader, evaluator)
     if not comm.is_main_process() or not results:
         return OrderedDict()
     summary = summarize(results, cfg.DATASETS.TRAIN, _protocol(cfg), mapper)
@@ -55,8 +63,21 @@ def score_datasets(cfg: CfgNode, model: nn.Module) -> OrderedDict:
     return results
 
 
+def scoring_autocast(cfg: CfgNode, device: torch.device) -> AbstractContextManager:
+    """The autocast that a model is scored, and predicts, under: that of its training.
+
+    Args:
+        cfg: SOLVER.AMP is read.
+        device: where the model lies.
+    """
+    dtype = autocast_dtype(cfg)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def _protocol(cfg: CfgNode) -> dict:
     protocol = {"mode": cfg.TEST.MODE, "class_rule": cfg.TEST.CLASS_RULE}
+    if cfg.SOLVER.AMP.ENABLED:  # else float32, which results without this entry were scored in
+        protocol["precision"] = cfg.SOLVER.AMP.PRECISION
     if cfg.TEST.MODE == "slide":
         protocol |= {"crop": list(cfg.TEST.CROP_SIZE), "stride": list(cfg.TEST.STRIDE)}
     return {

@@ -16,12 +16,15 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.colormap import colormap
+from PIL import Image
 from torch import nn
 
 from fishertune_d2.config import read_config
+from fishertune_d2.data.files import to_array
 from fishertune_d2.data.labels import LabelSpace, identity_space
 from fishertune_d2.data.mapper import fit_into, to_tensor
 from fishertune_d2.engine import WholeCheckpointer
+from fishertune_d2.engine.scoring import scoring_autocast
 from fishertune_d2.tuning import build_tuning_method
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,7 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts images one by one, as the evaluation does: same windows, same size.
+    """Predicts images one by one, as the evaluation does: same windows, same size, same autocast.
 
     That size is the test size of the first data set that the config names; where it has none,
     images keep their own.
@@ -62,9 +65,10 @@ class Predictor:
                 classes than the model, or the device is not there.
         """
         self.space, self.size = _space_and_size(cfg)
-        self._flip = cfg.INPUT.FORMAT == "BGR"
+        self._format = cfg.INPUT.FORMAT
         self._collapse = self.space.table()
         self.model = _load_model(cfg)
+        self._cfg = cfg
 
     def __call__(self, image: np.ndarray) -> Prediction:
         """Predicts one image.
@@ -73,12 +77,14 @@ class Predictor:
             image: (H, W, 3) uint8 RGB.
         """
         height, width = image.shape[:2]
-        pixels = fit_into(image, self.size) if self.size else image
-        pixels = pixels[:, :, ::-1] if self._flip else pixels
-        inputs = {"image": to_tensor(pixels), "height": height, "width": width}
-        (output,) = self.model([inputs])
+        picture = Image.fromarray(image)
+        fitted = fit_into(picture, self.size) if self.size else picture
+        pixels = to_tensor(to_array(fitted, self._format))
+        inputs = {"image": pixels, "height": height, "width": width}
+        with scoring_autocast(self._cfg, self.model.device):
+            (output,) = self.model([inputs])
         scores = output["sem_seg"]
-        classes = self._collapse[scores.max(dim=0).indices.cpu().numpy()]
+        classes = self._collapse[scores.max(dim=0).indices.to(torch.uint8).cpu().numpy()]
         return Prediction(classes, confidence_of(scores).cpu().numpy())
 
 

@@ -65,9 +65,10 @@ def test_table_of_several_models_with_the_papers_numbers(cell, tmp_path):
     assert (tmp_path / "t.png").is_file()
 
 
-def test_runs_that_were_scored_otherwise_are_not_compared(cell):
-    cells = [cell("full", 1, 1, 2, 3), cell("freeze", 1, 1, 2, 3, mode="slide")]
-    with pytest.raises(ValueError, match="freeze_1 was scored otherwise than .*full_1.* in mode"):
+@pytest.mark.parametrize(("key", "value"), [("mode", "slide"), ("precision", "bfloat16")])
+def test_runs_that_were_scored_otherwise_are_not_compared(cell, key, value):
+    cells = [cell("full", 1, 1, 2, 3), cell("freeze", 1, 1, 2, 3, **{key: value})]
+    with pytest.raises(ValueError, match=f"freeze_1 was scored otherwise than .*full_1.* in {key}"):
         report.read_lines(cells, SETS, "dev")
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fishertune_d2.data.files import DatasetError, image_size, read_image, read_label
+from fishertune_d2.data.labels import LABEL_MAPS, UNKNOWN_ID
 
 IDS = np.array([[0, 1, 2], [2, 255, 1]], dtype=np.uint8)
 
@@ -77,6 +78,22 @@ def test_grey_images_become_three_channels_and_bgr_is_the_reverse(tmp_path):
     Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "rgb.png")
     assert read_image(tmp_path / "rgb.png")[0, 0].tolist() == [1, 2, 3]
     assert read_image(tmp_path / "rgb.png", "BGR")[0, 0].tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P"])
+def test_png_images_are_decoded_as_opencv_decodes_them(tmp_path, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 4), dtype=np.uint8)
+    Image.fromarray(pixels).convert("RGB").convert(mode).save(tmp_path / "x.png")
+    read = read_image(tmp_path / "x.png", "BGR")
+    np.testing.assert_array_equal(read, cv2.imread(str(tmp_path / "x.png"), cv2.IMREAD_COLOR))
+
+
+@pytest.mark.parametrize("label_map", ["train_ids", "label_ids", "camvid", "mapillary_v1.2_hrda"])
+def test_every_known_id_is_read_as_its_map_says(tmp_path, label_map):
+    table = LABEL_MAPS[label_map]
+    ids = np.flatnonzero(table != UNKNOWN_ID).astype(np.uint8)[None]
+    Image.fromarray(ids).save(tmp_path / "x.png")
+    assert read_label(tmp_path / "x.png", label_map).tolist() == table[ids].tolist()
 
 
 def save_synthia(path, ids, instances=300, dtype=np.uint16):

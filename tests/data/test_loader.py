@@ -1,16 +1,24 @@
 import multiprocessing
+import os
 import random
 import subprocess
 from collections import Counter
 from itertools import islice
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.utils import comm
 
 from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.loader import ResumableSampler, build_test_loader, build_train_loader
+from fishertune_d2.data.loader import (
+    MOST_WORKERS,
+    ResumableSampler,
+    build_test_loader,
+    build_train_loader,
+    count_workers,
+)
 
 DICTS = [{"file_name": f"{k}.png", "k": k} for k in range(5)]
 
@@ -81,6 +89,72 @@ def test_no_entries_are_an_error():
         build_train_loader([], draw, batch_size=1, num_workers=0, seed=1)
     with pytest.raises(ValueError, match="empty"):
         build_test_loader([], draw, num_workers=0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(2, 1, 2), (6, 2, 3), (7, 2, 3), (1, 4, 1), (64, 4, MOST_WORKERS)],
+)
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setattr(comm, "get_local_size", lambda: processes)
+    assert count_workers(-1) == workers
+    assert (
+        build_train_loader(DICTS, draw, batch_size=1, num_workers=-1, seed=1).num_workers
+        == (build_test_loader(DICTS, draw, num_workers=-1).num_workers)
+        == workers
+    )
+    assert [count_workers(number) for number in (0, 3, 40)] == [0, 3, 40]
+
+
+def test_another_negative_number_of_workers_is_refused():
+    for build in (
+        lambda: build_train_loader(DICTS, draw, batch_size=1, num_workers=-2, seed=1),
+        lambda: build_test_loader(DICTS, draw, num_workers=-2),
+    ):
+        with pytest.raises(ValueError, match="DATALOADER.NUM_WORKERS is -2: choose -1 .* cores"):
+            build()
+
+
+def test_a_worker_has_one_thread():
+    def threads(item):
+        return {"opencv": cv2.getNumThreads(), "torch": torch.get_num_threads()}
+
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        loader = build_test_loader(DICTS, threads, num_workers=1)
+        assert all(batch == [{"opencv": 1, "torch": 1}] for batch in loader)
+    finally:
+        cv2.setNumThreads(before)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_only_tensors_are_pinned(monkeypatch, num_workers):
+    """A stand-in for a GPU: what is pinned is not computed with, but counted."""
+    item = {"file_name": "a.png", "image": torch.ones(2), "size": (3, None), "halve": False}
+    item |= {"height": 3, "test_size": None, "label": torch.zeros(2, dtype=torch.uint8)}
+    pinned = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    loaders = (
+        build_test_loader([item], dict, num_workers=num_workers, pin_memory=True),
+        build_train_loader(
+            [item], dict, batch_size=1, num_workers=num_workers, seed=1, pin_memory=True
+        ),
+    )
+    for loader in loaders:
+        ((got,),) = islice(loader, 1)
+        assert got.keys() == item.keys()
+        assert all(
+            torch.equal(a, b) if isinstance(b, torch.Tensor) else (a == b and type(a) is type(b))
+            for a, b in ((got[key], item[key]) for key in item)
+        )
+        assert len(pinned) >= 2
+        pinned.clear()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

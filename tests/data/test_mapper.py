@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import transforms as T
+from detectron2.projects.point_rend import ColorAugSSDTransform
 from PIL import Image
 
 import fishertune_d2.data.datasets  # noqa: F401  (registers the names)
 from fishertune_d2.config import add_fishertune_config
-from fishertune_d2.data.files import read_label
+from fishertune_d2.data.files import DatasetError, read_image, read_label
 from fishertune_d2.data.labels import LABEL_MAPS
-from fishertune_d2.data.mapper import SegmentationMapper
+from fishertune_d2.data.mapper import SegmentationMapper, fit_into
 
 
 def make_cfg(**overrides):
@@ -59,9 +61,77 @@ def test_training_gives_crops_of_train_ids(item):
     mapper = SegmentationMapper(make_cfg(), is_train=True)
     out = run(mapper, item)
     assert out["image"].shape == (3, 24, 32) and out["image"].dtype == torch.uint8
-    assert out["sem_seg"].shape == (24, 32) and out["sem_seg"].dtype == torch.int64
+    assert out["sem_seg"].shape == (24, 32) and out["sem_seg"].dtype == torch.uint8
     assert set(out["sem_seg"].unique().tolist()) <= {10, 2, 5, 0}
     assert "image" not in item  # the data set's own dict is left as it was
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+@pytest.mark.parametrize(
+    ("short_edges", "crop", "limit"),
+    [
+        ([23, 37, 60, 90], [24, 32], 0.75),  # shrunk, as it is and enlarged
+        ([30, 45], [24, 32], 1.0),
+        ([30, 45], [48, 48], 0.75),  # crops as high as the image, or higher
+        ([0, 30], [24, 32], 0.75),  # 0 is Detectron2's word for the file's size
+        ([45], None, 0.75),
+    ],
+)
+def test_training_sees_what_detectron2s_transforms_make(
+    tmp_path, short_edges, crop, limit, image_format
+):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (60, 97, 3), dtype=np.uint8)  # the hardest for a bound
+    ids = rng.integers(0, 4, (60, 97), dtype=np.uint8)
+    ids[:, :60] = 3  # so that crops are drawn again
+    item = make_item(tmp_path, noise, ids)
+    cfg = make_cfg(
+        **{
+            "INPUT.FORMAT": image_format,
+            "INPUT.MIN_SIZE_TRAIN": short_edges,
+            "INPUT.CROP.ENABLED": crop is not None,
+            "INPUT.CROP.SIZE": crop or [24, 32],
+            "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": limit,
+            "INPUT.RANDOM_FLIP": "horizontal",
+        }
+    )
+    transforms = [T.ResizeShortestEdge(short_edges, 2048, "choice")]
+    if crop is not None:
+        transforms.append(T.RandomCrop_CategoryAreaConstraint("absolute", crop, limit, 255))
+    transforms.append(T.RandomFlip())
+    mapper, worst = SegmentationMapper(cfg, is_train=True), 0
+    for seed in range(40):
+        out = run(mapper, item, seed)
+        state = np.random.get_state()[1].tolist()
+        np.random.seed(seed)
+        expected = T.AugInput(
+            read_image(item["file_name"], image_format),
+            sem_seg=read_label(item["sem_seg_file_name"], "camvid"),
+        )
+        T.AugmentationList(transforms)(expected)
+        assert np.random.get_state()[1].tolist() == state  # the same numbers were drawn
+        height, width = expected.sem_seg.shape  # without padding
+        np.testing.assert_array_equal(out["sem_seg"][:height, :width], expected.sem_seg)
+        image = out["image"][:, :height, :width].permute(1, 2, 0).numpy().astype(int)
+        worst = max(worst, np.abs(image - expected.image).max())
+    assert worst <= 2  # grey levels
+
+
+def test_colour_jitter_sees_the_crop_alone(item, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        ColorAugSSDTransform, "apply_image", lambda self, image: seen.append(image.shape) or image
+    )
+    cfg = make_cfg(**{"INPUT.COLOR_AUG_SSD": True})
+    run(SegmentationMapper(cfg, is_train=True), item)
+    assert seen == [(24, 32, 3)]
+
+
+def test_an_image_of_another_size_than_its_label_is_named(tmp_path):
+    item = make_item(tmp_path, np.zeros((40, 60, 3), np.uint8), np.zeros((60, 40), np.uint8))
+    message = r"image\.png has the size 60 x 40, and its label .*label\.png 40 x 60\. An image"
+    with pytest.raises(DatasetError, match=message):
+        run(SegmentationMapper(make_cfg(), is_train=True), item)
 
 
 @pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
@@ -69,7 +139,7 @@ def test_image_and_label_move_together(item, flip):
     mapper = SegmentationMapper(make_cfg(**{"INPUT.RANDOM_FLIP": flip}), is_train=True)
     for seed in range(8):
         out = run(mapper, item, seed)
-        difference = (out["image"][0].int() - 10 * out["sem_seg"]).abs()
+        difference = (out["image"][0].int() - 10 * out["sem_seg"].int()).abs()
         assert (difference == 0).float().mean() > 0.8  # bilinear edges between stripes differ
 
 
@@ -144,6 +214,14 @@ def test_at_test_time_the_image_is_fitted_and_the_label_left_alone(item, test_si
     assert out["image"].shape == shape
     assert (out["height"], out["width"]) == (20, 32)
     assert "sem_seg" not in out
+
+
+@pytest.mark.parametrize("size", [(40, 30), (97, 61), (300, 300)])
+def test_test_images_have_the_pixels_of_detectron2s_resize(size):
+    image = np.random.default_rng(0).integers(0, 256, (60, 97, 3), dtype=np.uint8)
+    resize = T.ResizeShortestEdge(min(size), max(size)).get_transform(image)
+    fitted = np.asarray(fit_into(Image.fromarray(image), size))
+    np.testing.assert_array_equal(fitted, resize.apply_image(image))
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,17 @@ def test_sliding_windows_and_sizes_of_the_config(make_run, town, image):
     np.testing.assert_array_equal(predictor(image).classes, scores.argmax(0).numpy())
 
 
+def test_predicts_under_the_autocast_of_the_training(make_run, town, image):
+    cfg = make_run(SOLVER__AMP__ENABLED=True)
+    prediction = Predictor(_read(cfg))(image)
+    exact = confidence_of(_evaluated(cfg)).cpu().numpy()
+    with torch.autocast(torch.device(cfg.MODEL.DEVICE).type, torch.bfloat16):
+        scores = _evaluated(cfg)
+    np.testing.assert_array_equal(prediction.classes, scores.argmax(0).cpu().numpy())
+    np.testing.assert_array_equal(prediction.confidence, confidence_of(scores).cpu().numpy())
+    assert not np.array_equal(prediction.confidence, exact)
+
+
 def test_classes_are_those_that_the_data_set_is_scored_in(make_run, image):
     cfg = make_run(DATASETS__TEST=("camvid_dusk_dev",), MODEL__SEM_SEG_HEAD__NUM_CLASSES=19)
     predictor = Predictor(_read(cfg))

@@ -1,0 +1,58 @@
+"""What scoring takes from the config: precision, and how images reach the model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from fishertune_d2.engine import Trainer, scoring
+from fishertune_d2.engine.scoring import score_datasets
+
+
+@pytest.mark.parametrize(
+    ("options", "seen", "recorded"),
+    [
+        ({}, None, None),
+        ({"SOLVER__AMP__ENABLED": True}, torch.bfloat16, "bfloat16"),
+        (
+            {"SOLVER__AMP__ENABLED": True, "SOLVER__AMP__PRECISION": "float16"},
+            torch.float16,
+            "float16",
+        ),
+    ],
+)
+def test_a_model_is_scored_in_the_precision_of_its_training(tiny_cfg, options, seen, recorded):
+    cfg = tiny_cfg(**options, TEST__PICTURES=0)
+    model, dtypes = build_model(cfg), set()
+
+    def record(module, inputs):
+        kind = module.device.type
+        enabled = torch.is_autocast_enabled(kind)
+        dtypes.add(torch.get_autocast_dtype(kind) if enabled else None)
+
+    model.register_forward_pre_hook(record)
+    score_datasets(cfg, model)
+    assert dtypes == {seen}
+    assert not torch.is_autocast_enabled(model.device.type)
+    results = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
+    assert results["protocol"].get("precision") == recorded
+
+
+def test_images_are_pinned_for_a_gpu_alone(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg(MODEL__DEVICE="cpu", TEST__PICTURES=0)
+    initialised = torch.cuda.is_initialized()  # by another test, on a machine with a GPU
+    assert not Trainer.build_train_loader(cfg).pin_memory
+    assert Trainer.build_train_loader(tiny_cfg(MODEL__DEVICE="cuda:0")).pin_memory
+
+    pinned, build = [], scoring.build_test_loader
+
+    def recorded(*args, pin_memory: bool, **kwargs):
+        pinned.append(pin_memory)
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(scoring, "build_test_loader", recorded)
+    score_datasets(cfg, build_model(cfg))
+    assert pinned == [False, False]
+    assert torch.cuda.is_initialized() == initialised
