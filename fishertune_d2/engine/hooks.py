@@ -80,7 +80,8 @@ class FisherEstimation(HookBase):
     """Ranks the backbone's weights once, at one iteration (Algorithm 1, step 2).
 
     Writes ``fisher.safetensors`` (F(x), F(x'), where a method needs them) and
-    ``selection.safetensors`` (the ranked choice) into ``output_dir``. A run resumed after that
+    ``selection.safetensors`` (the ranked choice) into ``output_dir``. Of several processes, all
+    measure, the first one ranks and writes, and the others read its file. A run resumed after that
     iteration reads the selection back, and refuses one that is not the one it was trained with.
     An estimation that was cut off is made again from its beginning.
 
@@ -91,7 +92,7 @@ class FisherEstimation(HookBase):
         start: iteration before which to estimate, T1.
         share: the largest share that will be tuned, d_max.
         base: number of parameters that it is a share of: all of the backbone's.
-        output_dir: where the files go.
+        output_dir: where the files go; every process must be able to read them.
         eps: guard of dF (Eq. 5) in the log's comparison with dF alone.
     """
 
@@ -122,15 +123,12 @@ class FisherEstimation(HookBase):
         if self.trainer.iter != self.start:
             return
         estimate = self.estimate()
-        self.selection = Selection.from_scores(self.scores(estimate), self.share, self.base)
-        if estimate is not None:
-            self.selection.notes = {**estimate.notes, "images": str(estimate.images)}
-            self._log(estimate)
         if comm.is_main_process():
-            if estimate is not None:
-                estimate.save(self.estimate_file)
-            self.selection.save(self.selection_file)
+            self._select(estimate)
         comm.synchronize()
+        # A process does not rank by itself: one bit of F that differs would change the lengths of
+        # the trained vectors, and DDP needs the same ones everywhere.
+        self.selection = Selection.load(self.selection_file)
         self._digest = _digest(self.selection_file)
 
     def state_dict(self) -> dict:
@@ -156,6 +154,15 @@ class FisherEstimation(HookBase):
                 "that one back, or resume from a checkpoint of the warm-up stage"
             )
         self.selection = Selection.load(self.selection_file)
+
+    def _select(self, estimate: FisherEstimate | None) -> None:
+        """Ranks the weights, and writes both files."""
+        self.selection = Selection.from_scores(self.scores(estimate), self.share, self.base)
+        if estimate is not None:
+            self.selection.notes = {**estimate.notes, "images": str(estimate.images)}
+            self._log(estimate)
+            estimate.save(self.estimate_file)
+        self.selection.save(self.selection_file)
 
     def _log(self, estimate: FisherEstimate) -> None:
         alone = {

@@ -2,8 +2,10 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from threading import Thread
 
 import torch
 from detectron2.engine import launch as detectron2_launch
@@ -14,6 +16,8 @@ from . import preemption
 
 # What torchrun tells each of its processes, beside where they meet.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# How long a process waits for the others when it leaves, in seconds.
+_PATIENCE = 10
 
 
 def launch(main: Callable[[Namespace], object], args: Namespace, *, device: str) -> None:
@@ -21,7 +25,8 @@ def launch(main: Callable[[Namespace], object], args: Namespace, *, device: str)
 
     A process that torchrun started joins the others of its run: by NCCL on GPUs, one for each
     process, or by gloo on CPUs. Otherwise this is the only process so far, and Detectron2's
-    launcher starts as many as ``--num-gpus`` and its other options say.
+    launcher starts as many as ``--num-gpus`` and its other options say. However ``main`` ends, its
+    process leaves the others' group, and waits at most 10 seconds for them.
 
     Args:
         main: what to run; a function of a module, for Detectron2's launcher pickles it.
@@ -32,15 +37,44 @@ def launch(main: Callable[[Namespace], object], args: Namespace, *, device: str)
         ValueError: if processes are asked for in both ways, or torchrun started more of them than
             this machine has GPUs.
     """
-    if not all(name in os.environ for name in _TORCHRUN):
+    if all(name in os.environ for name in _TORCHRUN):
+        _join_torchrun(args, device)
+        _run(main, args)
+    elif args.num_gpus * args.num_machines > 1:  # this process only waits for the others
         options = {name: getattr(args, name) for name in ("num_machines", "machine_rank")}
-        several = args.num_gpus * args.num_machines > 1  # then this process only waits for them
-        with preemption.forwarding() if several else nullcontext():
-            detectron2_launch(main, args.num_gpus, dist_url=args.dist_url, args=(args,), **options)
-        return
-    _join_torchrun(args, device)
-    main(args)
-    torch.distributed.destroy_process_group()
+        gpus = nullcontext() if device.startswith("cuda") else _hidden_gpus()
+        with preemption.forwarding(), gpus:
+            detectron2_launch(
+                partial(_run, main), args.num_gpus, dist_url=args.dist_url, args=(args,), **options
+            )
+    else:
+        main(args)
+
+
+def _run(main: Callable[[Namespace], object], args: Namespace) -> None:
+    """Runs one of several processes, and leaves their group whatever happens."""
+    try:
+        main(args)
+        comm.synchronize()  # or who is done first would wait in vain for the others
+    finally:
+        # In a thread, for NCCL waits for what other processes may never send.
+        leaving = Thread(target=torch.distributed.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(_PATIENCE)
+
+
+@contextmanager
+def _hidden_gpus() -> Iterator[None]:
+    """Lets processes that are started meanwhile see no GPU, or Detectron2 gives them NCCL."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _join_torchrun(args: Namespace, device: str) -> None:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 FORMS = ("balanced", "eq7", "eq15", "rank")
+# How many entries are sorted at a time, of 20 bytes each.
+RANKED_AT_ONCE = 2**24
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def domain_related_fisher(
@@ -34,7 +37,7 @@ def domain_related_fisher(
         f_shifted: F(x').
         shift_weight: exp(-(|eps_mu| + |eps_sigma|)), in (0, 1].
         form: ``"balanced"``; ``"eq7"`` and ``"eq15"``, as printed; ``"rank"``, the sum of the
-            two terms' ranks, scaled to (0, 1], the second times ``shift_weight``.
+            two terms' ranks, scaled to (0, 1], the second times ``shift_weight``, on the CPU.
         gamma: weight of the KL term in Eq. 11; only for ``eq15``.
         tau: standard deviation of the prior; only for ``eq15``.
         eps: guard of the ratio in Eq. 5; for ``eq7``, ``eq15`` and ``rank``. ``balanced`` has its
@@ -114,15 +117,37 @@ def _eq15(
 
 
 def _ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rank of each entry among all that are above 0, scaled to (0, 1]; 0 stays 0."""
-    flat = torch.cat([value.flatten() for value in values.values()])
-    positive = flat > 0
+    """Rank of each entry among all that are above 0, scaled to (0, 1]; 0 stays 0.
+
+    They are on the CPU. Beside them and one copy of the values, memory is needed for the entries of
+    one part of the range of values at a time, and for those that are equal.
+    """
+    flat = flat_on_cpu(values)
     ranks = torch.zeros_like(flat)
-    order = flat[positive].argsort(stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(1, len(order) + 1, device=order.device)
-    ranks[positive] = (places / len(order)).to(ranks.dtype)
+    total, before = int(torch.count_nonzero(flat > 0)), 0
+    edges = _edges(flat, RANKED_AT_ONCE)
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = flat > low
+        places = inside.logical_and_(flat <= high).nonzero().flatten()
+        # Floats above 0 sort as their bits do, for which torch has a faster sort.
+        places = places[flat[places].view(_BITS[flat.dtype]).argsort(stable=True)]
+        ends = before + len(places)
+        ranks[places] = (torch.arange(before + 1, ends + 1) / total).to(ranks.dtype)
+        before = ends
     parts = ranks.split([value.numel() for value in values.values()])
     return {
         name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)
     }
+
+
+def _edges(flat: Tensor, most: int) -> list[float]:
+    """From 0 to infinity, with about ``most`` of the values above 0 between neighbours."""
+    sample = flat[:: max(1, len(flat) // 2**16)]  # which edges they are changes no rank
+    sample = sample[sample > 0].sort().values
+    step = max(1, len(sample) * most // len(flat))
+    return [0.0, *sample[step::step].unique().tolist(), float("inf")]
+
+
+def flat_on_cpu(values: Mapping[str, Tensor]) -> Tensor:
+    """All entries in the order of the mapping, (n,), fetched from the device at once."""
+    return torch.cat([value.detach().flatten() for value in values.values()]).cpu()

@@ -6,16 +6,18 @@ read off one ranking: a weight that was selected stays selected.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .candidates import groups_of
 from .files import TensorFile, open_tensors, whole_file
+from .score import flat_on_cpu
 
 _FORMAT = "fishertune_selection_v1"
 # A file that claims more lies, and its masks would not fit in memory.
@@ -28,8 +30,9 @@ class Selection:
 
     Attributes:
         indices: by parameter name, the selected entries of the flattened parameter, best first;
-            int64 of shape (n,).
-        ranks: their ranks among all candidates of all parameters, from 0, ascending; int64 (n,).
+            int64 of shape (n,), on the CPU.
+        ranks: their ranks among all candidates of all parameters, from 0, ascending; int64 (n,), on
+            the CPU.
         shapes: by parameter name, the parameter's shape.
         share: the largest share that can be asked for, in [0, 1].
         base: number of parameters that a share is a share of.
@@ -49,9 +52,9 @@ class Selection:
     def from_scores(cls, scores: Mapping[str, Tensor], share: float, base: int) -> "Selection":
         """Ranks all scores together and keeps the best ``share * base``.
 
-        Ties are broken by the order of the mapping and of the entries, so the result does not
-        depend on the device. Beside the scores, memory is needed only for what is selected and
-        for one tensor at a time.
+        Ties are broken by the order of the mapping and of the entries. Scores of a GPU are ranked
+        on the CPU, so the result does not depend on the device. Beside the scores, memory is needed
+        for two copies of them in float32, and for what is selected.
 
         Args:
             scores: by parameter name; not negative; an entry of 0 is never selected.
@@ -64,33 +67,31 @@ class Selection:
         """
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share must be in [0, 1]: got {share}")
-        for name, score in scores.items():
+        names, sizes = list(scores), [score.numel() for score in scores.values()]
+        flat = flat_on_cpu(scores).float()
+        for name, score in zip(names, flat.split(sizes), strict=True):
             if not bool(((score >= 0) & torch.isfinite(score)).all()):
                 raise ValueError(f"the scores of {name} hold negative or non-finite numbers")
         count = count_of_share(share, base)
-        positive = sum(torch.count_nonzero(score).item() for score in scores.values())
+        positive = torch.count_nonzero(flat).item()
         if count > positive:
             raise ValueError(
                 f"a share of {share} of {base:,} asks for {count:,} weights, but only {positive:,} "
                 "have a score above 0: ask for a smaller share"
             )
-        names = list(scores)
-        threshold = _kth_largest([scores[name] for name in names], count)
-        owners, places, values = [], [], []
-        for owner, name in enumerate(names):
-            flat = scores[name].flatten()
-            place = torch.nonzero((flat >= threshold) & (flat > 0)).flatten()
-            owners.append(torch.full_like(place, owner))
-            places.append(place)
-            values.append(flat[place])
-        owner, place, value = torch.cat(owners), torch.cat(places), torch.cat(values)
-        order = value.argsort(descending=True, stable=True)[:count]
-        owner, place = owner[order], place[order]
-        indices, ranks = {}, {}
-        for i, name in enumerate(names):
-            ranks[name] = torch.nonzero(owner == i).flatten()
-            indices[name] = place[ranks[name]]
-        shapes = {name: tuple(scores[name].shape) for name in names}
+        place = (flat >= _kth_largest(flat, max(count, 1))).nonzero().flatten()
+        place = place[flat[place].argsort(descending=True, stable=True)[:count]]
+        ends = torch.tensor(sizes).cumsum(0)
+        owner = torch.bucketize(place, ends, right=True)
+        by_owner = owner.argsort(stable=True)  # of one owner, ranks ascend
+        parts = by_owner.split(torch.bincount(owner, minlength=len(names)).tolist())
+        starts = (ends - torch.tensor(sizes)).tolist()
+        # Clones: views would keep the memory of all others, and a file takes none.
+        ranks = {name: part.clone() for name, part in zip(names, parts, strict=True)}
+        indices = {
+            name: place[ranks[name]] - start for name, start in zip(names, starts, strict=True)
+        }
+        shapes = {name: tuple(score.shape) for name, score in scores.items()}
         return cls(indices, ranks, shapes, share, base)
 
     def count(self, share: float) -> int:
@@ -112,7 +113,7 @@ class Selection:
         """Boolean masks of the parameters' shapes, True where a weight is within ``share``."""
         masks = {}
         for name, shape in self.shapes.items():
-            mask = torch.zeros(shape, dtype=torch.bool, device=self.indices[name].device)
+            mask = torch.zeros(shape, dtype=torch.bool)
             mask.view(-1)[self.prefix(name, share)] = True
             masks[name] = mask
         return masks
@@ -223,19 +224,6 @@ def _check_entries(name: str, indices: Tensor, ranks: Tensor, numel: int) -> Non
         raise ValueError(f"the ranks of {name} do not ascend")
 
 
-def _kth_largest(scores: Sequence[Tensor], k: int) -> float:
-    """The k-th largest of all entries, exactly, for scores that are not negative.
-
-    Floats of one sign sort as their bit patterns do, so a bisection over the 31 bits finds the
-    value by counting alone: no size limit as ``torch.quantile`` has, and no second copy.
-    """
-    low, high = 0, 0x7F800000  # the bit patterns of 0.0 and infinity
-    bits = [score.contiguous().view(torch.int32) for score in map(Tensor.float, scores)]
-    while high - low > 1:
-        middle = (low + high) // 2
-        at_least = sum(int((b >= middle).sum()) for b in bits)
-        if at_least >= k:
-            low = middle
-        else:
-            high = middle
-    return torch.tensor(low, dtype=torch.int32).view(torch.float32).item()
+def _kth_largest(flat: Tensor, k: int) -> float:
+    """The k-th largest entry, exactly, by NumPy; ``torch.kthvalue`` takes thrice the memory."""
+    return float(np.partition(flat.numpy(), len(flat) - k)[len(flat) - k])

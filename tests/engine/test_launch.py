@@ -1,8 +1,18 @@
+import os
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
 
 from fishertune_d2.engine import launch
+from fishertune_d2.engine.launch import _run
+
+MODULE = sys.modules[_run.__module__]  # the package has a function of that name
 
 
 @pytest.fixture
@@ -40,3 +50,74 @@ def test_without_torchrun_this_process_is_the_only_one(monkeypatch):
     launch(seen.append, args, device="cpu")
     assert seen == [args]
     assert not torch.distributed.is_initialized()
+
+
+def _joined(rank: int, folder: Path, main) -> None:
+    """Runs ``main`` as one of two processes of torchrun, and writes how it ended."""
+    rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": (folder / "port").read_text()}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update(rendezvous, **{name: str(number) for name, number in numbers.items()})
+    try:
+        launch(main, default_argument_parser().parse_args([]), device="cpu")
+        end = "done"
+    except BaseException as error:
+        end = repr(error)
+    end += ", in a group" if torch.distributed.is_initialized() else ""
+    (folder / str(rank)).write_text(end)
+
+
+def _work(args: Namespace) -> None:
+    comm.all_gather(0)
+
+
+def _fails(args: Namespace) -> None:
+    if comm.get_rank() == 1:
+        raise ZeroDivisionError
+    comm.synchronize()
+
+
+def _leaves(args: Namespace) -> None:
+    raise SystemExit(75)
+
+
+@pytest.mark.parametrize(
+    "main, ends",
+    [
+        (_work, ("done", "done")),
+        (_fails, ("RuntimeError(", "ZeroDivisionError()")),  # the first waits for the second
+        (_leaves, ("SystemExit(75)", "SystemExit(75)")),
+    ],
+)
+def test_the_group_is_left_however_a_run_ends(start_process, tmp_path, free_tcp_port, main, ends):
+    (tmp_path / "port").write_text(str(free_tcp_port))
+    processes = [start_process(_joined, rank, tmp_path, main) for rank in range(2)]
+    for rank, process in enumerate(processes):
+        process.join()
+        end = (tmp_path / str(rank)).read_text()
+        assert end.startswith(ends[rank])
+        assert "in a group" not in end
+
+
+def test_a_process_leaves_though_the_others_do_not_answer(monkeypatch):
+    monkeypatch.setattr(MODULE, "_PATIENCE", 0.1)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: time.sleep(100))
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="main was run"):
+        _run(_unreached, None)
+    assert time.monotonic() - start < 50
+
+
+@pytest.mark.parametrize("device, seen", [("cpu", ""), ("cuda", "0,1")])
+def test_processes_on_cpus_see_no_gpu_for_which_detectron2_would_take_nccl(
+    monkeypatch, device, seen
+):
+    started = []
+
+    def recorded(main, processes, **options):
+        started.append((main.func, main.args, processes, os.environ["CUDA_VISIBLE_DEVICES"]))
+
+    monkeypatch.setattr(MODULE, "detectron2_launch", recorded)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    launch(_work, default_argument_parser().parse_args(["--num-gpus", "2"]), device=device)
+    assert started == [(_run, (_work,), 2, seen)]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"

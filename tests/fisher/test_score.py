@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fishertune_d2.fisher import domain_related_fisher, relative_change
+from fishertune_d2.fisher import score as module
 from fishertune_d2.fisher.score import fisher_from_precision, posterior_precision
 
 F = {"a": torch.tensor([4.0, 0.0]), "b": torch.tensor([[2.0]])}
@@ -53,6 +54,21 @@ def test_rank_by_hand():
     score = domain_related_fisher(F, SHIFTED, 0.5, form="rank", eps=0.001)
     assert score["a"].tolist() == [1.0 + 0.5 * 1.0, 0.0]
     assert score["b"].item() == 0.5 + 0.5 * 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("at_once", [1, 7, 10**6])
+def test_ranks_in_parts_are_those_of_one_sort(monkeypatch, dtype, at_once):
+    torch.manual_seed(0)
+    # Whole numbers, so that many are equal and some are 0.
+    f = {"a": torch.randint(0, 9, (20, 30)).to(dtype), "b": torch.randn(50).abs().to(dtype)}
+    flat = torch.cat([f["a"].flatten(), f["b"]])
+    expected, order = torch.zeros_like(flat), flat.argsort(stable=True)
+    order = order[flat[order] > 0]
+    expected[order] = (torch.arange(1, len(order) + 1) / len(order)).to(dtype)
+    monkeypatch.setattr(module, "RANKED_AT_ONCE", at_once)
+    found = domain_related_fisher(f, f, 1.0, form="rank")  # dF is 0, and so is its rank
+    assert torch.equal(torch.cat([found["a"].flatten(), found["b"]]), expected)
 
 
 def test_refuses():
