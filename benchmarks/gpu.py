@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""What a run costs on one GPU: steps, memory, waits and launches, evaluation, F, ranking, the plan.
+
+    python benchmarks/gpu.py training          # needs a GPU; 2 minutes
+    python benchmarks/gpu.py evaluation        # needs a GPU; 1 minute
+    python benchmarks/gpu.py fisher            # needs a GPU; 1 minute
+    python benchmarks/gpu.py ranking           # needs a GPU; 1 minute
+    python benchmarks/gpu.py agreement         # needs a GPU; 1 minute
+    python benchmarks/gpu.py plan              # 2 minutes on one core
+
+DINOv2 ViT-L as in configs/fishertune_dinov2.yaml, at 512 x 512 in batches of 4, with random
+weights, on images of noise of Cityscapes' size. Iterations of the trainer are timed from the end of
+one to the end of the next, with loading and hooks, by CUDA's events; the median is taken, after a
+few that warm up. The two last iterations of a way are not timed: in one the profiler counts
+kernels, in the other CUDA itself warns of every wait for the device. A peak is what torch's
+allocator gave out at most. Figures are written to --output after each row, so that a run that is
+ended leaves them; other parts' figures in that file stay. With --device cpu --tiny a CPU tries all
+of it out.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+
+from gpu_fisher import agreement, fisher, ranking  # noqa: E402
+from gpu_measure import (  # noqa: E402
+    GIB,
+    PRECISIONS,
+    ROOT,
+    check,
+    configure,
+    now,
+    peak_gib,
+    release,
+    reset_peak,
+    write_noise,
+)
+from gpu_training import plan, training  # noqa: E402
+
+from fishertune_d2.engine import Trainer  # noqa: E402
+from fishertune_d2.engine.scoring import score_datasets  # noqa: E402
+
+WINDOWS = (1, 6)  # at once, of the 18 of an image
+IMAGES = 4  # of which the first warms up
+
+
+def about(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
+    """The device, and the versions of all that a time depends on."""
+    found: dict[str, object] = {"device": "CPU", "python": platform.python_version()}
+    if args.device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "memory_gib": properties.total_memory / GIB}
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found |= {"driver": done.stdout.strip(), "cuda": torch.version.cuda}
+    for name in ("torch", "torchvision", "timm", "transformers", "peft", "numpy"):
+        found[name] = metadata.version(name)
+    save({"about": found}, [check(True, "device", str(found["device"]))])
+
+
+def evaluation(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
+    """An image of 2048 x 1024 in windows of 512, from its file to the counted pixels."""
+    rows: list[dict] = []
+    cuda = args.device != "cpu"
+    for precision in args.precisions:
+        keys = PRECISIONS[precision]
+        for windows in WINDOWS:
+            options = {**keys, "TEST.WINDOWS_PER_BATCH": windows, "DATALOADER.NUM_WORKERS": 2}
+            if args.tiny:
+                options["DATALOADER.NUM_WORKERS"] = 0
+            cfg = configure(args, root / "run", options)
+            torch.set_float32_matmul_precision(keys["SOLVER.MATMUL_PRECISION"])
+            (root / "run").mkdir(exist_ok=True)
+            with torch.device(args.device):
+                model = Trainer.build_model(cfg)
+            starts: list[float] = []
+            inside: list[float] = []
+            model.register_forward_pre_hook(lambda *_, s=starts: s.append(now(cuda)))
+            model.register_forward_hook(lambda *_, s=starts, i=inside: i.append(now(cuda) - s[-1]))
+            reset_peak(cuda)
+            score_datasets(cfg, model)
+            images = [1e3 * (b - a) for a, b in zip(starts[1:], starts[2:], strict=False)]
+            row = {"precision": precision, "windows": windows, "image_ms": median(images)}
+            row |= {"model_ms": 1e3 * median(inside[1:]), "peak_gib": peak_gib(cuda)}
+            rows.append(row)
+            model = None
+            release()
+            save({"evaluation": rows}, [check(True, "evaluation", f"{len(rows)} ways")])
+            print(row, flush=True)
+
+
+PARTS: dict[str, Callable[..., None]] = {
+    each.__name__: each for each in (about, training, evaluation, fisher, ranking, agreement, plan)
+}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="sizes of a toy, to try it out")
+    parser.add_argument("--steps", type=int, default=14, help="iterations of each way of training")
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs/gpu/figures.json")
+    args = parser.parse_args()
+    before = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(figures: dict, checks: list[dict]) -> None:
+        merged = {**before, **figures, "checks": {**before.get("checks", {}), args.part: checks}}
+        growing = args.output.with_suffix(".growing")
+        growing.write_text(json.dumps(merged, indent=1) + "\n")
+        growing.replace(args.output)  # whoever reads meanwhile reads a whole file
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.part in ("training", "evaluation"):
+            count, size = (IMAGES, (96, 192)) if args.tiny else (IMAGES, (1024, 2048))
+            write_noise(Path(folder), size, count)
+        PARTS[args.part](args, Path(folder), save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Steps of every way of training in every precision, and what the plan says of their memory."""
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import torch
+from detectron2.config import CfgNode
+from gpu_measure import (
+    GIB,
+    PRECISIONS,
+    check,
+    configure,
+    counting_launches,
+    counting_waits,
+    intervals,
+    mark,
+    now,
+    peak_gib,
+    release,
+    reset_peak,
+)
+from torch import nn
+
+from fishertune_d2.engine import Trainer
+from fishertune_d2.fisher import FisherEstimate
+from fishertune_d2.plan import make_plan
+
+# What a way of training sets, beside the precision. A further way is a line.
+WAYS: dict[str, dict[str, object]] = {
+    "warm-up": {"TUNING.METHOD": "freeze"},
+    "fishertune": {"TUNING.METHOD": "fishertune"},
+    "full": {"TUNING.METHOD": "full"},
+    "lora": {"TUNING.METHOD": "lora"},
+}
+WARM = 4  # iterations of a way that are not timed
+# The goals for one step.
+MOST_WAITS, MOST_LAUNCHES = 4, 1.03  # the latter of fishertune, as a ratio to full
+
+
+class Watch:
+    """Follows a trainer's iterations: times most of them, counts in the last two.
+
+    Attributes:
+        times: milliseconds of an iteration, one for each that was timed.
+        row: what else was measured.
+    """
+
+    def __init__(self, trainer: Trainer, steps: int):
+        self.trainer, self.steps = trainer, steps
+        self.cuda = trainer.cfg.MODEL.DEVICE != "cpu"
+        self.times: list[float] = []
+        self.row: dict[str, object] = {}
+        self._marks: list[object] = []
+        self._counting = ExitStack()
+        self._before, self._after = trainer.before_step, trainer.after_step
+        trainer.before_step, trainer.after_step = self._before_step, self._after_step
+        # Evaluation and files have a time of their own.
+        trainer.test = lambda *_: {}
+        trainer.checkpointer.save = lambda *_, **__: None
+        if trainer._estimation:
+            self._estimate = trainer._estimation.estimate
+            trainer._estimation.estimate = self._timed_estimate
+
+    def _timed_estimate(self) -> FisherEstimate | None:
+        reset_peak(self.cuda)
+        start = now(self.cuda)
+        found = self._estimate()
+        self.row["estimation_seconds"] = now(self.cuda) - start
+        self.row["estimation_peak_gib"] = peak_gib(self.cuda)
+        return found
+
+    def _before_step(self) -> None:
+        at = self.trainer.iter
+        if at == self.steps - 2:
+            self._counting.enter_context(counting_launches(self.row))
+        elif at == self.steps - 1 and self.cuda:
+            self._counting.enter_context(counting_waits(self.row))
+        if at == 0:  # the estimation, where there is one, and the ranking of the weights
+            start = now(self.cuda)
+        self._before()
+        if at == 0:
+            self.row["start_seconds"] = now(self.cuda) - start
+            reset_peak(self.cuda)
+
+    def _after_step(self) -> None:
+        self._after()
+        self._counting.close()
+        at = self.trainer.iter
+        if WARM - 1 <= at < self.steps - 2:
+            self._marks.append(mark(self.cuda))
+        if at == self.steps - 3:
+            now(self.cuda)
+            self.row["peak_gib"] = peak_gib(self.cuda)
+            self.times = intervals(self._marks)
+
+
+def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
+    """Every way in every precision, a row each; checks waits and launches."""
+    rows, build = [], Trainer.build_model
+
+    def on_device(cfg: CfgNode) -> nn.Module:  # drawing 300 M random numbers takes a CPU seconds
+        with torch.device(cfg.MODEL.DEVICE):
+            return build(cfg)
+
+    for precision in args.precisions:
+        for way, keys in WAYS.items():
+            row: dict[str, object] = {"way": way, "precision": precision}
+            rows.append(row)
+            keys = {**keys, **PRECISIONS[precision]}
+            if way == "warm-up":
+                keys["TUNING.WARMUP_ITERS"] = args.steps
+            cfg = configure(args, root / "run", keys)
+            torch.set_float32_matmul_precision(keys["SOLVER.MATMUL_PRECISION"])
+            try:
+                with (
+                    patch.object(Trainer, "build_model", staticmethod(on_device)),
+                    patch.object(FisherEstimate, "save"),  # 2 GB
+                ):
+                    trainer = Trainer(cfg)
+                    watch = Watch(trainer, args.steps)
+                    (root / "run").mkdir(exist_ok=True)
+                    trainer.train()
+                milliseconds = median(watch.times)
+                row |= {"step_ms": milliseconds, "steps": len(watch.times), **watch.row}
+                row["images_per_second"] = 1e3 * cfg.SOLVER.IMS_PER_BATCH / milliseconds
+            except Exception as error:  # the other rows can be measured
+                row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            trainer = watch = None
+            release()
+            save({"training": rows}, training_checks(rows))
+            print(row, flush=True)
+
+
+def training_checks(rows: list[dict]) -> list[dict]:
+    """Whether all could be measured, and the goals of a step are met."""
+    failed = [f"{row['way']} {row['precision']}: {row['error']}" for row in rows if "error" in row]
+    checks = [check(not failed, f"{len(rows)} ways and precisions", "; ".join(failed))]
+    waits = {f"{r['way']} {r['precision']}": r["waits"] for r in rows if "waits" in r}
+    if waits:
+        most = max(waits, key=waits.get)
+        words = f"at most {MOST_WAITS} waits for the device a step"
+        checks.append(check(waits[most] <= MOST_WAITS, words, f"{waits[most]} ({most})"))
+    for precision in PRECISIONS:
+        launches = {
+            row["way"]: row["launches"]
+            for row in rows
+            if row["precision"] == precision and row.get("launches")  # 0 on a CPU
+        }
+        if {"full", "fishertune"} <= launches.keys():
+            ratio = launches["fishertune"] / launches["full"]
+            words = f"launches of fishertune at most {MOST_LAUNCHES} of full's, {precision}"
+            checks.append(check(ratio <= MOST_LAUNCHES, words, f"{ratio:.3f}"))
+    return checks
+
+
+def plan(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
+    """What fishertune_d2.plan counts for the ways that ``training`` measures, in GiB."""
+    rows: list[dict] = []
+    for precision in args.precisions:
+        if precision == "TF32":  # its numbers take as many bytes as float32's
+            continue
+        for way, keys in WAYS.items():
+            if way == "warm-up":
+                continue
+            # With a warm-up, so that it is planned, too.
+            keys = {**keys, **PRECISIONS[precision], "TUNING.WARMUP_ITERS": args.steps - 1}
+            for stage in make_plan(configure(args, root, keys)).stages:
+                title = {"tuning": way, "warmup": "warm-up"}.get(stage.name, stage.name)
+                row = {"way": title, "precision": precision, "gib": stage.memory.total / GIB}
+                if row not in rows:
+                    rows.append(row)
+            save({"plan": rows}, [check(True, "planned", f"{len(rows)} stages")])

@@ -1,0 +1,203 @@
+"""docs/results/gpu.md, written from docs/results/gpu.json."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from gpu_demo import ROOT
+
+DATA, PAGE = ROOT / "docs/results/gpu.json", ROOT / "docs/results/gpu.md"
+HEAD = ROOT / "tools/gpu_page.md"
+NOT_YET = "Not measured yet. The command below measures it."
+
+
+def write_page(files: Sequence[Path] = ()) -> None:
+    """Writes the page from gpu.json, or says on it that there is none yet.
+
+    Args:
+        files: what runs of gpu_check.py wrote; a later one goes before an earlier one, part by
+            part. They become docs/results/gpu.json.
+    """
+    if files:
+        runs = [json.loads(file.read_text()) for file in files]
+        DATA.write_text(json.dumps(merge(runs), indent=1) + "\n")
+    found = json.loads(DATA.read_text()) if DATA.is_file() else None
+    PAGE.write_text(page(found))
+
+
+def merge(runs: Sequence[dict]) -> dict:
+    """One gpu.json of several: the first one's, with parts and figures that it lacks."""
+    merged: dict = {}
+    for run in runs:
+        parts = {**run["parts"], **merged.get("parts", {})}
+        merged = {**run, **merged, "parts": parts}
+    return merged
+
+
+def page(found: dict | None) -> str:
+    """The text of the page.
+
+    Args:
+        found: what gpu.json holds; None while there is none.
+    """
+    if found is None:
+        return head(NOT_YET)
+    tables = [head(state(found)), "## Parts\n", parts_table(found["parts"])]
+    for key, title, make in TABLES:
+        if found.get(key):
+            tables += [f"\n## {title}\n", make(found[key])]
+    return "\n".join(tables) + "\n"
+
+
+def head(words: str) -> str:
+    """The part of the page that is always the same, but for what was measured so far."""
+    return HEAD.read_text().replace("{state}", words)
+
+
+def state(found: dict) -> str:
+    """What was measured where, in words."""
+    about = found.get("about", {})
+    failed = [name for name, part in found["parts"].items() if part["status"] != "PASS"]
+    words = ["A dry run on a CPU, with toys: no number means anything."] if found["dry_run"] else []
+    versions = [
+        f"{n} {about[n]}" for n in ("python", "torch", "transformers", "timm") if n in about
+    ]
+    driver = f", driver {about['driver']}" if "driver" in about else ""
+    words.append(
+        f"Measured on one {about.get('device', 'device')}{driver}, commit {found['commit']}; "
+    )
+    words[-1] += f"{', '.join(versions)}."
+    words.append(f"Failed: {', '.join(failed)}." if failed else "All parts passed.")
+    words.append("The numbers are those of [gpu.json](gpu.json).")
+    return "\n".join(words)
+
+
+def parts_table(parts: dict[str, dict]) -> str:
+    """A line for each check."""
+    rows = []
+    for name, part in parts.items():
+        for each in part["checks"]:
+            mark = "met" if each["ok"] else "**missed**"
+            rows.append([name, each["what"], mark, each["found"]])
+    return table(["part", "check", "", "found"], rows)
+
+
+def training_table(rows: list[dict]) -> str:
+    """Steps of the trainer."""
+    text = (
+        "DINOv2 ViT-L, batches of 4 images of 512 x 512, random weights; an iteration with loading "
+        "and hooks. GiB are what torch's allocator gave out at most, and what the plan counts.\n\n"
+    )
+    columns: dict[str, Callable[[dict], str]] = {
+        "way": lambda r: r["way"],
+        "precision": lambda r: r["precision"],
+        "ms a step": lambda r: number(r.get("step_ms"), ".0f"),
+        "images a second": lambda r: number(r.get("images_per_second"), ".1f"),
+        "kernels, ms": lambda r: number(r.get("kernel_ms"), ".0f"),
+        "launches": lambda r: number(r.get("launches"), ",d"),
+        "waits": lambda r: number(r.get("waits"), "d"),
+        "peak, GiB": lambda r: number(r.get("peak_gib"), ".1f"),
+        "planned": lambda r: number(r.get("planned_gib"), ".1f"),
+        "estimation, s": lambda r: number(r.get("estimation_seconds"), ".2f"),
+    }
+    return text + table(columns, [[cell(row) for cell in columns.values()] for row in rows])
+
+
+def fisher_table(rows: list[dict]) -> str:
+    """F(x), batched against the loop."""
+    body = [
+        [
+            row["estimator"],
+            row["precision"],
+            number(row["seconds"], ".3f"),
+            number(row["peak_gib"], ".1f"),
+            number(row.get("overlap"), ".4f"),
+        ]
+        for row in rows
+    ]
+    head = ["estimator", "precision", "s for 4 images", "peak, GiB", "same 5 % as the one above"]
+    return table(head, body)
+
+
+def evaluation_table(rows: list[dict]) -> str:
+    """An image of 2048 x 1024."""
+    body = [
+        [
+            row["precision"],
+            str(row["windows"]),
+            number(row["image_ms"], ".0f"),
+            number(row["model_ms"], ".0f"),
+            number(row["peak_gib"], ".1f"),
+        ]
+        for row in rows
+    ]
+    return table(["precision", "windows at once", "ms an image", "of it model", "peak, GiB"], body)
+
+
+def ranking_table(rows: list[dict]) -> str:
+    """The ranking of all candidates."""
+    body = [
+        [
+            row["form"],
+            f"{row['scores']:,}",
+            number(row["scoring_seconds"], ".2f"),
+            number(row["selecting_seconds"], ".2f"),
+            number(row["peak_gib"], ".1f"),
+        ]
+        for row in rows
+    ]
+    return table(["FISHER.FORM", "scores", "s to score", "s to select", "peak, GiB"], body)
+
+
+def agreement_table(rows: list[dict]) -> str:
+    """GPU against CPU."""
+    body = [
+        [row["what"], number(row["difference"], ".1e"), number(row.get("overlap"), ".4f")]
+        for row in rows
+    ]
+    return table(["what", "relative difference", "same 5 %"], body)
+
+
+def demo_table(found: dict) -> str:
+    """The demo's scores."""
+    names = list(found["reference"]["mIoU"])
+    rows = [("trained on the CPU", found["reference"]["mIoU"])]
+    rows += [("trained on the GPU", found["scores"]["mIoU"])]
+    rows += [("the latter, tested on the CPU", found["on_cpu"])] if "on_cpu" in found else []
+    return table(["", *names], [[title, *(f"{s[n]:.2f}" for n in names)] for title, s in rows])
+
+
+def camvid_table(rows: list[dict]) -> str:
+    """Full fine-tuning and FisherTune."""
+    names = list(rows[0]["mIoU"])
+    body = [
+        [row["method"], f"{row['iterations']:,}", f"{row['seconds']:.0f}"]
+        + [f"{row['mIoU'][name]:.2f}" for name in names]
+        for row in rows
+    ]
+    text = "Both at the same time, each with a warm-up of half the iterations; one seed.\n\n"
+    return text + table(["method", "iterations", "s", *names], body)
+
+
+TABLES: tuple[tuple[str, str, Callable], ...] = (
+    ("training", "Steps", training_table),
+    ("fisher", "The Fisher information of a batch", fisher_table),
+    ("evaluation", "Evaluation of an image of 2048 x 1024", evaluation_table),
+    ("ranking", "Ranking", ranking_table),
+    ("agreement", "GPU against CPU", agreement_table),
+    ("demo", "The demo", demo_table),
+    ("camvid", "CamVid", camvid_table),
+)
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in a form, or a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of markdown; this file knows no package that makes one."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([str(cell).replace("|", "/") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -1,0 +1,284 @@
+"""The parts of tools/gpu_check.py; only Python's own library is needed."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpu_demo import ROOT, demo_command, demo_scores
+
+SCORES_WITHIN = 3.0  # points of mIoU, of two trainings that begin alike
+SAME_WEIGHTS_WITHIN = 0.1  # points, of one model on two devices
+LOSS_WITHIN = 0.02  # of the loss of the first 20 iterations, as a ratio
+PREEMPTED = 75  # the exit code of fishertune_d2/engine/preemption.py
+
+
+class PartFailed(Exception):
+    """Says why a part cannot go on."""
+
+
+@dataclass
+class Part:
+    """One part of the check while it runs.
+
+    Attributes:
+        name: a key of PARTS.
+        args: of the command line.
+        deadline: when it has to be over, on time.monotonic's clock.
+        environment: of its processes.
+        work: a folder of its own.
+        figures: what it measured.
+        checks: what it asked for: dicts with ``ok``, ``what`` and ``found``.
+    """
+
+    name: str
+    args: argparse.Namespace
+    deadline: float
+    environment: dict[str, str]
+    work: Path
+    figures: dict = field(default_factory=dict)
+    checks: list[dict] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        """MODEL.DEVICE."""
+        return self.args.device
+
+    def check(self, ok: bool, what: str, found: str = "") -> None:
+        """Notes whether something that was asked for was found."""
+        self.checks.append({"ok": bool(ok), "what": what, "found": found})
+
+    def start(self, *words: object) -> subprocess.Popen:
+        """Starts Python with these words, its output in the part's log."""
+        with (self.args.output / f"{self.name}.log").open("a") as log:
+            print("$ python", *words, file=log, flush=True)
+            return subprocess.Popen(
+                [sys.executable, *map(str, words)],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(
+        self, process: subprocess.Popen, until: Callable[[], bool] = lambda: False
+    ) -> int | None:
+        """Waits for a process to end, or for a condition.
+
+        Returns:
+            Its exit code, or None if the condition came first.
+
+        Raises:
+            PartFailed: if the part's time is over; the process is ended.
+        """
+        while process.poll() is None:
+            if until():
+                return None
+            if time.monotonic() > self.deadline or STOP.is_set():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise PartFailed("its time is over")
+            time.sleep(0.1)
+        return process.returncode
+
+    def python(self, *words: object) -> int:
+        """Runs Python with these words; the exit code."""
+        return self.wait(self.start(*words))
+
+    def log(self) -> str:
+        """What its processes have printed so far."""
+        return (self.args.output / f"{self.name}.log").read_text(errors="replace")
+
+    def benchmark(self, *names: str) -> None:
+        """Runs parts of benchmarks/gpu.py, whose figures are this part's as they come."""
+        file = self.work / "figures.json"
+        options = ["--device", self.device, "--output", file]
+        if self.args.dry_run:
+            options += ["--tiny", "--steps", "8", "--precisions", "TF32", "float32"]
+        for name in names:
+            process = self.start("benchmarks/gpu.py", name, *options)
+            try:
+                code = self.wait(process, lambda file=file: self._take(file))
+            finally:
+                self._take(file)
+            self.checks += self.figures.get("checks", {}).get(name, [])
+            if code:
+                self.check(False, f"benchmarks/gpu.py {name}", last_line(self.log()))
+        self.figures.pop("checks", None)
+
+    def _take(self, file: Path) -> bool:
+        if file.is_file():
+            self.figures |= json.loads(file.read_text())
+        return False
+
+    def need(self, path: Path, remedy: str) -> Path:
+        """Returns ``path``.
+
+        Raises:
+            PartFailed: if there is no such file or folder.
+        """
+        if not path.exists():
+            raise PartFailed(f"there is no {path}: {remedy}")
+        return path
+
+
+STOP = threading.Event()
+
+
+def last_line(text: str) -> str:
+    """The last line that says something."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def setup(part: Part) -> None:
+    """The carried wheels, unpacked; then the doctor."""
+    site, wheels = part.args.site, sorted((part.args.carried / "wheels").glob("*.whl"))
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+    code = part.python("-m", "fishertune_d2.doctor")
+    problems = [line.strip() for line in part.log().splitlines() if line.startswith("  x")]
+    part.check(code == 0, f"doctor, with {len(wheels)} carried wheels", "; ".join(problems))
+    part.benchmark("about")
+
+
+def tests(part: Part) -> None:
+    """The core tests on the device; then estimators, selection and spectra beside the CPU's."""
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *part.args.tests]
+    if part.args.dry_run:
+        words += ["--collect-only"]
+    part.environment["FISHERTUNE_TEST_DEVICE"] = part.device
+    code = part.python(*words)
+    part.check(code == 0, "core tests", last_line(part.log()))
+    part.figures["tests"] = last_line(part.log())
+    part.benchmark("agreement")
+
+
+def demo(part: Part) -> None:
+    """The demo's config on the device, beside a CPU's scores and its own on this CPU."""
+    carried, output = part.args.carried, part.work / "demo"
+    remedy = "run tools/gpu_carry.py and name its folder by --carried"
+    weights = part.need(carried / "weights.safetensors", remedy)
+    reference = json.loads(part.need(carried / "reference.json", remedy).read_text())
+    if part.python(*demo_command(part.device, weights, output), *part.args.demo):
+        raise PartFailed(f"training failed: {last_line(part.log())}")
+    scores = demo_scores(output)
+    part.figures["demo"] = {"reference": reference, "scores": scores}
+    means = [sum(each["mIoU"].values()) / len(each["mIoU"]) for each in (scores, reference)]
+    found = f"{means[0]:.2f} and {means[1]:.2f}"
+    close = abs(means[0] - means[1]) <= SCORES_WITHIN
+    part.check(close, f"mean mIoU within {SCORES_WITHIN} points of a CPU's", found)
+    first = min(reference["losses"], key=int)
+    losses = [scores["losses"].get(first, float("nan")), reference["losses"][first]]
+    close = abs(losses[0] / losses[1] - 1) <= LOSS_WITHIN
+    words = f"loss after {int(first) + 1} iterations within {LOSS_WITHIN:.0%} of a CPU's"
+    part.check(close, words, "{:.3f} and {:.3f}".format(*losses))
+    again = part.work / "on_cpu"
+    command = demo_command("cpu", weights, again, "--eval-only")
+    if part.python(*command, *part.args.demo, "MODEL.WEIGHTS", output / "model_final.pth"):
+        raise PartFailed(f"the evaluation on the CPU failed: {last_line(part.log())}")
+    here = json.loads((again / "results.json").read_text())
+    here = {**here["source"], **here["targets"]}
+    part.figures["demo"]["on_cpu"] = here
+    most = max(abs(here[name] - score) for name, score in scores["mIoU"].items())
+    words = f"the same weights on the CPU: mIoU within {SAME_WEIGHTS_WITHIN} points"
+    part.check(most <= SAME_WEIGHTS_WITHIN, words, f"{most:.3f}")
+
+
+def resume(part: Part) -> None:
+    """Torchrun with one process, SIGTERM in the tuning stage, and --resume to the end."""
+    weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_carry.py")
+    output = part.work / "resumed"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    keys = [*part.args.demo, "DATASETS.TEST", '("streets_day_val",)']
+    process = part.start(*torchrun, *demo_command(part.device, weights, output), *keys)
+    log = output / "log.txt"
+
+    def tuning() -> bool:
+        return log.is_file() and "Stage tuning" in log.read_text()
+
+    if part.wait(process, tuning) is not None:
+        raise PartFailed(f"training ended before the tuning stage: {last_line(part.log())}")
+    process.terminate()
+    code = part.wait(process)
+    said = f"leaving with exit code {PREEMPTED}" in log.read_text()
+    part.check(said, f"SIGTERM: the process leaves with {PREEMPTED}", f"torchrun with {code}")
+    there = (output / "model_preempted.pth").is_file()
+    part.check(there, "a checkpoint of that moment", "" if there else "no model_preempted.pth")
+    code = part.python(*torchrun, *demo_command(part.device, weights, output, "--resume"), *keys)
+    part.check(code == 0, "--resume: ends with 0", "" if code == 0 else last_line(part.log()))
+    went_on = log.read_text().count("Starting training from iteration") == 2
+    part.check(went_on, "--resume: goes on from the checkpoint", "")
+
+
+def plan(part: Part) -> None:
+    """What fishertune_d2.plan counts, for the comparison with the peaks; on the CPU."""
+    part.benchmark("plan")
+
+
+def speed(part: Part) -> None:
+    """Steps of ViT-L, the Fisher information, and the evaluation of an image."""
+    part.benchmark("training", "fisher", "evaluation")
+
+
+def ranking(part: Part) -> None:
+    """277 M scores."""
+    part.benchmark("ranking")
+
+
+def camvid(part: Part) -> None:
+    """Full fine-tuning and FisherTune on CamVid, at the same time."""
+    weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_carry.py")
+    data = part.need(part.args.camvid, "run tools/gpu_carry.py --only camvid")
+    part.environment["DETECTRON2_DATASETS"] = str(data.resolve())
+    steps, start = part.args.steps, time.monotonic()
+    processes = {}
+    for method in ("full", "fishertune"):
+        keys = {
+            "MODEL.DEVICE": part.device,
+            "MODEL.VFM.WEIGHTS": weights,
+            "SOLVER.MAX_ITER": steps,
+            "SOLVER.CHECKPOINT_PERIOD": steps,
+            "TUNING.WARMUP_ITERS": steps // 2,
+            "TUNING.WARMUP_CHECKPOINT": "",
+            "DATALOADER.NUM_WORKERS": 4,
+            "OUTPUT_DIR": part.work / method,
+        }
+        words = [word for pair in keys.items() for word in pair]
+        config = ["train_net.py", "--config-file", f"configs/camvid/{method}.yaml"]
+        processes[method] = part.start(*config, *words)
+    rows = part.figures.setdefault("camvid", [])
+    for method, process in processes.items():
+        code = part.wait(process)
+        part.check(
+            code == 0, f"{method}: {steps} iterations", last_line(part.log()) if code else ""
+        )
+        if code == 0:
+            results = json.loads((part.work / method / "results.json").read_text())
+            scores = {**results["source"], **results["targets"]}
+            seconds = time.monotonic() - start
+            rows.append({"method": method, "iterations": steps, "seconds": seconds, "mIoU": scores})
+
+
+# By name: what it does, and the seconds it may take. Parts of one group run at the same time; the
+# last ones measure, and have the GPU to themselves.
+PARTS: dict[str, tuple[Callable[[Part], None], int]] = {
+    "setup": (setup, 60),
+    "tests": (tests, 170),
+    "demo": (demo, 170),
+    "resume": (resume, 170),
+    "plan": (plan, 170),
+    "speed": (speed, 220),
+    "ranking": (ranking, 40),
+    "camvid": (camvid, 420),
+}
+GROUPS = (("setup",), ("tests", "demo", "resume", "plan"), ("speed",), ("ranking",), ("camvid",))
