@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -70,14 +70,6 @@ class FakeCudaTensor(Tensor):
     def __init__(self, held: Tensor):
         self.held = held
 
-    # These two make Module.to exchange the tensors and keep the parameters, as it does for a GPU.
-    def __tensor_flatten__(self):
-        return ["held"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner, context, size, stride):
-        return FakeCudaTensor(inner["held"])
-
     def __repr__(self, **_) -> str:
         return f"FakeCudaTensor({self.held!r})"
 
@@ -127,6 +119,8 @@ class FakeCuda(TorchDispatchMode):
             types = [*module._foreach_supported_types, FakeCudaTensor]
             change = mock.patch.object(module, "_foreach_supported_types", types)
             self._changes.enter_context(change)
+        data = property(Tensor.data.__get__, _set_data)
+        self._changes.enter_context(mock.patch.object(Tensor, "data", data))
         for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
             change = mock.patch.object(owner, "synchronize", _counted(owner.synchronize))
             self._changes.enter_context(change)
@@ -138,6 +132,29 @@ class FakeCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         return _run(operator, args, kwargs or {})
+
+
+# PyTorch's own ``tensor.data = value``.
+_SET_DATA = Tensor.data.__set__
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """``tensor.data = value``, by which ``Module.to`` moves parameters and keeps their identity."""
+    if isinstance(tensor, FakeCudaTensor) == isinstance(value, FakeCudaTensor):
+        _SET_DATA(tensor, value)
+        if isinstance(tensor, FakeCudaTensor):
+            tensor.held = value.held
+        return
+    if isinstance(tensor, nn.Parameter):
+        moved = nn.Parameter(value.detach(), tensor.requires_grad)
+    else:
+        moved = value.detach().requires_grad_(tensor.requires_grad)
+    attributes = {name: x for name, x in vars(tensor).items() if name not in ("held", "_is_param")}
+    gradient, tensor.grad = tensor.grad, None
+    torch.utils.swap_tensors(tensor, moved)
+    vars(tensor).update(attributes)
+    if gradient is not None:
+        tensor.grad = gradient.to(tensor)
 
 
 def _counted(synchronize: Callable) -> Callable:

@@ -1,0 +1,42 @@
+"""What a training step asks of a GPU, counted on the fake device."""
+
+import pytest
+
+pytest.importorskip("fake_cuda.counts", reason="counts on the fake device: python tools/fake_cuda")
+from fake_cuda.count_steps import StepCounts, count_steps  # noqa: E402
+
+CONFIG = "configs/fishertune_dinov2.yaml"  # 24 blocks
+# So large a share that every tensor has selected weights, as in a model that is not narrow.
+EVERY_TENSOR = ["TUNING.D_MAX", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def full() -> StepCounts:
+    return count_steps(CONFIG, "full")
+
+
+@pytest.fixture(scope="module")
+def fishertune() -> StepCounts:
+    return count_steps(CONFIG, "fishertune", EVERY_TENSOR)
+
+
+@pytest.mark.parametrize("method", ["full", "fishertune"])
+def test_the_host_waits_four_times_a_step_at_most(method, request):
+    # The matching's costs down and its pairs up, whether the losses are finite, and the log.
+    counts = request.getfixturevalue(method)
+    for iteration in [*counts.iterations[: counts.warmup], *counts.tuning]:
+        assert iteration.waits.total() <= 4, _list(iteration.waits)
+
+
+def test_selected_weights_cost_three_percent_of_the_operators_at_most(full, fishertune):
+    for plain, selective in zip(full.tuning, fishertune.tuning, strict=True):
+        extra = selective.by_name("operators") - plain.by_name("operators")
+        assert selective.operators.total() <= 1.03 * plain.operators.total(), extra
+
+
+def test_evaluation_writes_no_weights_and_is_full_fine_tunings(full, fishertune):
+    assert fishertune.evaluation.by_name("operators") == full.evaluation.by_name("operators")
+
+
+def _list(counter) -> str:
+    return "\n".join(f"{number} {what} at {where}" for (what, where), number in counter.items())

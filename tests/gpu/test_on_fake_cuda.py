@@ -1,0 +1,50 @@
+"""The core of the project on the fake CUDA device of tools/fake_cuda.
+
+The rest of what runs there, among it every way of tuning, takes minutes, and a name:
+
+    FISHERTUNE_TEST_DEVICE=cuda python tools/fake_cuda -m pytest tests/gpu -k tuner_of_peft
+    FISHERTUNE_TEST_DEVICE=cuda python tools/fake_cuda -m pytest tests/engine tests/predict
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# By file, and the tests of it; all of a file where none are named.
+CORE = {
+    "estimators and selection": ["tests/gpu/on_device/test_estimates.py"],
+    "selected weights": [
+        "tests/tuning/test_selected_weights.py::test_trains_as_a_dense_mask_does",
+    ],
+    "the three stages, and resuming": [
+        "tests/engine/test_trainer.py::test_three_stages_write_what_they_promise",
+        "tests/engine/test_trainer.py::test_unselected_weights_stay_bit_identical[full_model]",
+        "tests/engine/test_trainer.py::test_resume_gives_the_same_weights[5]",
+    ],
+    "mixed precision": [
+        "tests/engine/test_step.py::test_autocast_trains_float32_weights_and_resumes",
+    ],
+    "what a step costs": ["tests/gpu/on_device/test_step_cost.py"],
+}
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for the fake CUDA device")
+@pytest.mark.parametrize("part", CORE)
+def test_on_the_fake_device(part):
+    words = ["-q", "--no-header", "-p", "no:cacheprovider", *CORE[part]]
+    environment = os.environ | {"FISHERTUNE_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "tools/fake_cuda", "-m", "pytest", *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert run.returncode == 0, f"on the fake CUDA device:\n{run.stdout}"
+    assert " passed" in run.stdout and " skipped" not in run.stdout, run.stdout
