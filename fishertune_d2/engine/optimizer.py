@@ -52,7 +52,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     else:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: choose ADAMW or SGD")
     clip = solver.CLIP_GRADIENTS
-    options["fused"] = solver.FUSED
+    # Not False, with which torch would step one tensor at a time, on GPUs too.
+    options["fused"] = True if solver.FUSED else None
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         return _clip_full_model(optimizer_class, clip.CLIP_VALUE)(groups, **options)
     return maybe_add_gradient_clipping(cfg, optimizer_class)(groups, **options)
