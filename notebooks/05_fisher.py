@@ -187,7 +187,8 @@ Markdown(tabulate(rows, headers, tablefmt="github", floatfmt=("", ".1f", ".1e", 
 #   \tag{6}$$
 #
 # The loss draws the same random points for $x$ and $x'$. So with the shift switched off nothing
-# differs, not even in the last bit; a good thing to check before believing a difference:
+# differs on the CPU, not even in the last bit; a good thing to check before believing a difference.
+# On a GPU the last bits may differ, for some sums add in another order every time.
 
 # %%
 off = StatisticsPerturbation(shift.points, num_prefix_tokens=shift.num_prefix_tokens, strength=0.0)

@@ -142,6 +142,8 @@ def mixed_seed(*numbers: int) -> int:
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Random numbers that depend on ``numbers`` alone; the global state is put back after."""
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+    # A run on the CPU must not start CUDA, which takes a GPU's memory in every process.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(gpus)):
         torch.manual_seed(mixed_seed(*numbers))
         yield

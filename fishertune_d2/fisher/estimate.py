@@ -169,7 +169,8 @@ def estimate_fisher(
     """Measures F(x), and F(x') if a perturbation is given, without changing any weight.
 
     x and x' see the same random numbers (a loss that draws points draws the same ones), so that
-    their difference is the shift's, and exactly 0 if the shift is switched off. Dropout and
+    their difference is the shift's. If the shift is switched off, it is exactly 0 on the CPU; on a
+    GPU it is a rounding error, for some backward passes add in another order every time. Dropout and
     stochastic depth are off meanwhile, batch norms keep and use their running statistics, and no
     activations are checkpointed. Where a process group exists, every process gives its own batches,
     as many as the others, and sums are reduced over processes before the mean is taken. Random

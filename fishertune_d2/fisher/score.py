@@ -91,8 +91,9 @@ def mean_over_candidates(f: Mapping[str, Tensor]) -> float:
     Raises:
         ValueError: if F is 0 everywhere.
     """
-    total = sum(value.sum(dtype=torch.float64).item() for value in f.values())
-    count = sum(torch.count_nonzero(value).item() for value in f.values())
+    sums = torch.stack([value.sum(dtype=torch.float64) for value in f.values()])
+    counts = torch.stack([torch.count_nonzero(value) for value in f.values()])
+    total, count = sum(sums.tolist()), sum(counts.tolist())
     if count == 0:
         raise ValueError("F(x) is 0 for every weight: the loss does not reach the candidates")
     return total / count

@@ -79,7 +79,12 @@ def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
 def compose(phase: Tensor, amplitude: Tensor) -> Tensor:
     """The real signals of given spectra, times the square root of a half, as published."""
     width = phase.shape[-1]
-    spectrum = torch.complex(amplitude * phase.cos(), amplitude * phase.sin())
+    imaginary = amplitude * phase.sin()
+    # A real signal has none at frequencies 0 and D / 2. CPUs leave it out; cuFFT may not.
+    imaginary[..., 0] = 0
+    if width % 2 == 0:
+        imaginary[..., width // 2] = 0
+    spectrum = torch.complex(amplitude * phase.cos(), imaginary)
     return torch.fft.irfft(spectrum / sqrt(2 * width), n=width, norm="ortho")
 
 

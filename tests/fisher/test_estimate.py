@@ -99,6 +99,21 @@ def test_random_numbers_belong_to_an_image_whatever_its_batch(vit, images, loss)
         torch.testing.assert_close(fast[name], slow[name], rtol=1e-9, atol=1e-20)
 
 
+@pytest.mark.parametrize("initialized", [False, True])
+def test_random_numbers_of_gpus_are_kept_where_cuda_is_used_and_only_there(
+    monkeypatch, initialized
+):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda gpu: seen.append(gpu) or gpu)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, gpu: seen.append(state))
+    with seeded(1):
+        pass
+    assert seen == ([0, 1, 0, 1] if initialized else [])
+
+
 def test_sampled_labels_are_the_models(vit, images):
     model = vit(dtype=torch.float64)
     nn.init.constant_(model.head.bias, 0.0)

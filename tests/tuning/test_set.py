@@ -98,6 +98,18 @@ def test_there_and_back_is_half_the_power():
     torch.testing.assert_close(compose(*decompose(x)), x / sqrt(2))
 
 
+@pytest.mark.parametrize("width", [32, 33])
+def test_the_frequencies_that_are_real_in_a_real_signal_are_so(monkeypatch, width):
+    # CPUs leave their imaginary parts out, so that no result here would show them.
+    spectra, inverse = [], torch.fft.irfft
+    monkeypatch.setattr(torch.fft, "irfft", lambda x, **o: spectra.append(x) or inverse(x, **o))
+    phase, amplitude = torch.randn(2, 7, width), torch.rand(2, 7, width)
+    compose(phase, amplitude)
+    imaginary = spectra[0].imag[..., : width // 2 + 1]
+    real = {0, width // 2} if width % 2 == 0 else {0}
+    assert {k for k in range(width // 2 + 1) if not imaginary[..., k].any()} == real
+
+
 def test_patches_of_zeros_have_finite_derivatives():
     x = torch.zeros(2, 32, requires_grad=True)
     compose(*decompose(x)).sum().backward()
