@@ -54,8 +54,9 @@ class Trainer(DefaultTrainer):
     optimizer (the decoder's moments are carried over), the schedule and the DDP wrapper.
 
     Every random number of a step is a function of SEED, rank and iteration, and the data of SEED
-    and position, so that a resumed run goes on as if it had not stopped, and methods that are
-    compared see the same images and draw the same points.
+    and position, so that a resumed run goes on as if it had not stopped (on the CPU to the bit, on
+    a GPU up to rounding), and methods that are compared see the same images and draw the same
+    points.
 
     Attributes:
         stage: ``"warmup"`` or ``"tuning"``.
@@ -224,19 +225,18 @@ class Trainer(DefaultTrainer):
             require_same_shapes(self.method.parameters(backbone), estimate)
             return estimate
         logger.info("Estimating the Fisher information; no weight changes meanwhile")
-        with backbone.keeping_activations():
-            return estimate_fisher(
-                self.segmentor,
-                self._estimation_batches(),
-                SegmentationLoss(),
-                find_candidates(backbone),
-                estimator=fisher.ESTIMATOR,
-                labels=fisher.LABELS,
-                perturb=build_perturbation(self.cfg, backbone),
-                seed=self.cfg.SEED,
-                progress=comm.is_main_process(),
-                autocast=PRECISIONS[fisher.PRECISION],
-            )
+        return estimate_fisher(
+            self.segmentor,
+            self._estimation_batches(),
+            SegmentationLoss(),
+            find_candidates(backbone),
+            estimator=fisher.ESTIMATOR,
+            labels=fisher.LABELS,
+            perturb=build_perturbation(self.cfg, backbone),
+            seed=self.cfg.SEED,
+            progress=comm.is_main_process(),
+            autocast=PRECISIONS[fisher.PRECISION],
+        )
 
     def _estimation_batches(self) -> Iterator[list[dict]]:
         """This process's share of T2 batches, in another order than training sees.

@@ -170,11 +170,11 @@ def estimate_fisher(
 
     x and x' see the same random numbers (a loss that draws points draws the same ones), so that
     their difference is the shift's. If the shift is switched off, it is exactly 0 on the CPU; on a
-    GPU it is a rounding error, for some backward passes add in another order every time. Dropout and
-    stochastic depth are off meanwhile, batch norms keep and use their running statistics, and no
-    activations are checkpointed. Where a process group exists, every process gives its own batches,
-    as many as the others, and sums are reduced over processes before the mean is taken. Random
-    numbers belong to the k-th batch of all, which is batch k // W of process k % W.
+    GPU it is a rounding error, for some backward passes add in another order every time. Dropout
+    and stochastic depth are off meanwhile, batch norms keep and use their running statistics, and
+    no activations are checkpointed. Where a process group exists, every process gives its own
+    batches, as many as the others, and sums are reduced over processes before the mean is taken.
+    Random numbers belong to the k-th batch of all, which is batch k // W of process k % W.
 
     Args:
         model: any module that holds the candidates; its mode and weights stay as they are.

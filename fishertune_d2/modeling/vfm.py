@@ -3,8 +3,7 @@
 Shapes: B images, D channels, N tokens (prefix tokens, then h*w patches), (H, W) pixels.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import ceil
 
 import timm
@@ -133,16 +132,6 @@ class VFMBackbone(Backbone):
     def num_prefix_tokens(self) -> int:
         """How many tokens (class, registers) precede the patches; SAM's maps have none."""
         return getattr(self.vit, "num_prefix_tokens", 0)
-
-    @contextmanager
-    def keeping_activations(self) -> Iterator[None]:
-        """Without checkpointed blocks, for what reads activations in a forward pass by hooks."""
-        checkpointed = self.vit.grad_checkpointing
-        self.vit.set_grad_checkpointing(False)
-        try:
-            yield
-        finally:
-            self.vit.set_grad_checkpointing(checkpointed)
 
     def perturbation_points(self) -> list[nn.Module]:
         """The modules whose output Eq. 6 perturbs: patch embedding, blocks at 1/3, 1/2 and 2/3.
