@@ -10,6 +10,7 @@ import ast
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
 import textwrap
@@ -39,6 +40,10 @@ _GB = 1e9
 # model_final.pth of configs/full_dinov2.yaml, as fishertune_d2.plan counts it.
 _CHECKPOINT = 3.9 * _GB
 _ROOT = Path(__file__).resolve().parents[1]
+# The oldest driver that runs what is built for a CUDA version, by the first number of each:
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,15 @@ def devices() -> Iterator[Finding]:
     built = built or (f"torch is built for ROCm {torch.version.hip}" if torch.version.hip else "")
     built = built or "torch is built for CPUs"
     if not torch.cuda.is_available():
-        if Path("/proc/driver/nvidia/version").is_file():
+        driver, oldest = _driver(), OLDEST_DRIVERS.get(_first(torch.version.cuda))
+        if driver and oldest and _first(driver) < oldest:
+            yield Finding(
+                "GPU",
+                f"NVIDIA's driver {driver} is too old: {built}, which needs driver {oldest}",
+                WARNING,
+                "update the driver, or take the torch and torchvision that INSTALL.md names for it",
+            )
+        elif driver is not None:
             yield Finding(
                 "GPU",
                 f"NVIDIA's driver is there, but torch sees no GPU; {built}",
@@ -385,6 +398,18 @@ def _memory() -> str:
         available = dict(line.split(":") for line in lines)["MemAvailable"]
         words += f", {int(available.split()[0]) * 1024 / _GB:.0f} GB of it available"
     return words
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, empty if its file does not say; None if there is none."""
+    if not _DRIVER.is_file():
+        return None
+    found = re.search(r"\b\d{3,}(\.\d+)+\b", _DRIVER.read_text())
+    return found[0] if found else ""
+
+
+def _first(version: str | None) -> int:
+    return int(version.partition(".")[0]) if version else 0
 
 
 def _version(name: str) -> str | None:

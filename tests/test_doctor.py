@@ -51,6 +51,34 @@ def test_this_environment_is_well(capsys):
     assert said.isascii()
 
 
+@pytest.mark.parametrize(
+    "cuda, driver, words",
+    [
+        (
+            "13.2",
+            "Open Kernel Module for x86_64  575.57.08  Release",
+            "575.57.08 is too old: torch",
+        ),
+        ("13.2", "Kernel Module  580.65.06  Wed Jul", "driver is there, but torch sees no GPU"),
+        ("12.6", "Kernel Module  535.129.03  Thu Oct", "driver is there, but torch sees no GPU"),
+        ("12.6", "Kernel Module  470.57.02  Tue Jul", "which needs driver 525"),
+        ("13.2", "another text", "driver is there, but torch sees no GPU"),
+        (None, "Kernel Module  470.57.02  Tue Jul", "torch is built for CPUs"),
+        ("13.2", None, "none, so add MODEL.DEVICE cpu"),
+    ],
+)
+def test_a_driver_that_is_too_old_for_torch_is_named(monkeypatch, tmp_path, cuda, driver, words):
+    file = tmp_path / "version"
+    if driver is not None:
+        file.write_text(f"NVRM version: NVIDIA UNIX x86_64 {driver}")
+    monkeypatch.setattr(doctor, "_DRIVER", file)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = _of(doctor.devices)["GPU"]
+    assert words in found.words
+    assert found.mark == (OK if driver is None else WARNING)
+
+
 def test_what_is_too_old_is_named_with_the_command_that_mends_it(monkeypatch):
     _fake_versions(monkeypatch, timm="0.9.2")
     found = _of(doctor.requirements)

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import fishertune_d2
+from fishertune_d2 import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "INSTALL.md").read_text()
@@ -57,6 +58,13 @@ def test_modules_and_configs_exist():
     assert len(configs) == 3
     for config in configs:
         fishertune_d2.get_config_file(config)
+
+
+def test_the_table_of_drivers_is_the_doctors():
+    rows = re.findall(r"^\| (\d+) or newer \| (\d+) \| (.*?) \|$", TEXT, flags=re.MULTILINE)
+    assert {int(cuda): int(driver) for driver, cuda, _ in rows} == doctor.OLDEST_DRIVERS
+    for _, cuda, torch in rows[1:]:
+        assert f"/cu{cuda}" in torch
 
 
 def test_detectron2_is_installed_as_the_tool_does():
