@@ -20,12 +20,9 @@ of it out.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need
 
 from gpu_fisher import agreement, fisher, ranking  # noqa: E402
 from gpu_measure import (  # noqa: E402
-    GIB,
     PRECISIONS,
     ROOT,
     check,
@@ -55,20 +51,6 @@ WINDOWS = (1, 6)  # at once, of the 18 of an image
 IMAGES = 4  # of which the first warms up
 
 
-def about(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """The device, and the versions of all that a time depends on."""
-    found: dict[str, object] = {"device": "CPU", "python": platform.python_version()}
-    if args.device != "cpu":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "memory_gib": properties.total_memory / GIB}
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        found |= {"driver": done.stdout.strip(), "cuda": torch.version.cuda}
-    for name in ("torch", "torchvision", "timm", "transformers", "peft", "numpy"):
-        found[name] = metadata.version(name)
-    save({"about": found}, [check(True, "device", str(found["device"]))])
-
-
 def evaluation(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
     """An image of 2048 x 1024 in windows of 512, from its file to the counted pixels."""
     rows: list[dict] = []
@@ -76,11 +58,9 @@ def evaluation(args: argparse.Namespace, root: Path, save: Callable[..., None]) 
     for precision in args.precisions:
         keys = PRECISIONS[precision]
         for windows in WINDOWS:
-            options = {**keys, "TEST.WINDOWS_PER_BATCH": windows, "DATALOADER.NUM_WORKERS": 2}
-            if args.tiny:
-                options["DATALOADER.NUM_WORKERS"] = 0
+            options = {**keys, "TEST.WINDOWS_PER_BATCH": windows}
             cfg = configure(args, root / "run", options)
-            torch.set_float32_matmul_precision(keys["SOLVER.MATMUL_PRECISION"])
+            torch.set_float32_matmul_precision(cfg.SOLVER.MATMUL_PRECISION)
             (root / "run").mkdir(exist_ok=True)
             with torch.device(args.device):
                 model = Trainer.build_model(cfg)
@@ -101,7 +81,7 @@ def evaluation(args: argparse.Namespace, root: Path, save: Callable[..., None]) 
 
 
 PARTS: dict[str, Callable[..., None]] = {
-    each.__name__: each for each in (about, training, evaluation, fisher, ranking, agreement, plan)
+    each.__name__: each for each in (training, evaluation, fisher, ranking, agreement, plan)
 }
 
 

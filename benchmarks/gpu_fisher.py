@@ -43,8 +43,8 @@ CANDIDATES, BASE = 277_020_672, 304_198_656
 # What ranking may hold beside F(x) and F(x'), as a multiple of one of them.
 MOST_HELD = 4.0
 REPEATS = 3  # of which the first warms up
-# Draws noise of its own, on the device that it runs on.
-RANDOM = ("variational",)
+# They draw noise, another one on each device.
+RANDOM = ("natural", "variational")
 
 
 def fisher(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
@@ -66,16 +66,15 @@ def fisher(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> N
                 release()
                 reset_peak(cuda)
                 start = now(cuda)
-                with model.backbone.keeping_activations():
-                    estimate = estimate_fisher(
-                        model,
-                        [batch],
-                        SegmentationLoss(),
-                        candidates,
-                        estimator=estimator,
-                        progress=False,
-                        autocast=autocast,
-                    )
+                estimate = estimate_fisher(
+                    model,
+                    [batch],
+                    SegmentationLoss(),
+                    candidates,
+                    estimator=estimator,
+                    progress=False,
+                    autocast=autocast,
+                )
                 seconds.append(now(cuda) - start)
             row = {"estimator": estimator, "precision": precision}
             rows.append({**row, "seconds": median(seconds[1:]), "peak_gib": peak_gib(cuda)})
@@ -145,9 +144,10 @@ def ranking(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> 
 
 
 def agreement(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """Every estimator, what it selects, and SET's spectra: on the device and on the CPU."""
+    """Estimators, what they select, and SET's spectra: on the device and on the CPU."""
     rows, checks = [], []
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     for estimator in ESTIMATORS:
         if estimator in RANDOM:
             continue

@@ -61,7 +61,6 @@ def configure(
         "MODEL.DEVICE": args.device,
         "DATASETS.TRAIN": (NAME,),
         "DATASETS.TEST": (NAME,),
-        "DATALOADER.NUM_WORKERS": 4,
         "SOLVER.MAX_ITER": args.steps,
         "TUNING.WARMUP_ITERS": 0,
         "FISHER.BATCHES": 2,
@@ -70,15 +69,8 @@ def configure(
     }
     keys |= _TINY if args.tiny else {}
     keys |= options or {}
-    known = read_config(str(ROOT / "configs/fishertune_dinov2.yaml"))
-    keys = {key: value for key, value in keys.items() if _has(known, key)}
     words = [word for pair in keys.items() for word in (pair[0], str(pair[1]))]
     return read_config(str(ROOT / "configs/fishertune_dinov2.yaml"), words)
-
-
-def _has(node: CfgNode, key: str) -> bool:
-    first, _, rest = key.partition(".")
-    return first in node and (not rest or _has(node[first], rest))
 
 
 def write_noise(root: Path, size: tuple[int, int], count: int) -> None:

@@ -114,7 +114,6 @@ def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) ->
             if way == "warm-up":
                 keys["TUNING.WARMUP_ITERS"] = args.steps
             cfg = configure(args, root / "run", keys)
-            torch.set_float32_matmul_precision(keys["SOLVER.MATMUL_PRECISION"])
             try:
                 with (
                     patch.object(Trainer, "build_model", staticmethod(on_device)),

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from gpu_demo import ROOT, TOY, commit
 from gpu_page import write_page
-from gpu_parts import GROUPS, PARTS, STOP, Part, PartFailed, last_line
+from gpu_parts import GROUPS, PARTS, STOP, TESTS, Part, PartFailed, last_line
 
 PLAN_WITHIN = 0.3  # of the measured peak
 
@@ -153,7 +153,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--camvid", type=Path, default=ROOT / "outputs/gpu_camvid")
     parser.add_argument("--steps", type=int, default=3000, help="iterations of the part camvid")
     parser.add_argument("--seconds", type=float, default=470, help="after which nothing goes on")
-    parser.add_argument("--tests", nargs="+", default=["tests/gpu"], help="what pytest runs")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="what pytest runs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--commit", help="of the checkout, where this is a copy without git")
     parser.add_argument("--dry-run", action="store_true", help="toys, on a CPU")

@@ -1,6 +1,7 @@
 """The parts of tools/gpu_check.py; only Python's own library is needed."""
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -18,6 +19,14 @@ from gpu_demo import ROOT, demo_command, demo_scores
 SCORES_WITHIN = 3.0  # points of mIoU, of two trainings that begin alike
 SAME_WEIGHTS_WITHIN = 0.1  # points, of one model on two devices
 LOSS_WITHIN = 0.02  # of the loss of the first 20 iterations, as a ratio
+# What pytest runs. FISHERTUNE_TEST_DEVICE says on what.
+TESTS = (
+    "tests/gpu",
+    "tests/fisher",
+    "tests/tuning/test_selected_weights.py",
+    "tests/engine/test_step.py",
+    "tests/engine/test_trainer.py",
+)
 PREEMPTED = 75  # the exit code of fishertune_d2/engine/preemption.py
 
 
@@ -103,7 +112,7 @@ class Part:
         file = self.work / "figures.json"
         options = ["--device", self.device, "--output", file]
         if self.args.dry_run:
-            options += ["--tiny", "--steps", "8", "--precisions", "TF32", "float32"]
+            options += ["--tiny", "--steps", "8", "--precisions", "TF32"]
         for name in names:
             process = self.start("benchmarks/gpu.py", name, *options)
             try:
@@ -148,12 +157,16 @@ def setup(part: Part) -> None:
     code = part.python("-m", "fishertune_d2.doctor")
     problems = [line.strip() for line in part.log().splitlines() if line.startswith("  x")]
     part.check(code == 0, f"doctor, with {len(wheels)} carried wheels", "; ".join(problems))
-    part.benchmark("about")
+    if part.python("tools/gpu_about.py", part.device):
+        raise PartFailed(f"no device can be asked: {last_line(part.log())}")
+    part.figures["about"] = json.loads(last_line(part.log()))
 
 
 def tests(part: Part) -> None:
     """The core tests on the device; then estimators, selection and spectra beside the CPU's."""
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *part.args.tests]
+    if importlib.util.find_spec("xdist"):
+        words += ["-n", "6"]  # each takes memory of the device
     if part.args.dry_run:
         words += ["--collect-only"]
     part.environment["FISHERTUNE_TEST_DEVICE"] = part.device

@@ -1,0 +1,31 @@
+"""Prints as JSON the device, and the versions that a time depends on: gpu_about.py DEVICE."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+
+import torch
+
+
+def about(device: str) -> dict[str, object]:
+    """The device by its name, and versions by theirs.
+
+    Args:
+        device: ``"cuda"`` or ``"cpu"``.
+    """
+    found: dict[str, object] = {"device": "CPU", "python": platform.python_version()}
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "memory_gib": properties.total_memory / 2**30}
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found |= {"driver": done.stdout.strip(), "cuda": torch.version.cuda}
+    for name in ("torch", "torchvision", "timm", "transformers", "peft", "numpy"):
+        found[name] = metadata.version(name)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(about(sys.argv[1])))
