@@ -57,7 +57,7 @@ MODEL, OUTSIDE, IMAGE, EVALUATE = "model", "outside the model", "image", "evalua
 CALLS: tuple[tuple[object, str, str], ...] = (
     (segmentor.VFMSegmentor, "forward", MODEL),
     (segmentor, "sliding_average", "windows"),
-    (mapper, "read_image", "read the image"),
+    (mapper, "load_image", "read the image"),
     (mapper, "fit_into", "resize the image"),
     (DomainGeneralizationEvaluator, "process", EVALUATE),
     (evaluator, "read_label", "read the label"),
