@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 # fvcore and Detectron2 compile losses with torch.jit.script as they are imported.
 warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
@@ -48,6 +49,29 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def without_waiting_for_constants(device: torch.device) -> AbstractContextManager:
+    """Uploads what ``torch.tensor`` makes of Python numbers without waiting for a GPU.
+
+    ``torch.tensor(numbers, device="cuda")`` waits until the GPU has done all of its work. The pixel
+    decoder of transformers calls it seven times in a forward pass, for sizes of maps.
+
+    Args:
+        device: where the model is; on a CPU nothing changes.
+    """
+    return _AsyncConstants() if device.type == "cuda" else nullcontext()
+
+
+class _AsyncConstants(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        numbers = bool(args) and not isinstance(args[0], torch.Tensor)
+        if func in (torch.tensor, torch.as_tensor) and numbers and device is not None:
+            made = func(*args, **{**kwargs, "device": "cpu"})
+            return made.to(device, non_blocking=True)
+        return func(*args, **kwargs)
 
 
 def wrap_for_ranks(model: nn.Module) -> nn.Module:

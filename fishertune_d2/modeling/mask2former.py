@@ -20,7 +20,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerTransformerModule,
 )
 
-from fishertune_d2.compat import without_autocast
+from fishertune_d2.compat import without_autocast, without_waiting_for_constants
 from fishertune_d2.modeling.mask2former_criterion import Mask2FormerCriterion
 from fishertune_d2.modeling.mask2former_init import init_pixel_decoder, init_transformer
 from fishertune_d2.modeling.targets import SegmentationTargets, present_classes, semantic_masks
@@ -171,7 +171,8 @@ class Mask2FormerHead(nn.Module):
         # As published: the sampling positions of the deformable attention need float32.
         maps = [features[name] for name in self.in_features]
         maps = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
-        with without_autocast(maps[0].device):
+        device = maps[0].device
+        with without_autocast(device), without_waiting_for_constants(device):
             pixels = self.pixel_decoder(maps)
         decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
         return [
