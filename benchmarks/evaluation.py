@@ -93,6 +93,8 @@ def configure(output: Path, pictures: int) -> CfgNode:
     cfg.merge_from_file(str(ROOT / "configs/fishertune_dinov2.yaml"))
     cfg.merge_from_list(["MODEL.VFM.NAME", "dinov2_vits", "MODEL.VFM.WEIGHTS", "random"])
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "DATASETS.TEST", (NAME,)])
+    # What the config sets for GPUs.
+    cfg.merge_from_list(["SOLVER.AMP.ENABLED", False, "TEST.WINDOWS_PER_BATCH", 1])
     # Without worker processes nothing outside the model hides behind it.
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "TEST.PICTURES", pictures])
     cfg.OUTPUT_DIR = str(output)
