@@ -25,7 +25,7 @@ def test_a_real_run(tiny_cfg):
         (output,) = trainer.segmentor.eval()([inputs])
     predictor = Predictor(read_run(folder / "config.yaml"))
     seen = predictor(inputs["image"].permute(1, 2, 0).numpy())
-    np.testing.assert_array_equal(seen.classes, output["sem_seg"].argmax(0).numpy())
+    np.testing.assert_array_equal(seen.classes, output["sem_seg"].argmax(0).cpu().numpy())
     assert predictor.space.classes == ("ground", "wall", "sky")
 
     run = Run.read(folder)

@@ -27,7 +27,7 @@ def _evaluated(cfg) -> torch.Tensor:
     checkpointer.resume_or_load(str(Path(cfg.OUTPUT_DIR) / "model_final.pth"), resume=False)
     (item,) = DatasetCatalog.get("town")
     (output,) = model([SegmentationMapper(cfg, is_train=False)(item)])
-    return output["sem_seg"]
+    return output["sem_seg"].cpu()
 
 
 @pytest.mark.parametrize("method", ["fishertune", "lora", "rein", "vpt"])
@@ -61,11 +61,11 @@ def test_sliding_windows_and_sizes_of_the_config(make_run, town, image):
 def test_predicts_under_the_autocast_of_the_training(make_run, town, image):
     cfg = make_run(SOLVER__AMP__ENABLED=True)
     prediction = Predictor(_read(cfg))(image)
-    exact = confidence_of(_evaluated(cfg)).cpu().numpy()
+    exact = confidence_of(_evaluated(cfg)).numpy()
     with torch.autocast(torch.device(cfg.MODEL.DEVICE).type, torch.bfloat16):
         scores = _evaluated(cfg)
-    np.testing.assert_array_equal(prediction.classes, scores.argmax(0).cpu().numpy())
-    np.testing.assert_array_equal(prediction.confidence, confidence_of(scores).cpu().numpy())
+    np.testing.assert_array_equal(prediction.classes, scores.argmax(0).numpy())
+    np.testing.assert_array_equal(prediction.confidence, confidence_of(scores).numpy())
     assert not np.array_equal(prediction.confidence, exact)
 
 

@@ -1,7 +1,7 @@
 """What a training step of a config asks of a GPU: operators, waits for the device, and uploads.
 
 python tools/fake_cuda -m fake_cuda.count_steps configs/fishertune_dinov2.yaml --details
-python tools/fake_cuda -m fake_cuda.count_steps CONFIG --methods full fishertune KEY VALUE ...
+python tools/fake_cuda -m fake_cuda.count_steps CONFIG --methods full fishertune --opts KEY VALUE
 
 The model has as many blocks and layers as the config says, but they are narrow, and the images are
 small: the numbers depend on neither. An iteration is counted with everything that its hooks do.
@@ -130,6 +130,9 @@ def count_steps(
         VFMS[name] = replace(row, options={**row.options, "embed_dim": 64, "num_heads": 2})
         try:
             trainer = Trainer(cfg)
+            # As it is initialised, LayerScale leaves most tensors without a weight worth selecting.
+            for parameter in trainer.segmentor.backbone.parameters():
+                parameter.data += 0.1 * torch.randn_like(parameter)
             watch = _Watch(evaluate_at=iterations - 1)
             trainer.register_hooks([watch])
             trainer._hooks.insert(0, trainer._hooks.pop())
@@ -180,13 +183,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["full", "fishertune"])
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--details", action="store_true", help="by operator, and by line")
-    parser.add_argument("options", nargs="*", help="further keys of the config, with values")
+    parser.add_argument("--opts", nargs="+", default=[], help="keys of the config, with values")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     rows = {}
     for method in args.methods:
-        found = count_steps(args.config, method, args.options, iterations=args.iterations)
+        found = count_steps(args.config, method, args.opts, iterations=args.iterations)
         by_waits = sorted(found.tuning, key=lambda each: each.waits.total())
         rows |= {
             f"{method}: a step of warm-up": found.iterations[WARMUP - 1],
