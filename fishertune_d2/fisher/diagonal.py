@@ -261,4 +261,5 @@ def mean_over_images(sums: Mapping[str, Tensor], images: int) -> dict[str, Tenso
     count = torch.tensor(float(images), dtype=torch.float64, device=first.device)
     total = {name: value.clone() for name, value in sums.items()}
     sum_over_processes([count, *total.values()])
-    return {name: value.div_(count.item()) for name, value in total.items()}
+    divisor = count.item()
+    return {name: value.div_(divisor) for name, value in total.items()}

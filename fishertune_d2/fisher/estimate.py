@@ -281,12 +281,13 @@ def _with_labels(loss_fn: LossFn, labels: str) -> LossFn:
 
 def _require_finite_sums(*estimates: Mapping[str, Tensor]) -> None:
     # Each gradient was finite, but a square may overflow.
-    for estimate in estimates:
-        for name, value in estimate.items():
-            if not value.isfinite().all():
-                raise FloatingPointError(
-                    f"the Fisher information of {name} overflows {value.dtype}: scale the loss down"
-                )
+    found = [(name, value) for estimate in estimates for name, value in estimate.items()]
+    finite = torch.stack([value.isfinite().all() for _, value in found]).tolist()  # one wait
+    for (name, value), fine in zip(found, finite, strict=True):
+        if not fine:
+            raise FloatingPointError(
+                f"the Fisher information of {name} overflows {value.dtype}: scale the loss down"
+            )
 
 
 @contextmanager
