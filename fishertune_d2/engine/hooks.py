@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from tabulate import tabulate
@@ -37,14 +38,22 @@ class LearningRates(HookBase):
     stage builds a new one.
     """
 
+    def __init__(self):
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._scalars: list[str] = []  # the name that each parameter group is logged under
+
     def after_step(self) -> None:
         """Writes ``lr`` (the head's) and ``lr_backbone``, then sets the next iteration's rates."""
-        names = {p: name for name, p in self.trainer.model.named_parameters()}
-        rates: dict[str, float] = {}
-        for group in self.trainer.optimizer.param_groups:
-            name = names[group["params"][0]].removeprefix("module.")
-            rates["lr_backbone" if is_backbone(name) else "lr"] = group["lr"]
-        self.trainer.storage.put_scalars(**rates, smoothing_hint=False)
+        optimizer = self.trainer.optimizer
+        if optimizer is not self._optimizer:
+            names = {p: name for name, p in self.trainer.model.named_parameters()}
+            firsts = [names[group["params"][0]] for group in optimizer.param_groups]
+            backbone = [is_backbone(name.removeprefix("module.")) for name in firsts]
+            self._scalars = ["lr_backbone" if each else "lr" for each in backbone]
+            self._optimizer = optimizer
+        rates = [group["lr"] for group in optimizer.param_groups]
+        scalars = dict(zip(self._scalars, rates, strict=True))
+        self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
         self.trainer.scheduler.step()
 
 

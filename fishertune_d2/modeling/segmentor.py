@@ -112,8 +112,8 @@ class VFMSegmentor(nn.Module):
 
         Args:
             batched_inputs: for each image a dict with ``image`` (3, H, W) in RGB, 0 .. 255; in
-                training ``sem_seg`` (H, W) uint8 or int64; in evaluation ``height`` and ``width`` of the
-                wanted scores (default: H and W). Sizes may differ within the batch.
+                training ``sem_seg`` (H, W) uint8 or int64; in evaluation ``height`` and ``width``
+                of the wanted scores (default: H and W). Sizes may differ within the batch.
 
         Returns:
             In training the weighted losses by name, else for each image
