@@ -1,7 +1,7 @@
 """Steps of every way of training in every precision, and what the plan says of their memory."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -23,10 +23,10 @@ from gpu_measure import (
     release,
     reset_peak,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from fishertune_d2.engine import Trainer
-from fishertune_d2.fisher import FisherEstimate
+from fishertune_d2.fisher import FisherEstimate, Selection
 from fishertune_d2.plan import make_plan
 
 # What a way of training sets, beside the precision. A further way is a line.
@@ -79,11 +79,8 @@ class Watch:
             self._counting.enter_context(counting_launches(self.row))
         elif at == self.steps - 1 and self.cuda:
             self._counting.enter_context(counting_waits(self.row))
-        if at == 0:  # the estimation, where there is one, and the ranking of the weights
-            start = now(self.cuda)
         self._before()
-        if at == 0:
-            self.row["start_seconds"] = now(self.cuda) - start
+        if at == 0:  # behind the estimation, where there is one
             reset_peak(self.cuda)
 
     def _after_step(self) -> None:
@@ -98,9 +95,26 @@ class Watch:
             self.times = intervals(self._marks)
 
 
+class RankedOnce:
+    """Stands in for Selection.from_scores: what the first call selects is what all calls do.
+
+    The ranking of all weights takes a CPU long, benchmarks/gpu.py ranking measures it, and a step
+    costs the same whatever is selected.
+    """
+
+    def __init__(self):
+        self._rank, self._selection = Selection.from_scores, None
+
+    def __call__(self, scores: Mapping[str, Tensor], share: float, base: int) -> Selection:
+        """Ranks at the first call."""
+        if self._selection is None:
+            self._selection = self._rank(scores, share, base)
+        return self._selection
+
+
 def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
     """Every way in every precision, a row each; checks waits and launches."""
-    rows, build = [], Trainer.build_model
+    rows, build, ranked = [], Trainer.build_model, RankedOnce()
 
     def on_device(cfg: CfgNode) -> nn.Module:  # drawing 300 M random numbers takes a CPU seconds
         with torch.device(cfg.MODEL.DEVICE):
@@ -118,6 +132,7 @@ def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) ->
                 with (
                     patch.object(Trainer, "build_model", staticmethod(on_device)),
                     patch.object(FisherEstimate, "save"),  # 2 GB
+                    patch.object(Selection, "from_scores", staticmethod(ranked)),
                 ):
                     trainer = Trainer(cfg)
                     watch = Watch(trainer, args.steps)

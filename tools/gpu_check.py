@@ -45,7 +45,7 @@ def run_part(part: Part) -> dict:
     words = f"{len(part.checks)} checks" if not missed else f"{len(missed)} of {len(part.checks)}"
     words += " missed" if missed else " met"
     status, seconds = "FAIL" if missed else "PASS", time.monotonic() - start
-    lines = [f"{status}  {part.name:<8} {seconds:5.0f} s  {words}"]
+    lines = [f"{status}  {part.name:<10} {seconds:5.0f} s  {words}"]
     lines += [f"      - {each['what']}: {each['found']}" for each in missed]
     print("\n".join(lines), flush=True)
     return {"status": status, "seconds": round(seconds, 1), "checks": part.checks}
@@ -58,13 +58,14 @@ def compare_plan(figures: dict) -> list[dict]:
     for row in figures.get("training", []):
         # The plan tells no TF32 from float32.
         precision = "float32" if row["precision"] == "TF32" else row["precision"]
-        counted, held = planned.get((row["way"], precision)), row.get("peak_gib")
-        if counted and held:
-            row["planned_gib"] = counted
-            what = f"plan within {PLAN_WITHIN:.0%} of the peak: {row['way']}, {row['precision']}"
-            found = f"{counted:.1f} planned, {held:.1f} GiB held"
-            ok = abs(counted / held - 1) <= PLAN_WITHIN
-            checks.append({"ok": ok, "what": what, "found": found})
+        for way, prefix in ((row["way"], ""), ("estimation", "estimation_")):
+            counted, held = planned.get((way, precision)), row.get(f"{prefix}peak_gib")
+            if counted and held:
+                row[f"{prefix}planned_gib"] = counted
+                what = f"plan within {PLAN_WITHIN:.0%} of the peak: {way}, {row['precision']}"
+                found = f"{counted:.1f} planned, {held:.1f} GiB held"
+                ok = abs(counted / held - 1) <= PLAN_WITHIN
+                checks.append({"ok": ok, "what": what, "found": found})
     return checks
 
 

@@ -56,10 +56,19 @@ def demo_scores(output: Path) -> dict:
     Returns:
         ``mIoU`` by data set, in percent, and ``losses``: the total loss by iteration.
     """
-    results = json.loads((output / "results.json").read_text())
     lines = map(json.loads, (output / "metrics.json").read_text().splitlines())
     losses = {str(line["iteration"]): line["total_loss"] for line in lines if "total_loss" in line}
-    return {"mIoU": {**results["source"], **results["targets"]}, "losses": losses}
+    return {"mIoU": read_scores(output), "losses": losses}
+
+
+def read_scores(output: Path) -> dict[str, float]:
+    """The mIoU by data set that a run came to, in percent.
+
+    Args:
+        output: its OUTPUT_DIR.
+    """
+    results = json.loads((output / "results.json").read_text())
+    return {**results["source"], **results["targets"]}
 
 
 def commit() -> str | None:

@@ -86,7 +86,8 @@ def training_table(rows: list[dict]) -> str:
     """Steps of the trainer."""
     text = (
         "DINOv2 ViT-L, batches of 4 images of 512 x 512, random weights; an iteration with loading "
-        "and hooks. GiB are what torch's allocator gave out at most, and what the plan counts.\n\n"
+        "and hooks. GiB are what torch's allocator gave out at most, and what the plan counts. "
+        "The estimation is that of 2 batches, x and x'.\n\n"
     )
     columns: dict[str, Callable[[dict], str]] = {
         "way": lambda r: r["way"],
@@ -99,6 +100,8 @@ def training_table(rows: list[dict]) -> str:
         "peak, GiB": lambda r: number(r.get("peak_gib"), ".1f"),
         "planned": lambda r: number(r.get("planned_gib"), ".1f"),
         "estimation, s": lambda r: number(r.get("estimation_seconds"), ".2f"),
+        "its peak, GiB": lambda r: number(r.get("estimation_peak_gib"), ".1f"),
+        "its planned": lambda r: number(r.get("estimation_planned_gib"), ".1f"),
     }
     return text + table(columns, [[cell(row) for cell in columns.values()] for row in rows])
 
@@ -111,11 +114,13 @@ def fisher_table(rows: list[dict]) -> str:
             row["precision"],
             number(row["seconds"], ".3f"),
             number(row["peak_gib"], ".1f"),
+            number(row.get("difference"), ".1e"),
             number(row.get("overlap"), ".4f"),
         ]
         for row in rows
     ]
-    head = ["estimator", "precision", "s for 4 images", "peak, GiB", "same 5 % as the one above"]
+    above = ("difference from the one above", "same 5 %, of an eighth of the layers")
+    head = ["estimator", "precision", "s for 4 images", "peak, GiB", *above]
     return table(head, body)
 
 

@@ -11,13 +11,14 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_demo import ROOT, demo_command, demo_scores
+from gpu_demo import ROOT, demo_command, demo_scores, read_scores
 
 SCORES_WITHIN = 3.0  # points of mIoU, of two trainings that begin alike
-SAME_WEIGHTS_WITHIN = 0.1  # points, of one model on two devices
+SAME_WEIGHTS_WITHIN = 0.3  # points, of one model on two devices
 LOSS_WITHIN = 0.02  # of the loss of the first 20 iterations, as a ratio
 # What pytest runs. FISHERTUNE_TEST_DEVICE says on what.
 TESTS = (
@@ -93,8 +94,7 @@ class Part:
             if until():
                 return None
             if time.monotonic() > self.deadline or STOP.is_set():
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end(process)
                 raise PartFailed("its time is over")
             time.sleep(0.1)
         return process.returncode
@@ -141,6 +141,16 @@ class Part:
 
 
 STOP = threading.Event()
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a process, and those that it started."""
+    process.terminate()  # torchrun tells its own, which are in sessions of their own
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def last_line(text: str) -> str:
@@ -199,8 +209,7 @@ def demo(part: Part) -> None:
     command = demo_command("cpu", weights, again, "--eval-only")
     if part.python(*command, *part.args.demo, "MODEL.WEIGHTS", output / "model_final.pth"):
         raise PartFailed(f"the evaluation on the CPU failed: {last_line(part.log())}")
-    here = json.loads((again / "results.json").read_text())
-    here = {**here["source"], **here["targets"]}
+    here = read_scores(again)
     part.figures["demo"]["on_cpu"] = here
     most = max(abs(here[name] - score) for name, score in scores["mIoU"].items())
     words = f"the same weights on the CPU: mIoU within {SAME_WEIGHTS_WITHIN} points"
@@ -238,13 +247,23 @@ def plan(part: Part) -> None:
     part.benchmark("plan")
 
 
-def speed(part: Part) -> None:
-    """Steps of ViT-L, the Fisher information, and the evaluation of an image."""
-    part.benchmark("training", "fisher", "evaluation")
+def steps(part: Part) -> None:
+    """Steps of ViT-L: time, memory, waits and launches."""
+    part.benchmark("training")
+
+
+def evaluation(part: Part) -> None:
+    """The evaluation of an image of Cityscapes' size by ViT-L."""
+    part.benchmark("evaluation")
+
+
+def fisher(part: Part) -> None:
+    """The Fisher information of ViT-L, batched against the loop."""
+    part.benchmark("fisher")
 
 
 def ranking(part: Part) -> None:
-    """277 M scores."""
+    """The ranking of 277 million scores."""
     part.benchmark("ranking")
 
 
@@ -253,33 +272,30 @@ def camvid(part: Part) -> None:
     weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_carry.py")
     data = part.need(part.args.camvid, "run tools/gpu_carry.py --only camvid")
     part.environment["DETECTRON2_DATASETS"] = str(data.resolve())
-    steps, start = part.args.steps, time.monotonic()
-    processes = {}
-    for method in ("full", "fishertune"):
+    iterations, rows = part.args.steps, part.figures.setdefault("camvid", [])
+
+    def train(method: str) -> None:
+        output, start = part.work / method, time.monotonic()
         keys = {
             "MODEL.DEVICE": part.device,
             "MODEL.VFM.WEIGHTS": weights,
-            "SOLVER.MAX_ITER": steps,
-            "SOLVER.CHECKPOINT_PERIOD": steps,
-            "TUNING.WARMUP_ITERS": steps // 2,
+            "SOLVER.MAX_ITER": iterations,
+            "SOLVER.CHECKPOINT_PERIOD": iterations,
+            "TUNING.WARMUP_ITERS": iterations // 2,
             "TUNING.WARMUP_CHECKPOINT": "",
             "DATALOADER.NUM_WORKERS": 4,
-            "OUTPUT_DIR": part.work / method,
+            "OUTPUT_DIR": output,
         }
         words = [word for pair in keys.items() for word in pair]
-        config = ["train_net.py", "--config-file", f"configs/camvid/{method}.yaml"]
-        processes[method] = part.start(*config, *words)
-    rows = part.figures.setdefault("camvid", [])
-    for method, process in processes.items():
-        code = part.wait(process)
-        part.check(
-            code == 0, f"{method}: {steps} iterations", last_line(part.log()) if code else ""
-        )
+        code = part.python("train_net.py", "--config-file", f"configs/camvid/{method}.yaml", *words)
+        found = "" if code == 0 else last_line(part.log())
+        part.check(code == 0, f"{method}: {iterations:,} iterations", found)
         if code == 0:
-            results = json.loads((part.work / method / "results.json").read_text())
-            scores = {**results["source"], **results["targets"]}
-            seconds = time.monotonic() - start
-            rows.append({"method": method, "iterations": steps, "seconds": seconds, "mIoU": scores})
+            row = {"method": method, "iterations": iterations, "mIoU": read_scores(output)}
+            rows.append({**row, "seconds": time.monotonic() - start})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, ("full", "fishertune")))
 
 
 # By name: what it does, and the seconds it may take. Parts of one group run at the same time; the
@@ -290,8 +306,14 @@ PARTS: dict[str, tuple[Callable[[Part], None], int]] = {
     "demo": (demo, 170),
     "resume": (resume, 170),
     "plan": (plan, 170),
-    "speed": (speed, 220),
-    "ranking": (ranking, 40),
+    "steps": (steps, 170),
+    "evaluation": (evaluation, 60),
+    "fisher": (fisher, 60),
+    "ranking": (ranking, 100),
     "camvid": (camvid, 420),
 }
-GROUPS = (("setup",), ("tests", "demo", "resume", "plan"), ("speed",), ("ranking",), ("camvid",))
+GROUPS = (
+    ("setup",),
+    ("tests", "demo", "resume", "plan"),
+    *((name,) for name in ("steps", "evaluation", "fisher", "ranking", "camvid")),
+)
