@@ -17,7 +17,7 @@ from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table
 from fishertune_d2.version import commit
 
 from .plan import plan
-from .step import autocast_dtype
+from .step import autocast_dtype, set_matmul_precision
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def score_datasets(cfg: CfgNode, model: nn.Module) -> OrderedDict:
         By data set what its evaluator returned, and ``"unseen": {"mIoU": average}``, so that
         TEST.EXPECTED_RESULTS can name either; empty on all ranks but the first.
     """
+    set_matmul_precision(cfg)
     results: OrderedDict = OrderedDict()
     mapper = SegmentationMapper(cfg, is_train=False)
     device = next(model.parameters()).device

@@ -225,5 +225,5 @@ def _check_entries(name: str, indices: Tensor, ranks: Tensor, numel: int) -> Non
 
 
 def _kth_largest(flat: Tensor, k: int) -> float:
-    """The k-th largest entry, exactly, by NumPy; ``torch.kthvalue`` takes thrice the memory."""
+    """The k-th largest entry, exactly; ``torch.kthvalue`` takes three times the memory of NumPy."""
     return float(np.partition(flat.numpy(), len(flat) - k)[len(flat) - k])
