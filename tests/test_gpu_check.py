@@ -94,7 +94,7 @@ def _write_demo(output: Path, miou: float, loss: float) -> None:
     ("on_gpu", "loss", "again", "missed"),
     [
         (22.0, 30.1, 22.05, []),
-        (12.0, 30.1, 12.0, ["mean mIoU within 3.0 points of a CPU's"]),
+        (12.0, 30.1, 12.0, ["mean mIoU within 4.0 points of a CPU's"]),
         (22.0, 33.0, 22.0, ["loss after 20 iterations within 2% of a CPU's"]),
         (22.0, 30.1, 21.0, ["the same weights on the CPU: mIoU within 0.3 points"]),
     ],

@@ -6,9 +6,9 @@
     tools/gpu_check.sh --dry-run          # on a CPU, with toys; 2 minutes
     tools/gpu_check.sh --page             # docs/results/gpu.md from gpu.json there
 
-Prints a line for each part, PASS or FAIL with the reason and seconds, and below it what was asked
-for and missed. gpu.json is written anew while parts run, and each part has a log beside it. A part
-that fails or runs past its time does not stop the next. The exit status is 1 if one failed.
+Prints a line for each part, PASS or FAIL with seconds, and below it what was asked for and missed.
+gpu.json is written anew while parts run; gpu_check.log beside it has what they printed. A part that
+fails or runs past its time does not stop the next. The exit status is 1 if one failed.
 
 This file needs only Python's own library: Detectron2 is unpacked by the first part.
 """
@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from gpu_page import write_page
 from gpu_parts import GROUPS, PARTS, STOP, TESTS, Part, PartFailed, last_line
 
 PLAN_WITHIN = 0.3  # of the measured peak
+WRITING = threading.Lock()  # parts end in threads of their own
 
 
 def run_part(part: Part) -> dict:
@@ -47,7 +49,10 @@ def run_part(part: Part) -> dict:
     status, seconds = "FAIL" if missed else "PASS", time.monotonic() - start
     lines = [f"{status}  {part.name:<10} {seconds:5.0f} s  {words}"]
     lines += [f"      - {each['what']}: {each['found']}" for each in missed]
-    print("\n".join(lines), flush=True)
+    with WRITING:
+        print("\n".join(lines), flush=True)
+        with (part.args.output / "gpu_check.log").open("a") as log:
+            print(f"==== {part.name}", part.log(), *lines, sep="\n", file=log)
     return {"status": status, "seconds": round(seconds, 1), "checks": part.checks}
 
 
@@ -136,12 +141,10 @@ def make_environment(args: argparse.Namespace) -> dict[str, str]:
 def make_toys(args: argparse.Namespace, work: Path) -> None:
     """Makes what a dry run takes in the place of the carried folder."""
     words = ["tools/gpu_carry.py", "--toy", "--only", "weights", "scenes", "reference"]
-    with (args.output / "toys.log").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, *words, "--output", work], cwd=ROOT, stdout=log, stderr=log
-        )
+    words = [sys.executable, *words, "--output", work]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"the toys cannot be made: {last_line((args.output / 'toys.log').read_text())}")
+        sys.exit(f"the toys cannot be made: {last_line(done.stdout + done.stderr)}")
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -180,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_page(args.page)
         return 0
     args.output.mkdir(parents=True, exist_ok=True)
-    for log in args.output.glob("*.log"):
-        log.unlink()
+    (args.output / "gpu_check.log").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

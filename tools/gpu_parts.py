@@ -17,7 +17,9 @@ from pathlib import Path
 
 from gpu_demo import ROOT, demo_command, demo_scores, read_scores
 
-SCORES_WITHIN = 3.0  # points of mIoU, of two trainings that begin alike
+# Points of mIoU, of two trainings that begin alike: those of two versions of torch, on one CPU and
+# with the loss within 0.4 % after 20 iterations, ended 2.0 apart.
+SCORES_WITHIN = 4.0
 SAME_WEIGHTS_WITHIN = 0.3  # points, of one model on two devices
 LOSS_WITHIN = 0.02  # of the loss of the first 20 iterations, as a ratio
 # What pytest runs. FISHERTUNE_TEST_DEVICE says on what.
@@ -68,7 +70,7 @@ class Part:
 
     def start(self, *words: object) -> subprocess.Popen:
         """Starts Python with these words, its output in the part's log."""
-        with (self.args.output / f"{self.name}.log").open("a") as log:
+        with (self.work / "log.txt").open("a") as log:
             print("$ python", *words, file=log, flush=True)
             return subprocess.Popen(
                 [sys.executable, *map(str, words)],
@@ -105,7 +107,8 @@ class Part:
 
     def log(self) -> str:
         """What its processes have printed so far."""
-        return (self.args.output / f"{self.name}.log").read_text(errors="replace")
+        log = self.work / "log.txt"
+        return log.read_text(errors="replace") if log.is_file() else ""
 
     def benchmark(self, *names: str) -> None:
         """Runs parts of benchmarks/gpu.py, whose figures are this part's as they come."""
