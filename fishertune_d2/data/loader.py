@@ -129,20 +129,29 @@ class _SeededItems(_MappedItems):
 
 
 class _Loader(DataLoader):
-    """Starts workers with SIGTERM blocked, for `_outlive_schedulers`.
+    """Starts workers with one OpenCV thread, and with SIGTERM blocked, for `_outlive_schedulers`.
+
+    The workers share the cores, so each has one thread, as of PyTorch. OpenCV is told before they
+    start: a fork has none of its parent's threads, and OpenCV waits for them without end when it is
+    told there.
 
     PyTorch may start threads in a worker before its init function runs; a thread gets the mask of
     the one that started it, and a signal that a single thread lets through ends the process.
     """
 
     def __iter__(self):
-        if not (self.num_workers and _KNOWS_SENDERS):
+        if not self.num_workers:
             return super().__iter__()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)
+        if _KNOWS_SENDERS:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return super().__iter__()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if _KNOWS_SENDERS:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            cv2.setNumThreads(threads)
 
 
 def count_workers(num_workers: int) -> int:
@@ -216,7 +225,7 @@ def build_train_loader(
         num_workers=count_workers(num_workers),
         collate_fn=_as_list,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_outlive_schedulers,
         # The loader draws a base seed when iterated; from the global generator, that would shift
         # the random numbers of the model after a resume.
         generator=torch.Generator(),
@@ -251,7 +260,7 @@ def build_test_loader(
         num_workers=count_workers(num_workers),
         collate_fn=_as_list,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_outlive_schedulers,
         generator=torch.Generator(),
     )
 
@@ -260,12 +269,7 @@ def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return batch
 
 
-def _start_worker(worker: int) -> None:
-    cv2.setNumThreads(1)  # as PyTorch sets its own: the workers share the cores
-    _outlive_schedulers()
-
-
-def _outlive_schedulers() -> None:
+def _outlive_schedulers(worker: int) -> None:
     """Lets SIGTERM and SIGINT end a worker only if they come from the process that it works for.
 
     A scheduler sends them to every process of a job, a terminal to every process in front of it.

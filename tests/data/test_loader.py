@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import random
 import subprocess
+import time
 from collections import Counter
 from itertools import islice
 
@@ -116,15 +117,21 @@ def test_another_negative_number_of_workers_is_refused():
             build()
 
 
-def test_a_worker_has_one_thread():
-    def threads(item):
+def test_a_worker_has_one_thread_though_the_training_process_has_a_pool():
+    image, table = np.zeros((2000, 2000), np.uint8), np.arange(256, dtype=np.uint8)
+
+    def work(item):
+        cv2.LUT(image, table)
         return {"opencv": cv2.getNumThreads(), "torch": torch.get_num_threads()}
 
     before = cv2.getNumThreads()
     cv2.setNumThreads(3)
     try:
-        loader = build_test_loader(DICTS, threads, num_workers=1)
+        cv2.LUT(image, table)  # starts them
+        time.sleep(0.2)  # until they wait for work: one who joins them in a fork never returns
+        loader = build_test_loader(DICTS, work, num_workers=1)
         assert all(batch == [{"opencv": 1, "torch": 1}] for batch in loader)
+        assert cv2.getNumThreads() == 3
     finally:
         cv2.setNumThreads(before)
 
