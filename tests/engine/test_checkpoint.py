@@ -15,6 +15,8 @@ from fishertune_d2.data.files import DatasetError
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.checkpoint import WholeCheckpointer
 
+from .conftest import same
+
 
 class _Broken(HookBase):
     """Fails before an iteration, and does something first."""
@@ -46,7 +48,7 @@ def _same_end(*cfgs) -> bool:
         torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["model"]
         for cfg in cfgs
     )
-    return all(torch.equal(expected[name], got[name]) for name in expected)
+    return all(same(got[name], expected[name]) for name in expected)
 
 
 @pytest.fixture

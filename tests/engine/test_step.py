@@ -8,6 +8,8 @@ import torch
 
 from fishertune_d2.engine import Trainer
 
+from .conftest import same
+
 
 def _trained(cfg, resume: bool = False) -> dict[str, torch.Tensor]:
     trainer = Trainer(cfg)
@@ -68,7 +70,7 @@ def test_parts_add_up_to_the_whole_batch(tiny_cfg, points_of_the_losses_stay, pa
 def test_checkpointed_blocks_change_no_number(tiny_cfg):
     plain = _trained(tiny_cfg())
     checkpointed = _trained(tiny_cfg("checkpointed", MODEL__VFM__CHECKPOINT_BLOCKS=True))
-    assert all(torch.equal(tensor, checkpointed[name]) for name, tensor in plain.items())
+    assert all(same(checkpointed[name], tensor) for name, tensor in plain.items())
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -87,7 +89,7 @@ def test_autocast_trains_float32_weights_and_resumes(tiny_cfg, precision):
 
     again = tiny_cfg(**options)
     Path(again.OUTPUT_DIR, "last_checkpoint").write_text("model_0000004.pth")
-    assert all(torch.equal(t, whole[name]) for name, t in _trained(again, resume=True).items())
+    assert all(same(t, whole[name]) for name, t in _trained(again, resume=True).items())
     state = torch.load(Path(cfg.OUTPUT_DIR, "model_final.pth"), weights_only=True)
     scaler = state["trainer"]["_trainer"]["grad_scaler"]
     assert bool(scaler) == (precision == "float16")  # bfloat16 has float32's range

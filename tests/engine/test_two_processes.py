@@ -123,6 +123,7 @@ def sparse_data(tiny_data) -> Path:
 def two(tiny_cfg, sparse_data, tmp_path):
     """The config of a run by two processes, and what each saw."""
     cfg = tiny_cfg(
+        MODEL__DEVICE="cpu",  # gloo
         DATASETS__TRAIN=("tiny_sparse",),
         DATASETS__TEST=("tiny_sparse", "tiny_night", "tiny_one"),
         SOLVER__IMS_PER_BATCH=4,
@@ -164,6 +165,7 @@ def test_replicas_stay_equal_and_send_little_and_results_are_those_of_one_proces
     # Estimation: one process alone measures the same after the same warm-up.
     alone = tiny_cfg(
         "alone",
+        MODEL__DEVICE="cpu",
         DATASETS__TRAIN=("tiny_sparse",),
         SOLVER__MAX_ITER=STEPS,
         TUNING__WARMUP_ITERS=WARMUP,

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -199,12 +200,15 @@ def _run(operator, args: tuple, kwargs: dict):
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     if not fakes and (device is None or device.type != "cuda"):
         return operator(*args, **kwargs)
+    if any(isinstance(x, FakeTensor) for x in tensors):  # PyTorch's own, which have no values
+        return operator(*args, **kwargs)
     if name == "_to_copy":
         return _to_copy(operator, args[0], device, kwargs)
     if name == "copy_":
         return _copy(operator, *args, **kwargs)
     on_gpu = device.type == "cuda" if device else True
-    if len(fakes) < len(tensors):
+    # Where a device is named, tensors are patterns for what is made there.
+    if device is None and len(fakes) < len(tensors):
         on_gpu &= _may_mix(operator, name, args, tensors)
     if on_gpu:
         _count(name, args)
