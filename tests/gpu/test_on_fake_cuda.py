@@ -15,18 +15,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# By file, and the tests of it; all of a file where none are named.
+# Each part is a process, since to import everything takes as long as several of the tests.
 CORE = {
-    "estimators and selection": ["tests/gpu/on_device/test_estimates.py"],
-    "selected weights": [
+    "the method and the trainer": [
+        "tests/gpu/on_device/test_estimates.py",
         "tests/tuning/test_selected_weights.py::test_trains_as_a_dense_mask_does",
-    ],
-    "the three stages, and resuming": [
         "tests/engine/test_trainer.py::test_three_stages_write_what_they_promise",
         "tests/engine/test_trainer.py::test_unselected_weights_stay_bit_identical[full_model]",
         "tests/engine/test_trainer.py::test_resume_gives_the_same_weights[5]",
-    ],
-    "mixed precision": [
         "tests/engine/test_step.py::test_autocast_trains_float32_weights_and_resumes",
     ],
     "what a step costs": ["tests/gpu/on_device/test_step_cost.py"],

@@ -179,6 +179,11 @@ def _flat(args, kwargs) -> Iterator[Any]:
             yield each
 
 
+def _imagining() -> bool:
+    """Whether PyTorch's own mode for tensors without values is on, which comes after this one."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def _on_cpu(x):
     """The same with what the tensors hold, lists included."""
     if isinstance(x, FakeCudaTensor):
@@ -200,7 +205,7 @@ def _run(operator, args: tuple, kwargs: dict):
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     if not fakes and (device is None or device.type != "cuda"):
         return operator(*args, **kwargs)
-    if any(isinstance(x, FakeTensor) for x in tensors):  # PyTorch's own, which have no values
+    if _imagining() or any(isinstance(x, FakeTensor) for x in tensors):
         return operator(*args, **kwargs)
     if name == "_to_copy":
         return _to_copy(operator, args[0], device, kwargs)
