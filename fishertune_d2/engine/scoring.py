@@ -77,8 +77,11 @@ def scoring_autocast(cfg: CfgNode, device: torch.device) -> AbstractContextManag
 
 def _protocol(cfg: CfgNode) -> dict:
     protocol = {"mode": cfg.TEST.MODE, "class_rule": cfg.TEST.CLASS_RULE}
-    if cfg.SOLVER.AMP.ENABLED:  # else float32, which results without this entry were scored in
+    # Without this entry: float32, which older results were scored in.
+    if cfg.SOLVER.AMP.ENABLED:
         protocol["precision"] = cfg.SOLVER.AMP.PRECISION
+    elif cfg.SOLVER.MATMUL_PRECISION != "highest":
+        protocol["precision"] = f"float32, {cfg.SOLVER.MATMUL_PRECISION} matrix products"
     if cfg.TEST.MODE == "slide":
         protocol |= {"crop": list(cfg.TEST.CROP_SIZE), "stride": list(cfg.TEST.STRIDE)}
     return {

@@ -282,7 +282,8 @@ def semantic_scores(
     if size is not None:
         mask_logits = F.interpolate(mask_logits, size, mode="bilinear", align_corners=False)
     probabilities = class_logits.float().softmax(-1)[..., :-1]
-    return torch.einsum("bqc,bqhw->bchw", probabilities, mask_logits.sigmoid())
+    with without_autocast(mask_logits.device):  # or the products would have 8 bits
+        return torch.einsum("bqc,bqhw->bchw", probabilities, mask_logits.sigmoid())
 
 
 def _check(config: Mask2FormerConfig, strides: list[int]) -> None:

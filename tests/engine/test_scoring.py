@@ -21,6 +21,7 @@ from fishertune_d2.engine.scoring import score_datasets
             torch.float16,
             "float16",
         ),
+        ({"SOLVER__MATMUL_PRECISION": "high"}, None, "float32, high matrix products"),
     ],
 )
 def test_a_model_is_scored_in_the_precision_of_its_training(tiny_cfg, options, seen, recorded):
@@ -33,7 +34,11 @@ def test_a_model_is_scored_in_the_precision_of_its_training(tiny_cfg, options, s
         dtypes.add(torch.get_autocast_dtype(kind) if enabled else None)
 
     model.register_forward_pre_hook(record)
-    score_datasets(cfg, model)
+    try:
+        score_datasets(cfg, model)
+        assert torch.get_float32_matmul_precision() == cfg.SOLVER.MATMUL_PRECISION
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert dtypes == {seen}
     assert not torch.is_autocast_enabled(model.device.type)
     results = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())

@@ -387,6 +387,14 @@ def test_scores_leave_out_no_object():
     torch.testing.assert_close(scores[0, :, 0, 0], torch.tensor([1.0, 0.0]))
 
 
+def test_scores_are_float32_under_autocast():
+    generator = torch.Generator().manual_seed(2)
+    logits = [torch.randn(shape, generator=generator) for shape in ((1, 4, 6), (1, 4, 5, 7))]
+    expected = semantic_scores(*logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(semantic_scores(*logits), expected)
+
+
 def test_losses_are_float32_under_autocast():
     head = tiny_head()
     torch.manual_seed(6)
