@@ -174,9 +174,8 @@ def training_checks(rows: list[dict]) -> list[dict]:
 def plan(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
     """What fishertune_d2.plan counts for the ways that ``training`` measures, in GiB."""
     rows: list[dict] = []
-    for precision in args.precisions:
-        if precision == "TF32":  # its numbers take as many bytes as float32's
-            continue
+    # The numbers of TF32 take as many bytes as those of float32.
+    for precision in dict.fromkeys(p.replace("TF32", "float32") for p in args.precisions):
         for way, keys in WAYS.items():
             if way == "warm-up":
                 continue

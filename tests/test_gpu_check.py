@@ -54,7 +54,7 @@ def test_a_dry_run_measures_all_that_the_page_shows(tmp_path):
     assert "no number means anything" in text
     for title in ("Steps", "The Fisher information of a batch", "Ranking"):
         assert f"\n## {title}\n" in text
-    assert f"| lora | TF32 | {steps['lora']:.0f} |" in text
+    assert f"| lora | float32 | {steps['lora']:.0f} |" in text
 
 
 def test_the_page_is_what_its_command_writes():

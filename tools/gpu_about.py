@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -19,9 +20,11 @@ def about(device: str) -> dict[str, object]:
     if device != "cpu":
         properties = torch.cuda.get_device_properties(0)
         found |= {"device": properties.name, "memory_gib": properties.total_memory / 2**30}
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        found |= {"driver": done.stdout.strip(), "cuda": torch.version.cuda}
+        found["cuda"] = torch.version.cuda
+        if shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            found["driver"] = done.stdout.strip()
     for name in ("torch", "torchvision", "timm", "transformers", "peft", "numpy"):
         found[name] = metadata.version(name)
     return found

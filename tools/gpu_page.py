@@ -29,8 +29,10 @@ def merge(runs: Sequence[dict]) -> dict:
     """One gpu.json of several: the first one's, with parts and figures that it lacks."""
     merged: dict = {}
     for run in runs:
-        parts = {**run["parts"], **merged.get("parts", {})}
-        merged = {**run, **merged, "parts": parts}
+        parts = merged.get("parts", {})
+        parts |= {name: part for name, part in run["parts"].items() if name not in parts}
+        merged |= {key: value for key, value in run.items() if key not in merged}
+        merged["parts"] = parts
     return merged
 
 
