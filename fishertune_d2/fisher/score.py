@@ -121,9 +121,10 @@ def _ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rank of each entry among all that are above 0, scaled to (0, 1]; 0 stays 0.
 
     They are on the CPU. Beside them and one copy of the values, memory is needed for the entries of
-    one part of the range of values at a time, and for those that are equal.
+    one part of the range of values at a time, and for those that are equal. Each part is sorted on
+    the values' device, for most of the time goes into that.
     """
-    flat = flat_on_cpu(values)
+    flat, device = flat_on_cpu(values), next(iter(values.values())).device
     ranks = torch.zeros_like(flat)
     total, before = int(torch.count_nonzero(flat > 0)), 0
     edges = _edges(flat, RANKED_AT_ONCE)
@@ -131,7 +132,8 @@ def _ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inside = flat > low
         places = inside.logical_and_(flat <= high).nonzero().flatten()
         # Floats above 0 sort as their bits do, for which torch has a faster sort.
-        places = places[flat[places].view(_BITS[flat.dtype]).argsort(stable=True)]
+        bits = flat[places].view(_BITS[flat.dtype]).to(device)
+        places = places[bits.argsort(stable=True).cpu()]
         ends = before + len(places)
         ranks[places] = (torch.arange(before + 1, ends + 1) / total).to(ranks.dtype)
         before = ends
