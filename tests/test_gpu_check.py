@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh, gpu_carry.py and the page of results: tried out where there is no GPU."""
+"""tools/gpu_check.sh, its carry.py and the page of results: tried out where there is no GPU."""
 
 import argparse
 import json
@@ -22,14 +22,14 @@ def tools(monkeypatch):
 
 @pytest.fixture
 def part(tmp_path):
-    from gpu_parts import Part
+    from gpu_check.parts import Part
 
     args = argparse.Namespace(output=tmp_path, carried=tmp_path, device="cpu", demo=[])
     return Part("demo", args, time.monotonic() + 60, dict(os.environ), tmp_path)
 
 
 def test_a_dry_run_measures_all_that_the_page_shows(tmp_path):
-    from gpu_page import page
+    from gpu_check.page import page
 
     measuring = ("steps", "evaluation", "fisher", "ranking")
     run = subprocess.run(
@@ -58,7 +58,7 @@ def test_a_dry_run_measures_all_that_the_page_shows(tmp_path):
 
 
 def test_the_page_is_what_its_command_writes():
-    from gpu_page import DATA, PAGE, page
+    from gpu_check.page import DATA, PAGE, page
 
     found = json.loads(DATA.read_text()) if DATA.is_file() else None
     assert PAGE.read_text() == page(found)
@@ -66,8 +66,8 @@ def test_the_page_is_what_its_command_writes():
 
 
 def test_the_page_says_what_each_part_checks():
-    from gpu_page import page
-    from gpu_parts import GROUPS, PARTS
+    from gpu_check.page import page
+    from gpu_check.parts import GROUPS, PARTS
 
     for name in PARTS:
         assert f"\n| {name} | " in page(None)
@@ -75,7 +75,7 @@ def test_the_page_says_what_each_part_checks():
 
 
 def test_a_second_run_adds_what_the_first_lacks():
-    from gpu_page import merge
+    from gpu_check.page import merge
 
     first = {"commit": "a", "parts": {"setup": 1, "demo": 2}, "demo": 3}
     second = {"commit": "b", "parts": {"setup": 4, "camvid": 5}, "camvid": 6}
@@ -102,7 +102,7 @@ def _write_demo(output: Path, miou: float, loss: float) -> None:
 def test_scores_that_differ_from_the_cpu_are_told(
     part, tmp_path, monkeypatch, on_gpu, loss, again, missed
 ):
-    import gpu_parts
+    from gpu_check import parts
 
     (tmp_path / "weights.safetensors").touch()
     reference = {"mIoU": {"day": 21.0, "night": 21.0}, "losses": {"19": 30.0}}
@@ -115,35 +115,35 @@ def test_scores_that_differ_from_the_cpu_are_told(
         return 0
 
     monkeypatch.setattr(part, "python", python)
-    gpu_parts.demo(part)
+    parts.demo(part)
     assert len(part.checks) == 3
     assert [each["what"] for each in part.checks if not each["ok"]] == missed
 
 
 def test_a_part_ends_when_its_time_is_over_and_says_so(part, monkeypatch, capsys):
-    import gpu_check
+    from gpu_check import check
 
     def endless(part):
         part.figures["first"] = 1
         part.python("-c", "import time; time.sleep(60)")
 
-    monkeypatch.setitem(gpu_check.PARTS, "demo", (endless, 0))
+    monkeypatch.setitem(check.PARTS, "demo", (endless, 0))
     part.deadline = time.monotonic() + 0.5
-    result = gpu_check.run_part(part)
+    result = check.run_part(part)
     assert result["status"] == "FAIL" and result["seconds"] < 30
     assert "its time is over" in capsys.readouterr().out
     assert part.figures == {"first": 1}
 
 
 def test_without_the_carried_folder_the_remedy_is_named(part, capsys):
-    from gpu_check import run_part
+    from gpu_check.check import run_part
 
     assert run_part(part)["status"] == "FAIL"
-    assert "weights.safetensors: run tools/gpu_carry.py" in capsys.readouterr().out
+    assert "weights.safetensors: run tools/gpu_check/carry.py" in capsys.readouterr().out
 
 
 def test_a_plan_far_from_the_peak_is_told():
-    from gpu_check import compare_plan
+    from gpu_check.check import compare_plan
 
     row = {"way": "full", "precision": "TF32", "peak_gib": 10.0}
     figures = {"training": [row], "plan": [{"way": "full", "precision": "float32", "gib": 9.0}]}
@@ -154,7 +154,7 @@ def test_a_plan_far_from_the_peak_is_told():
 
 
 def test_too_many_waits_and_launches_are_told():
-    from gpu_training import training_checks
+    from gpu.training import training_checks
 
     rows = [
         {"way": "full", "precision": "TF32", "launches": 1000, "waits": 4},
@@ -175,7 +175,7 @@ def _wheel(folder: Path, name: str, version: str, *requires: str) -> None:
 
 
 def test_a_wheel_whose_needs_are_not_carried_is_told(tmp_path):
-    from gpu_carry import missing
+    from gpu_check.carry import missing
 
     other = 'importlib-resources; python_version < "3.9"'
     _wheel(tmp_path, "one", "1.0", "two>=2", "numpy", other, 'ruff; extra == "dev"')
@@ -192,7 +192,7 @@ def test_a_wheel_whose_needs_are_not_carried_is_told(tmp_path):
 
 
 def test_what_the_machine_has_is_not_wanted():
-    from gpu_carry import HAS, wanted
+    from gpu_check.carry import HAS, wanted
 
     names = {need.name for need in wanted(set(HAS))}
     assert {"fvcore", "omegaconf", "pycocotools"} <= names

@@ -7,17 +7,6 @@ from statistics import median
 
 import timm
 import torch
-from gpu_measure import (
-    CLASSES,
-    GIB,
-    PRECISIONS,
-    check,
-    configure,
-    now,
-    peak_gib,
-    release,
-    reset_peak,
-)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,6 +23,17 @@ from fishertune_d2.fisher import (
     overlap,
 )
 from fishertune_d2.tuning.set import compose, decompose
+from gpu.measure import (
+    CLASSES,
+    GIB,
+    PRECISIONS,
+    check,
+    configure,
+    now,
+    peak_gib,
+    release,
+    reset_peak,
+)
 
 SHARE = 0.05
 LEAST_OVERLAP = 0.99  # of two selections of SHARE that should be one

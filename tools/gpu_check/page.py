@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from gpu_demo import ROOT
+from gpu_check.demo import ROOT
 
 DATA, PAGE = ROOT / "docs/results/gpu.json", ROOT / "docs/results/gpu.md"
-HEAD = ROOT / "tools/gpu_page.md"
+HEAD = Path(__file__).with_name("page.md")
 NOT_YET = "Not measured yet. The command below measures it."
 
 
@@ -15,7 +15,7 @@ def write_page(files: Sequence[Path] = ()) -> None:
     """Writes the page from gpu.json, or says on it that there is none yet.
 
     Args:
-        files: what runs of gpu_check.py wrote; a later one goes before an earlier one, part by
+        files: what runs of the check wrote; a later one goes before an earlier one, part by
             part. They become docs/results/gpu.json.
     """
     if files:

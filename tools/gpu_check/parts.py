@@ -1,4 +1,4 @@
-"""The parts of tools/gpu_check.py; only Python's own library is needed."""
+"""The parts of the check; only Python's own library is needed."""
 
 import argparse
 import importlib.util
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_demo import ROOT, demo_command, demo_scores, read_scores
+from gpu_check.demo import ROOT, demo_command, demo_scores, read_scores
 
 # Points of mIoU, of two trainings that begin alike: those of two versions of torch, on one CPU and
 # with the loss within 0.4 % after 20 iterations, ended 2.0 apart.
@@ -111,20 +111,20 @@ class Part:
         return log.read_text(errors="replace") if log.is_file() else ""
 
     def benchmark(self, *names: str) -> None:
-        """Runs parts of benchmarks/gpu.py, whose figures are this part's as they come."""
+        """Runs parts of benchmarks/gpu, whose figures are this part's as they come."""
         file = self.work / "figures.json"
         options = ["--device", self.device, "--output", file]
         if self.args.dry_run:
             options += ["--tiny", "--steps", "8", "--precisions", "float32"]
         for name in names:
-            process = self.start("benchmarks/gpu.py", name, *options)
+            process = self.start("benchmarks/gpu", name, *options)
             try:
                 code = self.wait(process, lambda file=file: self._take(file))
             finally:
                 self._take(file)
             self.checks += self.figures.get("checks", {}).get(name, [])
             if code:
-                self.check(False, f"benchmarks/gpu.py {name}", last_line(self.log()))
+                self.check(False, f"benchmarks/gpu {name}", last_line(self.log()))
         self.figures.pop("checks", None)
 
     def _take(self, file: Path) -> bool:
@@ -170,7 +170,7 @@ def setup(part: Part) -> None:
     code = part.python("-m", "fishertune_d2.doctor")
     problems = [line.strip() for line in part.log().splitlines() if line.startswith("  x")]
     part.check(code == 0, f"doctor, with {len(wheels)} carried wheels", "; ".join(problems))
-    if part.python("tools/gpu_about.py", part.device):
+    if part.python("tools/gpu_check/about.py", part.device):
         raise PartFailed(f"no device can be asked: {last_line(part.log())}")
     part.figures["about"] = json.loads(last_line(part.log()))
 
@@ -192,7 +192,7 @@ def tests(part: Part) -> None:
 def demo(part: Part) -> None:
     """The demo's config on the device, beside a CPU's scores and its own on this CPU."""
     carried, output = part.args.carried, part.work / "demo"
-    remedy = "run tools/gpu_carry.py and name its folder by --carried"
+    remedy = "run tools/gpu_check/carry.py and name its folder by --carried"
     weights = part.need(carried / "weights.safetensors", remedy)
     reference = json.loads(part.need(carried / "reference.json", remedy).read_text())
     if part.python(*demo_command(part.device, weights, output), *part.args.demo):
@@ -221,7 +221,7 @@ def demo(part: Part) -> None:
 
 def resume(part: Part) -> None:
     """Torchrun with one process, SIGTERM in the tuning stage, and --resume to the end."""
-    weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_carry.py")
+    weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_check/carry.py")
     output = part.work / "resumed"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     keys = [*part.args.demo, "DATASETS.TEST", '("streets_day_val",)']
@@ -272,8 +272,8 @@ def ranking(part: Part) -> None:
 
 def camvid(part: Part) -> None:
     """Full fine-tuning and FisherTune on CamVid, at the same time."""
-    weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_carry.py")
-    data = part.need(part.args.camvid, "run tools/gpu_carry.py --only camvid")
+    weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_check/carry.py")
+    data = part.need(part.args.camvid, "run tools/gpu_check/carry.py --only camvid")
     part.environment["DETECTRON2_DATASETS"] = str(data.resolve())
     iterations, rows = part.args.steps, part.figures.setdefault("camvid", [])
 

@@ -1,12 +1,11 @@
-#!/usr/bin/env python
 """What a run costs on one GPU: steps, memory, waits and launches, evaluation, F, ranking, the plan.
 
-    python benchmarks/gpu.py training          # needs a GPU; 2 minutes
-    python benchmarks/gpu.py evaluation        # needs a GPU; 1 minute
-    python benchmarks/gpu.py fisher            # needs a GPU; 1 minute
-    python benchmarks/gpu.py ranking           # needs a GPU; 1 minute
-    python benchmarks/gpu.py agreement         # needs a GPU; 1 minute
-    python benchmarks/gpu.py plan              # 2 minutes on one core
+    python benchmarks/gpu training          # needs a GPU; 2 minutes
+    python benchmarks/gpu evaluation        # needs a GPU; 1 minute
+    python benchmarks/gpu fisher            # needs a GPU; 1 minute
+    python benchmarks/gpu ranking           # needs a GPU; 1 minute
+    python benchmarks/gpu agreement         # needs a GPU; 1 minute
+    python benchmarks/gpu plan              # 2 minutes on one core
 
 DINOv2 ViT-L as in configs/fishertune_dinov2.yaml, at 512 x 512 in batches of 4, with random
 weights, on images of noise of Cityscapes' size. Iterations of the trainer are timed from the end of
@@ -28,10 +27,13 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+# This folder is a package, and fishertune_d2 need not be installed.
+sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-from gpu_fisher import agreement, fisher, ranking  # noqa: E402
-from gpu_measure import (  # noqa: E402
+from fishertune_d2.engine import Trainer  # noqa: E402
+from fishertune_d2.engine.scoring import score_datasets  # noqa: E402
+from gpu.fisher import agreement, fisher, ranking  # noqa: E402
+from gpu.measure import (  # noqa: E402
     PRECISIONS,
     ROOT,
     check,
@@ -42,10 +44,7 @@ from gpu_measure import (  # noqa: E402
     reset_peak,
     write_noise,
 )
-from gpu_training import plan, training  # noqa: E402
-
-from fishertune_d2.engine import Trainer  # noqa: E402
-from fishertune_d2.engine.scoring import score_datasets  # noqa: E402
+from gpu.training import plan, training  # noqa: E402
 
 WINDOWS = (1, 6)  # at once, of the 18 of an image
 IMAGES = 4  # of which the first warms up

@@ -1,4 +1,4 @@
-"""Prints as JSON the device, and the versions that a time depends on: gpu_about.py DEVICE."""
+"""Prints as JSON the device, and the versions that a time depends on: about.py DEVICE."""
 
 import json
 import platform

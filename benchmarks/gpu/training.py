@@ -9,7 +9,12 @@ from unittest.mock import patch
 
 import torch
 from detectron2.config import CfgNode
-from gpu_measure import (
+from torch import Tensor, nn
+
+from fishertune_d2.engine import Trainer
+from fishertune_d2.fisher import FisherEstimate, Selection
+from fishertune_d2.plan import make_plan
+from gpu.measure import (
     GIB,
     PRECISIONS,
     check,
@@ -23,11 +28,6 @@ from gpu_measure import (
     release,
     reset_peak,
 )
-from torch import Tensor, nn
-
-from fishertune_d2.engine import Trainer
-from fishertune_d2.fisher import FisherEstimate, Selection
-from fishertune_d2.plan import make_plan
 
 # What a way of training sets, beside the precision. A further way is a line.
 WAYS: dict[str, dict[str, object]] = {
@@ -98,7 +98,7 @@ class Watch:
 class RankedOnce:
     """Stands in for Selection.from_scores: what the first call selects is what all calls do.
 
-    The ranking of all weights takes a CPU long, benchmarks/gpu.py ranking measures it, and a step
+    The ranking of all weights takes a CPU long, benchmarks/gpu ranking measures it, and a step
     costs the same whatever is selected.
     """
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Makes the folder that tools/gpu_check.sh needs on a GPU machine without network.
 
-    python tools/gpu_carry.py                        # needs PyPI and the ViT-S weights
-    python tools/gpu_carry.py --only camvid          # needs CamVid; a second folder
+    python tools/gpu_check/carry.py                  # needs PyPI and the ViT-S weights
+    python tools/gpu_check/carry.py --only camvid    # needs CamVid; a second folder
 
 The machine has CPython 3.12 on Linux (x86-64), torch and the packages of HAS. What the tests and
 the configs need beside them is found by the wheels' own metadata, fetched as wheels, and checked:
@@ -30,12 +30,13 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("FISHERTUNE_SHARED", ROOT.parent / "shared"))
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from gpu_demo import TOY, commit, demo_command, demo_scores  # noqa: E402
 from install_detectron2 import WHEEL  # noqa: E402
+
+from gpu_check.demo import TOY, commit, demo_command, demo_scores  # noqa: E402
 
 # What the machine is taken to have. With --has, its own list is read.
 HAS = """

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Checks and measures on one GPU, without network, in at most 8 minutes: tools/gpu_check.sh.
 
-    tools/gpu_check.sh                    # needs a GPU, and what tools/gpu_carry.py made
+    tools/gpu_check.sh                    # needs a GPU, and what tools/gpu_check/carry.py made
     tools/gpu_check.sh --parts camvid     # needs a GPU and CamVid; 5 minutes more
     tools/gpu_check.sh --dry-run          # on a CPU, with toys; 2 minutes
     tools/gpu_check.sh --page             # docs/results/gpu.md from gpu.json there
@@ -26,9 +25,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpu_demo import ROOT, TOY, commit
-from gpu_page import write_page
-from gpu_parts import GROUPS, PARTS, STOP, TESTS, Part, PartFailed, last_line
+from gpu_check.demo import ROOT, TOY, commit
+from gpu_check.page import write_page
+from gpu_check.parts import GROUPS, PARTS, STOP, TESTS, Part, PartFailed, last_line
 
 PLAN_WITHIN = 0.3  # of the measured peak
 WRITING = threading.Lock()  # parts end in threads of their own
@@ -140,7 +139,7 @@ def make_environment(args: argparse.Namespace) -> dict[str, str]:
 
 def make_toys(args: argparse.Namespace, work: Path) -> None:
     """Makes what a dry run takes in the place of the carried folder."""
-    words = ["tools/gpu_carry.py", "--toy", "--only", "weights", "scenes", "reference"]
+    words = ["tools/gpu_check/carry.py", "--toy", "--only", "weights", "scenes", "reference"]
     words = [sys.executable, *words, "--output", work]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -196,7 +195,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         passed = Check(args, make_environment(args), work).run()
     print(f"{'PASS' if passed else 'FAIL'}: figures in {args.output / 'gpu.json'}")
     return int(not passed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,10 @@
-"""The demo as tools/gpu_check.py and gpu_carry.py run it; only Python's own library is needed."""
+"""The demo as tools/gpu_check and its carry.py run it; only Python's own library is needed."""
 
 import json
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # A third of the demo: enough for the six scores to leave 0, short enough for a CPU.
 DEMO = {
     "SOLVER.MAX_ITER": 100,

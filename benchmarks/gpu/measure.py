@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from fishertune_d2.config import read_config
 from fishertune_d2.data import register_sem_seg
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 NAME, CLASSES = "noise_of_the_benchmark", 19
 # The fastest first: the last is what is lost if time runs out.

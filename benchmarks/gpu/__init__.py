@@ -1,0 +1,1 @@
+"""What a run costs on one GPU: python benchmarks/gpu."""
