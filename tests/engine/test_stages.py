@@ -29,7 +29,7 @@ class _Adds(TuningMethod):
 
 
 def test_numbers_for_a_gpu_are_drawn_on_the_cpu(tiny_cfg):
-    model, method = build_model(tiny_cfg()), _Adds(None)
+    model, method = build_model(tiny_cfg(MODEL__DEVICE="cpu")), _Adds(None)
     with on_device(model, torch.device("cuda:0")):
         attach(model, method)
     # peft draws from a CPU generator, which cannot fill a GPU's tensor.
