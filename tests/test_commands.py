@@ -92,13 +92,22 @@ def parse(words: Sequence[str]) -> None:
     elif program in PYTHONS:
         script = "train_net.py" if rest[0] in WRITTEN else rest[0]
         _require(script)
+        if script == "tools/fake_cuda":  # runs what the other words say
+            with patch.object(sys, "path", ["tools", *sys.path]):
+                return parse(["python", *rest[1:]])
         _parse_program(script, "".join(_sources(Path(script))), rest[1:])
     elif program not in PROGRAMS:
         raise ValueError(f"no rule for the program {program!r}: add one to tests/test_commands.py")
 
 
 def _sources(script: Path) -> Iterator[str]:
-    """The text of a script, and of the package's module that runs for it, if it is but a door."""
+    """The text of a script or of a folder that runs as one.
+
+    Of a script that is but a door, also the text of the package's module that runs for it.
+    """
+    if script.is_dir():
+        yield from (file.read_text() for file in script.glob("*.py"))
+        return
     yield script.read_text()
     door = re.search(r"^from (fishertune_d2[.\w]*) import run$", script.read_text(), re.MULTILINE)
     if door:
@@ -169,7 +178,7 @@ def start(program: str, arguments: Sequence[str]) -> None:
     if program == "-c":
         exec(compile(arguments[0], "-c", "exec"), {})
         return
-    is_script = program.endswith(".py")
+    is_script = program.endswith(".py") or Path(program).is_dir()
     folder = str(Path(program).resolve().parent) if is_script else os.getcwd()
     with (
         patch.object(sys, "argv", [program, *arguments]),
