@@ -15,10 +15,11 @@ from fishertune_d2.config import read_config
 from fishertune_d2.engine.plan import build_empty
 from fishertune_d2.tuning import build_tuning_method
 
+from ..conftest import DEVICE
 from .conftest import FAMILIES, naively_refined
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-IMAGES = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 both = pytest.mark.parametrize("name", ["rein", "set"])
 
 

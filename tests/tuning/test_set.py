@@ -40,7 +40,7 @@ def published_change(patch: Tensor, block: int, p: dict[str, Tensor]) -> Tensor:
 
 
 def attended(features, tokens, p, suffix, normalise=False) -> list[float]:
-    width, features = len(features), torch.tensor(features, dtype=torch.float64)
+    width, features = len(features), tokens.new_tensor(features, dtype=torch.float64)
     scores = [float(features @ token) for token in tokens]
     if normalise:
         mean = sum(scores) / len(scores)
@@ -62,10 +62,10 @@ def attached(cfg, model) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("vfm", FAMILIES)
-def test_patches_are_changed_as_published(segmentor, vfm):
+def test_patches_are_changed_as_published(segmentor, device, vfm):
     cfg, model = segmentor("set", vfm)
     model.double()
-    frozen, images = deepcopy(model.backbone), torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    frozen, images = deepcopy(model.backbone), torch.randn(2, 3, 48, 64).to(device, torch.float64)
     p = attached(cfg, model)
     p["scale"].fill_(0.3)
     with torch.no_grad():
@@ -82,11 +82,11 @@ def test_the_second_tokens_are_initialised_as_published(segmentor):
     assert 0.98 * bound < tokens.abs().max() <= bound
 
 
-def test_an_image_does_not_depend_on_its_batch(segmentor):
+def test_an_image_does_not_depend_on_its_batch(segmentor, device):
     cfg, model = segmentor("set")
     model.double()
     attached(cfg, model)["scale"].fill_(0.3)
-    images = torch.randn(3, 3, 48, 64, dtype=torch.float64)
+    images = torch.randn(3, 3, 48, 64).to(device, torch.float64)
     with torch.no_grad():
         together = model.backbone(images)["res5"]
         alone = torch.cat([model.backbone(image[None])["res5"] for image in images])

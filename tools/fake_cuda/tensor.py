@@ -6,6 +6,7 @@ to a CPU tensor raises RuntimeError, as on a GPU.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
 from typing import Any
 from unittest import mock
 
@@ -78,6 +79,10 @@ class FakeCudaTensor(Tensor):
         """The values, for which the host waits."""
         return self.cpu().tolist()
 
+    def untyped_storage(self):
+        """The memory, which is the host's."""
+        return self.held.untyped_storage()
+
     def numpy(self, *_, **__):
         """Refuses, as on a GPU."""
         raise TypeError(
@@ -97,7 +102,8 @@ class FakeCudaTensor(Tensor):
                 "Only Tensors created explicitly by the user support the deepcopy protocol: detach "
                 "this one first [fake CUDA device]"
             )
-        copy = FakeCudaTensor(self.held.clone()).requires_grad_(self.requires_grad)
+        # With one memory for what had one before.
+        copy = FakeCudaTensor(deepcopy(self.held, memo)).requires_grad_(self.requires_grad)
         memo[id(self)] = copy
         vars(copy).update({name: value for name, value in vars(self).items() if name != "held"})
         return copy
