@@ -19,6 +19,9 @@ from fishertune_d2.data import register_sem_seg
 
 from ..conftest import DEVICE
 
+# On a CPU other tests say the same and more.
+collect_ignore = ["test_methods_on_a_gpu.py"] if DEVICE == "cpu" else []
+
 CLASSES = ["ground", "wall", "sky"]
 # How far runs may be apart that end alike. On a GPU backward passes add up with atomics, in another
 # order every time; to the bit, a run repeats itself on a CPU alone, which the fake device is.

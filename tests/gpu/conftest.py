@@ -8,7 +8,5 @@ others: on a GPU that is there, or all of them on the fake device by
 """
 
 from ..conftest import DEVICE
-from ..engine.conftest import tiny_cfg, tiny_data
 
-__all__ = ["tiny_cfg", "tiny_data"]
 collect_ignore = ["on_device"] if DEVICE == "cpu" else ["test_on_fake_cuda.py"]

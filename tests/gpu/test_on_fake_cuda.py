@@ -2,7 +2,7 @@
 
 The rest of what runs there, among it every way of tuning, takes minutes, and a name:
 
-    FISHERTUNE_TEST_DEVICE=cuda python tools/fake_cuda -m pytest tests/gpu -k tuner_of_peft
+    FISHERTUNE_TEST_DEVICE=cuda python tools/fake_cuda -m pytest tests/engine -k tuner_of_peft
     FISHERTUNE_TEST_DEVICE=cuda python tools/fake_cuda -m pytest tests/engine tests/predict
 """
 

@@ -29,11 +29,6 @@ PRECISIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def every_test_on_one_thread(one_thread):
-    """Applies to all tests of this file."""
-
-
 def _trains_and_predicts(cfg) -> None:
     trainer = Trainer(cfg)
     trainer.train()
