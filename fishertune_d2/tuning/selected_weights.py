@@ -39,6 +39,10 @@ class SelectedWeights:
     Entries beyond the share that :meth:`grow` was last given have a gradient of zero, and whatever
     the optimizer does to their values (weight decay does) never reaches the model.
 
+    The weights follow the vectors when a ``torch.optim.Optimizer`` that holds these has stepped.
+    What changes a vector in another way reaches its weight when that is read next, unless
+    ``torch.compile`` has compiled the model.
+
     Args:
         model: its parameters named in ``selection`` are frozen; those of which an entry is selected
             become attributes computed from the vectors (``torch.nn.utils.parametrize``).
