@@ -72,14 +72,14 @@ class SelectedValues:
             self._put_back()
         for tensor in self.tensors:
             entries, active = tensor[0], tensor[0].active
-            # Through .data: if autograd has saved the tensor for a backward pass that is still to
-            # come, the optimizer has not stepped since, and these are the numbers that are there.
-            dense, values = tensor.original.data.view(-1), entries.values.data
+            # Not through .data: a backward pass that still needs the old numbers must fail.
+            dense, values = tensor.original.view(-1), entries.values.data
             if active < len(values):
                 dense.index_copy_(0, entries.index[:active], values[:active])
             else:
                 dense.index_copy_(0, entries.index, values)
             entries.written = entries.values._version
+        self._versions = [tensor.original._version for tensor in self.tensors]
 
     def gradient_of(self, place: slice, like: Tensor) -> Tensor:
         """Zeros for the gradient of one tensor's values, a part of a buffer that all share.
@@ -92,8 +92,9 @@ class SelectedValues:
             (n,)
         """
         buffer = self._gradients
+        fits = buffer is not None and (buffer.dtype, buffer.device) == (like.dtype, like.device)
         # A part that is taken may be a gradient by now. Such parts keep the old buffer.
-        if buffer is None or place.start in self._taken or buffer.dtype != like.dtype:
+        if not fits or place.start in self._taken:
             self._gradients, self._taken = like.new_zeros(self.flat.shape), set()
         part = self._gradients[place]
         self._taken.add(place.start)
@@ -108,9 +109,9 @@ class SelectedValues:
             return
         self._join()
         versions = [tensor.original._version for tensor in self.tensors]
-        if versions != self._versions:  # at first, and after a checkpoint was loaded
-            parts = [tensor.original.data.view(-1)[tensor[0].index] for tensor in self.tensors]
-            self._start, self._versions = torch.cat(parts), versions
+        if self._start is None or versions != self._versions:  # after a checkpoint was loaded
+            parts = [tensor.original.view(-1)[tensor[0].index] for tensor in self.tensors]
+            self._start = torch.cat(parts)
         self.flat.copy_(torch.where(self._rank < self._count, self.flat, self._start))
 
     def _join(self) -> None:
@@ -122,5 +123,4 @@ class SelectedValues:
         self.flat = torch.cat([each.data for each in values])
         for each, part in zip(values, self.flat.split([len(v) for v in values]), strict=True):
             each.data = part
-        self._rank = self._rank.to(self.flat.device)
-        self._versions = []
+        self._rank, self._start = self._rank.to(self.flat.device), None

@@ -217,6 +217,18 @@ def test_an_optimizer_that_calls_its_parents_step_writes_once(vit, images, monke
     assert len(writes) == 1
 
 
+def test_a_backward_pass_through_weights_that_have_moved_since_fails(vit, images):
+    model = vit()
+    _freeze(model)
+    selected = SelectedWeights(model, _select(model))
+    selected.grow(0.03)
+    optimizer = _adamw(selected.parameters().values())
+    late = model(_pixels(images)).sum()
+    _step(model, optimizer, _pixels(images))
+    with pytest.raises(RuntimeError, match="inplace"):
+        late.backward()
+
+
 def test_values_that_no_optimizer_has_moved_are_written_when_they_are_read(vit):
     model = vit()
     _freeze(model)
