@@ -74,10 +74,8 @@ class SelectedValues:
             entries, active = tensor[0], tensor[0].active
             # Not through .data: a backward pass that still needs the old numbers must fail.
             dense, values = tensor.original.view(-1), entries.values.data
-            if active < len(values):
+            if active:
                 dense.index_copy_(0, entries.index[:active], values[:active])
-            else:
-                dense.index_copy_(0, entries.index, values)
             entries.written = entries.values._version
         self._versions = [tensor.original._version for tensor in self.tensors]
 
@@ -112,7 +110,7 @@ class SelectedValues:
         if self._start is None or versions != self._versions:  # after a checkpoint was loaded
             parts = [tensor.original.view(-1)[tensor[0].index] for tensor in self.tensors]
             self._start = torch.cat(parts)
-        self.flat.copy_(torch.where(self._rank < self._count, self.flat, self._start))
+        torch.where(self._rank < self._count, self.flat, self._start, out=self.flat)
 
     def _join(self) -> None:
         """Puts the values behind one another again, where a copy or a move has parted them."""

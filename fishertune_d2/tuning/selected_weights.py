@@ -182,7 +182,8 @@ class _SharedGradient(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
         selected = ctx.entries.shared.gradient_of(ctx.entries.place, gradient)
-        torch.index_select(gradient.reshape(-1), 0, index, out=selected[: len(index)])
+        if len(index):
+            torch.index_select(gradient.reshape(-1), 0, index, out=selected[: len(index)])
         return selected, None, None, None
 
 

@@ -6,8 +6,8 @@ pytest.importorskip("fake_cuda.counts", reason="counts on the fake device: pytho
 from fake_cuda.count_steps import StepCounts, count_steps  # noqa: E402
 
 CONFIG = "configs/fishertune_dinov2.yaml"  # 24 blocks
-# So large a share that most tensors have selected weights, as in a model that is not narrow.
-MOST_TENSORS = ["TUNING.D_MAX", "0.3"]
+# So large a share that 143 of 144 tensors have selected weights, as in a model that is not narrow.
+MOST_TENSORS = ["TUNING.D_MAX", "0.8"]
 
 
 @pytest.fixture(scope="module")
