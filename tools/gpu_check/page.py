@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from gpu_check.demo import ROOT
@@ -45,7 +46,7 @@ def page(found: dict | None) -> str:
     if found is None:
         return head(NOT_YET)
     tables = [head(state(found)), "## Parts\n", parts_table(found["parts"])]
-    for key, title, make in TABLES:
+    for key, (title, make) in TABLES.items():
         if found.get(key):
             tables += [f"\n## {title}\n", make(found[key])]
     return "\n".join(tables) + "\n"
@@ -84,85 +85,10 @@ def parts_table(parts: dict[str, dict]) -> str:
     return table(["part", "check", "", "found"], rows)
 
 
-def training_table(rows: list[dict]) -> str:
-    """Steps of the trainer."""
-    text = (
-        "DINOv2 ViT-L, batches of 4 images of 512 x 512, random weights; an iteration with loading "
-        "and hooks. GiB are what torch's allocator gave out at most, and what the plan counts. "
-        "The estimation is that of 2 batches, x and x'.\n\n"
-    )
-    columns: dict[str, Callable[[dict], str]] = {
-        "way": lambda r: r["way"],
-        "precision": lambda r: r["precision"],
-        "ms a step": lambda r: number(r.get("step_ms"), ".0f"),
-        "images a second": lambda r: number(r.get("images_per_second"), ".1f"),
-        "kernels, ms": lambda r: number(r.get("kernel_ms"), ".0f"),
-        "launches": lambda r: number(r.get("launches"), ",d"),
-        "waits": lambda r: number(r.get("waits"), "d"),
-        "peak, GiB": lambda r: number(r.get("peak_gib"), ".1f"),
-        "planned": lambda r: number(r.get("planned_gib"), ".1f"),
-        "estimation, s": lambda r: number(r.get("estimation_seconds"), ".2f"),
-        "its peak, GiB": lambda r: number(r.get("estimation_peak_gib"), ".1f"),
-        "its planned": lambda r: number(r.get("estimation_planned_gib"), ".1f"),
-    }
-    return text + table(columns, [[cell(row) for cell in columns.values()] for row in rows])
-
-
-def fisher_table(rows: list[dict]) -> str:
-    """F(x), batched against the loop."""
-    body = [
-        [
-            row["estimator"],
-            row["precision"],
-            number(row["seconds"], ".3f"),
-            number(row["peak_gib"], ".1f"),
-            number(row.get("difference"), ".1e"),
-            number(row.get("overlap"), ".4f"),
-        ]
-        for row in rows
-    ]
-    above = ("difference from the one above", "same 5 %, of an eighth of the layers")
-    head = ["estimator", "precision", "s for 4 images", "peak, GiB", *above]
-    return table(head, body)
-
-
-def evaluation_table(rows: list[dict]) -> str:
-    """An image of 2048 x 1024."""
-    body = [
-        [
-            row["precision"],
-            str(row["windows"]),
-            number(row["image_ms"], ".0f"),
-            number(row["model_ms"], ".0f"),
-            number(row["peak_gib"], ".1f"),
-        ]
-        for row in rows
-    ]
-    return table(["precision", "windows at once", "ms an image", "of it model", "peak, GiB"], body)
-
-
-def ranking_table(rows: list[dict]) -> str:
-    """The ranking of all candidates."""
-    body = [
-        [
-            row["form"],
-            f"{row['scores']:,}",
-            number(row["scoring_seconds"], ".2f"),
-            number(row["selecting_seconds"], ".2f"),
-            number(row["peak_gib"], ".1f"),
-        ]
-        for row in rows
-    ]
-    return table(["FISHER.FORM", "scores", "s to score", "s to select", "peak, GiB"], body)
-
-
-def agreement_table(rows: list[dict]) -> str:
-    """GPU against CPU."""
-    body = [
-        [row["what"], number(row["difference"], ".1e"), number(row.get("overlap"), ".4f")]
-        for row in rows
-    ]
-    return table(["what", "relative difference", "same 5 %"], body)
+def rows_table(text: str, columns: dict[str, tuple[str, str]], rows: list[dict]) -> str:
+    """A line for each row, with a dash where a number is missing."""
+    body = [[number(row.get(key), form) for key, form in columns.values()] for row in rows]
+    return (f"{text}\n\n" if text else "") + table(columns, body)
 
 
 def demo_table(found: dict) -> str:
@@ -186,15 +112,82 @@ def camvid_table(rows: list[dict]) -> str:
     return text + table(["method", "iterations", "s", *names], body)
 
 
-TABLES: tuple[tuple[str, str, Callable], ...] = (
-    ("training", "Steps", training_table),
-    ("fisher", "The Fisher information of a batch", fisher_table),
-    ("evaluation", "Evaluation of an image of 2048 x 1024", evaluation_table),
-    ("ranking", "Ranking", ranking_table),
-    ("agreement", "GPU against CPU", agreement_table),
-    ("demo", "The demo", demo_table),
-    ("camvid", "CamVid", camvid_table),
-)
+# By key of gpu.json whose rows become a table: title, a text above it, and by the head of each
+# column the rows' key and the number's form.
+ROWS: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
+    "training": (
+        "Steps",
+        "DINOv2 ViT-L, batches of 4 images of 512 x 512, random weights; an iteration with loading "
+        "and hooks. GiB are what torch's allocator gave out at most, and what the plan counts. "
+        "The estimation is that of 2 batches, x and x'.",
+        {
+            "way": ("way", ""),
+            "precision": ("precision", ""),
+            "ms a step": ("step_ms", ".0f"),
+            "images a second": ("images_per_second", ".1f"),
+            "kernels, ms": ("kernel_ms", ".0f"),
+            "launches": ("launches", ",d"),
+            "waits": ("waits", "d"),
+            "peak, GiB": ("peak_gib", ".1f"),
+            "planned": ("planned_gib", ".1f"),
+            "estimation, s": ("estimation_seconds", ".2f"),
+            "its peak, GiB": ("estimation_peak_gib", ".1f"),
+            "its planned": ("estimation_planned_gib", ".1f"),
+        },
+    ),
+    "fisher": (
+        "The Fisher information of a batch",
+        "",
+        {
+            "estimator": ("estimator", ""),
+            "precision": ("precision", ""),
+            "s for 4 images": ("seconds", ".3f"),
+            "peak, GiB": ("peak_gib", ".1f"),
+            "difference from the one above": ("difference", ".1e"),
+            "same 5 %, of an eighth of the layers": ("overlap", ".4f"),
+        },
+    ),
+    "evaluation": (
+        "Evaluation of an image of 2048 x 1024",
+        "",
+        {
+            "precision": ("precision", ""),
+            "windows at once": ("windows", ""),
+            "ms an image": ("image_ms", ".0f"),
+            "of it model": ("model_ms", ".0f"),
+            "peak, GiB": ("peak_gib", ".1f"),
+        },
+    ),
+    "ranking": (
+        "Ranking",
+        "",
+        {
+            "FISHER.FORM": ("form", ""),
+            "scores": ("scores", ",d"),
+            "s to score": ("scoring_seconds", ".2f"),
+            "s to select": ("selecting_seconds", ".2f"),
+            "peak, GiB": ("peak_gib", ".1f"),
+        },
+    ),
+    "agreement": (
+        "GPU against CPU",
+        "",
+        {
+            "what": ("what", ""),
+            "relative difference": ("difference", ".1e"),
+            "same 5 %": ("overlap", ".4f"),
+        },
+    ),
+}
+# By key of gpu.json: title, and what makes a table of the value.
+TABLES: dict[str, tuple[str, Callable]] = {
+    **{
+        key: (title, partial(rows_table, text, columns))
+        for key, (title, text, columns) in ROWS.items()
+    },
+    "demo": ("The demo", demo_table),
+    "camvid": ("CamVid", camvid_table),
+}
 
 
 def number(value: float | None, form: str) -> str:
