@@ -59,7 +59,6 @@ def evaluation(args: argparse.Namespace, root: Path, save: Callable[..., None]) 
         for windows in WINDOWS:
             options = {**keys, "TEST.WINDOWS_PER_BATCH": windows}
             cfg = configure(args, root / "run", options)
-            torch.set_float32_matmul_precision(cfg.SOLVER.MATMUL_PRECISION)
             (root / "run").mkdir(exist_ok=True)
             with torch.device(args.device):
                 model = Trainer.build_model(cfg)

@@ -67,6 +67,20 @@ def class_ious(confusion: np.ndarray, class_rule: str) -> np.ndarray:
     return np.divide(hits, union, out=np.full(len(hits), np.nan), where=scored)
 
 
+def best_classes(scores: torch.Tensor) -> np.ndarray:
+    """The class of the highest score of each pixel, the first one of several.
+
+    Args:
+        scores: (C, H, W), C at most 255.
+
+    Returns:
+        (H, W) uint8.
+    """
+    # The same classes as argmax(dim=0), ties included; on a CPU, argmax takes several times as long
+    # over a first dimension. As uint8 a download has an eighth of int64's bytes.
+    return scores.max(dim=0).indices.to(torch.uint8).cpu().numpy()
+
+
 class DomainGeneralizationEvaluator(DatasetEvaluator):
     """Scores a data set in its own label space, at the size of its label files."""
 
@@ -139,11 +153,7 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
                     f"{item['sem_seg_file_name']}, {label.shape}, are needed."
                 )
             label = self._collapse[label]
-            # The same classes as argmax(dim=0), ties included; on a CPU, argmax takes several times
-            # as long over a first dimension. One download of an eighth of int64's bytes: label maps
-            # hold at most 255 classes.
-            best = scores.max(dim=0).indices.to(torch.uint8).cpu()
-            prediction = self._collapse[best.numpy()]
+            prediction = self._collapse[best_classes(scores)]
             self.confusion += confusion_matrix(label, prediction, len(self.space.classes))
             if item["image_id"] in self._pictures:
                 image = read_image(item["file_name"])

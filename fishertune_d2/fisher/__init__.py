@@ -14,7 +14,7 @@ from .natural import Natural
 from .perturb import StatisticsPerturbation
 from .schedule import tuned_share
 from .score import domain_related_fisher, relative_change
-from .selection import Selection, count_of_share, overlap
+from .selection import Selection, count_of_share, entries_within, overlap
 from .smoothed import Smoothed
 from .variational import Variational
 
@@ -39,6 +39,7 @@ __all__ = [
     "Variational",
     "count_of_share",
     "domain_related_fisher",
+    "entries_within",
     "estimate_fisher",
     "find_candidates",
     "image_seeds",

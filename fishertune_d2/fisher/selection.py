@@ -106,8 +106,7 @@ class Selection:
 
     def prefix(self, name: str, share: float) -> Tensor:
         """Flat indices of the entries of one parameter that are within ``share``; (n,)."""
-        end = torch.searchsorted(self.ranks[name], self.count(share))
-        return self.indices[name][:end]
+        return self.indices[name][: entries_within(self.ranks[name], self.count(share))]
 
     def masks(self, share: float) -> dict[str, Tensor]:
         """Boolean masks of the parameters' shapes, True where a weight is within ``share``."""
@@ -174,6 +173,16 @@ def overlap(a: Selection, b: Selection) -> float:
         for name, places in a.indices.items()
     )
     return both / total if total else 1.0
+
+
+def entries_within(ranks: Tensor, count: int) -> int:
+    """How many entries of one parameter are among the best ``count`` of all parameters.
+
+    Args:
+        ranks: the parameter's in :attr:`Selection.ranks`; (n,).
+        count: a whole number, see :meth:`Selection.count`.
+    """
+    return int(torch.searchsorted(ranks, count))
 
 
 def count_of_share(share: float, base: int) -> int:

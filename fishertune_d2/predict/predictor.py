@@ -25,6 +25,7 @@ from fishertune_d2.data.labels import LabelSpace, identity_space
 from fishertune_d2.data.mapper import fit_into, to_tensor
 from fishertune_d2.engine import WholeCheckpointer
 from fishertune_d2.engine.scoring import scoring_autocast
+from fishertune_d2.evaluation import best_classes
 from fishertune_d2.tuning import build_tuning_method
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Predictor:
         with scoring_autocast(self._cfg, self.model.device):
             (output,) = self.model([inputs])
         scores = output["sem_seg"]
-        classes = self._collapse[scores.max(dim=0).indices.to(torch.uint8).cpu().numpy()]
+        classes = self._collapse[best_classes(scores)]
         return Prediction(classes, confidence_of(scores).cpu().numpy())
 
 

@@ -3,11 +3,12 @@
 So what happens to every one of them is one operator, however many tensors they come from.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
+
+from fishertune_d2.fisher import entries_within
 
 
 class SelectedValues:
@@ -61,7 +62,7 @@ class SelectedValues:
                 self.write()
             self._count = count
             for tensor, ranks in zip(self.tensors, self.ranks, strict=True):
-                tensor[0].active = int(np.searchsorted(ranks.numpy(), count))
+                tensor[0].active = entries_within(ranks, count)
         return sum(tensor[0].active for tensor in self.tensors)
 
     @torch.no_grad()
@@ -77,7 +78,8 @@ class SelectedValues:
             if active:
                 dense.index_copy_(0, entries.index[:active], values[:active])
             entries.written = entries.values._version
-        self._versions = [tensor.original._version for tensor in self.tensors]
+        if self._start is not None:
+            self._versions = self._versions_now()
 
     def gradient_of(self, place: slice, like: Tensor) -> Tensor:
         """Zeros for the gradient of one tensor's values, a part of a buffer that all share.
@@ -106,11 +108,15 @@ class SelectedValues:
             self._rank = self._start = None
             return
         self._join()
-        versions = [tensor.original._version for tensor in self.tensors]
-        if self._start is None or versions != self._versions:  # after a checkpoint was loaded
+        if (
+            self._start is None or self._versions_now() != self._versions
+        ):  # after a checkpoint was loaded
             parts = [tensor.original.view(-1)[tensor[0].index] for tensor in self.tensors]
             self._start = torch.cat(parts)
         torch.where(self._rank < self._count, self.flat, self._start, out=self.flat)
+
+    def _versions_now(self) -> list[int]:
+        return [tensor.original._version for tensor in self.tensors]
 
     def _join(self) -> None:
         """Puts the values behind one another again, where a copy or a move has parted them."""
