@@ -28,7 +28,6 @@ from unittest.mock import patch
 import cv2
 import numpy as np
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from evaluation import describe_machine
@@ -38,7 +37,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fishertune_d2 import add_fishertune_config  # noqa: E402 - the package need not be installed
+from fishertune_d2.config import default_config  # noqa: E402 - the package need not be installed
 from fishertune_d2.data import SegmentationMapper, mapper  # noqa: E402
 from fishertune_d2.data.files import load_image, read_image  # noqa: E402
 from fishertune_d2.data.labels import LABEL_MAPS  # noqa: E402
@@ -132,8 +131,7 @@ def map_as_we(
 
 def time_ways(items: Sequence[dict], seeds: int) -> dict[str, dict]:
     """Maps each image with each seed by both ways in turn: milliseconds, and what differs."""
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     ours = SegmentationMapper(cfg, is_train=True)
     ways = {DETECTRON2: map_as_detectron2, OURS: map_as_we}
     times: dict[str, list[dict]] = {name: [] for name in ways}

@@ -29,7 +29,7 @@ import detectron2
 import numpy as np
 import PIL
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, SemSegEvaluator
 from detectron2.modeling import build_model
 from PIL import Image
@@ -40,7 +40,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fishertune_d2 import add_fishertune_config  # noqa: E402 - the package need not be installed
+from fishertune_d2.config import default_config  # noqa: E402 - the package need not be installed
 from fishertune_d2.data import load_datasets, mapper  # noqa: E402
 from fishertune_d2.data.files import read_label  # noqa: E402
 from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS  # noqa: E402
@@ -88,8 +88,7 @@ def draw_cityscapes(root: Path, images: int) -> None:
 
 def configure(output: Path, pictures: int) -> CfgNode:
     """The paper's setting (windows of 512, steps of 341, images at 1024 x 512), with ViT-S."""
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.merge_from_file(str(ROOT / "configs/fishertune_dinov2.yaml"))
     cfg.merge_from_list(["MODEL.VFM.NAME", "dinov2_vits", "MODEL.VFM.WEIGHTS", "random"])
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "DATASETS.TEST", (NAME,)])

@@ -78,14 +78,12 @@ class Setting:
     """
 
     def __init__(self, warmup: Path, output: Path):
-        from detectron2.config import get_cfg
 
-        from fishertune_d2 import add_fishertune_config
+        from fishertune_d2.config import default_config
         from fishertune_d2.engine import Trainer
         from fishertune_d2.engine.image_losses import SegmentationLoss
 
-        cfg = get_cfg()
-        add_fishertune_config(cfg)
+        cfg = default_config()
         cfg.merge_from_file(str(ROOT / "configs/camvid/fishertune.yaml"))
         cfg.merge_from_list(["TUNING.WARMUP_CHECKPOINT", str(warmup), "OUTPUT_DIR", str(output)])
         # "full", because the peak of a training step is measured too.

@@ -30,14 +30,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from evaluation import describe_machine
 from tabulate import tabulate
 from torch import Tensor
 from training import ROOT, Training
 
-from fishertune_d2 import add_fishertune_config
 from fishertune_d2.compat import wrap_for_ranks
+from fishertune_d2.config import default_config
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.optimizer import is_backbone
@@ -243,8 +243,7 @@ def _seconds(size: int, processes: int = 8, bytes_per_second: float = 10e9 / 8) 
 
 
 def _config(path: str, options: dict) -> CfgNode:
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.merge_from_file(str(ROOT / path))
     for key, value in {**options, "MODEL.VFM.WEIGHTS": "random"}.items():
         cfg.merge_from_list([key, value])

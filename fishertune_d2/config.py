@@ -16,23 +16,38 @@ from detectron2.utils.file_io import PathManager
 CONFIGS = Path(__file__).resolve().parent / "configs"
 if not CONFIGS.is_dir():
     CONFIGS = CONFIGS.parents[1] / "configs"
+# What every config starts from, whether its file names it as _BASE_ or not.
+RECIPE = "Base-recipe.yaml"
 
 
 def add_fishertune_config(cfg: CN) -> None:
-    """Adds FisherTune's keys and defaults to ``cfg``, in place.
+    """Adds FisherTune's keys to ``cfg``, in place, and changes no value that Detectron2 sets.
+
+    The recipe's values of Detectron2's own keys are in configs/Base-recipe.yaml, from which every
+    config of this package starts.
 
     Args:
         cfg: a node from ``detectron2.config.get_cfg()``.
     """
-    add_deeplab_config(cfg)  # WarmupPolyLR and SEM_SEG_HEAD's loss keys
-    # Rein's. Every random number, and the order of the data, is a function of it.
-    cfg.SEED = 42
+    add_deeplab_config(cfg)  # WarmupPolyLR's keys, and those of DeepLab's heads
     _add_backbone(cfg)
     _add_head(cfg)
     _add_input_and_test(cfg)
     _add_solver(cfg)
     _add_fisher(cfg)
     _add_tuning(cfg)
+
+
+def default_config() -> CN:
+    """Detectron2's and FisherTune's keys with the recipe's values, for a config of one's own.
+
+    Returns:
+        A node that can be changed.
+    """
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    cfg.merge_from_file(get_config_file(RECIPE), allow_unsafe=False)
+    return cfg
 
 
 def get_config_file(name: str) -> str:
@@ -68,7 +83,7 @@ def find_config(file: str) -> str:
 
 
 def read_config(file: str, options: Sequence[str] = ()) -> CN:
-    """Reads a config file; what is wrong with it, Detectron2 raises.
+    """Reads a config file on top of the recipe; what is wrong with it, Detectron2 raises.
 
     Args:
         file: its path, or the name of one that comes with the package, see :func:`find_config`.
@@ -80,8 +95,7 @@ def read_config(file: str, options: Sequence[str] = ()) -> CN:
     Raises:
         FileNotFoundError: if there is no such file.
     """
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     # Detectron2's default would let a config that was downloaded run any Python.
     cfg.merge_from_file(find_config(file), allow_unsafe=False)
     cfg.merge_from_list(list(options))
@@ -90,12 +104,6 @@ def read_config(file: str, options: Sequence[str] = ()) -> CN:
 
 
 def _add_backbone(cfg: CN) -> None:
-    cfg.MODEL.META_ARCHITECTURE = "VFMSegmentor"
-    cfg.MODEL.BACKBONE.NAME = "VFMBackbone"
-    # ImageNet's statistics on a 0..255 scale, in RGB order (INPUT.FORMAT). As Rein, for every VFM.
-    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
-    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
-
     cfg.MODEL.VFM = CN()
     # A row of fishertune_d2.modeling.vfm.VFMS.
     cfg.MODEL.VFM.NAME = "dinov2_vitl"
@@ -119,12 +127,7 @@ def _add_backbone(cfg: CN) -> None:
 
 
 def _add_head(cfg: CN) -> None:
-    cfg.MODEL.SEM_SEG_HEAD.NAME = "Mask2FormerHead"
-    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 19
-    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 255
-    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-    # Channels of the pixel decoder, and of the mask embeddings.
-    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 256
+    # Channels of the mask embeddings; CONVS_DIM has those of the pixel decoder.
     cfg.MODEL.SEM_SEG_HEAD.MASK_DIM = 256
     # Layers of the deformable encoder in the pixel decoder.
     cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 6
@@ -157,16 +160,8 @@ def _add_head(cfg: CN) -> None:
 
 
 def _add_input_and_test(cfg: CN) -> None:
-    cfg.INPUT.FORMAT = "RGB"
     # Colour jitter of SSD (brightness, contrast, saturation, hue).
     cfg.INPUT.COLOR_AUG_SSD = True
-    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
-    # Rein's choice of short edges, in pixels.
-    cfg.INPUT.MIN_SIZE_TRAIN = [int(51.2 * k) for k in range(5, 21)]
-    cfg.INPUT.MAX_SIZE_TRAIN = 2048
-    cfg.INPUT.CROP.ENABLED = True
-    cfg.INPUT.CROP.TYPE = "absolute"
-    cfg.INPUT.CROP.SIZE = [512, 512]
     # A crop in which one class fills more than this share is drawn again, ten times at most.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 0.75
 
@@ -192,17 +187,10 @@ def _add_input_and_test(cfg: CN) -> None:
 
 def _add_solver(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
-    cfg.SOLVER.BASE_LR = 1e-4
     # Learning rate of the backbone as a share of BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
-    cfg.SOLVER.WEIGHT_DECAY = 0.05
-    cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
     # Weight decay of query and level embeddings, and of added tokens and prompts.
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
-    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupPolyLR"
-    cfg.SOLVER.WARMUP_ITERS = 0
-    cfg.SOLVER.POLY_LR_POWER = 0.9
-    cfg.SOLVER.IMS_PER_BATCH = 4
     # How many parts a process's share of a batch is passed through the model in. Their gradients
     # add up to those of the whole.
     cfg.SOLVER.ACCUMULATE = 1
@@ -216,9 +204,6 @@ def _add_solver(cfg: CN) -> None:
     # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, where the default
     # launches a dozen for each group of tensors.
     cfg.SOLVER.FUSED = False
-    # T1 + T3 of the paper's Algorithm 1; T1 is TUNING.WARMUP_ITERS, so T3 is the difference.
-    cfg.SOLVER.MAX_ITER = 40000
-    cfg.SOLVER.CHECKPOINT_PERIOD = 5000
 
 
 def _add_fisher(cfg: CN) -> None:

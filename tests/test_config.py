@@ -1,10 +1,20 @@
 from pathlib import Path
 
 import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
 from yaml.constructor import ConstructorError
 
 import fishertune_d2
-from fishertune_d2.config import CONFIGS, find_config, read_config
+from fishertune_d2.config import (
+    CONFIGS,
+    RECIPE,
+    add_fishertune_config,
+    default_config,
+    find_config,
+    read_config,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,3 +44,40 @@ def test_a_config_runs_no_code(tmp_path):
     with pytest.raises(ConstructorError, match="python/object"):
         read_config(str(file))
     assert not (tmp_path / "made").exists()
+
+
+def _values(node: CfgNode, prefix: str = "") -> dict:
+    values = {}
+    for name, value in node.items():
+        inner = isinstance(value, CfgNode)
+        values |= _values(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return values
+
+
+def test_adding_the_keys_leaves_detectron2s_values_alone():
+    cfg = get_cfg()
+    before = _values(cfg)
+    add_fishertune_config(cfg)
+    after = _values(cfg)
+    assert {key: after[key] for key in before} == before
+    # A stock trainer of the same config builds its optimizer and schedule as without us.
+    model = torch.nn.Linear(1, 1)
+    optimizer = DefaultTrainer.build_optimizer(cfg, model)
+    assert DefaultTrainer.build_lr_scheduler(cfg, optimizer) is not None
+
+
+@pytest.mark.parametrize("file", [p.name for p in sorted(CONFIGS.glob("*.yaml"))])
+def test_detectron2_reads_a_shipped_config_as_the_command_does(file):
+    cfg = get_cfg()
+    add_fishertune_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / file))
+    assert cfg == read_config(file)
+
+
+def test_a_config_without_base_starts_from_the_recipe(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("SOLVER: {BASE_LR: 0.5}\n")
+    expected = default_config()
+    expected.SOLVER.BASE_LR = 0.5
+    assert read_config(str(file)) == expected
+    assert default_config() == read_config(RECIPE)

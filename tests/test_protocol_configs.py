@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
-from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.data.datasets import DATASETS
 from fishertune_d2.engine.plan import count_parameters
 
@@ -49,8 +49,7 @@ def path_of(folder: str, vfm: str, method: str) -> Path:
 
 
 def read(path: Path) -> CfgNode:
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.merge_from_file(str(path))
     return cfg
 

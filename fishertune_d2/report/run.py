@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.config import get_cfg
 
-from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.config import default_config
 
 # Of what Detectron2 logs about the environment; lines about GPUs are taken too.
 _VERSIONS = ("Python", "PyTorch", "torchvision", "detectron2", "numpy", "fvcore", "Pillow", "cv2")
@@ -103,8 +102,7 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _defaults() -> dict[str, Any]:
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     # Through text, as the run's config went, for that makes lists of tuples.
     return flatten(yaml.safe_load(cfg.dump()))
 

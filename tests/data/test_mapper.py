@@ -3,21 +3,19 @@ import random
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
 from PIL import Image
 
 import fishertune_d2.data.datasets  # noqa: F401  (registers the names)
-from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.data.files import DatasetError, read_image, read_label
 from fishertune_d2.data.labels import LABEL_MAPS
 from fishertune_d2.data.mapper import SegmentationMapper, fit_into
 
 
 def make_cfg(**overrides):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.INPUT.MIN_SIZE_TRAIN = [40]
     cfg.INPUT.CROP.SIZE = [24, 32]
     cfg.INPUT.COLOR_AUG_SSD = False

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tqdm import tqdm
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.data import register_sem_seg
 
 from ..conftest import DEVICE
@@ -102,8 +102,7 @@ def tiny_cfg(tiny_data, tiny_head, device, tmp_path) -> Callable[..., CfgNode]:
     """
 
     def make(output: str = "out", **overrides) -> CfgNode:
-        cfg = get_cfg()
-        add_fishertune_config(cfg)
+        cfg = default_config()
         options = {
             **tiny_head,
             "MODEL.DEVICE": device,

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from safetensors.torch import save_file
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.engine import Trainer, WholeCheckpointer
 from fishertune_d2.engine.plan import plan
 from fishertune_d2.export import delta_of_run, read_tuned, tuned_backbone
@@ -26,8 +26,7 @@ from .conftest import same
 
 
 def _adding() -> list[str]:
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     return [name for name, make in TUNING_REGISTRY if make(cfg).adds]
 
 

@@ -1,15 +1,13 @@
 import pytest
 import torch
-from detectron2.config import get_cfg
 from torch import nn
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.engine.optimizer import build_optimizer, carry_state
 
 
 def _cfg(**solver):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     for key, value in {"BASE_LR": 0.1, "BACKBONE_MULTIPLIER": 0.5, **solver}.items():
         cfg.merge_from_list([f"SOLVER.{key}", value])
     return cfg

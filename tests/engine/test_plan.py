@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-from detectron2.config import get_cfg
 from detectron2.engine import HookBase
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.engine import Trainer, log_plan
 from fishertune_d2.plan import make_plan
 
@@ -14,8 +13,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def _read(path: Path):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.merge_from_file(str(path))
     return cfg
 

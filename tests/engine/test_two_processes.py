@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -18,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.futures import Future
 from torch.multiprocessing import spawn
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.data import register_sem_seg
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.optimizer import is_backbone
@@ -78,8 +77,7 @@ def _process(rank: int, config: str, root: Path, folder: Path) -> None:
     )
     comm.create_local_process_group(2)
     _register(root)
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.merge_from_file(config)
     checksums, sent, sent_by_full = _Checksums(), _SentBytes(), _SentBytes()
     trainer = Trainer(cfg)

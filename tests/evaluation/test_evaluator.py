@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.data.datasets import register_sem_seg
 from fishertune_d2.data.labels import LABEL_SPACES
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
@@ -189,8 +188,7 @@ def test_an_unknown_rule_is_an_error_at_once(scored):
 
 
 def test_built_from_a_config(scored, tmp_path):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.TEST.CLASS_RULE, cfg.TEST.PICTURES = "union", 2
     evaluator = DomainGeneralizationEvaluator(cfg, "own_scored", output_dir=str(tmp_path))
     assert evaluator.class_rule == "union"

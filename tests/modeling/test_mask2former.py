@@ -5,12 +5,11 @@ import itertools
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_sem_seg_head
 from transformers import Mask2FormerConfig
 
-from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.modeling.mask2former import Mask2FormerHead, semantic_scores
 from fishertune_d2.modeling.mask2former_criterion import Mask2FormerCriterion
 from fishertune_d2.modeling.targets import SegmentationTargets, present_classes, semantic_masks
@@ -81,8 +80,7 @@ def test_published_size_has_the_published_number_of_parameters():
 
 
 def test_reads_the_usual_keys():
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.merge_from_list(
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES 7 MODEL.SEM_SEG_HEAD.CONVS_DIM 64 "
         "MODEL.SEM_SEG_HEAD.MASK_DIM 16 MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS 2 "

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone
 from torch import nn
 
-from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.modeling import mask2former, segmentor  # noqa: F401  (registered by import)
 from fishertune_d2.modeling.sliding import sliding_average, window_starts
 
@@ -36,8 +35,7 @@ class StridedConvs(Backbone):
 
 
 def tiny_cfg(*changes):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.MODEL.BACKBONE.NAME = "StridedConvs"
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = CLASSES
     cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = cfg.MODEL.SEM_SEG_HEAD.MASK_DIM = 32

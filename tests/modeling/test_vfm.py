@@ -1,10 +1,9 @@
 import torch
 import torch.nn.functional as F
-from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from pytest import approx, mark, raises
 
-from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.modeling.pyramid import build_pyramid, resize_to_stride
 from fishertune_d2.modeling.vfm import VFMBackbone
 
@@ -23,8 +22,7 @@ def on_meta(**kwargs) -> VFMBackbone:
 
 
 def test_built_by_name_from_a_config():
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.MODEL.VFM.NAME, cfg.MODEL.VFM.WEIGHTS = "tiny", "random"
     cfg.MODEL.VFM.IMG_SIZE, cfg.MODEL.VFM.PATCH_SIZE = [64, 96], 8
     backbone = build_backbone(cfg)

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from pytest import mark
 
-from fishertune_d2.config import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.engine.plan import plan
 from fishertune_d2.modeling.vfm import VFMS
 
@@ -24,8 +24,7 @@ METHODS = ("fishertune", "full", "freeze")
 
 
 def read(file: str) -> CfgNode:
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.merge_from_file(str(CONFIGS / file))
     return cfg
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.engine.stages import prepare_stage
 from fishertune_d2.fisher import Selection
 from fishertune_d2.tuning import build_tuning_method
@@ -38,8 +38,7 @@ def small_cfg(tiny_head) -> Callable[..., CfgNode]:
     """Returns a function that makes the config; takes overrides, "__" standing for the dot."""
 
     def make(**overrides) -> CfgNode:
-        cfg = get_cfg()
-        add_fishertune_config(cfg)
+        cfg = default_config()
         options = (
             SMALL | tiny_head | {key.replace("__", "."): value for key, value in overrides.items()}
         )

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.data import register_sem_seg
 from fishertune_d2.engine import WholeCheckpointer
 from fishertune_d2.engine.stages import attach
@@ -53,8 +53,7 @@ def make_run(tmp_path, tiny_head, device) -> Callable[..., CfgNode]:
     """
 
     def make(output: str = "run", seed: int = 0, **overrides) -> CfgNode:
-        cfg = get_cfg()
-        add_fishertune_config(cfg)
+        cfg = default_config()
         options = {
             **tiny_head,
             "MODEL.DEVICE": device,

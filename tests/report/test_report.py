@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from PIL import Image
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.fisher import FisherEstimate, Selection
 from fishertune_d2.report import Run, RunError, write_report
 from fishertune_d2.report.__main__ import main
@@ -81,8 +80,7 @@ def _metrics(*iterations: int, **numbers: float) -> str:
 def _write_run(folder: Path, results: dict | None = RESULTS, **options) -> Path:
     """A run of 40 iterations, 20 of them warm-up, as train_net.py leaves it."""
     folder.mkdir()
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     tested = tuple(results["protocol"]["classes"]) if results else (DAY, NIGHT)
     options = {
         "DATASETS.TRAIN": (DAY,),

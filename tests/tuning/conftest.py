@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
@@ -33,8 +33,7 @@ def build_method() -> Callable[..., TuningMethod]:
     """Returns a function that builds a method by its name, with keys as TUNING__VPT__DIM=4."""
 
     def build(name: str, **options) -> TuningMethod:
-        cfg = get_cfg()
-        add_fishertune_config(cfg)
+        cfg = default_config()
         cfg.TUNING.METHOD = name
         for key, value in options.items():
             cfg.merge_from_list([key.replace("__", "."), value])
@@ -132,8 +131,7 @@ def segmentor(tiny_head, device, monkeypatch) -> Callable[..., tuple[CfgNode, nn
         options = {**row.options, **SMALL, **FAMILIES[vfm]}
         taps = (1, 2, 4, 5) if row.taps else ()
         monkeypatch.setitem(VFMS, vfm, replace(row, options=options, taps=taps))
-        cfg = get_cfg()
-        add_fishertune_config(cfg)
+        cfg = default_config()
         keys = {
             **tiny_head,
             "MODEL.DEVICE": device,

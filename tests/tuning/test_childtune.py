@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.engine.plan import count_tuned
 from fishertune_d2.fisher import FisherEstimate, estimate_fisher, find_candidates
 from fishertune_d2.tuning import build_tuning_method
@@ -12,8 +11,7 @@ from fishertune_d2.tuning import build_tuning_method
 
 @pytest.fixture
 def cfg():
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.TUNING.METHOD = "childtune"
     cfg.TUNING.SCHEDULE = "text"  # of methods that leave it open
     return cfg

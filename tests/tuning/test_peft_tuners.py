@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from torch import Tensor, nn
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.engine.plan import plan
 from fishertune_d2.fisher import find_candidates
 from fishertune_d2.modeling import VFMS, VFMBackbone
@@ -35,8 +34,7 @@ def x(images) -> Tensor:
 
 
 def _cfg(**options):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     for key, value in options.items():
         cfg.merge_from_list([f"TUNING.{key.replace('__', '.')}", value])
     return cfg

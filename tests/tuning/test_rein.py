@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fishertune_d2 import add_fishertune_config
-from fishertune_d2.config import read_config
+from fishertune_d2.config import default_config, read_config
 from fishertune_d2.engine.plan import build_empty
 from fishertune_d2.tuning import build_tuning_method
 
@@ -108,8 +106,7 @@ def test_queries_are_computed_as_published(segmentor):
 
 @pytest.mark.parametrize(("name", "count"), [("rein", 2_990_081), ("set", 7_546_881)])
 def test_count_on_vit_l(name, count):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     cfg.TUNING.METHOD = name
     model = build_empty(cfg, build_model)
     before, method = model.state_dict().keys(), build_tuning_method(cfg)

@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.engine.plan import build_empty
 from fishertune_d2.modeling.pyramid import build_pyramid
 
@@ -79,8 +78,7 @@ def test_a_copy_has_prompts_of_its_own(attached):
 
 
 def test_the_papers_count(build_method):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     backbone = build_empty(cfg, build_backbone)
     method = build_method("vpt")
     method.attach(backbone)

@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 
-from fishertune_d2 import add_fishertune_config
+from fishertune_d2.config import default_config
 from fishertune_d2.engine.plan import build_empty
 from fishertune_d2.modeling.pyramid import build_pyramid
 
@@ -106,8 +105,7 @@ def test_a_copy_has_queries_of_its_own(attached):
 
 
 def test_the_count(build_method):
-    cfg = get_cfg()
-    add_fishertune_config(cfg)
+    cfg = default_config()
     backbone, method = build_empty(cfg, build_backbone), build_method("vqt")
     method.attach(backbone)
     count = sum(p.numel() for p in method.parameters(backbone).values())
