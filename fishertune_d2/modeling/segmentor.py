@@ -23,7 +23,14 @@ TEST_MODES = ("whole", "slide")
 
 @META_ARCH_REGISTRY.register()
 class VFMSegmentor(nn.Module):
-    """Losses in training; class scores of whole images, or of sliding windows, in evaluation."""
+    """Losses in training; class scores of whole images, or of sliding windows, in evaluation.
+
+    Attributes:
+        untrained: names of the state dict's tensors that are still as they were initialised. At
+            first these are the tensors of the decoder, because a backbone comes with weights of
+            its own. After weights have been loaded, they are all tensors that no load has filled,
+            of the backbone too. It is empty once a training step has been computed.
+    """
 
     @configurable
     def __init__(
@@ -75,6 +82,9 @@ class VFMSegmentor(nn.Module):
         self.windows_per_batch = windows_per_batch
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+        names = self.state_dict().keys()
+        self._loaded: frozenset[str] = frozenset()
+        self.untrained = frozenset(name for name in names if not name.startswith("backbone."))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -142,6 +152,9 @@ class VFMSegmentor(nn.Module):
             ValueError: if ``sem_seg`` has another size than its image.
             FloatingPointError: if a prediction or a loss is not finite; names the images.
         """
+        # An estimate that needs no graph of this method, or a look at losses, trains nothing.
+        if self.training and torch.is_grad_enabled():
+            self.untrained = frozenset()
         features, targets = self.features_and_targets(batched_inputs)
         try:
             _, losses = self.sem_seg_head(features, targets)
@@ -231,6 +244,16 @@ class VFMSegmentor(nn.Module):
             scores = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
             results.append({"sem_seg": scores})
         return results
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Notes which tensors a load fills; torch calls it for whichever parent is loaded.
+
+        A checkpointer removes what has another shape before it loads, so that counts as missing.
+        """
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        names = frozenset(self.state_dict().keys())
+        self._loaded |= {name for name in names if prefix + name in state_dict}
+        self.untrained = names - self._loaded
 
     def _normalised(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
         uploaded = [image.to(self.device, non_blocking=True) for image in images]
