@@ -42,13 +42,19 @@ class Mask2FormerHead(nn.Module):
     """
 
     @configurable
-    def __init__(self, input_shape: dict[str, ShapeSpec], config: Mask2FormerConfig):
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        config: Mask2FormerConfig,
+        loss_weight: float = 1.0,
+    ):
         """Builds the head with the initialisation of the published Mask2Former.
 
         Args:
             input_shape: channels and stride of each feature map that is used.
             config: transformers' configuration. ``num_labels`` is C, ``decoder_layers`` is P, and
                 ``dropout`` concerns the pixel decoder only, as in the published code.
+            loss_weight: a factor of all losses. What is matched does not depend on it.
 
         Raises:
             ValueError: if a value does not fit the architecture.
@@ -62,9 +68,9 @@ class Mask2FormerHead(nn.Module):
         self.num_queries = config.num_queries
         self.deep_supervision = config.use_auxiliary_loss
         self.loss_weights = {
-            "loss_cross_entropy": config.class_weight,
-            "loss_mask": config.mask_weight,
-            "loss_dice": config.dice_weight,
+            "loss_cross_entropy": loss_weight * config.class_weight,
+            "loss_mask": loss_weight * config.mask_weight,
+            "loss_dice": loss_weight * config.dice_weight,
         }
 
         channels = [input_shape[name].channels for name in names]
@@ -95,6 +101,7 @@ class Mask2FormerHead(nn.Module):
         head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
         return {
             "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
+            "loss_weight": float(head.LOSS_WEIGHT),
             "config": Mask2FormerConfig(
                 num_labels=head.NUM_CLASSES,
                 ignore_value=head.IGNORE_VALUE,

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 # Class logits (B, Q, C + 1), the last one "no object", and mask logits (B, Q, h, w).
@@ -37,6 +38,21 @@ class Mask2FormerCriterion(Mask2FormerLoss):
     """
 
     across_processes = True
+
+    def __init__(self, config: Mask2FormerConfig, weight_dict: dict[str, float]):
+        """Makes the classes' weights a constant of the config, which no checkpoint holds.
+
+        Args:
+            config: as transformers' criterion takes it.
+            weight_dict: weights of the losses, by transformers' names.
+        """
+        super().__init__(config, weight_dict)
+        self.register_buffer("empty_weight", self.empty_weight, persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Leaves out the constant that older checkpoints hold."""
+        state_dict.pop(f"{prefix}empty_weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
