@@ -12,6 +12,8 @@ from detectron2.config import get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils.file_io import PathManager
 
+from .config_slips import ConfigError, check_file, check_options, nearest
+
 # The configs that come with the package: inside of it in a wheel, else at the top of the checkout.
 CONFIGS = Path(__file__).resolve().parent / "configs"
 if not CONFIGS.is_dir():
@@ -76,14 +78,23 @@ def find_config(file: str) -> str:
     """
     if PathManager.isfile(file):
         return file
+    if file and PathManager.isdir(file):
+        raise FileNotFoundError(
+            f"the config file {file!r} is a folder: name the file in it, as {file}/config.yaml"
+        )
     try:
         return get_config_file(file)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"the config file {file!r} does not exist, and {error}") from None
+        shipped = {p.stem: str(p.relative_to(CONFIGS)) for p in sorted(CONFIGS.rglob("*.yaml"))}
+        near = [shipped[stem] for stem in nearest(Path(file).stem, list(shipped))]
+        raise FileNotFoundError(
+            f"the config file {file!r} does not exist, and {error}"
+            + (f"; nearest: {', '.join(near)}" if near else "")
+        ) from None
 
 
 def read_config(file: str, options: Sequence[str] = ()) -> CN:
-    """Reads a config file on top of the recipe; what is wrong with it, Detectron2 raises.
+    """Reads a config file on top of the recipe.
 
     Args:
         file: its path, or the name of one that comes with the package, see :func:`find_config`.
@@ -94,10 +105,18 @@ def read_config(file: str, options: Sequence[str] = ()) -> CN:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ConfigError: if a key or a value in the file, in its ``_BASE_`` or among the options is not
+            one; it says which was meant.
     """
     cfg = default_config()
-    # Detectron2's default would let a config that was downloaded run any Python.
-    cfg.merge_from_file(find_config(file), allow_unsafe=False)
+    path = find_config(file)
+    check_file(path, cfg)
+    check_options(options, cfg)
+    try:
+        # Detectron2's default would let a config that was downloaded run any Python.
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except (AssertionError, KeyError) as error:  # of an older VERSION, or of sections in _BASE_
+        raise ConfigError(f"{path}: {error.args[0] if error.args else error}") from error
     cfg.merge_from_list(list(options))
     cfg.freeze()
     return cfg

@@ -4,7 +4,6 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
-from yaml.constructor import ConstructorError
 
 import fishertune_d2
 from fishertune_d2.config import (
@@ -15,6 +14,7 @@ from fishertune_d2.config import (
     find_config,
     read_config,
 )
+from fishertune_d2.config_slips import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,10 +38,19 @@ def test_what_is_no_config_is_refused_with_where_they_lie(name):
             find(name)
 
 
+def test_a_config_that_is_not_there_names_the_nearest(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nearest: fishertune_dinov2\.yaml, "):
+        find_config("configs/fishertune_dino.yaml")
+    with pytest.raises(FileNotFoundError, match=f"is a folder: .* {tmp_path}/config.yaml"):
+        find_config(str(tmp_path))
+
+
 def test_a_config_runs_no_code(tmp_path):
     file = tmp_path / "hostile.yaml"
     file.write_text(f'OUTPUT_DIR: !!python/object/apply:os.mkdir ["{tmp_path}/made"]\n')
-    with pytest.raises(ConstructorError, match="python/object"):
+    with pytest.raises(
+        ConfigError, match=r"hostile.yaml is no YAML that can be read: line 1: .*run"
+    ):
         read_config(str(file))
     assert not (tmp_path / "made").exists()
 

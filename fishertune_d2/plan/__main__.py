@@ -8,8 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from yaml import YAMLError
-
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.config import read_config
 
 from .plan import make_plan
@@ -23,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None takes the process's own.
 
     Returns:
-        0, or 1 if a stage does not fit.
+        0, or 1 if a stage does not fit. The process leaves with 2 if the config is wrong.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fishertune_d2.plan",
@@ -33,25 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory-gb", type=float, metavar="N", help="memory of the card to fit")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="keys of the config to change")
     options = parser.parse_args(arguments)
-    try:
-        cfg = read_config(options.config_file, options.opts)
-    except (AssertionError, KeyError, OSError, ValueError, YAMLError) as error:
-        parser.error(f"the config cannot be read: {_words(error)}")
-    try:
-        plan = make_plan(cfg)
-    except (KeyError, ValueError) as error:
-        parser.error(f"the config cannot be planned: {_words(error)}")
+    with ending_in_a_sentence(code=2):
+        plan = make_plan(read_config(options.config_file, options.opts))
     print(format_plan(plan), summary(plan), sep="\n\n")
     if options.memory_gb is None:
         return 0
     fits, words = format_fit(plan, options.memory_gb)
     print(words)
     return 0 if fits else 1
-
-
-def _words(error: Exception) -> str:
-    # A KeyError's text is in quotation marks.
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from fishertune_d2.fisher import FisherEstimate, find_candidates
+from fishertune_d2.config_slips import nearest
+from fishertune_d2.fisher import Candidate, FisherEstimate, find_candidates
 
 TUNING_REGISTRY = Registry("TUNING")
 
@@ -25,6 +26,7 @@ class TuningMethod:
         selects: whether only the best-scored weights of the parameters move. If so, the trainer
             calls :meth:`scores` after warm-up.
         estimates: whether :meth:`scores` needs the Fisher information; only read if ``selects``.
+        compares_domains: whether :meth:`scores` needs F(x') beside F(x), so a shift between them.
         schedule: how the share grows, if that is part of the method; else TUNING.SCHEDULE says.
         adds: whether the method adds parameters of its own. If so, :meth:`attach` is called once
             for each model.
@@ -32,6 +34,7 @@ class TuningMethod:
 
     selects = False
     estimates = True
+    compares_domains = False
     schedule = ""
     adds = False
 
@@ -94,11 +97,20 @@ class SelectiveMethod(TuningMethod):
         """The parameters that hold a candidate: whole tensors, of which a selection moves."""
         return {c.name: c.parameter for c in find_candidates(backbone)}
 
+    def candidates(self, backbone: nn.Module) -> list[Candidate]:
+        """The weights that a selection may choose from; all candidates of Eq. 3 by default."""
+        return find_candidates(backbone)
+
 
 def build_tuning_method(cfg: CfgNode) -> TuningMethod:
     """The method that ``cfg.TUNING.METHOD`` names.
 
     Raises:
-        KeyError: if there is no such method; names those there are.
+        ValueError: if there is no such method; names those there are.
     """
-    return TUNING_REGISTRY.get(cfg.TUNING.METHOD)(cfg)
+    method, methods = cfg.TUNING.METHOD, [name for name, _ in TUNING_REGISTRY]
+    if method not in methods:
+        near = nearest(method, methods)
+        meant = f"did you mean {' or '.join(near)}? There are" if near else "choose from"
+        raise ValueError(f"TUNING.METHOD is {method!r}: {meant} {', '.join(sorted(methods))}")
+    return TUNING_REGISTRY.get(method)(cfg)

@@ -282,7 +282,7 @@ def test_writes_csv_markdown_and_a_figure(runs, capsys):
 def test_refuses_what_it_does_not_know_before_anything_runs(runs, capsys):
     said = _refused(capsys, runs, "table4", "--methods", "full", "reign")
     assert "no tuning method for reign; there are" in said and "random_q" in said
-    assert "Non-existent key" in _refused(capsys, runs, "sweep", "TUNING.DMAX", "0.1", "0.2")
+    assert "TUNING.DMAX is no key" in _refused(capsys, runs, "sweep", "TUNING.DMAX", "0.1", "0.2")
     assert "write a sweep as" in _refused(capsys, runs, "sweep", "TUNING.D_MAX")
     assert "table4 takes no values: 1" in _refused(capsys, runs, "table4", "1")
     assert "keys and values in turn" in _refused(

@@ -135,10 +135,10 @@ def test_the_command_prints_the_plan_and_whether_it_fits(plan, config_file, caps
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["SOLVER.NO_SUCH_KEY", "3"], "cannot be read: Non-existent key: SOLVER.NO_SUCH_KEY"),
-        (["SOLVER.MAX_ITER", "many"], "Type mismatch"),
-        (["SOLVER.MAX_ITER"], "odd length"),
-        (["TUNING.METHOD", "magic"], "No object named 'magic' found in 'TUNING' registry"),
+        (["SOLVER.NO_SUCH_KEY", "3"], "SOLVER.NO_SUCH_KEY is no key"),
+        (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER is 'many', text, and takes a whole number"),
+        (["SOLVER.MAX_ITER"], "no value stands after SOLVER.MAX_ITER"),
+        (["TUNING.METHOD", "fishertun"], "'fishertun': did you mean fishertune? There are adapt"),
         (["MODEL.VFM.NAME", "magic"], "MODEL.VFM.NAME is 'magic'; known are"),
         (["FISHER.ESTIMATOR", "magic"], "FISHER.ESTIMATOR is 'magic': choose from diagonal,"),
     ],
