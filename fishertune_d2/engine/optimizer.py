@@ -25,7 +25,8 @@ _EMBEDDINGS = (
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW (or SGD) over the parameters that require a gradient now.
 
-    The backbone's learning rate is BASE_LR * BACKBONE_MULTIPLIER. Norms have WEIGHT_DECAY_NORM,
+    The backbone's learning rate is BASE_LR * BACKBONE_MULTIPLIER, that of biases BIAS_LR_FACTOR
+    times what their part has. Norms have WEIGHT_DECAY_NORM, biases WEIGHT_DECAY_BIAS if it is set,
     embeddings, tokens and prompts WEIGHT_DECAY_EMBED.
 
     Args:
@@ -41,7 +42,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if is_backbone(name) else 1.0,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        # Not Detectron2's bias_lr_factor, which takes the backbone's multiplier away from biases.
+        lr_factor_func=lambda name: _rate(name, solver),
     )
     embeddings = {p for name, p in model.named_parameters() if any(e in name for e in _EMBEDDINGS)}
     groups = [part for group in groups for part in _split(group, embeddings, solver)]
@@ -49,19 +52,26 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer_class, options = torch.optim.AdamW, {}
     elif solver.OPTIMIZER == "SGD":
         optimizer_class, options = torch.optim.SGD, {"momentum": solver.MOMENTUM}
+        options["nesterov"] = solver.NESTEROV
     else:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: choose ADAMW or SGD")
     clip = solver.CLIP_GRADIENTS
     # Not False, with which torch would step one tensor at a time, on GPUs too.
     options["fused"] = True if solver.FUSED else None
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
-        return _clip_full_model(optimizer_class, clip.CLIP_VALUE)(groups, **options)
+        return _clip_full_model(optimizer_class, clip.CLIP_VALUE, clip.NORM_TYPE)(groups, **options)
     return maybe_add_gradient_clipping(cfg, optimizer_class)(groups, **options)
 
 
 def is_backbone(name: str) -> bool:
     """Whether a parameter of the segmentor belongs to the backbone, by its name."""
     return name.startswith("backbone.")
+
+
+def _rate(name: str, solver: CfgNode) -> float:
+    """A parameter's learning rate as a multiple of BASE_LR."""
+    rate = solver.BACKBONE_MULTIPLIER if is_backbone(name) else 1.0
+    return rate * solver.BIAS_LR_FACTOR if name.endswith(".bias") else rate
 
 
 def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
@@ -83,8 +93,8 @@ def _split(group: dict, embeddings: set, solver: CfgNode) -> list[dict]:
     return [part for part in parts if part["params"]]
 
 
-def _clip_full_model(optimizer_class: type, max_norm: float) -> type:
-    """``optimizer_class`` that scales all gradients together to an L2 norm of at most ``max_norm``.
+def _clip_full_model(optimizer_class: type, max_norm: float, norm_type: float) -> type:
+    """``optimizer_class`` that scales all gradients together to a norm of at most ``max_norm``.
 
     Detectron2's own clipping looks at one parameter at a time; Mask2Former's configs ask for this.
     """
@@ -92,7 +102,7 @@ def _clip_full_model(optimizer_class: type, max_norm: float) -> type:
     class FullModelClipping(optimizer_class):
         def step(self, closure=None):
             parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-            torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
+            torch.nn.utils.clip_grad_norm_(list(parameters), max_norm, norm_type)
             return super().step(closure)
 
     return FullModelClipping

@@ -55,6 +55,29 @@ def test_rates_and_decays_of_each_part():
     }
 
 
+def test_biases_have_their_own_rate_and_decay():
+    model = _model()
+    model.backbone.bias.requires_grad_(True)
+    names = {p: name for name, p in model.named_parameters()}
+
+    def found(**solver) -> dict[str, tuple[float, float]]:
+        return {
+            names[p]: (group["lr"], group["weight_decay"])
+            for group in build_optimizer(_cfg(**solver), model).param_groups
+            for p in group["params"]
+        }
+
+    before, after = found(), found(BIAS_LR_FACTOR=2.0, WEIGHT_DECAY_BIAS=0.01)
+    biases = {"backbone.bias": 0.1, "head.linear.bias": 0.2, "head.norm.bias": 0.2}
+    assert after == before | {name: (rate, 0.01) for name, rate in biases.items()}
+    assert found(BIAS_LR_FACTOR=1.0) == before
+
+
+def test_sgd_takes_nesterovs_momentum():
+    assert build_optimizer(_cfg(OPTIMIZER="SGD", NESTEROV=True), _model()).defaults["nesterov"]
+    assert not build_optimizer(_cfg(OPTIMIZER="SGD"), _model()).defaults["nesterov"]
+
+
 def test_moments_are_carried_over():
     model = _model()
     old = build_optimizer(_cfg(), model)
@@ -68,16 +91,17 @@ def test_moments_are_carried_over():
     assert model.backbone.bias not in new.state
 
 
-def test_full_model_clipping_scales_all_gradients_together():
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_full_model_clipping_scales_all_gradients_together(power):
     model = _model()
-    clip = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 0.5}
+    clip = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 0.5, "NORM_TYPE": power}
     options = {f"CLIP_GRADIENTS.{key}": value for key, value in clip.items()}
     optimizer = build_optimizer(_cfg(OPTIMIZER="SGD", MOMENTUM=0.0, **options), model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    norm = sum(float((p.grad**2).sum()) for p in parameters) ** 0.5
+    norm = sum(float((p.grad**power).sum()) for p in parameters) ** (1 / power)
     assert norm == pytest.approx(0.5, rel=1e-4)
 
 
