@@ -1,17 +1,23 @@
 """Data: labels, data sets, the mapper and the loaders."""
 
-from .check import check_datasets
+from .check import check_datasets, class_counts
 from .datasets import load_datasets, register_sem_seg
 from .files import DatasetError
+from .labels import require_ignore_value
 from .loader import build_test_loader, build_train_loader
 from .mapper import SegmentationMapper
+from .metadata import DatasetMetadata, dataset_metadata
 
 __all__ = [
     "DatasetError",
+    "DatasetMetadata",
     "SegmentationMapper",
     "build_test_loader",
     "build_train_loader",
     "check_datasets",
+    "class_counts",
+    "dataset_metadata",
     "load_datasets",
     "register_sem_seg",
+    "require_ignore_value",
 ]

@@ -5,26 +5,38 @@ loaded, below the folder that the environment variable DETECTRON2_DATASETS names
 ``datasets``).
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.colormap import colormap
 
-from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.labels import IGNORE_LABEL, Color, identity_space
+from fishertune_d2.data.files import DatasetError, image_size
+from fishertune_d2.data.labels import IGNORE_LABEL, Color, identity_map_name, identity_space
+from fishertune_d2.data.metadata import (
+    class_colors,
+    dataset_metadata,
+    registered_row,
+    require_classes,
+)
 from fishertune_d2.data.pairs import IMAGE_SUFFIXES, SemSegDataset, load_pairs
 from fishertune_d2.data.rows import DATASETS
 
 
-def register(row: SemSegDataset) -> None:
+def register(row: SemSegDataset, ignore_label: int = IGNORE_LABEL) -> None:
     """Enters a row into Detectron2's catalogs, in place of an earlier row of that name.
+
+    Args:
+        row: the data set.
+        ignore_label: an id of its files that Detectron2's own tools, which know nothing of label
+            maps, have to ignore.
 
     Raises:
         DatasetError: if the name is taken by a data set that is not FisherTune's.
     """
     if row.name in DatasetCatalog.list():
-        if "label_space" not in MetadataCatalog.get(row.name).as_dict():
+        if registered_row(row.name) is None:
             raise DatasetError(
                 f"The data set name {row.name!r} is taken by another package; choose another."
             )
@@ -34,8 +46,9 @@ def register(row: SemSegDataset) -> None:
     MetadataCatalog.get(row.name).set(
         stuff_classes=list(row.classes),
         stuff_colors=[list(color) for color in row.colors],
-        ignore_label=IGNORE_LABEL,
+        ignore_label=ignore_label,
         evaluator_type="sem_seg",
+        row=row,
         domain=row.domain,
         label_space=row.label_space,
         test_size=row.test_size,
@@ -54,6 +67,7 @@ def register_sem_seg(
     colors: Sequence[Color] | None = None,
     domain: str | None = None,
     test_size: tuple[int, int] | None = None,
+    ignore_label: int = IGNORE_LABEL,
 ) -> None:
     """Registers a folder of images and one of labels, so that configs can name it.
 
@@ -72,15 +86,18 @@ def register_sem_seg(
         domain: test sets of the domain trained on count as source, others as unseen; by default
             the data set is a domain of its own. "city/night" is part of the domain "city".
         test_size: (width, height) into which test images are fitted; None keeps their size.
+        ignore_label: an id of the label files that is ignored in training and scoring, beside
+            255. It may be that of a class: if 0 is "unlabelled", name it in ``classes`` all the
+            same, and class 0 is never trained on and never scored.
 
     Raises:
-        DatasetError: if the number of classes or colours does not fit, or the name is taken.
+        DatasetError: if the number of classes or colours does not fit, two classes have one name,
+            or the name is taken.
+        ValueError: if ``ignore_label`` is no id from 0 to 255.
     """
-    if not 1 <= len(classes) <= IGNORE_LABEL:
-        raise DatasetError(f"{name}: {len(classes)} classes given; labels hold 1 to 255 classes.")
+    require_classes(name, classes)
     if colors is None:
-        palette = colormap(rgb=True).astype(int).tolist()
-        colors = [palette[k % len(palette)] for k in range(len(classes))]
+        colors = class_colors(len(classes))
     if len(colors) != len(classes):
         raise DatasetError(f"{name}: {len(colors)} colors given for {len(classes)} classes.")
     rgb = tuple((int(r), int(g), int(b)) for r, g, b in colors)
@@ -89,7 +106,7 @@ def register_sem_seg(
             name=name,
             image_dir=str(Path(image_dir).expanduser()),
             label_dir=str(Path(label_dir).expanduser()),
-            label_map=f"identity_{len(classes)}",
+            label_map=identity_map_name(len(classes), ignore_label),
             domain=domain or name,
             image_suffixes=tuple(image_suffixes),
             label_suffixes=(label_suffix,),
@@ -98,28 +115,77 @@ def register_sem_seg(
             root=Path.cwd,
             classes=tuple(classes),
             colors=rgb,
-        )
+        ),
+        ignore_label,
     )
 
 
 def load_datasets(names: Sequence[str]) -> list[dict]:
     """Loads registered data sets one after the other into one list.
 
+    The dicts of a data set that Detectron2's own functions register are brought to the form of
+    `load_pairs`: heights and widths that are missing are read from the headers of the labels.
+
     Raises:
-        DatasetError: if files are missing or do not fit, or if the data sets differ in classes.
+        DatasetError: if a name is not registered, files are missing or do not fit, or the data
+            sets differ in classes.
     """
     if isinstance(names, str):
         raise TypeError(f"names is a list of data set names, got the string {names!r}")
     dicts: list[dict] = []
     for name in names:
-        dicts += DatasetCatalog.get(name)
-        first, this = (MetadataCatalog.get(n).stuff_classes for n in (names[0], name))
+        first, this = (dataset_metadata(n).classes for n in (names[0], name))
         if first != this:
             raise DatasetError(
                 f"{names[0]} and {name} have different classes ({len(first)} and {len(this)}: "
-                f"{first} and {this}); one model cannot be trained on both."
+                f"{list(first)} and {list(this)}); one model cannot be trained on both."
             )
+        dicts += _load(name)
     return dicts
+
+
+def _load(name: str) -> list[dict[str, Any]]:
+    """Loads one data set, whoever registered it."""
+    if registered_row(name) is not None:
+        return DatasetCatalog.get(name)
+    try:
+        items = DatasetCatalog.get(name)
+    except (OSError, AssertionError, ImportError) as error:  # what Detectron2's own functions raise
+        raise DatasetError(
+            f"{name}: the function that was registered for it fails with {type(error).__name__}: "
+            f"{error}. Put the files where it looks for them; Detectron2's own data sets lie below "
+            "the folder that DETECTRON2_DATASETS names."
+        ) from error
+    if not items:
+        raise DatasetError(f"{name}: the function that was registered for it returns no image.")
+    unlabelled = [item["file_name"] for item in items if "sem_seg_file_name" not in item]
+    if unlabelled:
+        raise DatasetError(
+            f"{name}: {len(unlabelled)} of {len(items)} images have no sem_seg_file_name, a file "
+            f"with the class of each pixel, the first of them {unlabelled[0]}. A data set of "
+            "instances or of panoptic segments alone cannot be used; coco_..._separated and "
+            "coco_..._stuffonly have such files."
+        )
+    known = dataset_metadata(name)
+    return [
+        {
+            "image_id": os.path.splitext(item["file_name"])[0],
+            **_stated_or_read_size(item),
+            **item,
+            "dataset_name": name,
+            "label_map": known.label_map,
+            "test_size": known.test_size,
+            "halve_label": known.halve_labels,
+        }
+        for item in items
+    ]
+
+
+def _stated_or_read_size(item: dict[str, Any]) -> dict[str, int]:
+    if "height" in item and "width" in item:
+        return {}
+    height, width = image_size(item["sem_seg_file_name"])
+    return {"height": height, "width": width}
 
 
 for _row in DATASETS:

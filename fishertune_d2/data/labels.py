@@ -8,6 +8,8 @@ Two kinds of tables:
 * A *label space* says what is scored: its classes, and the scored class of each trained class.
 """
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,8 +64,49 @@ def make_label_map(trained: Mapping[int, int], ignored: Sequence[int] = ()) -> n
     return table
 
 
-def _identity_map(num_classes: int) -> np.ndarray:
-    return make_label_map({k: k for k in range(num_classes)}, ignored=[IGNORE_LABEL])
+def identity_map_name(num_classes: int, ignore_label: int = IGNORE_LABEL) -> str:
+    """Names the map of files that hold the classes 0 to ``num_classes - 1`` themselves.
+
+    Args:
+        num_classes: how many classes there are, 1 to 255.
+        ignore_label: an id of the files that is ignored, beside 255; it may be that of a class.
+
+    Returns:
+        A name in `LABEL_MAPS`.
+
+    Raises:
+        ValueError: if ``ignore_label`` is no id that a label file can hold.
+    """
+    if isinstance(ignore_label, bool) or ignore_label not in range(256):
+        raise ValueError(
+            f"ignore_label is {ignore_label!r}: choose the id, 0 to 255, of the pixels that are "
+            "to be ignored; without one, 255 alone is"
+        )
+    ignoring = "" if ignore_label == IGNORE_LABEL else f"_ignore_{ignore_label}"
+    return f"identity_{num_classes}{ignoring}"
+
+
+_IDENTITY = re.compile(r"identity_(\d+)(?:_ignore_(\d+))?")
+
+
+class _LabelMaps(dict[str, np.ndarray]):
+    """Maps by name; those of `identity_map_name` are built when they are first asked for.
+
+    So a worker process finds the map of a data set that only its parent registered.
+    """
+
+    def __missing__(self, name: str) -> np.ndarray:
+        numbers = _IDENTITY.fullmatch(name)
+        if numbers is None or not 1 <= int(numbers[1]) <= IGNORE_LABEL:
+            raise KeyError(
+                f"no label map {name!r}; there are {', '.join(sorted(self))}, and identity_1 to "
+                "identity_255"
+            )
+        ignored = {IGNORE_LABEL, int(numbers[2] or IGNORE_LABEL)}
+        classes = set(range(int(numbers[1]))) - ignored
+        table = make_label_map({k: k for k in classes}, sorted(ignored))
+        self[name] = table
+        return table
 
 
 # Cityscapes' ids. GTAV's palette images use the same, and 34 for licence plates.
@@ -94,18 +137,17 @@ _MAPILLARY_REIN = {7: 0, 8: 0, 10: 0, 14: 0, 23: 0, 9: 1, 11: 1, 44: 5, 46: 7, 4
 # scored, so numbers from the two maps do not compare.
 _MAPILLARY_HRDA = {41: 0}
 
-LABEL_MAPS: dict[str, np.ndarray] = {
-    "train_ids": _identity_map(19),
-    "label_ids": make_label_map(_LABEL_IDS, ignored=[*range(35), IGNORE_LABEL]),
-    "camvid": make_label_map(_CAMVID, ignored=[11]),
-    "synthia": make_label_map(_SYNTHIA, ignored=range(23)),
-    "mapillary_v1.2_rein": make_label_map(_MAPILLARY | _MAPILLARY_REIN, ignored=range(66)),
-    "mapillary_v1.2_hrda": make_label_map(_MAPILLARY | _MAPILLARY_HRDA, ignored=range(66)),
-    # A person's own n classes are ids 0 to n-1. All of these exist from the start, so that a
-    # worker process finds the map of a data set that only its parent registered.
-    **{f"identity_{n}": _identity_map(n) for n in range(1, IGNORE_LABEL + 1)},
-}
-"""Label maps by name, each (256,) int16; see `make_label_map`."""
+LABEL_MAPS: dict[str, np.ndarray] = _LabelMaps(
+    train_ids=make_label_map({k: k for k in range(19)}, ignored=[IGNORE_LABEL]),
+    label_ids=make_label_map(_LABEL_IDS, ignored=[*range(35), IGNORE_LABEL]),
+    camvid=make_label_map(_CAMVID, ignored=[11]),
+    synthia=make_label_map(_SYNTHIA, ignored=range(23)),
+    **{
+        "mapillary_v1.2_rein": make_label_map(_MAPILLARY | _MAPILLARY_REIN, ignored=range(66)),
+        "mapillary_v1.2_hrda": make_label_map(_MAPILLARY | _MAPILLARY_HRDA, ignored=range(66)),
+    },
+)
+"""Label maps by name, each (256,) int16; see `make_label_map` and `identity_map_name`."""
 
 FIRST_CHANNEL_MAPS = frozenset({"synthia"})
 """Maps of files with several channels: the class id is in the first, instances in the second."""
@@ -131,6 +173,30 @@ class LabelSpace:
         table = np.full(256, IGNORE_LABEL, dtype=np.uint8)
         table[: len(self.collapse)] = self.collapse
         return table
+
+
+def require_ignore_value(value: int) -> None:
+    """Refuses a MODEL.SEM_SEG_HEAD.IGNORE_VALUE that labels never have inside FisherTune.
+
+    Args:
+        value: the config's.
+
+    Raises:
+        ValueError: if it is not 255.
+    """
+    if value != IGNORE_LABEL:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {value}: leave it at {IGNORE_LABEL}, which labels "
+            "hold where they are ignored once they are read. Which id of your files is ignored, "
+            "the data set says: register_sem_seg(..., ignore_label="
+            f"{value}), or MetadataCatalog.get(name).set(ignore_label={value}) for a data set "
+            "that Detectron2's own functions register"
+        )
+
+
+def repeated(classes: Sequence[str]) -> list[str]:
+    """Returns the names that several classes share, whose scores one could not tell apart."""
+    return [name for name, count in Counter(classes).items() if count > 1]
 
 
 def identity_space(classes: Sequence[str], colors: Sequence[Color]) -> LabelSpace:

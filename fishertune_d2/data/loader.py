@@ -9,8 +9,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Sequence
 from multiprocessing import parent_process
 from typing import Any
 
@@ -20,9 +19,10 @@ import torch
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.samplers import build_sampler
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # macOS does not
@@ -30,53 +30,6 @@ _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # macOS does not
 # second (docs/results/data_loading.md), many times what a model takes in; each further one holds
 # two more batches in memory.
 MOST_WORKERS = 8
-
-
-class ResumableSampler(Sampler[tuple[int, int]]):
-    """An endless stream of shuffled epochs that can be entered anywhere.
-
-    Yields (position, index): position counts the images of all ranks since training began, index
-    is an entry of the data set. Of each step's positions, rank r takes the r-th block, so that a
-    step draws the same images however many ranks share it.
-
-    Attributes:
-        start: the position at which iteration begins. May be set until iteration begins.
-    """
-
-    def __init__(self, size: int, seed: int, block: int, start: int = 0):
-        """Stores the stream's parameters.
-
-        Args:
-            size: number of entries of the data set.
-            seed: seed of the order.
-            block: images that a rank takes in each step.
-            start: number of images, over all ranks, that were drawn before.
-        """
-        self.size = size
-        self.seed = seed
-        self.block = block
-        self.start = start
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yields without end.
-
-        Raises:
-            ValueError: if ``start`` lies within a step.
-        """
-        rank, step = comm.get_rank(), self.block * comm.get_world_size()
-        if self.start < 0 or self.start % step:
-            raise ValueError(
-                f"start is {self.start}; it has to be a whole number of steps, so a multiple of "
-                f"the {step} images that one draws."
-            )
-        drawn_epoch = -1
-        for first in count(self.start + rank * self.block, step):
-            for position in range(first, first + self.block):
-                epoch, place = divmod(position, self.size)
-                if epoch != drawn_epoch:
-                    generator = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-                    order, drawn_epoch = generator.permutation(self.size), epoch
-                yield position, int(order[place])
 
 
 class _MappedItems(Dataset):
@@ -191,6 +144,9 @@ def build_train_loader(
     seed: int,
     start: int = 0,
     pin_memory: bool = False,
+    sampler: str = "TrainingSampler",
+    class_counts: np.ndarray | None = None,
+    repeat_threshold: float = 0.0,
 ) -> DataLoader:
     """Builds an endless loader of shuffled, augmented batches.
 
@@ -203,13 +159,20 @@ def build_train_loader(
         start: images over all ranks that were drawn before; ``loader.sampler.start`` sets it
             later, until iteration begins.
         pin_memory: hand tensors over in pinned memory, for a model on a GPU.
+        sampler: one of `SAMPLERS`: every image once in each epoch ("TrainingSampler"), images of
+            rare classes repeated in it ("RepeatFactorTrainingSampler"), or rare classes drawn
+            first ("RareClassSampler").
+        class_counts: (N, C + 1) pixels of the N entries by class, the ignored ones last, as
+            `class_counts` returns them; the last two samplers need them.
+        repeat_threshold: for "RepeatFactorTrainingSampler", the share of the images below which a
+            class is rare.
 
     Returns:
         A loader of lists of mapped dicts.
 
     Raises:
-        ValueError: if the ranks cannot share the batch evenly, there are no entries, or
-            ``num_workers`` is below -1.
+        ValueError: if the ranks cannot share the batch evenly, there are no entries, the sampler
+            is unknown or lacks what it needs, or ``num_workers`` is below -1.
     """
     world_size = comm.get_world_size()
     if batch_size < 1 or batch_size % world_size:
@@ -221,7 +184,15 @@ def build_train_loader(
     return _Loader(
         _SeededItems(dicts, mapper, seed),
         batch_size=block,
-        sampler=ResumableSampler(len(dicts), seed, block, start),
+        sampler=build_sampler(
+            sampler,
+            len(dicts),
+            seed=seed,
+            block=block,
+            start=start,
+            class_counts=class_counts,
+            repeat_threshold=repeat_threshold,
+        ),
         num_workers=count_workers(num_workers),
         collate_fn=_as_list,
         pin_memory=pin_memory,

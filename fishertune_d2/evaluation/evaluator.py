@@ -13,11 +13,12 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from fishertune_d2.data.files import read_image, read_label
+from fishertune_d2.data.datasets import load_datasets
+from fishertune_d2.data.files import DatasetError, read_image, read_label
+from fishertune_d2.data.metadata import dataset_metadata
 from fishertune_d2.evaluation.pictures import draw_comparison
 
 _log = logging.getLogger(__name__)
@@ -103,13 +104,14 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
 
         Raises:
             ValueError: if the rule is unknown.
+            DatasetError: if no such data set is registered, or it does not name its classes.
         """
         if class_rule not in CLASS_RULES:  # now, not after an hour of inference
             raise ValueError(f"TEST.CLASS_RULE is {class_rule!r}; it is one of {CLASS_RULES}.")
         self.dataset_name = dataset_name
         self.class_rule = class_rule
         self.output_dir = output_dir
-        self.space = MetadataCatalog.get(dataset_name).label_space
+        self.space = dataset_metadata(dataset_name).label_space
         self._collapse = self.space.table()
         self._pictures = self._choose_pictures(num_pictures) if output_dir else {}
         self.reset()
@@ -172,16 +174,16 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
             that the rule leaves out; None on all ranks but the first.
 
         Raises:
-            ValueError: if no pixel of the data set is labelled with a scored class.
+            DatasetError: on the first rank, if no pixel that was scored has a label.
         """
         counts = comm.gather(self.confusion)
         if not comm.is_main_process():
             return None
         confusion = np.sum(counts, axis=0)
         if not confusion.any():
-            raise ValueError(
-                f"{self.dataset_name}: no labelled pixel, so there is nothing to score. Is its "
-                "label_map the one of its files?"
+            raise DatasetError(
+                f"{self.dataset_name}: no labelled pixel, so there is nothing to score. Do its "
+                "label files hold the ids of its classes, and not only ignored ones?"
             )
         ious = 100 * class_ious(confusion, self.class_rule)
         result = {"mIoU": float(np.nanmean(ious))}
@@ -195,7 +197,7 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
         """Maps the image ids to draw, evenly spread, to picture files."""
         if count < 1:
             return {}
-        ids = [item["image_id"] for item in DatasetCatalog.get(self.dataset_name)]
+        ids = [item["image_id"] for item in load_datasets([self.dataset_name])]
         chosen = np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)
         folder = Path(self.output_dir) / "pictures"
         return {ids[i]: folder / f"{self.dataset_name}_{k}.png" for k, i in enumerate(chosen)}

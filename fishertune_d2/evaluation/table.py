@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
 from fishertune_d2.data.mapper import SegmentationMapper
+from fishertune_d2.data.metadata import dataset_metadata
 
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
@@ -43,18 +43,18 @@ def summarize(
         size (width, height; None is the file's size) and the classes scored of each data set, and
         the data sets scored on halved labels.
     """
-    train_domains = [MetadataCatalog.get(name).domain for name in train_names]
+    train_domains = [dataset_metadata(name).domain for name in train_names]
+    metadata = {name: dataset_metadata(name) for name in results}
     source, targets, per_class = {}, {}, {}
     for name, result in results.items():
         scores = result["sem_seg"]
-        domain = MetadataCatalog.get(name).domain
+        domain = metadata[name].domain
         seen = any(domains_overlap(domain, trained) for trained in train_domains)
         group = source if seen else targets
         group[name] = scores["mIoU"]
         per_class[name] = {
             key.removeprefix("IoU-"): iou for key, iou in scores.items() if key.startswith("IoU-")
         }
-    metadata = {name: MetadataCatalog.get(name) for name in results}
     sizes = {name: mapper.test_sizes.get(name, m.test_size) for name, m in metadata.items()}
     halved = [name for name, m in metadata.items() if m.halve_labels and not mapper.native_labels]
     return {

@@ -15,11 +15,11 @@ from detectron2.utils import comm
 from fishertune_d2.data.files import DatasetError
 from fishertune_d2.data.loader import (
     MOST_WORKERS,
-    ResumableSampler,
     build_test_loader,
     build_train_loader,
     count_workers,
 )
+from fishertune_d2.data.samplers import ResumableSampler
 
 DICTS = [{"file_name": f"{k}.png", "k": k} for k in range(5)]
 

@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from fishertune_d2.config import default_config
 from fishertune_d2.data.datasets import register_sem_seg
+from fishertune_d2.data.files import DatasetError
 from fishertune_d2.data.labels import LABEL_SPACES
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
 from fishertune_d2.evaluation.evaluator import class_ious, confusion_matrix
@@ -171,7 +172,7 @@ def test_camvid_is_scored_in_its_own_classes(tmp_path):
 
 
 def test_nothing_to_score_is_an_error(scored):
-    with pytest.raises(ValueError, match="own_scored: no labelled pixel"):
+    with pytest.raises(DatasetError, match="own_scored: no labelled pixel"):
         DomainGeneralizationEvaluator("own_scored").evaluate()
 
 

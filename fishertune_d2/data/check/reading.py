@@ -1,70 +1,109 @@
-"""The check before training: every file is there, can be read, and holds labels of its map."""
+"""Reads each pair of files once, and keeps how many pixels of each class each label holds."""
 
 import hashlib
 import logging
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+import numpy as np
 from detectron2.utils import comm
 from tqdm import tqdm
 
+from fishertune_d2.data.datasets import load_datasets
 from fishertune_d2.data.files import DatasetError, read_image, read_label
+from fishertune_d2.data.labels import IGNORE_LABEL
+from fishertune_d2.data.metadata import dataset_metadata
 from fishertune_d2.data.pairs import cache_root, some
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+# Part of what a state of files is known by. A new number where files are read in another way, so
+# that what passed before is read again.
+_READING = "2"
+# What numpy raises on files of another kind, and on those that a full disk or a kill left behind.
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def check_datasets(names: Sequence[str], num_classes: int | None = None) -> None:
-    """Loads the data sets and reads each of their files once, before a run spends time on them.
+def class_counts(names: Sequence[str]) -> np.ndarray:
+    """Counts the pixels of each class in each label of registered data sets.
 
-    What passed is noted in the cache folder (FISHERTUNE_CACHE), so that the next start with
-    unchanged files (path, size, time) only looks at the folders. In a run of several processes the
-    first one checks, and the others wait.
+    Files that the check before training has read are not read again. In a run of several processes
+    the first one reads, and all of them get the counts.
 
     Args:
-        names: registered data sets; a name may occur twice.
-        num_classes: classes of the model; None skips this comparison.
+        names: registered data sets of the same classes.
+
+    Returns:
+        (N, C + 1) int64 for the N entries of ``load_datasets(names)`` and C classes; the last
+        column counts the ignored pixels.
 
     Raises:
-        DatasetError: one error for everything found: missing folders and files, unreadable files,
-            labels out of range, data sets whose classes are not the model's.
+        DatasetError: if files are missing, cannot be read, or hold ids that their map does not
+            know.
     """
+    counts = None
     if comm.is_main_process():
-        problems = []
-        for name in dict.fromkeys(names):
-            try:
-                _check_classes(name, num_classes)
-                _check_files(name, DatasetCatalog.get(name))
-            except DatasetError as error:
-                problems.append(str(error))
-        if problems:
-            raise DatasetError("\n\n".join(problems))
-    comm.synchronize()
+        counts = np.concatenate([count_pixels(name, load_datasets([name])) for name in names])
+    return comm.all_gather(counts)[0]
 
 
-def _check_classes(name: str, num_classes: int | None) -> None:
-    classes = MetadataCatalog.get(name).get("stuff_classes")
-    if num_classes is not None and classes is not None and len(classes) != num_classes:
-        raise DatasetError(
-            f"{name} has {len(classes)} classes, but the model has {num_classes}. Set "
-            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(classes)}, or name another data set."
-        )
+def count_pixels(name: str, dicts: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Counts as `class_counts` for one data set, in this process, unless its counts are kept.
 
+    Args:
+        name: of the data set.
+        dicts: its entries.
 
-def _check_files(name: str, dicts: list[dict[str, Any]]) -> None:
-    """Decodes all files of a data set, unless they passed before."""
-    digest, stamp = state_of_files(dicts), _stamp(name)
-    if stamp.is_file() and stamp.read_text() == digest:
-        return
-    problems = [text for text in for_each_pair(name, dicts, _problem) if text is not None]
+    Returns:
+        (N, C + 1) int64.
+
+    Raises:
+        DatasetError: if files cannot be read or hold ids that their map does not know.
+    """
+    state, num_classes = state_of_files(dicts), len(dataset_metadata(name).classes)
+    counts = _kept(name, state)
+    if counts is not None and counts.shape == (len(dicts), num_classes + 1):
+        return counts
+    read = list(for_each_pair(name, dicts, partial(read_pair, num_classes=num_classes)))
+    problems = [found for found in read if isinstance(found, str)]
     if problems:
         raise DatasetError(bad_files(name, problems))
-    note_passed(name, digest)
+    counts = np.stack(read)
+    keep(name, state, counts)
+    return counts
+
+
+def read_pair(item: dict[str, Any], num_classes: int) -> np.ndarray | str:
+    """Decodes a pair of files.
+
+    Args:
+        item: an entry as `load_datasets` returns it.
+        num_classes: C.
+
+    Returns:
+        (C + 1,) int64 pixels of the label by class, the ignored ones last; or what is wrong.
+    """
+    try:
+        image = read_image(item["file_name"])
+        label = read_label(item["sem_seg_file_name"], item["label_map"])
+    except DatasetError as error:
+        return str(error)
+    sizes = {
+        f"the image {item['file_name']}": image.shape[:2],
+        f"its label {item['sem_seg_file_name']}": label.shape,
+        "its entry in the data set": (item["height"], item["width"]),
+    }
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{what} has {w}x{h} pixels" for what, (h, w) in sizes.items())
+        return f"{shown}. All must have the same size; download or export the pair again."
+    counts = np.bincount(label.ravel(), minlength=256)
+    return np.append(counts[:num_classes], counts[IGNORE_LABEL])
 
 
 def for_each_pair(
@@ -88,36 +127,50 @@ def bad_files(name: str, problems: Sequence[str]) -> str:
     return f"{name}: {len(problems)} bad files. {some(problems)}"
 
 
-def note_passed(name: str, digest: str) -> None:
-    """Notes that all files in the state ``digest`` can be read and hold ids of their map."""
-    stamp = _stamp(name)
+def keep(name: str, state: str, counts: np.ndarray) -> None:
+    """Keeps the counts of files that all can be read, for as long as the files stay as they are.
+
+    Args:
+        name: of the data set.
+        state: what `state_of_files` returned before they were read.
+        counts: (N, C + 1) int64.
+    """
+    path = _path(name)
+    growing = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with growing.open("wb") as file:
+            np.savez_compressed(file, state=state, counts=counts)
+        growing.replace(path)
     except OSError as error:  # only the time of the next check is lost
-        _log.info("Cannot note that %s was checked: %s", name, error)
+        _log.info("Cannot keep what %s holds: %s", name, error)
 
 
-def _stamp(name: str) -> Path:
-    return cache_root() / "checked" / name
-
-
-def _problem(item: dict[str, Any]) -> str | None:
-    """Returns what is wrong with a pair of files, or None."""
+def _kept(name: str, state: str) -> np.ndarray | None:
     try:
-        read_image(item["file_name"])
-        read_label(item["sem_seg_file_name"], item["label_map"])
-    except DatasetError as error:
-        return str(error)
-    return None
+        with np.load(_path(name)) as kept:
+            return kept["counts"] if str(kept["state"]) == state else None
+    except _DAMAGED:  # or it is not there: the files are read again
+        return None
+
+
+def _path(name: str) -> Path:
+    return cache_root() / "checked" / f"{name}.npz"
 
 
 def state_of_files(dicts: Sequence[dict[str, Any]]) -> str:
-    """Identifies the state of all files without reading them."""
-    digest = hashlib.sha256()
+    """Identifies the state of all files without reading them.
+
+    Raises:
+        DatasetError: if one is not there.
+    """
+    digest = hashlib.sha256(_READING.encode())
     for item in dicts:
         for path in (item["file_name"], item["sem_seg_file_name"]):
-            status = os.stat(path)
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise DatasetError(f"{path}: {error.strerror}. Restore the file.") from error
             digest.update(f"{path}|{status.st_size}|{status.st_mtime_ns}|".encode())
         digest.update(item["label_map"].encode())
     return digest.hexdigest()

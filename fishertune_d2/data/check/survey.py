@@ -3,19 +3,23 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
+from fishertune_d2.data.check.judging import never_labelled, problems_of
 from fishertune_d2.data.check.reading import (
     bad_files,
     for_each_pair,
-    note_passed,
+    keep,
+    read_pair,
     state_of_files,
 )
-from fishertune_d2.data.files import DatasetError, read_image, read_label
-from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS
+from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.labels import LABEL_MAPS
+from fishertune_d2.data.metadata import metadata_of
 from fishertune_d2.data.pairs import (
     Published,
     SemSegDataset,
@@ -36,26 +40,26 @@ class Survey:
 
     Attributes:
         row: the data set.
+        pixels: (C + 1,) int64, label pixels by class; the last entry counts the ignored.
         pairs: how many pairs of an image and a label there are.
         sizes: how many of them have which (width, height).
-        pixels: (256,) int64, label pixels by train id; ``IGNORE_LABEL`` counts the ignored.
         problems: what is wrong, each with the remedy.
     """
 
     row: SemSegDataset
+    pixels: np.ndarray
     pairs: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
     problems: list[str] = field(default_factory=list)
 
     def ignored(self) -> float | None:
         """Returns the percentage of ignored pixels; None where nothing was read."""
         total = self.pixels.sum()
-        return float(100 * self.pixels[IGNORE_LABEL] / total) if total else None
+        return float(100 * self.pixels[-1] / total) if total else None
 
     def shares(self) -> dict[str, float]:
         """Returns the percentage of the labelled pixels of each class that the labels can hold."""
-        labelled = self.pixels[: len(self.row.classes)]
+        labelled = self.pixels[:-1]
         total = max(int(labelled.sum()), 1)
         reachable = set(LABEL_MAPS[self.row.label_map].tolist())
         return {
@@ -66,7 +70,7 @@ class Survey:
 
     def absent(self) -> list[str]:
         """Returns the classes that could occur and do not."""
-        return [name for name, share in self.shares().items() if share == 0]
+        return never_labelled(metadata_of(self.row), self.pixels)
 
 
 def rows_on_disk() -> list[SemSegDataset]:
@@ -89,7 +93,7 @@ def survey(row: SemSegDataset, pixels: bool = True) -> Survey:
         row: the data set.
         pixels: whether to; without, only names and headers are read, which is quick.
     """
-    found = Survey(row)
+    found = Survey(row, np.zeros(len(row.classes) + 1, dtype=np.int64))
     try:
         dicts = load_pairs(row)
     except DatasetError as error:
@@ -97,39 +101,30 @@ def survey(row: SemSegDataset, pixels: bool = True) -> Survey:
         return found
     found.pairs = len(dicts)
     found.sizes = Counter((item["width"], item["height"]) for item in dicts)
-    complete = pixels and _read_pixels(found, dicts)
     if row.published is not None:
-        found.problems += _differences(found, row.published, complete)
+        found.problems += _differences(found, row.published)
+    if pixels and _read_pixels(found, dicts):
+        found.problems += problems_of(metadata_of(row), dicts, found.pixels)
     return found
 
 
 def _read_pixels(found: Survey, dicts: list[dict[str, Any]]) -> bool:
     """Reads every file, and returns whether all of them can be read."""
-    state, bad = state_of_files(dicts), []
-    for result in for_each_pair(found.row.name, dicts, _read):
-        if isinstance(result, str):
-            bad.append(result)
-        else:
-            found.pixels += result
+    state, read = state_of_files(dicts), partial(read_pair, num_classes=len(found.row.classes))
+    pairs = list(for_each_pair(found.row.name, dicts, read))
+    bad = [pair for pair in pairs if isinstance(pair, str)]
+    good = [pair for pair in pairs if not isinstance(pair, str)]
+    if good:
+        found.pixels = np.sum(good, axis=0)
     if bad:
         found.problems.append(bad_files(found.row.name, bad))
     else:
-        note_passed(found.row.name, state)
+        keep(found.row.name, state, np.stack(good))
     return not bad
 
 
-def _read(item: dict[str, Any]) -> np.ndarray | str:
-    """Returns the pixels of a label by train id, or what is wrong with the pair."""
-    try:
-        read_image(item["file_name"])
-        label = read_label(item["sem_seg_file_name"], item["label_map"])
-    except DatasetError as error:
-        return str(error)
-    return np.bincount(label.ravel(), minlength=256)
-
-
-def _differences(found: Survey, published: Published, complete: bool) -> list[str]:
-    """Compares with the published numbers; the classes only where all pairs were read."""
+def _differences(found: Survey, published: Published) -> list[str]:
+    """Compares with the published numbers of pairs and of pixels."""
     name, problems = found.row.name, []
     if found.pairs < published.pairs:
         problems.append(
@@ -148,36 +143,7 @@ def _differences(found: Survey, published: Published, complete: bool) -> list[st
             f"are {_format_sizes(dict.fromkeys(published.sizes))}. Use the files at the size in "
             "which they are published: the tests resize by themselves."
         )
-    if complete and found.pairs == published.pairs:
-        problems += _wrong_classes(found, published)
     return problems
-
-
-def _wrong_classes(found: Survey, published: Published) -> list[str]:
-    row, problems = found.row, []
-    remedy = (
-        f"The label map {row.label_map!r} needs the ids that the authors ship: were these labels "
-        "converted? Restore the files of the authors."
-    )
-    absent = found.absent()
-    if published.absent is not None and set(absent) != set(published.absent):
-        problems.append(
-            f"{row.name}: never labelled is {_list(absent)}; published is {_list(published.absent)}"
-            f". {remedy}"
-        )
-    total = found.pixels.sum()
-    for name, known in published.shares.items():
-        share = 100 * found.pixels[row.classes.index(name)] / total
-        if abs(share - known) > known / 4:
-            problems.append(
-                f"{row.name}: {share:.1f} % of all pixels are {name}, known are {known:.1f} %. "
-                f"{remedy}"
-            )
-    return problems
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) or "no class"
 
 
 def _format_sizes(sizes: dict[tuple[int, int], int | None]) -> str:

@@ -1,0 +1,175 @@
+"""What is known of a registered data set, whoever registered it.
+
+FisherTune's registrations say all of it. Of a data set that Detectron2's own functions register
+(`load_sem_seg`, `register_coco_panoptic_separated`, its built-in names) ``stuff_classes`` and
+``ignore_label`` say what the labels hold; its metadata may name a ``domain`` and a ``test_size``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.colormap import colormap
+
+from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.labels import (
+    IGNORE_LABEL,
+    Color,
+    LabelSpace,
+    identity_map_name,
+    identity_space,
+    repeated,
+)
+from fishertune_d2.data.pairs import Published, SemSegDataset
+
+
+@dataclass(frozen=True)
+class DatasetMetadata:
+    """What is known of a registered data set.
+
+    Attributes:
+        name: its name in Detectron2's catalogs.
+        classes: the classes that its label map leads to, which a model is trained on.
+        colors: their RGB colours.
+        label_map: a name in `LABEL_MAPS`.
+        label_space: the classes that it is scored in.
+        domain: see `SemSegDataset`. A data set that says nothing is a domain of its own.
+        test_size: (width, height) into which test images are fitted; None keeps their size.
+        halve_labels: whether it is scored on labels of half the width and height.
+        published: known numbers; None where there are none.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    colors: tuple[Color, ...]
+    label_map: str
+    label_space: LabelSpace
+    domain: str
+    test_size: tuple[int, int] | None = None
+    halve_labels: bool = False
+    published: Published | None = None
+
+
+def dataset_metadata(name: str) -> DatasetMetadata:
+    """Returns what is known of a data set, without looking at its files.
+
+    Args:
+        name: a name in Detectron2's catalogs.
+
+    Raises:
+        DatasetError: if no data set of that name is registered, or what was registered does not
+            say which classes its labels hold.
+    """
+    require_registered(name)
+    row = registered_row(name)
+    if row is not None:
+        return metadata_of(row)
+    known = MetadataCatalog.get(name).as_dict()
+    classes = known.get("stuff_classes")
+    if not classes:
+        instead = "only thing_classes, those of instances" if "thing_classes" in known else "none"
+        raise DatasetError(
+            f"{name}: its metadata have no stuff_classes, the names of the classes 0, 1, ... that "
+            f"its label files hold ({instead}). If it has such files, name the classes with "
+            f"MetadataCatalog.get({name!r}).set(stuff_classes=[...]); a data set of instances "
+            "alone cannot be used."
+        )
+    classes = tuple(classes)
+    require_classes(name, classes)
+    try:
+        identity = identity_map_name(len(classes), known.get("ignore_label", IGNORE_LABEL))
+    except ValueError as error:
+        raise DatasetError(f"{name}: in its metadata, {error}.") from error
+    colors = class_colors(len(classes), known.get("stuff_colors", ()))
+    return DatasetMetadata(
+        name,
+        classes,
+        colors,
+        identity,
+        identity_space(classes, colors),
+        domain=known.get("domain", name),
+        test_size=known.get("test_size"),
+    )
+
+
+def metadata_of(row: SemSegDataset) -> DatasetMetadata:
+    """Returns what a row says.
+
+    Args:
+        row: registered or not.
+    """
+    return DatasetMetadata(
+        row.name,
+        row.classes,
+        row.colors,
+        row.label_map,
+        row.label_space,
+        row.domain,
+        row.test_size,
+        row.halve_labels,
+        row.published,
+    )
+
+
+def registered_row(name: str) -> SemSegDataset | None:
+    """Returns the row of a data set that FisherTune registered, else None.
+
+    Args:
+        name: a name in Detectron2's catalogs.
+    """
+    return MetadataCatalog.get(name).get("row", None)
+
+
+def require_registered(name: str) -> None:
+    """Refuses a name that is not registered.
+
+    Args:
+        name: of a data set, as DATASETS.TRAIN or DATASETS.TEST hold it.
+
+    Raises:
+        DatasetError: if it is not in Detectron2's catalog; it names the nearest names.
+    """
+    names = DatasetCatalog.list()
+    if name in names:
+        return
+    near = get_close_matches(name, names)
+    meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise DatasetError(
+        f"No data set {name!r} is registered.{meant} DATASETS.TRAIN and DATASETS.TEST take the "
+        "names that datasets/README.md lists; register your own data with register_sem_seg, in "
+        "the script that then starts the training."
+    )
+
+
+def require_classes(name: str, classes: Sequence[str]) -> None:
+    """Refuses a number of classes that labels cannot hold, and names that classes share.
+
+    Args:
+        name: of the data set.
+        classes: their names.
+
+    Raises:
+        DatasetError: if there are none or more than 255, or two have one name.
+    """
+    if not 1 <= len(classes) <= IGNORE_LABEL:
+        raise DatasetError(f"{name}: {len(classes)} classes given; labels hold 1 to 255 classes.")
+    twice = repeated(classes)
+    if twice:
+        raise DatasetError(
+            f"{name}: several classes are named {' and '.join(map(repr, twice))}; scores are told "
+            "apart by the name, so give each class its own."
+        )
+
+
+def class_colors(count: int, given: Sequence[Sequence[int]] = ()) -> tuple[Color, ...]:
+    """Returns RGB colours: the given ones, or Detectron2's palette where they are too few.
+
+    Args:
+        count: how many are needed.
+        given: RGB colours, 0 to 255.
+    """
+    if len(given) < count:
+        palette = colormap(rgb=True).astype(int).tolist()
+        given = [palette[k % len(palette)] for k in range(count)]
+    return tuple((int(r), int(g), int(b)) for r, g, b in given[:count])

@@ -1,0 +1,250 @@
+"""Which entry of the training data each position of the stream shows.
+
+A position counts the images of all ranks since training began. Every order is a function of the
+seed and the position, so that a run that resumes at a position goes on as if it had not stopped.
+
+Shapes: N entries, C classes. Class counts are (N, C + 1) pixels by class, the ignored ones last.
+"""
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import Sampler
+
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RareClassSampler")
+"""What DATALOADER.SAMPLER_TRAIN may name."""
+
+# DAFormer's: the temperature of the classes' probabilities, and the pixels of a class that an image
+# needs to be drawn for it.
+RARE_CLASS_TEMPERATURE = 0.01
+RARE_CLASS_PIXELS = 3000
+
+
+class ResumableSampler(Sampler[tuple[int, int]]):
+    """An endless stream of shuffled epochs that can be entered anywhere.
+
+    Yields (position, index): index is an entry of the data set. Of each step's positions, rank r
+    takes the r-th block, so that a step draws the same images however many ranks share it.
+
+    Attributes:
+        start: the position at which iteration begins. May be set until iteration begins.
+    """
+
+    def __init__(self, size: int, seed: int, block: int, start: int = 0):
+        """Stores the stream's parameters.
+
+        Args:
+            size: number of entries of the data set.
+            seed: seed of the order.
+            block: images that a rank takes in each step.
+            start: number of images, over all ranks, that were drawn before.
+        """
+        self.size = size
+        self.seed = seed
+        self.block = block
+        self.start = start
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)  # of the epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yields without end.
+
+        Raises:
+            ValueError: if ``start`` lies within a step.
+        """
+        rank, step = comm.get_rank(), self.block * comm.get_world_size()
+        if self.start < 0 or self.start % step:
+            raise ValueError(
+                f"start is {self.start}; it has to be a whole number of steps, so a multiple of "
+                f"the {step} images that one draws."
+            )
+        for first in count(self.start + rank * self.block, step):
+            for position in range(first, first + self.block):
+                yield position, self.entry(position)
+
+    def entry(self, position: int) -> int:
+        """Returns the entry at a position: each epoch shows every entry once, in its own order.
+
+        Args:
+            position: images of all ranks before it.
+        """
+        epoch, place = divmod(position, self.size)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, _generator(self.seed, epoch).permutation(self.size)
+        return int(self._order[place])
+
+
+class RepeatFactorSampler(ResumableSampler):
+    """Shuffled epochs that show an image more often, the rarer its rarest class is.
+
+    Detectron2's factors, those of LVIS: a class that a share f of the images holds has the factor
+    max(1, sqrt(threshold / f)), and an image the largest factor of its classes. An epoch shows it
+    that often on average: the fraction above a whole number is drawn anew in each epoch.
+    """
+
+    def __init__(
+        self, class_counts: np.ndarray, threshold: float, seed: int, block: int, start: int = 0
+    ):
+        """Computes the factors.
+
+        Args:
+            class_counts: (N, C + 1).
+            threshold: DATALOADER.REPEAT_THRESHOLD, the share of the images below which a class
+                is rare.
+            seed: see `ResumableSampler`.
+            block: see `ResumableSampler`.
+            start: see `ResumableSampler`.
+
+        Raises:
+            ValueError: if the threshold is not a share above 0, without which nothing is repeated.
+        """
+        if not 0 < threshold <= 1:
+            raise ValueError(
+                f"DATALOADER.REPEAT_THRESHOLD is {threshold}: RepeatFactorTrainingSampler repeats "
+                "images of classes that a smaller share of the images holds, so choose one above "
+                "0 and at most 1, as 0.1"
+            )
+        super().__init__(len(class_counts), seed, block, start)
+        images = [
+            {"annotations": [{"category_id": c} for c in np.flatnonzero(row).tolist()]}
+            for row in class_counts[:, :-1]
+        ]
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            images, threshold
+        )
+        self.factors = factors.numpy().astype(np.float64)
+        self._first = 0  # position of the epoch
+
+    def entry(self, position: int) -> int:
+        """Returns the entry at a position, for which all epochs before it have to be counted.
+
+        Args:
+            position: images of all ranks before it.
+        """
+        if position < self._first:
+            self._epoch, self._first, self._order = -1, 0, self._order[:0]
+        while position >= self._first + len(self._order):
+            self._first += len(self._order)
+            self._epoch += 1
+            generator = _generator(self.seed, self._epoch)
+            whole = np.floor(self.factors).astype(np.int64)
+            times = whole + (generator.random(self.size) < self.factors - whole)
+            self._order = generator.permutation(np.repeat(np.arange(self.size), times))
+        return int(self._order[position - self._first])
+
+
+class RareClassSampler(ResumableSampler):
+    """Draws a class for each position, the rare ones most often, then an image that holds it.
+
+    DAFormer's rare class sampling (tqdm uses the same): of all labelled pixels a share f belongs to
+    a class, and its probability is softmax((1 - f) / temperature). There are no epochs.
+    """
+
+    def __init__(
+        self,
+        class_counts: np.ndarray,
+        seed: int,
+        block: int,
+        start: int = 0,
+        *,
+        temperature: float = RARE_CLASS_TEMPERATURE,
+        min_pixels: int = RARE_CLASS_PIXELS,
+    ):
+        """Computes the probabilities.
+
+        Args:
+            class_counts: (N, C + 1).
+            seed: see `ResumableSampler`.
+            block: see `ResumableSampler`.
+            start: see `ResumableSampler`.
+            temperature: a small one draws the rarest classes alone, a large one all alike.
+            min_pixels: pixels of a class in the images that are drawn for it; where no image
+                holds as many, every image with a pixel of it may be drawn.
+
+        Raises:
+            ValueError: if no label holds a labelled pixel.
+        """
+        super().__init__(len(class_counts), seed, block, start)
+        pixels = class_counts[:, :-1]
+        totals = pixels.sum(axis=0)
+        self.classes = np.flatnonzero(totals)
+        if not len(self.classes):
+            raise ValueError("No label of the training data holds a labelled pixel.")
+        weights = -totals[self.classes] / totals.sum() / temperature  # the 1 of 1 - f cancels
+        weights = np.exp(weights - weights.max())
+        self.probabilities = weights / weights.sum()
+        self._images = [_images_with(pixels[:, c], min_pixels) for c in self.classes]
+
+    def entry(self, position: int) -> int:
+        """Returns the entry at a position, which depends on no other.
+
+        Args:
+            position: images of all ranks before it.
+        """
+        generator = _generator(self.seed, position, 1)  # the augmentation's has no third number
+        images = self._images[generator.choice(len(self.classes), p=self.probabilities)]
+        return int(generator.choice(images))
+
+
+def build_sampler(
+    name: str,
+    size: int,
+    *,
+    seed: int,
+    block: int,
+    start: int = 0,
+    class_counts: np.ndarray | None = None,
+    repeat_threshold: float = 0.0,
+) -> ResumableSampler:
+    """Builds a sampler by the name that configs give it.
+
+    Args:
+        name: one of `SAMPLERS`.
+        size: number of entries of the data set, N.
+        seed: seed of the order.
+        block: images that a rank takes in each step.
+        start: number of images, over all ranks, that were drawn before.
+        class_counts: (N, C + 1), as `class_counts` of the check returns them; not needed for
+            "TrainingSampler".
+        repeat_threshold: see `RepeatFactorSampler`.
+
+    Raises:
+        ValueError: if the name is unknown, or the counts are missing or of other data.
+    """
+    require_sampler(name)
+    if name == "TrainingSampler":
+        return ResumableSampler(size, seed, block, start)
+    if class_counts is None or len(class_counts) != size:
+        given = "none" if class_counts is None else f"those of {len(class_counts)}"
+        raise ValueError(
+            f"{name} needs the class counts of all {size} images, got {given}: pass "
+            "class_counts=fishertune_d2.data.class_counts(names)"
+        )
+    if name == "RepeatFactorTrainingSampler":
+        return RepeatFactorSampler(class_counts, repeat_threshold, seed, block, start)
+    return RareClassSampler(class_counts, seed, block, start)
+
+
+def require_sampler(name: str) -> None:
+    """Refuses a sampler that does not exist here.
+
+    Args:
+        name: DATALOADER.SAMPLER_TRAIN.
+
+    Raises:
+        ValueError: if it is none of `SAMPLERS`.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}: choose from {', '.join(SAMPLERS)}")
+
+
+def _generator(*numbers: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(numbers))
+
+
+def _images_with(pixels: np.ndarray, least: int) -> np.ndarray:
+    enough = np.flatnonzero(pixels >= least)
+    return enough if len(enough) else np.flatnonzero(pixels)
