@@ -32,6 +32,7 @@ LOSS_NAMES = {
     "loss_dice": "loss_dice",
 }
 FEATURE_STRIDES = [4, 8, 16, 32]
+_MIN_SCORE = 1e-6  # where every query says "no object", all classes are equally likely
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -40,6 +41,8 @@ class Mask2FormerHead(nn.Module):
 
     Works on four maps of any one channel count at strides 4, 8, 16 and 32.
     """
+
+    stride = FEATURE_STRIDES[0]  # of the masks, in pixels
 
     @configurable
     def __init__(
@@ -215,6 +218,23 @@ class Mask2FormerHead(nn.Module):
             return sum(self.losses(own, targets.of_image(image)).values())
         finally:
             self.criterion.across_processes = True
+
+    def log_probabilities(
+        self, predictions: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """The logarithm of each class's probability, of the final prediction.
+
+        Mask2Former has no normalised p(y | x). Its semantic scores, divided by their sum over
+        classes, make one for each pixel.
+
+        Args:
+            predictions: what `predict` returns.
+
+        Returns:
+            (B, C, h, w) float32.
+        """
+        scores = semantic_scores(*predictions[-1]) + _MIN_SCORE
+        return scores.log() - scores.sum(1, keepdim=True).log()
 
     def loss_divisors(self, targets: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """What the losses of a batch divide by, so that those of its parts can be put together.

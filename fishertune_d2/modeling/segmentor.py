@@ -9,11 +9,13 @@ from math import isfinite
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
 from detectron2.structures import ImageList
 from torch import nn
 from torch.nn import functional as F
 
+from fishertune_d2.modeling.heads import SegmentationHead, require_drivable, segmentation_head
 from fishertune_d2.modeling.sliding import sliding_average
 from fishertune_d2.modeling.targets import SegmentationTargets, present_classes
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
@@ -49,7 +51,8 @@ class VFMSegmentor(nn.Module):
 
         Args:
             backbone: images (B, 3, H, W) -> dict of feature maps.
-            sem_seg_head: called as in `Mask2FormerHead.forward`; has `ignore_value`.
+            sem_seg_head: has what `SegmentationHead` lists, or is one of Detectron2's heads that
+                predict a logit for each class and pixel, see `PixelHead`.
             pixel_mean: mean of each channel, on the images' scale.
             pixel_std: standard deviation of each channel, on the images' scale.
             test_mode: "whole" or "slide".
@@ -58,8 +61,8 @@ class VFMSegmentor(nn.Module):
             windows_per_batch: how many windows of an image pass through the model at once.
 
         Raises:
-            ValueError: if `test_mode` is unknown, the windows would leave gaps, or
-                `windows_per_batch` is not positive.
+            ValueError: if `test_mode` is unknown, the windows would leave gaps,
+                `windows_per_batch` is not positive, or the head cannot be driven.
         """
         super().__init__()
         if test_mode not in TEST_MODES:
@@ -74,6 +77,7 @@ class VFMSegmentor(nn.Module):
                 f"TEST.WINDOWS_PER_BATCH is {windows_per_batch}: choose at least 1 window, or as "
                 "many as fit the device's memory"
             )
+        require_drivable(sem_seg_head, backbone.output_shape(), backbone.size_divisibility)
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.test_mode = test_mode
@@ -95,13 +99,16 @@ class VFMSegmentor(nn.Module):
 
         Returns:
             The arguments of ``__init__``.
+
+        Raises:
+            ValueError: if the backbone lacks one of IN_FEATURES, or the head cannot be built.
         """
         backbone = build_backbone(cfg)
         vfm, configured = cfg.MODEL.VFM, Pixels(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
         pixels = pixel_statistics(vfm.NAME, vfm.PIXELS, configured)
         return {
             "backbone": backbone,
-            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
+            "sem_seg_head": _build_head(cfg, backbone.output_shape()),
             "pixel_mean": pixels.mean,
             "pixel_std": pixels.std,
             "test_mode": cfg.TEST.MODE,
@@ -114,6 +121,13 @@ class VFMSegmentor(nn.Module):
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.pixel_mean.device
+
+    @property
+    def head(self) -> SegmentationHead:
+        """``sem_seg_head``, as whatever computes losses or scores drives it."""
+        backbone = self.backbone
+        shapes, divisibility = backbone.output_shape(), backbone.size_divisibility
+        return segmentation_head(self.sem_seg_head, shapes, divisibility)
 
     def forward(
         self, batched_inputs: list[dict]
@@ -157,7 +171,7 @@ class VFMSegmentor(nn.Module):
             self.untrained = frozenset()
         features, targets = self.features_and_targets(batched_inputs)
         try:
-            _, losses = self.sem_seg_head(features, targets)
+            _, losses = self.head(features, targets)
             _require_finite(losses)
         except FloatingPointError as error:
             images = ", ".join(inputs.get("file_name", "an image") for inputs in batched_inputs)
@@ -173,7 +187,7 @@ class VFMSegmentor(nn.Module):
         Returns:
             Numbers or scalars by the losses' names, without the number of the prediction.
         """
-        return self.sem_seg_head.loss_divisors([inputs["sem_seg"] for inputs in batched_inputs])
+        return self.head.loss_divisors([inputs["sem_seg"] for inputs in batched_inputs])
 
     def features_and_targets(
         self, batched_inputs: list[dict]
@@ -205,7 +219,7 @@ class VFMSegmentor(nn.Module):
                     f"{tuple(inputs['image'].shape[-2:])} and its sem_seg "
                     f"{tuple(inputs['sem_seg'].shape)}; the mapper must transform both alike"
                 )
-        divisor, head = self.backbone.size_divisibility, self.sem_seg_head
+        divisor, head = self.backbone.size_divisibility, self.head
         images = self._normalised([inputs["image"] for inputs in batched_inputs])
         images = ImageList.from_tensors(images, divisor)
         labels = [inputs["sem_seg"] for inputs in batched_inputs]
@@ -223,7 +237,7 @@ class VFMSegmentor(nn.Module):
         """Scores each image by itself, so that a result does not depend on its batch.
 
         What is averaged over windows, and resized to the wanted size, are the head's scores (for
-        Mask2Former sums of probabilities), not logits.
+        Mask2Former sums of probabilities, for Detectron2's heads probabilities), not logits.
 
         Args:
             batched_inputs: dicts with ``image`` and maybe ``height`` and ``width``.
@@ -263,9 +277,26 @@ class VFMSegmentor(nn.Module):
         """Scores normalised images or windows of one size (B, 3, H, W) -> (B, C, H, W) float32."""
         padded = ImageList.from_tensors(list(images), self.backbone.size_divisibility)
         features = self.backbone(padded.tensor)
-        scores, _ = self.sem_seg_head(features, image_size=padded.tensor.shape[-2:])
+        scores, _ = self.head(features, image_size=padded.tensor.shape[-2:])
         # Autocast may give half precision, in which averages over windows would be rounded again.
         return scores[..., : images.shape[2], : images.shape[3]].float()
+
+
+def _build_head(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module:
+    keys = cfg.MODEL.SEM_SEG_HEAD
+    unknown = [name for name in keys.IN_FEATURES if name not in shapes]
+    if unknown:  # some of Detectron2's heads go on without them
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {', '.join(unknown)}, which "
+            f"{cfg.MODEL.BACKBONE.NAME} has not got: it has {', '.join(shapes)}"
+        )
+    try:
+        return build_sem_seg_head(cfg, shapes)
+    except (AssertionError, ValueError) as error:  # Detectron2's heads name no key
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.NAME {keys.NAME} cannot be built from the keys of "
+            f"MODEL.SEM_SEG_HEAD: {error}"
+        ) from error
 
 
 def _require_finite(losses: dict[str, torch.Tensor]) -> None:

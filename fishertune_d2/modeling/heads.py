@@ -1,0 +1,126 @@
+"""What the segmentor and the Fisher information need of a segmentation head, and which heads work.
+
+Shapes:
+    B: images in the batch; C: classes; H, W: the padded images, in pixels
+    h, w: the map that a head predicts
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from .pixel_head import DETECTRON2_HEADS, PixelHead
+from .targets import SegmentationTargets
+
+# Heads that need no adapter, by the names of MODEL.SEM_SEG_HEAD.NAME.
+_OWN_HEADS = ("Mask2FormerHead",)
+
+
+@runtime_checkable
+class SegmentationHead(Protocol):
+    """The contract of a head.
+
+    Attributes:
+        num_classes: C.
+        ignore_value: the label of a pixel without a class.
+        stride: pixels between the cells of `log_probabilities`.
+    """
+
+    num_classes: int
+    ignore_value: int
+    stride: int
+
+    def __call__(
+        self,
+        features: dict[str, Tensor],
+        targets: SegmentationTargets | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Computes the losses, or without targets the scores.
+
+        Args:
+            features: the backbone's maps (B, channels, H / stride, W / stride) by name.
+            targets: the labels of the batch.
+            image_size: (H, W) of the scores.
+
+        Returns:
+            With targets (None, weighted losses of the batch by name), else (scores (B, C, H, W)
+            that are not negative, {}).
+        """
+
+    def predict(self, features: dict[str, Tensor]) -> Any:
+        """Computes what the next two methods take, of a whole batch."""
+
+    def loss_of_image(self, predictions: Any, targets: SegmentationTargets, image: int) -> Tensor:
+        """The sum of the weighted losses of one image, as if it were a batch of its own; scalar."""
+
+    def log_probabilities(self, predictions: Any) -> Tensor:
+        """(B, C, h, w): the logarithm of each class's probability, at `stride`."""
+
+    def loss_divisors(self, labels: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """What each loss of a batch is divided by, so that those of its parts can be put together.
+
+        Args:
+            labels: of each image (height, width), of any integer type.
+
+        Returns:
+            Numbers or scalars by the losses' names.
+        """
+
+
+def segmentation_head(
+    head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibility: int
+) -> SegmentationHead:
+    """A head as the segmentor drives it: itself, or one of Detectron2's in an adapter.
+
+    Args:
+        head: what MODEL.SEM_SEG_HEAD.NAME built. Its parameters stay where they are.
+        shapes: the backbone's ``output_shape()``.
+        divisibility: the backbone's ``size_divisibility``, in pixels.
+
+    Raises:
+        ValueError: if the head has neither the contract nor the methods of Detectron2's heads.
+    """
+    if isinstance(head, SegmentationHead):
+        return head
+    try:
+        return PixelHead(head, shapes, divisibility)
+    except AttributeError as error:
+        raise ValueError(_refusal(head, str(error))) from error
+
+
+def require_drivable(head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibility: int) -> None:
+    """Tries one of Detectron2's heads on maps of zeros, so that it does not fail after training.
+
+    Args:
+        head: as in `segmentation_head`.
+        shapes: as in `segmentation_head`.
+        divisibility: as in `segmentation_head`.
+
+    Raises:
+        ValueError: if the head cannot be driven; says why, and which heads can.
+    """
+    driven = segmentation_head(head, shapes, divisibility)
+    if driven is head:
+        return
+    modes = {module: module.training for module in head.modules()}
+    try:
+        head.eval()  # no dropout, which would draw random numbers, and no statistics
+        with torch.no_grad():
+            driven.try_out()
+    except Exception as error:  # of a kind that only the head knows
+        raise ValueError(_refusal(head, str(error))) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _refusal(head: nn.Module, why: str) -> str:
+    return (
+        f"MODEL.SEM_SEG_HEAD.NAME is {type(head).__name__}, which VFMSegmentor cannot drive: {why}."
+        f" These heads work: {', '.join((*_OWN_HEADS, *DETECTRON2_HEADS))}, and heads of your own "
+        "with the methods of fishertune_d2.modeling.heads.SegmentationHead"
+    )

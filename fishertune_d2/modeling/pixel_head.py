@@ -1,0 +1,193 @@
+"""Detectron2's semantic segmentation heads, which predict a logit for each class and pixel.
+
+Shapes:
+    B: images in the batch; C: classes; H, W: the padded images, in pixels
+    h, w: the map that the head predicts, at ``common_stride``
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil, lcm
+
+import torch
+from detectron2.layers import ASPP, ShapeSpec
+from detectron2.projects.deeplab.semantic_seg import DeepLabV3Head
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .targets import SegmentationTargets, present_classes
+
+DETECTRON2_HEADS = ("SemSegFPNHead", "DeepLabV3PlusHead", "DeepLabV3Head")
+
+
+class PixelHead:
+    """Drives a head of Detectron2 as a `SegmentationHead`.
+
+    A plain object beside the head, so that the head's parameters keep their names. It calls the
+    head's ``losses``, so a loss is the head's own, with its LOSS_WEIGHT and LOSS_TYPE. The scores
+    are probabilities, the softmax of the logits that are brought to the image's size. So averages
+    over sliding windows are averages of probabilities, where Detectron2 takes logits.
+
+    The heads double maps in size, so all maps have to cover one area. Maps of a ViT's pyramid, of
+    which the last cell may stick out of the image, are continued at the bottom and the right. Where
+    a head pools over windows of the training crop, that goes on to a multiple of the crop.
+
+    Args:
+        head: has ``predictor``, ``losses``, ``common_stride``, ``ignore_value``, ``in_features``
+            and ``layers``.
+        shapes: the backbone's ``output_shape()``.
+        divisibility: what the sides of the padded images are multiples of, in pixels.
+
+    Raises:
+        AttributeError: if the head has not got these; names the first that is missing.
+    """
+
+    def __init__(self, head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibility: int):
+        self.head = head
+        self.num_classes: int = head.predictor.out_channels
+        self.ignore_value: int = head.ignore_value
+        self.stride: int = head.common_stride
+        self.losses_of_logits = head.losses
+        self.layers = _layers(head)
+        self.shapes = {name: shapes[name] for name in head.in_features}
+        self.divisibility = max(1, divisibility)
+
+    def __call__(
+        self,
+        features: dict[str, Tensor],
+        targets: SegmentationTargets | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Computes the losses, or without targets the scores; see `SegmentationHead`.
+
+        Returns:
+            With targets (None, weighted losses by name), else (probabilities (B, C, H, W), {}).
+        """
+        logits = self.predict(features)
+        if targets is not None:
+            return None, self._losses(logits, targets)
+        if image_size is not None:
+            logits = F.interpolate(
+                logits, scale_factor=self.stride, mode="bilinear", align_corners=False
+            )
+            logits = logits[..., : image_size[0], : image_size[1]]
+        return logits.softmax(1), {}
+
+    def predict(self, features: dict[str, Tensor]) -> Tensor:
+        """Computes the logits (B, C, h, w) float32; they may cover more than the images."""
+        multiple = self._multiple()
+        strides = {name: shape.stride for name, shape in self.shapes.items()}
+        covered = [
+            max(features[name].shape[axis] * stride for name, stride in strides.items())
+            for axis in (-2, -1)
+        ]
+        wanted = [
+            ceil(extent / unit) * unit for extent, unit in zip(covered, multiple, strict=True)
+        ]
+        maps = {
+            name: _continued(features[name], [extent // stride for extent in wanted])
+            for name, stride in strides.items()
+        }
+        return self.layers(maps).float()
+
+    def loss_of_image(
+        self, predictions: Tensor, targets: SegmentationTargets, image: int
+    ) -> Tensor:
+        """The head's loss on one image, as if it were a batch of its own; scalar."""
+        own = self._losses(predictions[image : image + 1], targets.of_image(image))
+        return sum(own.values())
+
+    def log_probabilities(self, predictions: Tensor) -> Tensor:
+        """(B, C, h, w): the logarithm of the softmax of the logits."""
+        return predictions.log_softmax(1)
+
+    def loss_divisors(self, labels: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Counts the labelled pixels, over which ``loss_sem_seg`` is a mean; at least 1.
+
+        Raises:
+            ValueError: if a label is no class, or the loss takes a batch's hardest pixels.
+        """
+        kind = getattr(self.head, "loss_type", "cross_entropy")
+        if kind != "cross_entropy":
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.LOSS_TYPE {kind} picks the hardest pixels of a whole batch, "
+                "which no part of a batch knows: set SOLVER.ACCUMULATE 1, or LOSS_TYPE "
+                "cross_entropy"
+            )
+        present_classes(labels, self.num_classes, self.ignore_value)
+        count = sum(int((label != self.ignore_value).sum()) for label in labels)
+        return {"loss_sem_seg": float(max(1, count))}
+
+    def try_out(self) -> None:
+        """Computes scores and losses of zeros.
+
+        Raises:
+            ValueError: if the head's map has another size than ``common_stride`` says, or the
+                padded training crop is not what the head pools over.
+        """
+        size, largest = self._multiple(), max(shape.stride for shape in self.shapes.values())
+        if _pooled_cells(self.head):
+            padded = [ceil(side / self.divisibility) * self.divisibility for side in size]
+            if tuple(ceil(side / largest) * largest for side in padded) != size:
+                raise ValueError(
+                    f"it pools over INPUT.CROP.SIZE {list(size)}, which is padded to {padded} for "
+                    f"the backbone: choose a multiple of {lcm(self.divisibility, largest)}, or set "
+                    "INPUT.CROP.ENABLED False"
+                )
+        else:
+            size = tuple(2 * side for side in size)  # norms refuse a map of one cell
+        device = next(self.head.parameters()).device
+        features = {
+            name: torch.zeros(
+                1, shape.channels, *(side // shape.stride for side in size), device=device
+            )
+            for name, shape in self.shapes.items()
+        }
+        logits = self.predict(features)
+        wanted = (1, self.num_classes, *(side // self.stride for side in size))
+        if tuple(logits.shape) != wanted:
+            raise ValueError(
+                f"of an image of {size[0]} x {size[1]} pixels it predicts {tuple(logits.shape)}, "
+                f"where MODEL.SEM_SEG_HEAD.COMMON_STRIDE {self.stride} makes {wanted}: set "
+                "COMMON_STRIDE to the stride of the first of IN_FEATURES"
+            )
+        pixels = torch.zeros(1, *size, dtype=torch.int64, device=device)
+        self._losses(logits, SegmentationTargets(pixels, [torch.zeros(1, dtype=torch.int64)]))
+
+    def _multiple(self) -> tuple[int, int]:
+        """What the area that all maps cover is a multiple of, in pixels."""
+        strides = [shape.stride for shape in self.shapes.values()]
+        unit, cells = lcm(self.stride, *strides), _pooled_cells(self.head) or (1, 1)
+        return tuple(lcm(unit, cells_along * max(strides)) for cells_along in cells)
+
+    def _losses(self, logits: Tensor, targets: SegmentationTargets) -> dict[str, Tensor]:
+        lack = [
+            cells * self.stride - side
+            for cells, side in zip(logits.shape[-2:], targets.pixels.shape[-2:], strict=True)
+        ]
+        pixels = F.pad(targets.pixels.long(), (0, lack[1], 0, lack[0]), value=self.ignore_value)
+        losses = self.losses_of_logits(logits, pixels)
+        if any(len(classes) for classes in targets.classes):
+            return losses
+        # A mean over no pixel is NaN; this is 0, and every parameter stays in the graph.
+        return {name: 0.0 * logits.sum() for name in losses}
+
+
+def _layers(head: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
+    """What computes a head's logits from the maps."""
+    if isinstance(head, DeepLabV3Head):  # the one that has no method for it
+        return lambda maps: head.predictor(head.aspp(maps[head.in_features[0]]))
+    return head.layers
+
+
+def _pooled_cells(head: nn.Module) -> tuple[int, int] | None:
+    """The window, in cells of the coarsest map, that the head averages over; None for all."""
+    sizes = (part.pool_kernel_size for part in head.modules() if isinstance(part, ASPP))
+    return next(sizes, None)
+
+
+def _continued(features: Tensor, size: Sequence[int]) -> Tensor:
+    """Repeats the last cells at the bottom and the right up to a size."""
+    bottom, right = (wanted - own for wanted, own in zip(size, features.shape[-2:], strict=True))
+    if not bottom and not right:
+        return features
+    return F.pad(features, (0, right, 0, bottom), mode="replicate")
