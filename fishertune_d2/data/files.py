@@ -1,50 +1,73 @@
-"""Reading image and label files, with errors that name the file and the remedy."""
+"""Reading image and label files, with errors that name the file and the remedy.
 
-import struct
+Both are read upright: turned as their orientation tag says, if they have one, as Detectron2 does.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from fishertune_d2.data.headers import TURNS, Header, orientation, read_header
 from fishertune_d2.data.labels import FIRST_CHANNEL_MAPS, LABEL_MAPS, UNKNOWN_ID
 
 # What PIL raises on missing, truncated, empty or foreign files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 # One channel of ids: binary, grey, palette (the indices, not their colours), 16 and 32 bit.
-_LABEL_MODES = ("1", "L", "P", "I", "I;16")
-# The first 16 bytes of every PNG; width and height follow, 4 bytes each.
-_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+_LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+# Pillow stretches grey values of 2 and 4 bits to 0..255.
+_STRETCHED = {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}
+# Pillow's modes of one channel whose white is not known.
+_UNSCALED = {"F": "floats", "I": "32-bit integers", "I;16": "16-bit grey", "I;16B": "16-bit grey"}
 
 
 class DatasetError(RuntimeError):
     """Data that cannot be used as they are; the message names the file and the remedy."""
 
 
-def load_image(path: str | Path, *, upright: bool = False) -> Image.Image:
-    """Decodes an image as it is stored, or upright.
+def load_image(path: str | Path) -> Image.Image:
+    """Decodes an image, upright, into three channels of 8 bits.
 
     By Pillow: OpenCV is 7 % faster (docs/results/data_loading.md), but returns a JPEG that ends too
-    early without an error.
+    early without an error. As in Detectron2, transparency is dropped, of 16-bit colours the upper 8
+    bits are taken, and of several frames the first. Grey values of more than 8 bits and floats are
+    refused: a file does not say which of them is white, and a wrong guess gives black images.
 
     Args:
         path: the file.
-        upright: turn the image as its orientation tag says. Not where it has a label: label files
-            carry no tag, and fit the stored pixels.
 
     Returns:
         A Pillow image of mode RGB, which can be resized without a detour over an array.
 
     Raises:
-        DatasetError: if the file cannot be read to its end.
+        DatasetError: if the file cannot be read to its end, or its values have no known scale.
     """
     try:
-        with Image.open(path) as image:
-            image.load()  # reads to the end and closes the file
-            shown = ImageOps.exif_transpose(image) if upright else image
-            return shown if shown.mode == "RGB" else shown.convert("RGB")
+        with _opened(path) as image:
+            image.load()  # reads to the end
+            if image.mode in _UNSCALED:
+                raise _unscaled(path, image)
+            image = _turned(image)
+            return image if image.mode == "RGB" else image.convert("RGB")
     except _BROKEN as error:
         raise _unreadable(path, error) from error
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """Opens an image, not by its path: Pillow would map a TIFF then, and garble one with a tag."""
+    with open(path, "rb") as file, Image.open(file) as image:
+        yield image
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image upright; Pillow itself turns TIFF files as it loads them."""
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def to_array(image: Image.Image, image_format: str = "RGB") -> np.ndarray:
@@ -61,18 +84,17 @@ def to_array(image: Image.Image, image_format: str = "RGB") -> np.ndarray:
     return pixels[:, :, ::-1] if image_format == "BGR" else pixels
 
 
-def read_image(path: str | Path, image_format: str = "RGB", *, upright: bool = False) -> np.ndarray:
+def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
     """Reads an image into an array; see `load_image`, which also says when it raises.
 
     Args:
         path: the file.
         image_format: order of the channels, "RGB" or "BGR".
-        upright: turn the image as its orientation tag says.
 
     Returns:
         (H, W, 3) uint8.
     """
-    return to_array(load_image(path, upright=upright), image_format)
+    return to_array(load_image(path), image_format)
 
 
 def read_label(path: str | Path, label_map: str, halve: bool = False) -> np.ndarray:
@@ -85,14 +107,13 @@ def read_label(path: str | Path, label_map: str, halve: bool = False) -> np.ndar
             pixels as Pillow's. Ids of the pixels left out are not looked at.
 
     Returns:
-        (H, W) uint8 train ids, 255 where ignored.
+        (H, W) uint8 train ids, 255 where ignored; upright.
 
     Raises:
-        DatasetError: if the file cannot be read, has colour channels, or holds an id that its map
-            does not know.
+        DatasetError: if the file cannot be read, has colour channels, does not hold the ids as
+            they were drawn (JPEG), or holds an id that its map does not know.
     """
-    read = _read_first_channel if label_map in FIRST_CHANNEL_MAPS else _read_only_channel
-    ids = read(path)
+    ids = _read_ids(path, first_channel=label_map in FIRST_CHANNEL_MAPS)
     if halve:
         ids = ids[1::2, 1::2]
     if ids.dtype != np.uint8:
@@ -109,50 +130,105 @@ def read_label(path: str | Path, label_map: str, halve: bool = False) -> np.ndar
     return cv2.LUT(ids, table.astype(np.uint8))
 
 
-def _read_only_channel(path: str | Path) -> np.ndarray:
+def _read_ids(path: str | Path, first_channel: bool) -> np.ndarray:
+    """Reads ids as they are stored, (H, W) of any integer type or bool, upright."""
     try:
-        with Image.open(path) as image:
-            mode, ids = image.mode, np.asarray(image)
+        with _opened(path) as image:
+            if image.format in ("JPEG", "MPO"):
+                image.load()
+                raise DatasetError(
+                    f"{path}: a JPEG does not keep the ids that were saved: near edges it holds "
+                    "others. Save the ids as a PNG, from where they were drawn."
+                )
+            if image.mode not in _LABEL_MODES:
+                if first_channel:
+                    return _read_first_channel(path)
+                raise DatasetError(
+                    f"{path}: a label file holds one channel of class ids, this one has PIL mode "
+                    f"{image.mode}. Save the ids as a grey or palette PNG; if these are colours, "
+                    "look for the file with the ids beside it."
+                )
+            packing = image.tile[0][3] if image.tile else ""  # before load() empties it
+            packing = packing if isinstance(packing, str) else str(packing[0])
+            image.load()
+            if re.fullmatch(r"[1L];[24]?IR?", packing):
+                raise DatasetError(
+                    f"{path}: this TIFF says that 0 is white, so it is not clear whether ids count "
+                    "from 0 upwards or from the largest downwards. Save the ids as a grey PNG."
+                )
+            ids = np.asarray(_turned(image))
     except _BROKEN as error:
         raise _unreadable(path, error) from error
-    if mode not in _LABEL_MODES:
-        raise DatasetError(
-            f"{path}: a label file holds one channel of class ids, this one has PIL mode {mode}. "
-            "Save the ids as a grey or palette PNG; if these are colours, look for the file with "
-            "the ids beside it."
-        )
-    return ids
+    return ids // _STRETCHED[packing] if packing in _STRETCHED else ids
 
 
 def _read_first_channel(path: str | Path) -> np.ndarray:
     """Reads with OpenCV: Pillow cuts 16-bit colour channels down to their upper 8 bits."""
-    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)  # as they are stored, not turned
     if pixels is None:
-        raise _unreadable(path, OSError("OpenCV finds no complete image"))
-    return pixels if pixels.ndim == 2 else pixels[:, :, 2]  # blue, green, red
+        raise OSError("OpenCV finds no complete image")
+    ids = np.ascontiguousarray(pixels[:, :, 2])  # blue, green, red
+    turn = TURNS.get(read_header(path).orientation)
+    return ids if turn is None else np.asarray(Image.fromarray(ids).transpose(turn))
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Reads (height, width) from the header alone.
+def image_header(path: str | Path) -> Header:
+    """Reads the size, upright, and the orientation from the header alone.
 
     Raises:
         DatasetError: if the header cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            start = file.read(24)
-            if len(start) == 24 and start.startswith(_PNG_START):  # a fifth of Pillow's time
-                width, height = struct.unpack(">II", start[16:])
-                return height, width
-            file.seek(0)
-            with Image.open(file) as image:
-                width, height = image.size
+        return read_header(path)
     except _BROKEN as error:
         raise _unreadable(path, error) from error
-    return height, width
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Reads (height, width) upright; see `image_header`, which also says when it raises."""
+    return image_header(path)[:2]
+
+
+def size_remedy(image: str | Path, label: str | Path) -> str:
+    """Says what to do about an image and a label of unequal sizes.
+
+    Raises:
+        DatasetError: if a header cannot be read.
+    """
+    rule = "An image and its label must have the same size"
+    turned = [
+        f"the pixels of {path} are stored as {header.height}x{header.width}, and an orientation "
+        f"tag turns them into {header.width}x{header.height}"
+        for path in (image, label)
+        if (header := image_header(path)).orientation > 4
+    ]
+    if not turned:
+        return f"{rule}; download or export the pair again."
+    return (
+        f"{rule} when both are upright, as viewers show them and Detectron2 reads them: "
+        f"{'; '.join(turned)}. Draw the labels on the upright images; or, if they were drawn on "
+        "the pixels as they are stored, remove the tags: "
+        f"exiftool -Orientation= -overwrite_original -r '{Path(image).parent}'."
+    )
+
+
+def _unscaled(path: str | Path, image: Image.Image) -> DatasetError:
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    return DatasetError(
+        f"{path}: its pixels are {_UNSCALED[image.mode]} from {low:g} to {high:g}, and the file "
+        "does not say which value is white. Save images of 8 bits, all with the same white: "
+        "cv2.imwrite(new, cv2.convertScaleAbs(cv2.imread(old, cv2.IMREAD_UNCHANGED), "
+        "alpha=255 / white))."
+    )
 
 
 def _unreadable(path: str | Path, error: Exception) -> DatasetError:
+    if isinstance(error, Image.DecompressionBombError):
+        return DatasetError(
+            f"{path}: has too many pixels ({error}). Cut it into tiles, or raise Pillow's limit, "
+            "PIL.Image.MAX_IMAGE_PIXELS, in the script that starts the run."
+        )
     return DatasetError(
         f"{path}: cannot be read ({type(error).__name__}: {error}). Copy or download it again."
     )

@@ -14,7 +14,13 @@ from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
 from PIL import Image
 
-from fishertune_d2.data.files import DatasetError, load_image, read_label, to_array
+from fishertune_d2.data.files import (
+    DatasetError,
+    load_image,
+    read_label,
+    size_remedy,
+    to_array,
+)
 
 
 class ColorJitter(T.Augmentation):
@@ -155,11 +161,10 @@ class SegmentationMapper:
 
         label = read_label(dataset_dict["sem_seg_file_name"], dataset_dict["label_map"])
         if image.size != label.shape[::-1]:
+            pair = dataset_dict["file_name"], dataset_dict["sem_seg_file_name"]
             raise DatasetError(
-                f"{dataset_dict['file_name']} has the size {image.width} x {image.height}, and its "
-                f"label {dataset_dict['sem_seg_file_name']} {label.shape[1]} x {label.shape[0]}. "
-                "An image and its label must have the same size; restore the files as their "
-                "authors ship them."
+                f"{pair[0]} has the size {image.width} x {image.height}, and its label {pair[1]} "
+                f"{label.shape[1]} x {label.shape[0]}. {size_remedy(*pair)}"
             )
         image, label = self._resized_part(image, label)
         augmented = T.AugInput(to_array(image, self.image_format), sem_seg=label)

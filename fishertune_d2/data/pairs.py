@@ -2,13 +2,19 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from glob import escape, glob
 from pathlib import Path, PurePosixPath
 
-from fishertune_d2.data.files import DatasetError, image_size
+from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
+from PIL import Image
+
+from fishertune_d2.data.files import DatasetError, image_header, size_remedy
+from fishertune_d2.data.headers import Header
 from fishertune_d2.data.labels import (
     CITYSCAPES_CLASSES,
     CITYSCAPES_COLORS,
@@ -71,7 +77,8 @@ class SemSegDataset:
             is part of is trained on, else unseen.
         other_dirs: pairs of (image_dir, label_dir) for the same files as other projects or other
             releases arrange them; the first pair of which both exist is read.
-        image_suffixes: how image names end; several where copies of a data set differ.
+        image_suffixes: how image names end, in upper or lower case; several where copies of a data
+            set differ. One may be given as a string, and a mere file type without its dot.
         label_suffixes: how label names end; several where kinds of labels are mixed.
         image_list: a text file, relative to the root, that names the images to use, one in a line,
             by their path below the folder that holds ``image_dir``. None uses all.
@@ -105,6 +112,15 @@ class SemSegDataset:
     root: Callable[[], Path] = datasets_root
     classes: tuple[str, ...] = CITYSCAPES_CLASSES
     colors: tuple[Color, ...] = CITYSCAPES_COLORS
+
+    def __post_init__(self):
+        """Brings the suffixes to one form.
+
+        Raises:
+            DatasetError: if one cannot be how a file's name ends.
+        """
+        for key in ("image_suffixes", "label_suffixes"):
+            object.__setattr__(self, key, _suffixes(self.name, key, getattr(self, key)))
 
     def dirs(self) -> tuple[tuple[str, str], ...]:
         """Returns all pairs of (image_dir, label_dir), the authors' first."""
@@ -147,22 +163,24 @@ def load_pairs(row: SemSegDataset) -> list[dict]:
         images = {stem: path for stem, path in images.items() if stem in listed}
         labels = {stem: path for stem, path in labels.items() if stem in listed}
     if not images:
-        raise DatasetError(f"{row.name}: no image found. It needs\n{row.tree(root)}")
-    _check_pairs(row, images, labels, root / image_dir, root / label_dir)
+        others = _others(folders(root, image_dir), row.image_suffixes)
+        raise DatasetError(f"{row.name}: no image found.{others} It needs\n{row.tree(root)}")
+    _check_pairs(row, images, labels, root, image_dir, label_dir)
 
     stems = sorted(images)
-    sizes = _image_sizes([*(images[s] for s in stems), *(labels[s] for s in stems)])
-    image_sizes, label_sizes = sizes[: len(stems)], sizes[len(stems) :]
+    headers = _headers([*(images[s] for s in stems), *(labels[s] for s in stems)])
+    image_headers, label_headers = headers[: len(stems)], headers[len(stems) :]
+    sizes, label_sizes = ([h[:2] for h in each] for each in (image_headers, label_headers))
     mismatched = [
         f"{images[stem]} has {a[1]}x{a[0]} pixels and {labels[stem]} {b[1]}x{b[0]}"
-        for stem, a, b in zip(stems, image_sizes, label_sizes, strict=True)
+        for stem, a, b in zip(stems, sizes, label_sizes, strict=True)
         if a != b
     ]
     if mismatched and not row.drop_mismatched:
-        raise DatasetError(
-            f"{row.name}: {some(mismatched)}. An image and its label must have the same size; "
-            "download or export the pair again."
-        )
+        stem = next(s for s, a, b in zip(stems, sizes, label_sizes, strict=True) if a != b)
+        remedy = size_remedy(images[stem], labels[stem])
+        raise DatasetError(f"{row.name}: {some(mismatched)}. {remedy}")
+    _mention_turned(row, image_headers)
     if mismatched:
         _log.warning("%s: dropped %d pairs of unequal size", row.name, len(mismatched))
     found = len(stems) - len(mismatched)
@@ -185,9 +203,26 @@ def load_pairs(row: SemSegDataset) -> list[dict]:
             "test_size": row.test_size,
             "halve_label": row.halve_labels,
         }
-        for stem, size, label_size in zip(stems, image_sizes, label_sizes, strict=True)
+        for stem, size, label_size in zip(stems, sizes, label_sizes, strict=True)
         if size == label_size
     ]
+
+
+def _mention_turned(row: SemSegDataset, headers: Sequence[Header]) -> None:
+    """Warns, once in a run, of images that are turned by a tag.
+
+    Labels that were drawn on the stored pixels may have the same size, and fit nothing.
+    """
+    turned = sum(header.orientation > 1 for header in headers)
+    if turned and comm.is_main_process():
+        log_first_n(
+            logging.WARNING,
+            f"{row.name}: {turned} of {len(headers)} images have an orientation tag. They are "
+            "turned upright, as viewers show them and Detectron2 reads them; their labels must be "
+            "drawn on the upright images.",
+            name=__name__,
+            key="message",
+        )
 
 
 def folders(root: Path, pattern: str) -> list[str]:
@@ -240,16 +275,76 @@ def _find(
 
 def _walk(folder: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields the path below ``folder`` without suffix, and the path, of the files that fit."""
-    for parent, _, names in os.walk(folder, followlinks=True):
+    endings = [suffix.lower() for suffix in suffixes]
+    for parent, names in _tree(folder):
         below = os.path.relpath(parent, folder).replace(os.sep, "/")
         prefix = "" if below == "." else f"{below}/"
-        for name in sorted(names):
-            suffix = next((s for s in suffixes if name.endswith(s)), None)
+        for name in names:
+            suffix = next((s for s in endings if name.lower().endswith(s)), None)
             if suffix is None or name.startswith("."):  # "._x.png" are macOS's notes on x.png
                 continue
-            if name.endswith(_CONVERTED) and not suffix.endswith(_CONVERTED):
+            if name.endswith(_CONVERTED) and not suffix.endswith(_CONVERTED.lower()):
                 continue
             yield prefix + name[: -len(suffix)], os.path.join(parent, name)
+
+
+def _tree(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields the folders below ``folder``, itself first, and the names of the files in each.
+
+    Links to folders are followed, but not to one that holds the link: there it would go round and
+    round.
+
+    Raises:
+        DatasetError: if a folder may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DatasetError(f"{error.filename}: cannot be read ({error}). Make it readable.")
+
+    inside = {folder: (os.path.realpath(folder),)}  # the real folders on the way to each
+    for parent, below, names in os.walk(folder, followlinks=True, onerror=refuse):
+        way = inside.pop(parent)
+        for name in list(below):
+            path = os.path.join(parent, name)
+            real = os.path.realpath(path)
+            if os.path.islink(path) and any(f"{step}/".startswith(f"{real}/") for step in way):
+                below.remove(name)
+            else:
+                inside[path] = (*way, real)
+        yield parent, sorted(names)
+
+
+def _others(where: Sequence[str], suffixes: Sequence[str]) -> str:
+    """Counts the files in folders that do not end as they should, with an example of each kind."""
+    counts: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for folder in where:
+        for _, names in _tree(folder):
+            for name in names:
+                if not name.lower().endswith(tuple(s.lower() for s in suffixes)):
+                    ending = os.path.splitext(name)[1] or "without an ending"
+                    counts[ending] += 1
+                    example.setdefault(ending, name)
+    found = [f"{count} {ending} ({example[ending]})" for ending, count in counts.most_common()]
+    return f" Files of other names are there: {some(found)}." if found else ""
+
+
+def _suffixes(name: str, key: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    """Checks how files' names end, and gives mere file types the dot that they lack."""
+    known = {ending[1:] for ending in Image.registered_extensions()}
+    suffixes = []
+    for suffix in (given,) if isinstance(given, str) else tuple(given):
+        if isinstance(suffix, str) and suffix.lower() in known:
+            suffix = f".{suffix}"
+        if not isinstance(suffix, str) or "." not in suffix:
+            raise DatasetError(
+                f"{name}: {key} holds {suffix!r}, which is not how the names of files end: give "
+                "whole endings, such as ['_rgb.png'] or ['.jpg', '.png']."
+            )
+        suffixes.append(suffix)
+    if not suffixes:
+        raise DatasetError(f"{name}: {key} is empty: give the endings of the files, as ['.png'].")
+    return tuple(suffixes)
 
 
 def _read_list(row: SemSegDataset, root: Path, images: Mapping[str, str]) -> set[str]:
@@ -266,8 +361,8 @@ def _read_list(row: SemSegDataset, root: Path, images: Mapping[str, str]) -> set
     listed: set[str] = set()
     absent: list[str] = []
     for line in lines:
-        suffix = next((s for s in row.image_suffixes if line.endswith(s)), "")
-        stem = line.removeprefix(prefix).removesuffix(suffix)
+        suffix = next((s for s in row.image_suffixes if line.lower().endswith(s.lower())), "")
+        stem = line[: len(line) - len(suffix)].removeprefix(prefix)
         listed.add(stem)
         if stem not in images:
             absent.append(line)
@@ -283,29 +378,32 @@ def _check_pairs(
     row: SemSegDataset,
     images: Mapping[str, str],
     labels: Mapping[str, str],
-    image_dir: Path,
-    label_dir: Path,
+    root: Path,
+    image_dir: str,
+    label_dir: str,
 ) -> None:
     """Raises if an image has no label or a label no image."""
     no_label = [
-        f"{label_dir / stem}{row.label_suffixes[0]}"
+        f"{root / label_dir / stem}{row.label_suffixes[0]}"
         for stem in sorted(images.keys() - labels.keys())
     ]
     if no_label:
         raise DatasetError(
             f"{row.name}: {len(no_label)} of {len(images)} images have no label. Missing: "
-            f"{some(no_label)}{_or_others(row.label_suffixes)}. Restore the labels, or remove "
-            "those images."
+            f"{some(no_label)}{_or_others(row.label_suffixes)}."
+            f"{_others(folders(root, label_dir), row.label_suffixes)} Restore the labels, or "
+            "remove those images."
         )
     no_image = [
-        f"{image_dir / stem}{row.image_suffixes[0]}"
+        f"{root / image_dir / stem}{row.image_suffixes[0]}"
         for stem in sorted(labels.keys() - images.keys())
     ]
     if no_image:
         raise DatasetError(
             f"{row.name}: {len(no_image)} of {len(labels)} labels have no image. Missing: "
-            f"{some(no_image)}{_or_others(row.image_suffixes)}. Restore the images, or remove "
-            "those labels."
+            f"{some(no_image)}{_or_others(row.image_suffixes)}."
+            f"{_others(folders(root, image_dir), row.image_suffixes)} Restore the images, or "
+            "remove those labels."
         )
 
 
@@ -313,13 +411,13 @@ def _or_others(suffixes: Sequence[str]) -> str:
     return f" (or {', '.join(suffixes[1:])})" if len(suffixes) > 1 else ""
 
 
-def _image_sizes(paths: Sequence[str]) -> list[tuple[int, int]]:
-    """Reads the sizes from all headers; several at once, as it is mostly waiting for the disk."""
+def _headers(paths: Sequence[str]) -> list[Header]:
+    """Reads all headers; several at once, as it is mostly waiting for the disk."""
     chunk = 256  # one task for each file would cost more than the reading
     chunks = [paths[i : i + chunk] for i in range(0, len(paths), chunk)]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        read = pool.map(lambda part: [image_size(path) for path in part], chunks)
-        return [size for part in read for size in part]
+        read = pool.map(lambda part: [image_header(path) for path in part], chunks)
+        return [header for part in read for header in part]
 
 
 def some(items: Sequence[str]) -> str:

@@ -137,7 +137,7 @@ def draw_file(
     if is_video(source):
         _draw_video(source, target, draw)
     else:
-        Image.fromarray(draw(read_image(source, upright=True))).save(target)
+        Image.fromarray(draw(read_image(source))).save(target)
 
 
 def _draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndarray]) -> None:
