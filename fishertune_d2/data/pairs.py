@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -331,12 +332,11 @@ def _others(where: Sequence[str], suffixes: Sequence[str]) -> str:
 
 def _suffixes(name: str, key: str, given: str | Sequence[str]) -> tuple[str, ...]:
     """Checks how files' names end, and gives mere file types the dot that they lack."""
-    known = {ending[1:] for ending in Image.registered_extensions()}
     suffixes = []
     for suffix in (given,) if isinstance(given, str) else tuple(given):
-        if isinstance(suffix, str) and suffix.lower() in known:
+        if isinstance(suffix, str) and f".{suffix}".lower() in Image.registered_extensions():
             suffix = f".{suffix}"
-        if not isinstance(suffix, str) or "." not in suffix:
+        if not isinstance(suffix, str) or not re.fullmatch(r".*\.\w+", suffix):
             raise DatasetError(
                 f"{name}: {key} holds {suffix!r}, which is not how the names of files end: give "
                 "whole endings, such as ['_rgb.png'] or ['.jpg', '.png']."
