@@ -10,7 +10,7 @@ from PIL import Image
 
 from fishertune_d2.data import datasets
 from fishertune_d2.data.datasets import DATASETS, load_datasets, register, register_sem_seg
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.files import DatasetError, read_label
 from fishertune_d2.data.labels import LABEL_MAPS
 
 
@@ -94,6 +94,28 @@ def test_own_data_with_impossible_classes_or_colors(own_data):
         register_sem_seg("own_x", own_data, own_data, [])
     with pytest.raises(DatasetError, match="1 colors given for 3 classes"):
         register_own(own_data, colors=[(0, 0, 0)])
+
+
+def test_own_data_may_ignore_another_id(own_data):
+    register_own(own_data, ignore_label=0)
+    (item,) = load_datasets(["own_park"])
+    label = read_label(item["sem_seg_file_name"], item["label_map"])
+    assert label[0].tolist() == [255, 1, 2, 255, 255, 255]
+    assert MetadataCatalog.get("own_park").ignore_label == 0  # for Detectron2's own tools
+    register_own(own_data, ignore_label=9)
+    (item,) = load_datasets(["own_park"])
+    assert read_label(item["sem_seg_file_name"], item["label_map"])[0].tolist()[:4] == [
+        0,
+        1,
+        2,
+        255,
+    ]
+
+
+@pytest.mark.parametrize("ignored", [-1, 256, "0", None, True])
+def test_an_ignored_id_that_no_label_can_hold_is_refused(own_data, ignored):
+    with pytest.raises(ValueError, match=f"ignore_label is {ignored!r}: choose the id, 0 to 255"):
+        register_own(own_data, ignore_label=ignored)
 
 
 def test_own_data_that_is_missing_names_the_folder(own_data):

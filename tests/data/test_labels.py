@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,8 @@ from fishertune_d2.data.labels import (
     LABEL_MAPS,
     LABEL_SPACES,
     UNKNOWN_ID,
+    identity_map_name,
+    require_ignore_value,
 )
 
 # Every id that is trained on, as "file id>train id", in the order of the authors' or the projects'
@@ -109,3 +114,31 @@ def test_camvid_labels_and_predictions_meet_in_the_same_class():
     assert scored["rider"] == scored["motorcycle"] == "bicyclist"
     assert scored["terrain"] == "tree" and scored["wall"] == "building"
     assert space.table()[IGNORE_LABEL] == IGNORE_LABEL
+
+
+def test_maps_of_own_classes_are_known_by_their_name():
+    """A worker process that never saw the registration finds them."""
+    assert identity_map_name(19) == "identity_19"
+    assert identity_map_name(19, 0) == "identity_19_ignore_0"
+    code = (
+        "from fishertune_d2.data.labels import LABEL_MAPS\n"
+        "print(*LABEL_MAPS['identity_3_ignore_1'][[0, 1, 2, 3, 255]])\n"
+        "print(*LABEL_MAPS['identity_255_ignore_7'][[0, 7, 254, 255]])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == ["0 255 2 -1 255", "0 255 254 255"]
+
+
+@pytest.mark.parametrize(
+    "name", ["identity_0", "identity_256", "identity_3_ignore_x", "cityscapes"]
+)
+def test_a_map_that_does_not_exist_is_an_error(name):
+    with pytest.raises(KeyError, match=f"no label map '{name}'; there are camvid, .*identity_255"):
+        LABEL_MAPS[name]
+
+
+@pytest.mark.parametrize("value", [0, -1, 256])
+def test_another_ignore_value_is_refused_with_the_remedy(value):
+    require_ignore_value(255)
+    with pytest.raises(ValueError, match=rf"IGNORE_VALUE is {value}: .*register_sem_seg\("):
+        require_ignore_value(value)

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from tqdm import tqdm
 
 from fishertune_d2.data.datasets import load_datasets
-from fishertune_d2.data.files import DatasetError, read_image, read_label
+from fishertune_d2.data.files import DatasetError, read_image, read_label, size_remedy
 from fishertune_d2.data.labels import IGNORE_LABEL
 from fishertune_d2.data.metadata import dataset_metadata
 from fishertune_d2.data.pairs import cache_root, some
@@ -94,14 +94,16 @@ def read_pair(item: dict[str, Any], num_classes: int) -> np.ndarray | str:
         label = read_label(item["sem_seg_file_name"], item["label_map"])
     except DatasetError as error:
         return str(error)
-    sizes = {
-        f"the image {item['file_name']}": image.shape[:2],
-        f"its label {item['sem_seg_file_name']}": label.shape,
-        "its entry in the data set": (item["height"], item["width"]),
-    }
-    if len(set(sizes.values())) > 1:
-        shown = ", ".join(f"{what} has {w}x{h} pixels" for what, (h, w) in sizes.items())
-        return f"{shown}. All must have the same size; download or export the pair again."
+    pair = item["file_name"], item["sem_seg_file_name"]
+    height, width = label.shape
+    if image.shape[:2] != label.shape:
+        size = f"{image.shape[1]}x{image.shape[0]}"
+        return f"{pair[0]} has {size} pixels and {pair[1]} {width}x{height}. {size_remedy(*pair)}"
+    if label.shape != (item["height"], item["width"]):
+        return (
+            f"{pair[1]} has {width}x{height} pixels, but its entry in the data set says "
+            f"{item['width']}x{item['height']}. Correct the entry, or leave height and width out."
+        )
     counts = np.bincount(label.ravel(), minlength=256)
     return np.append(counts[:num_classes], counts[IGNORE_LABEL])
 

@@ -1,0 +1,252 @@
+"""The check before training: which classes the labels hold, and whether that can be right."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from PIL import Image
+
+from fishertune_d2.data import class_counts, register_sem_seg
+from fishertune_d2.data.check import check_datasets, reading
+from fishertune_d2.data.check.__main__ import main
+from fishertune_d2.data.datasets import DATASETS, register
+from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.pairs import Published
+
+CLASSES = ["path", "grass", "bench"]
+ROWS = {row.name: row for row in DATASETS}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Returns a function that writes labels and registers them as "own_park"."""
+    monkeypatch.setenv("FISHERTUNE_CACHE", str(tmp_path / "cache"))
+
+    def write(*labels, classes=CLASSES, **kwargs):
+        for folder in ("photos", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        for k, ids in enumerate(labels):
+            ids = np.array(ids, dtype=np.uint8)
+            Image.new("RGB", ids.shape[::-1]).save(tmp_path / f"photos/{k}.png")
+            Image.fromarray(ids).save(tmp_path / f"masks/{k}.png")
+        register_sem_seg("own_park", tmp_path / "photos", tmp_path / "masks", classes, **kwargs)
+
+    yield write
+    if "own_park" in DatasetCatalog.list():
+        DatasetCatalog.remove("own_park")
+    MetadataCatalog.pop("own_park", None)
+
+
+def warnings_of(caplog, names=("own_park",)):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="fishertune_d2"):
+        check_datasets(names)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_class_that_no_label_holds_is_named_once_at_every_start(own, caplog, monkeypatch):
+    own([[0, 0, 255]], [[0, 0, 2]])
+    (text,) = warnings_of(caplog, ["own_park", "own_park"])
+    assert "own_park: none of its labels holds grass (1 of 3 classes)" in text
+    monkeypatch.setattr(reading, "read_image", lambda path: pytest.fail("read again"))
+    assert warnings_of(caplog) == [text]
+
+
+def test_all_classes_labelled_is_no_warning(own, caplog):
+    own([[0, 0, 255]], [[1, 0, 2]])
+    assert warnings_of(caplog) == []
+
+
+def test_many_absent_classes_are_counted(own, caplog):
+    own([[3]], classes=[f"c{k}" for k in range(40)])
+    (text,) = warnings_of(caplog)
+    assert "c0, c1, c2, c4" in text and " and 19 others (39 of 40 classes)" in text
+
+
+@pytest.mark.parametrize(
+    ("ids", "classes", "hint"),
+    [
+        ([[0, 255]], ["ground", "crack"], True),
+        ([[0, 255]], CLASSES, True),
+        ([[0, 0]], ["ground", "crack"], False),  # nothing was scaled: there is no crack
+        ([[1, 255]], ["ground", "crack"], False),
+    ],
+)
+def test_masks_of_0_and_255_get_a_hint_of_their_own(own, caplog, ids, classes, hint):
+    own(ids, classes=classes)
+    (text,) = warnings_of(caplog)
+    assert ("masks that were scaled to 255" in text and "Convert 255 to 1" in text) is hint
+
+
+def test_one_class_and_255_is_a_choice(own, caplog):
+    own([[0, 255]], classes=["crack"])
+    assert warnings_of(caplog) == []
+
+
+def test_an_ignored_class_is_not_missed(own, caplog):
+    own([[0, 1, 2, 255]], ignore_label=0)
+    assert warnings_of(caplog) == []
+    assert class_counts(["own_park"]).tolist() == [[0, 1, 1, 2]]
+
+
+@pytest.mark.parametrize(("ids", "ignored"), [([[255, 255]], 255), ([[0, 255]], 0)])
+def test_labels_without_a_labelled_pixel_are_refused(own, ids, ignored):
+    own(ids, ids, ignore_label=ignored)
+    with pytest.raises(DatasetError, match="own_park: every pixel of its 2 labels is ignored"):
+        check_datasets(["own_park"])
+
+
+def test_an_image_without_a_labelled_pixel_is_no_error(own, caplog):
+    own([[255, 255]], [[0, 1], [2, 2]])
+    assert warnings_of(caplog) == []
+
+
+def test_absent_classes_that_are_published_are_no_warning(camvid_tree, caplog):
+    camvid_tree()
+    ids = np.array([[8, 8, 1, 11]], dtype=np.uint8)
+    folder = camvid_tree(("a",), size=(1, 4))
+    for stem in ("a", "b"):
+        Image.new("RGB", (4, 1)).save(folder / f"train/{stem}.jpg")
+        Image.fromarray(ids).save(folder / f"trainannot/{stem}.png")
+    row = ROWS["camvid_day_train"]
+    names = [name for name in row.classes if name not in ("building", "car")]
+    try:
+        register(replace(row, published=Published(9, absent=tuple(names))))
+        assert warnings_of(caplog, [row.name])[1:] == []  # the first counts the pairs
+        register(replace(row, published=Published(9, absent=tuple(names[1:]))))
+        assert f"holds {names[0]} (1 of 19 classes)" in warnings_of(caplog, [row.name])[1]
+    finally:
+        register(row)
+
+
+# What is kept in the cache.
+
+
+def test_counts_are_pixels_by_class_and_ignored(own):
+    own([[0, 0, 2, 255]], [[1, 1, 1, 1]])
+    counts = class_counts(["own_park"])
+    assert counts.tolist() == [[2, 0, 1, 1], [0, 4, 0, 0]] and counts.dtype == np.int64
+    assert class_counts(["own_park", "own_park"]).tolist() == [*counts.tolist()] * 2
+
+
+@pytest.mark.parametrize("damage", ["old stamp", "cut", "other data", "gone"])
+def test_a_damaged_or_old_note_is_read_again(own, tmp_path, monkeypatch, damage):
+    own([[0, 1, 2]], [[1, 1, 1]])
+    counts, file = class_counts(["own_park"]), tmp_path / "cache/checked/own_park.npz"
+    whole = file.read_bytes()
+    if damage == "old stamp":
+        file.write_text("0" * 64)
+    elif damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "other data":
+        state = reading.state_of_files(DatasetCatalog.get("own_park"))
+        reading.keep("own_park", state, counts[:1])
+    else:
+        file.unlink()
+    read = []
+    original = reading.read_image
+    monkeypatch.setattr(reading, "read_image", lambda path: read.append(path) or original(path))
+    assert class_counts(["own_park"]).tolist() == counts.tolist() and len(read) == 2
+    assert class_counts(["own_park"]).tolist() == counts.tolist() and len(read) == 2
+    assert [path.name for path in file.parent.iterdir()] == ["own_park.npz"]
+
+
+def test_another_meaning_of_the_same_files_is_read_again(own):
+    own([[0, 1, 2]])
+    check_datasets(["own_park"])
+    own([[0, 1, 2]], classes=[*CLASSES, "tree"])
+    assert class_counts(["own_park"]).tolist() == [[1, 1, 1, 0, 0]]
+    own([[0, 1, 2]], ignore_label=1)
+    assert class_counts(["own_park"]).tolist() == [[1, 0, 1, 1]]
+
+
+def test_other_processes_get_the_counts_of_the_first(own, monkeypatch):
+    own([[0, 1, 2]])
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    monkeypatch.setattr(comm, "all_gather", lambda data: ["of the first", data])
+    monkeypatch.setattr(reading, "read_image", lambda path: pytest.fail("read here"))
+    assert class_counts(["own_park"]) == "of the first"
+
+
+# Train ids where label ids are expected.
+
+STREET = [[7, 7, 8, 11], [21, 23, 26, 0], [17, 1, 2, 3]]
+CONVERTED = [[0, 0, 1, 2], [8, 10, 13, 255], [5, 255, 255, 255]]
+
+
+@pytest.fixture
+def cityscapes(tmp_path, monkeypatch):
+    """Returns a function that writes label files of Cityscapes' val split."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setenv("FISHERTUNE_CACHE", str(tmp_path / "cache"))
+
+    def write(*labels):
+        for k, ids in enumerate(labels):
+            ids = np.array(ids, dtype=np.uint8)
+            for folder, suffix, picture in (
+                ("leftImg8bit", "leftImg8bit", Image.new("RGB", ids.shape[::-1])),
+                ("gtFine", "gtFine_labelIds", Image.fromarray(ids)),
+            ):
+                path = tmp_path / f"cityscapes/{folder}/val/bonn/bonn_{k:06d}_000019_{suffix}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+
+    return write
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_train_ids_in_place_of_label_ids_are_refused_in_any_subset(cityscapes, copies, capsys):
+    cityscapes(*[CONVERTED] * copies)
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(
+            DatasetError, match="cityscapes_val: its labels hold train ids.*Restore"
+        ):
+            check_datasets(["cityscapes_val"], 19)
+    assert main(["cityscapes_val"]) == 1
+    assert "its labels hold train ids" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [STREET],
+        [CONVERTED, STREET],  # one file as its authors ship it: then not all were converted
+        [[[7, 7, 11, 255]]],  # a tunnel
+        [[[0, 2, 8, 10, 13, 34]]],  # 34 is no train id
+    ],
+)
+def test_label_ids_are_not_taken_for_train_ids(cityscapes, labels):
+    cityscapes(*labels)
+    check_datasets(["cityscapes_val"], 19)
+
+
+def test_label_ids_that_may_be_train_ids_are_a_hint(cityscapes, caplog):
+    cityscapes([[7, 7, 11, 255]])
+    *_, text = warnings_of(caplog, ["cityscapes_val"])
+    assert "No label holds a class above the label id 18: were these labels converted?" in text
+    cityscapes(STREET)
+    *_, text = warnings_of(caplog, ["cityscapes_val"])
+    assert "holds wall, fence" in text and "above" not in text
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [
+        ({"absent": ("train",)}, "never labelled is wall, fence.*; published is train"),
+        ({"shares": {"road": 30.0}}, "16.7 % of all pixels are road, known are 30.0 %"),
+    ],
+)
+def test_complete_data_have_to_hold_what_is_published(cityscapes, published, message):
+    cityscapes(STREET)
+    row = ROWS["cityscapes_val"]
+    try:
+        register(replace(row, published=Published(1, **published)))
+        with pytest.raises(DatasetError, match=message):
+            check_datasets(["cityscapes_val"], 19)
+        register(replace(row, published=Published(2, **published)))  # then it is not complete
+        check_datasets(["cityscapes_val"], 19)
+    finally:
+        register(row)
