@@ -1,5 +1,6 @@
 """FisherTune in one call, for a Detectron2 trainer and a model that are not ours."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,9 @@ from fishertune_d2.fisher import (
 from fishertune_d2.tuning import MaskedUpdate
 
 from .hooks import FisherEstimation, ParameterMask
+from .vit import count_parameters_around, find_vit
+
+logger = logging.getLogger(__name__)
 
 
 def apply_fishertune(
@@ -43,31 +47,32 @@ def apply_fishertune(
     perturb: StatisticsPerturbation | None = None,
     seed: int = 0,
 ) -> FisherEstimation:
-    """Lets a trainer move, of its backbone, only the weights that FisherTune selects.
+    """Lets a trainer move, of a ViT in its model, only the weights that FisherTune selects.
 
     Registers hooks and changes nothing else: model, optimizer, DDP wrapper and learning rates stay
-    the trainer's. Head and neck train as before. The backbone stands still for ``warmup``
-    iterations; then F(x) and F(x') are measured, once, and of its weights the selected move, ever
-    more of them (Algorithm 1). All others keep their values to the bit, whatever momentum or weight
-    decay the optimizer has.
+    the trainer's. What is around the ViT, such as heads and a neck in the backbone, trains as
+    before. The ViT stands still for ``warmup`` iterations; then F(x) and F(x') are measured, once,
+    and of its weights the selected move, ever more of them (Algorithm 1). All others keep their
+    values to the bit, whatever momentum or weight decay the optimizer has. How many weights are
+    which is logged.
 
     Call it before a checkpoint is loaded: checkpoints then remember the selection, and a resumed
     run goes on with it. Where there are several processes, call it in each.
 
     Args:
         trainer: a ``SimpleTrainer``, ``AMPTrainer``, ``DefaultTrainer`` or what derives from them.
-            Its optimizer holds the candidates of the backbone, unfrozen.
+            Its optimizer holds the candidates of the ViT, unfrozen.
         data_loader: what the Fisher information is measured on: batches of two images or more, each
             a list, as Detectron2's training loaders yield them. Not the trainer's own, which would
             lose its place. It is first read when the warm-up is over.
         max_iter: T1 + T3, the iteration where training ends.
         output_dir: where ``fisher.safetensors`` and ``selection.safetensors`` go; all processes
             must be able to read them there.
-        backbone: name of the submodule whose weights are selected. By default ``backbone.net``,
-            which is the ViT of ViTDet (the feature pyramid around it is a neck), else ``backbone``.
+        backbone: name of the submodule that the ViT is, or is in; by default ``backbone``. The ViT
+            is the module in it that holds the blocks, see :func:`~.vit.find_vit`.
         warmup: T1, in iterations. The backbone's gradients are computed and thrown away meanwhile:
             flags flipped under a live optimizer or DDP wrapper would harm them.
-        d_min: share of the backbone that is tuned at first.
+        d_min: share of the ViT that is tuned at first.
         d_max: share that is tuned in the end.
         schedule: how it grows, see :func:`~fishertune_d2.fisher.tuned_share`.
         batches: T2, how many are drawn from ``data_loader``, in each process.
@@ -83,22 +88,21 @@ def apply_fishertune(
         The hook that estimates; its ``selection`` is there after the warm-up.
 
     Raises:
-        ValueError: if an argument is out of its range, the model has no such backbone or one that
-            is not trained, or the trainer has FisherTune already.
+        ValueError: if an argument is out of its range, the model has no such backbone, one without
+            a ViT, with several, or that is not trained, or the trainer has FisherTune already.
     """
     if not 0 <= warmup < max_iter:
         raise ValueError(f"warmup is {warmup}: choose 0 or more, and less than max_iter {max_iter}")
     if any(isinstance(hook, FisherEstimation) for hook in trainer._hooks):
         raise ValueError("the trainer has FisherTune already: apply it once")
     model = getattr(trainer.model, "module", trainer.model)  # without its DDP wrapper
-    vit = _find_backbone(model, backbone)
+    path, vit = find_vit(model, backbone)
     candidates = find_candidates(vit)
     parameters = dict(vit.named_parameters())
     tunable = {candidate.name: candidate.parameter for candidate in candidates}
     _require_trained(tunable, trainer.optimizer)
     if perturb is None:
-        path = candidates[0].name.partition("blocks.")[0].rstrip(".")
-        perturb = StatisticsPerturbation.of_vit(vit.get_submodule(path))
+        perturb = StatisticsPerturbation.of_vit(vit)
     Path(output_dir).mkdir(parents=True, exist_ok=True)  # fails now, not after the warm-up
 
     def estimate() -> FisherEstimate:
@@ -134,6 +138,8 @@ def apply_fishertune(
             )
         return MaskedUpdate(optimizer, tunable, estimation.selection)
 
+    if comm.is_main_process():
+        _log_parts(model, path, vit, sum(candidate.numel for candidate in candidates))
     others = {name: p for name, p in parameters.items() if name not in tunable}
     mask = {"start": warmup, "iters": max_iter - warmup, "d_min": d_min, "d_max": d_max}
     trainer.register_hooks(
@@ -206,14 +212,17 @@ def loss_of_one_image(model: nn.Module, batch: Sequence) -> Tensor:
     return total.reshape(1).expand(len(batch))
 
 
-def _find_backbone(model: nn.Module, name: str | None) -> nn.Module:
-    modules = dict(model.named_modules())
-    for path in ("backbone.net", "backbone") if name is None else (name,):
-        if path in modules:
-            return modules[path]
-    raise ValueError(
-        f"{type(model).__name__} has no submodule {name or 'backbone'!r}: pass backbone=, the name "
-        f"of one; it has {', '.join(child for child, _ in model.named_children())}"
+def _log_parts(model: nn.Module, path: str, vit: nn.Module, tunable: int) -> None:
+    """Says once what FisherTune does to each part of a model."""
+    around = count_parameters_around(model, vit)
+    logger.info(
+        "FisherTune on %s (%s): %s of its weights may be selected, %s stand still for the whole "
+        "run (embeddings, norms, output projections). Left alone, to train as before: %s",
+        path,
+        type(vit).__name__,
+        f"{tunable:,}",
+        f"{sum(p.numel() for p in vit.parameters()) - tunable:,}",
+        ", ".join(f"{count:,} of {name}" for name, count in around.items()) or "nothing",
     )
 
 

@@ -1,0 +1,100 @@
+"""Where the ViT is in a model, found by its blocks."""
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from fishertune_d2.fisher import find_candidates
+
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def find_vit(model: nn.Module, backbone: str | None = None) -> tuple[str, nn.Module]:
+    """Finds the module that holds the blocks, whatever is around it.
+
+    A backbone may wrap a ViT: Detectron2's FPN has it in ``bottom_up``, ViTDet's pyramid in
+    ``net``, and ``VFMBackbone`` in ``vit``. A backbone in stages, each with blocks of its own, is
+    taken from the module that holds all stages.
+
+    Args:
+        model: a model with a backbone.
+        backbone: name of the submodule to look in; by default ``backbone``.
+
+    Returns:
+        The name of the ViT in ``model``, and the ViT. If it is there under two names, one of them.
+
+    Raises:
+        ValueError: if there is no such submodule, it has no blocks, or more than one ViT.
+    """
+    name = "backbone" if backbone is None else backbone
+    try:
+        outer = model.get_submodule(name)
+    except AttributeError as error:
+        children = ", ".join(child for child, _ in model.named_children())
+        raise ValueError(
+            f"{type(model).__name__} has no submodule {name!r}: pass backbone=, the name of one; "
+            f"it has {children}{_elsewhere(model)}"
+        ) from error
+    try:
+        paths = _paths_of_blocks(outer)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}{_elsewhere(model)}") from error
+    path = _common_path(outer, paths)
+    if path is None:
+        names = " and ".join(_joined(name, path) for path in paths)
+        raise ValueError(
+            f"{name} of {type(model).__name__} holds more than one module with blocks, {names}: "
+            "pass backbone=, the name of the one whose weights are to be selected"
+        )
+    return _joined(name, path), outer.get_submodule(path)
+
+
+def count_parameters_around(model: nn.Module, vit: nn.Module) -> Mapping[str, int]:
+    """How many weights of a model are not the ViT's, by the model's children."""
+    own = {id(parameter) for parameter in vit.parameters()}
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in own:
+            child = name.partition(".")[0]
+            counts[child] = counts.get(child, 0) + parameter.numel()
+    return counts
+
+
+def _paths_of_blocks(module: nn.Module) -> list[str]:
+    """Names of the modules that have ``blocks`` with candidates, in order, each once."""
+    names = (candidate.name for candidate in find_candidates(module))
+    # The last "blocks.<i>.attn" or ".mlp" in a name is what makes it a candidate.
+    paths = (re.split(r"(?:^|\.)blocks\.\d+\.(?:attn|mlp)\.", name)[0] for name in names)
+    return list(dict.fromkeys(paths))
+
+
+def _common_path(module: nn.Module, paths: list[str]) -> str | None:
+    """The path of the ViT that all paths are parts of; None if they are parts of several."""
+    if len(paths) == 1:
+        return paths[0]
+    if len({re.sub(r"\d+", "", path) for path in paths}) > 1:
+        return None
+    if all(hasattr(module.get_submodule(path), "patch_embed") for path in paths):
+        return None
+    parts = [path.split(".") for path in paths]
+    shared = 0
+    while len({tuple(part[: shared + 1]) for part in parts}) == 1:
+        shared += 1
+    common = parts[0][:shared]
+    # What holds the list of stages, not the list.
+    while isinstance(module.get_submodule(".".join(common)), _LISTS):
+        common.pop()
+    return ".".join(common)
+
+
+def _elsewhere(model: nn.Module) -> str:
+    try:
+        paths = _paths_of_blocks(model)
+    except ValueError:
+        return ""
+    return f"; a ViT's blocks are in {', '.join(path or 'the model itself' for path in paths)}"
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
