@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from yaml import YAMLError
-
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.data import DatasetError, load_datasets
 from fishertune_d2.modeling.vfm_table import VFMS
 from fishertune_d2.tuning import TUNING_REGISTRY
@@ -49,24 +48,18 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] | None = N
         train: the command that trains a cell; None for fishertune_d2.train.
 
     Returns:
-        0, or 1 if a cell failed.
+        0, or 1 if a cell failed. The process leaves with 2 if the command is wrong.
     """
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    try:
+    args = _parser().parse_args(arguments)
+    with ending_in_a_sentence(code=2):
         bench = _Bench(args)
-    except (DatasetError, FileNotFoundError, ImportError, KeyError, ValueError) as error:
-        # A KeyError's text is in quotation marks.
-        parser.error(str(error.args[0]) if isinstance(error, KeyError) else str(error))
-    except (AssertionError, YAMLError) as error:
-        parser.error(f"the config cannot be read: {error}")
-    if args.dry_run:
-        print(bench.describe())
-        return 0
-    if args.report:
-        bench.conclude()
-        return 0
-    return bench.run(train)
+        if args.dry_run:
+            print(bench.describe())
+            return 0
+        if args.report:
+            bench.conclude()
+            return 0
+        return bench.run(train)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ python -m fishertune_d2.export plain OUTPUT_DIR|delta.safetensors [--layout timm
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,18 +14,17 @@ require_detectron2()
 
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
+from fishertune_d2.command_line import ending_in_a_sentence  # noqa: E402
+
 from .plain import LAYOUTS, empty_backbone  # noqa: E402
 from .run import delta_of_run, read_tuned  # noqa: E402
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command.
 
     Args:
         arguments: of the command line; None takes the process's own.
-
-    Returns:
-        0 if the files were written, else 1.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fishertune_d2.export", description=__doc__.splitlines()[0]
@@ -57,12 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         command.add_argument("--output", type=Path, help=f"default: {default}, beside the source")
     options = parser.parse_args(arguments)
-    try:
+    with ending_in_a_sentence():
         (_write_delta if options.command == "delta" else _write_plain)(options)
-    except (OSError, ValueError) as error:  # it says what to do; a traceback would hide that
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _write_delta(options: argparse.Namespace) -> None:
@@ -96,4 +90,4 @@ def _size(path: Path) -> str:
 
 if __name__ == "__main__":
     setup_logger(name="fishertune_d2", abbrev_name="fishertune")
-    sys.exit(main())
+    main()

@@ -4,7 +4,6 @@ python -m fishertune_d2.report OUTPUT_DIR [--output FILE]
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,18 +11,17 @@ from fishertune_d2.compat import require_detectron2
 
 require_detectron2()
 
+from fishertune_d2.command_line import ending_in_a_sentence  # noqa: E402
+
 from .page import write_report  # noqa: E402
-from .run import Run, RunError  # noqa: E402
+from .run import Run  # noqa: E402
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command.
 
     Args:
         arguments: of the command line; None takes the process's own.
-
-    Returns:
-        0 if the page was written, else 1.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fishertune_d2.report", description=__doc__.splitlines()[0]
@@ -32,14 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="default: report.html in it")
     options = parser.parse_args(arguments)
     page = options.output or options.output_dir / "report.html"
-    try:
+    with ending_in_a_sentence():
         write_report(Run.read(options.output_dir), page)
-    except (OSError, RunError) as error:  # it says what to do; a traceback would hide that
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

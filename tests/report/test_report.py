@@ -288,16 +288,18 @@ def test_files_that_are_not_of_a_run(tmp_path, capsys, file, content, message):
     (folder / file).unlink() if content is None else (folder / file).write_text(content)
     with pytest.raises(RunError, match=message):
         Run.read(folder)
-    assert main([str(folder)]) == 1
+    with pytest.raises(SystemExit, match="1"):
+        main([str(folder)])
     assert capsys.readouterr().err.startswith("error: ")
     assert not (folder / "report.html").exists()
 
 
 def test_the_command(tmp_path, capsys):
     folder = _write_run(tmp_path / "run")
-    assert main([str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    main([str(folder), "--output", str(tmp_path / "page.html")])
     assert capsys.readouterr().out.startswith(f"{tmp_path}/page.html: 0.")
-    assert main([str(folder), "--output", str(tmp_path / "no/page.html")]) == 1
+    with pytest.raises(SystemExit, match="1"):
+        main([str(folder), "--output", str(tmp_path / "no/page.html")])
     assert "there is no such folder" in capsys.readouterr().err
 
 

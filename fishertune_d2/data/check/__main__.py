@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.data.check.survey import format_surveys, rows_on_disk, survey
 from fishertune_d2.data.pairs import datasets_root
 from fishertune_d2.data.rows import DATASETS
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None takes the process's own.
 
     Returns:
-        0 if nothing is wrong, else 1.
+        0 if nothing is wrong, else 1. The process leaves with 2 if a folder cannot be read.
     """
     rows = {row.name: row for row in DATASETS}
     parser = argparse.ArgumentParser(
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.all
             else "name a data set, or use --all"
         )
-    surveys = [survey(row) for row in chosen.values()]
+    with ending_in_a_sentence(code=2):
+        surveys = [survey(row) for row in chosen.values()]
     print(format_surveys(surveys))
     return int(any(found.problems for found in surveys))
 
