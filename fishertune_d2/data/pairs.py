@@ -334,7 +334,8 @@ def _suffixes(name: str, key: str, given: str | Sequence[str]) -> tuple[str, ...
     """Checks how files' names end, and gives mere file types the dot that they lack."""
     suffixes = []
     for suffix in (given,) if isinstance(given, str) else tuple(given):
-        if isinstance(suffix, str) and f".{suffix}".lower() in Image.registered_extensions():
+        bare = isinstance(suffix, str) and "." not in suffix  # else not asked: imports all plugins
+        if bare and f".{suffix}".lower() in Image.registered_extensions():
             suffix = f".{suffix}"
         if not isinstance(suffix, str) or not re.fullmatch(r".*\.\w+", suffix):
             raise DatasetError(

@@ -1,20 +1,24 @@
 """Reads the tensors of a checkpoint, and runs nothing that the file holds.
 
 safetensors holds tensors only. PyTorch's own files are pickles, which torch.load unpickles with
-weights_only. A TorchScript archive, as which OpenAI publishes CLIP, is refused by that, and
-torch.jit.load would compile and load the program in it. Its parameters lie beside the program, in
-data.pkl and one file per storage: these are read here, by an unpickler that knows a handful of
-names and builds an empty shell where the pickle asks for a class of the program.
+weights_only. Which of them a file is, its content says, not its name.
+
+A TorchScript archive, as which OpenAI publishes CLIP, is refused by torch.load, and torch.jit.load
+would compile and load the program in it. Its parameters lie beside the program, in data.pkl and one
+file per storage: these are read here, by an unpickler that knows a handful of names and builds an
+empty shell where the pickle asks for a class of the program.
 """
 
 import pickle
+import re
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import ZipFile, is_zipfile
 
 import torch
-from timm.models import load_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
@@ -32,11 +36,22 @@ DTYPES = {
 }
 
 
+# What files hold that people take for weights, by their first bytes.
+_NO_WEIGHTS = {
+    b"version https://git-lfs": "it is a Git LFS pointer, not the file itself: run `git lfs pull` "
+    "in its repository, or download the file",
+    b"<": "it is a web page, not a file of weights: download the file that the page links to",
+    b"{": "it is a text in JSON: name the file with the weights that lies beside it",
+    b"\x89HDF": "it is an HDF5 file of Keras: name PyTorch's or a safetensors file",
+    b"GGUF": "it is a GGUF file of llama.cpp: name PyTorch's or a safetensors file",
+}
+
+
 def read_checkpoint(path: Path) -> StateDict:
     """Reads a state dict, bare or under one of ``NESTS``, or a TorchScript archive's parameters.
 
     Args:
-        path: a safetensors file, PyTorch's (.pth, .pt, .bin) or a TorchScript archive.
+        path: a safetensors file, PyTorch's or a TorchScript archive, of any name.
 
     Returns:
         Tensors by name, on the CPU.
@@ -44,23 +59,58 @@ def read_checkpoint(path: Path) -> StateDict:
     Raises:
         ValueError: the file is damaged, or holds more than tensors.
     """
+    path = Path(path)
+    _require_weights(path)
     try:
-        if _is_torchscript(path):
+        if _is_safetensors(path):
+            state = load_file(path)
+        elif _is_torchscript(path):
             state = _read_torchscript(path)
         else:
-            state = load_state_dict(str(path), use_ema=False, weights_only=True)
+            # Not by its path, whose ending torch.load believes. A Namespace holds the options
+            # that MAE and DINO save beside their models.
+            with open(path, "rb") as file, torch.serialization.safe_globals([Namespace]):
+                state = torch.load(file, map_location="cpu", weights_only=True)
             for nest in NESTS:
                 state = state.get(nest, state)
-    # Each format has errors of its own: pickle's, zip's, safetensors', timm's.
+    # Each format has errors of its own: pickle's, zip's, safetensors'.
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"cannot read weights from {path}: it is damaged, or holds more than tensors (such "
-            f"files are refused, as they can run code): {type(error).__name__}: {reason}"
+            f"files are refused, as they can run code): {type(error).__name__}: {_reason(error)}. "
+            "Download it again, or save the tensors alone, with safetensors, where it was made"
         ) from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: {', '.join(map(str, list(state)[:5]))}")
     return state
+
+
+def _require_weights(path: Path) -> None:
+    """Refuses what is no file of weights."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    if not start:
+        raise ValueError(f"cannot read weights from {path}: it is empty: download it again")
+    for first, words in _NO_WEIGHTS.items():
+        if start.startswith(first):
+            raise ValueError(f"cannot read weights from {path}: {words}")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file opens with the length of a header in JSON, and the header."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and start[5:8] == bytes(3)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error; of torch.load's, what stopped it, without its advice."""
+    text = str(error)
+    found = re.search(r"GLOBAL (\S+)", text)
+    if found:
+        return f"the pickle asks for {found[1]}"
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    return (text.strip().splitlines() or [""])[0]
 
 
 def _is_torchscript(path: Path) -> bool:

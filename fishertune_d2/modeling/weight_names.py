@@ -16,9 +16,56 @@ ENCODERS = ("image_encoder.", "visual.")
 # tables that timm computes itself (rotary embeddings, which rows of DINOv3's biases are masked).
 NO_ENCODER = re.compile(
     r"^(mask_token$|head\.|lm_head\.|decoder|proj$|projectors\.|local_cls_norm\.|neck\."
-    r"|rope\.freqs_|rope_embed\.)|\.rope\.|\.bias_mask$"
+    r"|rope\.freqs_|rope_embed\.|position_ids$)|\.rope\.|\.bias_mask$"
 )
-# In this order: the names that transformers gives DINOv2, and those of its authors.
+# The encoder's patch embedding, by its names in all public files, and what wraps the encoder.
+PATCH_EMBEDDING = re.compile(
+    r"((?:\w+\.)*?)"
+    r"(?:(?:visual\.|image_encoder\.)?patch_embed\.proj|visual\.conv1"  # timm's, the authors'
+    r"|patch_embed\.projection|embeddings\.patch_embeddings?(?:\.projection)?)"  # transformers'
+    r"\.weight"
+)
+# What may wrap it: DistributedDataParallel, torch.compile, Lightning and Hugging Face's heads,
+# segmentors, self-distillation; transformers' names of an encoder in a larger model.
+WRAPPERS = frozenset(
+    "module _orig_mod model backbone encoder teacher vision_model vision_encoder vit dinov2 "
+    "dinov2_with_registers dinov3_vit".split()
+)
+OURS = "backbone.vit.patch_embed.proj.weight"
+# In this order: the names that transformers gives DINOv2, DINOv3, CLIP, MAE and SAM, those of the
+# versions before 5 too, which it still writes; and timm's or DINOv2's authors'.
+READ_TRANSFORMERS = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^embeddings\.patch_embeddings?(\.projection)?\.", "patch_embed.proj."),
+        (r"^patch_embed\.projection\.", "patch_embed.proj."),
+        (r"^embeddings\.position_embeddings?(\.weight)?$", "pos_embed"),
+        (r"^embeddings\.class_embedding$", "cls_token"),
+        (r"^embeddings\.", ""),
+        (r"^(?:encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\1."),
+        (r"\.(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+        (
+            r"\.(?:attention\.attention|attention|self_attn)\.(query|key|value|[qkv]_proj)\.",
+            r".attn.\1.",
+        ),
+        (r"\.q_proj\.", ".query."),
+        (r"\.k_proj\.", ".key."),
+        (r"\.v_proj\.", ".value."),
+        (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+        (r"\.(?:layernorm_before|layer_norm1)\.", ".norm1."),
+        (r"\.(?:layernorm_after|layer_norm2)\.", ".norm2."),
+        (r"\.(?:intermediate\.dense|mlp\.lin1)\.", ".mlp.fc1."),
+        (r"\.(?:output\.dense|mlp\.lin2)\.", ".mlp.fc2."),
+        (r"\.mlp\.weights_in\.", ".mlp.w12."),
+        (r"\.mlp\.weights_out\.", ".mlp.w3."),
+        (r"^(?:post_)?layernorm\.", "norm."),
+        (r"^pre_layrnorm\.", "norm_pre."),
+    )
+]
+# Of DINOv3's, whose gate other names do not have.
+GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
+UNGATED = {"up_proj": "fc1", "down_proj": "fc2"}
+# In this order: the names that transformers gives DINOv2 in files, and those of its authors.
 TRANSFORMERS = (
     ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
     ("embeddings.position_embeddings", "pos_embed"),
@@ -40,16 +87,44 @@ def to_timm_names(state: StateDict, vit: nn.Module) -> tuple[StateDict, list[str
     Sizes stay as they are in the file.
 
     Args:
-        state: with timm's names, with the authors', or, for DINOv2, with those of transformers.
+        state: with timm's names, with the authors', or with those of transformers, which has no
+            EVA-02; wrapped or not.
         vit: the timm model they are for.
 
     Returns:
         The renamed tensors, and the names in ``state`` of those that were left out.
 
     Raises:
-        ValueError: the file has biases of query and value that the model lacks.
+        ValueError: the file has biases of query and value that the model lacks, or it holds
+            several encoders.
     """
-    if "embeddings.cls_token" in state:
+    state, outside = _unwrap(state)
+    encoder, ignored = _to_timm_names(state, vit)
+    return encoder, outside + ignored
+
+
+def _unwrap(state: StateDict) -> tuple[StateDict, list[str]]:
+    """Takes off the names what wraps the encoder, and leaves out what lies outside of that."""
+    found = {match[1] for name in state if (match := PATCH_EMBEDDING.fullmatch(name))}
+    found = {outer for outer in found if set(outer.split(".")[:-1]) <= WRAPPERS}
+    if len(found) > 1:  # a teacher is what self-distillation trains for
+        found = {outer for outer in found if "teacher" in outer.split(".")} or found
+    if len(found) > 1:
+        raise ValueError(
+            f"the file holds several encoders: {', '.join(sorted(found))}. Save the tensors of one "
+            "of them in a file of their own"
+        )
+    outer = next(iter(found), "")
+    # FisherTune's own checkpoints are refused, as they hold more than public weights.
+    if not outer or any(name.endswith(OURS) for name in state):
+        return state, []
+    inside = {n.removeprefix(outer): v for n, v in state.items() if n.startswith(outer)}
+    return inside, [name for name in state if not name.startswith(outer)]
+
+
+def _to_timm_names(state: StateDict, vit: nn.Module) -> tuple[StateDict, list[str]]:
+    """Renames an encoder that nothing wraps."""
+    if any(name.startswith(("embeddings.", "patch_embed.projection.")) for name in state):
         state = from_transformers(state)
     prefix = next((p for p in ENCODERS if any(name.startswith(p) for name in state)), "")
     ignored = [
@@ -101,22 +176,31 @@ def _zero_biases(state: StateDict, vit: nn.Module) -> list[str]:
 
 
 def from_transformers(state: StateDict) -> StateDict:
-    """Renames DINOv2, with or without registers, as transformers stores it, to Meta's names.
+    """Renames what transformers stores: CLIP, MAE and SAM to timm's names, DINOv2 and 3 to Meta's.
 
     Args:
-        state: 16 tensors per block; query, key and value apart.
+        state: of the encoder alone, with query, key and value apart, but for SAM's.
 
     Returns:
-        14 tensors per block; query, key and value in one.
+        The same tensors, with query, key and value in one.
     """
+    mlp = GATED if any(".mlp.gate_proj." in name for name in state) else UNGATED
     renamed = {}
     for name, tensor in state.items():
-        for theirs, ours in TRANSFORMERS:
-            name = name.replace(theirs, ours)
+        for pattern, ours in READ_TRANSFORMERS:
+            name = pattern.sub(ours, name)
+        for theirs, ours in mlp.items():
+            name = name.replace(f".mlp.{theirs}.", f".mlp.{ours}.")
         renamed[name] = tensor
     for query in [name for name in renamed if ".attn.query." in name]:
-        parts = [renamed.pop(query.replace("query", part)) for part in ("query", "key", "value")]
-        renamed[query.replace("query", "qkv")] = torch.cat(parts)
+        parts = [renamed.pop(query.replace("query", p), None) for p in ("query", "key", "value")]
+        parts = [torch.zeros_like(parts[0]) if part is None else part for part in parts]
+        renamed[query.replace("query", "qkv")] = torch.cat(parts)  # DINOv3's key has no bias
+    if "pos_embed" not in renamed and "register_tokens" in renamed:  # DINOv3
+        renamed["storage_tokens"] = renamed.pop("register_tokens")
+    for name, dims in (("cls_token", 3), ("pos_embed", 3)):  # of CLIP: (D,) and (P + h*w, D)
+        while name in renamed and renamed[name].ndim < dims:
+            renamed[name] = renamed[name][None]
     return renamed
 
 

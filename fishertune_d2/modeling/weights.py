@@ -15,7 +15,8 @@ from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, res
 from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
-from .checkpoints import StateDict, read_checkpoint
+from .checkpoints import StateDict
+from .weight_files import read_weights
 from .weight_names import to_timm_names
 
 GROUPS = {
@@ -50,8 +51,8 @@ def load_vfm_weights(
 
     Args:
         vit: a ViT of timm's, built without a head; changed in place.
-        weights: a path; "" for timm's hub and then ``fallback``; or "random", which keeps the
-            initial values.
+        weights: a path, see ``read_weights``; "" for timm's hub and then ``fallback``; or
+            "random", which keeps the initial values.
         patch_resize: "bicubic" or "pi".
         fallback: returns a file with timm's names; asked when the hub fails.
         source: where a person finds the weights; named when none were found.
@@ -80,14 +81,11 @@ def load_vfm_weights(
 
 
 def _read(path: str | Path) -> tuple[StateDict, str]:
-    """Reads a file, and says what to do about one that cannot be read."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}. {REMEDY}")
+    """Reads a file, and says what to do where there is none."""
     try:
-        return read_checkpoint(path), str(path)
-    except ValueError as error:
-        raise ValueError(f"{error}. {REMEDY}") from error
+        return read_weights(str(path)), str(Path(path).expanduser())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. {REMEDY}") from error
 
 
 def _find(
