@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fishertune_d2.config import read_config  # noqa: E402 - the package need not be installed
+from fishertune_d2.command_line import ending_in_a_sentence  # noqa: E402 - need not be installed
+from fishertune_d2.config import read_config  # noqa: E402
 from fishertune_d2.plan import make_plan, summary  # noqa: E402
 
 
@@ -41,4 +42,5 @@ def main(files: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with ending_in_a_sentence():
+        main(sys.argv[1:])

@@ -12,6 +12,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.evaluation import all_scores
 
 
@@ -104,7 +105,8 @@ if __name__ == "__main__":
     parser.add_argument("output_dirs", nargs="+", help="OUTPUT_DIR of each run")
     parser.add_argument("--classes", metavar="NAME", help="IoU by class of this data set")
     args = parser.parse_args()
-    if args.classes:
-        print(compare_classes(args.output_dirs, args.classes))
-    else:
-        print(compare(args.output_dirs))
+    with ending_in_a_sentence():
+        if args.classes:
+            print(compare_classes(args.output_dirs, args.classes))
+        else:
+            print(compare(args.output_dirs))

@@ -12,6 +12,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from fishertune_d2.command_line import ending_in_a_sentence
+
 matplotlib.use("Agg")  # also where there is no display
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
@@ -68,5 +70,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, help="default: FILE with .png")
     args = parser.parse_args()
     picture = args.output or args.file.with_suffix(".png")
-    draw_convergence(json.loads(args.file.read_text()), picture)
+    with ending_in_a_sentence():
+        draw_convergence(json.loads(args.file.read_text()), picture)
     print(picture)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import (
     KINDS,
     FisherEstimate,
@@ -59,4 +60,5 @@ if __name__ == "__main__":
     file = args.output_dir / "fisher.safetensors"
     if not file.is_file():
         parser.error(f"there is no {file.name} in {args.output_dir}: its run estimated nothing")
-    print(table(select_by_each(FisherEstimate.load(file), args.share)))
+    with ending_in_a_sentence():
+        print(table(select_by_each(FisherEstimate.load(file), args.share)))

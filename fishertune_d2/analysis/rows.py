@@ -14,6 +14,7 @@ import numpy as np
 from tabulate import tabulate
 
 from fishertune_d2.analysis.statistics import format_difference, format_mean, paired_difference
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.evaluation import all_scores
 
 matplotlib.use("Agg")  # also where there is no display
@@ -190,8 +191,9 @@ if __name__ == "__main__":
     parser.add_argument("rows", nargs="*", help="rows to show, in this order (default: all)")
     parser.add_argument("--output", type=Path, help="default: rows.png in the folder")
     args = parser.parse_args()
-    runs = read_rows(args.folder, args.rows or None)
-    print(table(runs))
     picture = args.output or args.folder / "rows.png"
-    draw(scores_by_set(runs), picture)
+    with ending_in_a_sentence():
+        runs = read_rows(args.folder, args.rows or None)
+        print(table(runs))
+        draw(scores_by_set(runs), picture)
     print(picture)

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import KINDS, Selection
 from fishertune_d2.fisher.candidates import groups_of
 
@@ -85,7 +86,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output_dir", help="OUTPUT_DIR of a run that selected weights")
     output_dir = parser.parse_args().output_dir
-    picture = draw_run(output_dir)
+    with ending_in_a_sentence():
+        picture = draw_run(output_dir)
     if picture is None:
         parser.error(f"there is no selection.safetensors in {output_dir}: its run selected nothing")
     print(picture)

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import KINDS, FisherEstimate, domain_related_fisher
 from fishertune_d2.fisher.candidates import groups_of
 
@@ -127,6 +128,7 @@ if __name__ == "__main__":
         if not file.is_file():
             parser.error(f"there is no {file.name} in {file.parent}: its run estimated nothing")
     picture = args.output or args.output_dirs[0] / "sensitivity.png"
-    loaded = [(file.resolve().parent.name, FisherEstimate.load(file)) for file in files]
-    draw_sensitivity_map(loaded, picture)
+    with ending_in_a_sentence():
+        loaded = [(file.resolve().parent.name, FisherEstimate.load(file)) for file in files]
+        draw_sensitivity_map(loaded, picture)
     print(picture)

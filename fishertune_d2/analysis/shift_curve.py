@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import KINDS
 
 matplotlib.use("Agg")  # also where there is no display
@@ -73,5 +74,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, help="default: FILE with .png")
     args = parser.parse_args()
     picture = args.output or args.file.with_suffix(".png")
-    draw_shift_curve(json.loads(args.file.read_text()), picture)
+    with ending_in_a_sentence():
+        draw_shift_curve(json.loads(args.file.read_text()), picture)
     print(picture)
