@@ -14,6 +14,7 @@ from fishertune_d2.data.check import check_datasets, reading
 from fishertune_d2.data.check.__main__ import main
 from fishertune_d2.data.datasets import DATASETS, register
 from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.labels import LabelSpace
 from fishertune_d2.data.pairs import Published
 
 CLASSES = ["path", "grass", "bench"]
@@ -97,6 +98,26 @@ def test_labels_without_a_labelled_pixel_are_refused(own, ids, ignored):
     own(ids, ids, ignore_label=ignored)
     with pytest.raises(DatasetError, match="own_park: every pixel of its 2 labels is ignored"):
         check_datasets(["own_park"])
+
+
+def test_labels_of_classes_that_are_not_scored_are_no_labels(camvid_tree):
+    camvid_tree()
+    row = ROWS["camvid_day_train"]
+    collapse = [255 if name == "sky" else k for k, name in enumerate(row.classes)]
+    space = LabelSpace(row.classes, row.colors, tuple(collapse))
+    folder = camvid_tree(("a", "b"), size=(1, 4))
+    for ids, refused in (([[0, 0, 11, 11]], True), ([[0, 0, 1, 11]], False)):  # 0 is sky
+        for stem in ("a", "b"):
+            Image.fromarray(np.array(ids, dtype=np.uint8)).save(folder / f"trainannot/{stem}.png")
+        try:
+            register(replace(row, label_space=space))
+            if refused:
+                with pytest.raises(DatasetError, match="every pixel of its 2 labels is ignored"):
+                    check_datasets([row.name])
+            else:
+                check_datasets([row.name])
+        finally:
+            register(row)
 
 
 def test_an_image_without_a_labelled_pixel_is_no_error(own, caplog):

@@ -6,6 +6,7 @@ import torch
 import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
+from detectron2.utils import comm
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -174,6 +175,11 @@ def test_camvid_is_scored_in_its_own_classes(tmp_path):
 def test_nothing_to_score_is_an_error(scored):
     with pytest.raises(DatasetError, match="own_scored: no labelled pixel"):
         DomainGeneralizationEvaluator("own_scored").evaluate()
+
+
+def test_other_ranks_go_on_where_the_first_finds_nothing_to_score(scored, monkeypatch):
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert DomainGeneralizationEvaluator("own_scored").evaluate() is None
 
 
 @pytest.mark.parametrize("shape", [(19, 9, 11), (5, 11, 9)])
