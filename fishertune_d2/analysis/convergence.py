@@ -9,13 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from fishertune_d2.command_line import ending_in_a_sentence
-
-matplotlib.use("Agg")  # also where there is no display
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 _MARKERS = "osD^vPX*"  # curves of estimators that agree lie on each other
 
@@ -31,9 +28,8 @@ def draw_convergence(measured: Mapping[str, Any], path: Path) -> None:
         path: the PNG to write.
     """
     reference = measured["reference"]
-    figure, axes = plt.subplots(
-        2, 2, figsize=(10, 7), layout="constrained", sharex="col", sharey=True
-    )
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey=True)
     for curve, marker in zip(measured["curves"], _MARKERS * len(measured["curves"]), strict=False):
         times = np.array(curve["seconds"]) / reference["seconds_per_image"]
         for row, key in zip(axes, ("overlap", "drf_overlap"), strict=True):
@@ -61,7 +57,6 @@ def draw_convergence(measured: Mapping[str, Any], path: Path) -> None:
     )
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ Shapes: n images, D channels (3 for pixels).
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from fishertune_d2.fisher.perturb import token_statistics
-
-matplotlib.use("Agg")  # also where there is no display
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 
 def statistics_of(maps: Sequence[Tensor]) -> np.ndarray:
@@ -67,7 +64,8 @@ def draw_distances(rows: Mapping[str, Mapping[str, float]], path: Path, *, sourc
         path: the PNG to write.
         source: the name of the source domain.
     """
-    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
     for name, values in rows.items():
         axes.plot(list(values), list(values.values()), marker="o", label=name)
     axes.axhline(
@@ -78,4 +76,3 @@ def draw_distances(rows: Mapping[str, Mapping[str, float]], path: Path, *, sourc
     axes.set_ylabel(f"distance from {source} in Σ")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
-    plt.close(figure)

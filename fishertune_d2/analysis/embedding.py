@@ -6,12 +6,9 @@ Shapes: n images, D channels.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
-
-matplotlib.use("Agg")  # also where there is no display
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 _MARKERS = "osD^vPX*"
 
@@ -85,9 +82,8 @@ def draw_embeddings(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) 
         panels: by model, its features by domain, (n, D).
         path: the PNG to write.
     """
-    figure, row = plt.subplots(
-        1, len(panels), figsize=(1.2 + 3 * len(panels), 3.2), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(1.2 + 3 * len(panels), 3.2), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)
     for axes, (model, features) in zip(row[0], panels.items(), strict=True):
         for (domain, points), marker in zip(embed(features).items(), _MARKERS * 9, strict=False):
             axes.scatter(*points.T, s=22, marker=marker, alpha=0.8, linewidths=0, label=domain)
@@ -101,7 +97,6 @@ def draw_embeddings(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) 
     row[0, 0].set_ylabel("t-SNE 2", fontsize=8)
     row[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def _domains(features: Mapping[str, np.ndarray]) -> np.ndarray:

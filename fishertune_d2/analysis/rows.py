@@ -9,16 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from fishertune_d2.analysis.statistics import format_difference, format_mean, paired_difference
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.evaluation import all_scores
-
-matplotlib.use("Agg")  # also where there is no display
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 _PAIRED_WITH = "fishertune"
 
@@ -128,7 +125,8 @@ def draw(
     names = list(next(iter(rows.values())))
     step = 0.7 / len(names)  # test sets one below the other, within the row's line
     height = 1.2 + len(rows) * (0.2 + 0.12 * len(names))
-    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.subplots()
     for i, name in enumerate(names):
         for place, (row, scores) in enumerate(rows.items()):
             y = place + (i - (len(names) - 1) / 2) * step
@@ -157,7 +155,6 @@ def draw(
     axes.grid(alpha=0.3, axis="x")
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _require_alike(first: Path, one: Mapping, folder: Path, other: Mapping) -> None:

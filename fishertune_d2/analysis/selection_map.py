@@ -6,15 +6,12 @@ python -m fishertune_d2.analysis.selection_map outputs/demo
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import KINDS, Selection
 from fishertune_d2.fisher.candidates import groups_of
-
-matplotlib.use("Agg")  # also where there is no display
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 
 def shares_by_group(selection: Selection) -> np.ndarray:
@@ -45,7 +42,8 @@ def draw_selection_map(selection: Selection, path: Path) -> None:
     """
     shares = shares_by_group(selection)
     kinds, blocks = shares.shape
-    figure, axes = plt.subplots(figsize=(2.2 + 0.42 * blocks, 2.9), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.42 * blocks, 2.9), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(shares, cmap="viridis", aspect="auto", vmin=0)
     for kind in range(kinds):
         for block in range(blocks):
@@ -65,7 +63,6 @@ def draw_selection_map(selection: Selection, path: Path) -> None:
     )
     figure.colorbar(image, label="% of the group")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def draw_run(output_dir: str | Path) -> Path | None:

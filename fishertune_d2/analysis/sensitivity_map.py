@@ -7,20 +7,17 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullLocator
 
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import KINDS, FisherEstimate, domain_related_fisher
 from fishertune_d2.fisher.candidates import groups_of
-
-matplotlib.use("Agg")  # also where there is no display
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.colors import LogNorm  # noqa: E402
-from matplotlib.image import AxesImage  # noqa: E402
-from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 
 def mean_by_group(scores: Mapping[str, torch.Tensor]) -> np.ndarray:
@@ -78,11 +75,8 @@ def draw_sensitivity_map(estimates: Sequence[tuple[str, FisherEstimate]], path: 
     positive = np.concatenate([means[means > 0] for _, means in panels])
     norm = LogNorm(positive.min(), positive.max())
     blocks = max(means.shape[1] for _, means in panels)
-    figure, axes = plt.subplots(
-        len(panels),
-        figsize=(2.2 + 0.43 * blocks, 0.3 + 1.7 * len(panels)),
-        layout="constrained",
-    )
+    figure = Figure(figsize=(2.2 + 0.43 * blocks, 0.3 + 1.7 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels))
     # One below the other, so that a block is in the same place in all of them.
     for panel, (title, means) in zip(axes, panels, strict=True):
         image = _draw_panel(panel, means, norm)
@@ -93,7 +87,6 @@ def draw_sensitivity_map(estimates: Sequence[tuple[str, FisherEstimate]], path: 
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter("{x:g}")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _draw_panel(axes: Axes, means: np.ndarray, norm: LogNorm) -> AxesImage:

@@ -9,14 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import KINDS
-
-matplotlib.use("Agg")  # also where there is no display
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 
 def draw_shift_curve(measured: Mapping[str, Any], path: Path) -> None:
@@ -36,7 +33,8 @@ def draw_shift_curve(measured: Mapping[str, Any], path: Path) -> None:
     def curve(key: str) -> np.ndarray:
         return np.array(measured[key], dtype=float)  # None becomes NaN, a gap in the line
 
-    figure, (values, overlaps, kinds) = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    values, overlaps, kinds = figure.subplots(1, 3)
     values.plot(strengths, curve("fisher"), marker="o", label="F(x')")
     values.plot(strengths, curve("drf"), marker="s", label="DRF")
     values.axhline(1, color="grey", linewidth=0.8, linestyle=":", label="F(x)")
@@ -65,7 +63,6 @@ def draw_shift_curve(measured: Mapping[str, Any], path: Path) -> None:
     kinds.legend(fontsize=8, reverse=True, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{measured['images']} images, seed {measured['seed']}", fontsize=9)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -36,18 +36,14 @@ def test_the_command_draws_beside_the_file_or_where_told(output, tmp_path, monke
     assert np.asarray(Image.open(picture)).std() > 0  # not blank
 
 
-def test_draws_overlap_against_images_and_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(convergence.plt, "close", lambda figure: None)
+def test_draws_overlap_against_images_and_time(tmp_path, drawn):
     convergence.draw_convergence(MEASURED, tmp_path / "convergence.png")
-    figure = convergence.plt.gcf()
-    monkeypatch.undo()
-    drawn = [
+    curves = [
         [(line.get_label(), *map(list, line.get_data())) for line in panel.lines]
-        for panel in figure.axes
+        for panel in drawn[0].axes
     ]
-    convergence.plt.close(figure)
     # The plain loop takes 0.5 s for an image, so 1 s is the time of 2 images.
-    assert drawn == [
+    assert curves == [
         [("diagonal", [8, 16], [50, 75]), ("natural", [8, 16], [25, 50])],
         [("diagonal", [2, 4], [50, 75]), ("natural", [6, 12], [25, 50])],
         [("diagonal", [8, 16], [40, 60]), ("natural", [8, 16], [20, 30])],

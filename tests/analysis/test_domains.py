@@ -48,16 +48,13 @@ def test_a_source_without_spread_has_no_unit():
         domains.distance(one, one)
 
 
-def test_draws_each_domain_and_the_simulated_shift(tmp_path, monkeypatch):
-    monkeypatch.setattr(domains.plt, "close", lambda figure: None)
+def test_draws_each_domain_and_the_simulated_shift(tmp_path, drawn):
     rows = {"dusk": {"pixels": 0.5, "block 4": 1.0}, "night": {"pixels": 2.0, "block 4": 3.0}}
     domains.draw_distances(rows, tmp_path / "d.png", source="day")
-    (axes,) = domains.plt.gcf().axes
-    monkeypatch.undo()
+    (axes,) = drawn[0].axes
     assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[0.5, 1.0], [2.0, 3.0]]
     # The mean of |N(0, 1)|, here by quadrature.
     x = np.linspace(-9, 9, 100_001)
     mean = (np.abs(x) * np.exp(-(x**2) / 2)).sum() * (x[1] - x[0]) / np.sqrt(2 * np.pi)
     assert axes.lines[2].get_ydata()[0] == pytest.approx(mean, rel=1e-6)
     assert np.asarray(Image.open(tmp_path / "d.png")).std() > 0
-    domains.plt.close("all")

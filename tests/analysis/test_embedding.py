@@ -60,14 +60,11 @@ def test_without_scikit_learn_says_how_to_get_it(monkeypatch):
         embedding.embed(_features(1.0))
 
 
-def test_draws_a_panel_for_each_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding.plt, "close", lambda figure: None)
+def test_draws_a_panel_for_each_model(tmp_path, drawn):
     panels = {"freeze": _features(20.0), "full": _features(0.0)}
     embedding.draw_embeddings(panels, tmp_path / "t.png")
-    first, second = embedding.plt.gcf().axes
-    monkeypatch.undo()
+    first, second = drawn[0].axes
     assert first.get_title() == "freeze: nearest image of the same domain 100 %"
     assert second.get_title().startswith("full:")
     assert [len(points.get_offsets()) for points in first.collections] == [12, 12, 12]
     assert np.asarray(Image.open(tmp_path / "t.png")).std() > 0
-    embedding.plt.close("all")

@@ -111,13 +111,10 @@ def test_refuses_what_is_not_there(runs, tmp_path):
         rows.read_rows(tmp_path)
 
 
-def test_draws_a_point_for_each_seed_and_a_bar_at_their_mean(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows.plt, "close", lambda figure: None)
+def test_draws_a_point_for_each_seed_and_a_bar_at_their_mean(runs, tmp_path, drawn):
     read = rows.scores_by_set(rows.read_rows(runs))
     rows.draw(read, tmp_path / "rows.png", {"freeze": {"night": 25.0}})
-    (axes,) = rows.plt.gcf().axes
-    monkeypatch.undo()
-    rows.plt.close()
+    (axes,) = drawn[0].axes
     points = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
     bars = [bar.get_segments()[0][0, 0] for bar in axes.collections]
     crosses = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "x"]

@@ -38,12 +38,9 @@ def test_the_command_draws_beside_the_file_or_where_told(output, tmp_path, monke
     assert np.asarray(Image.open(picture)).std() > 0  # not blank
 
 
-def test_draws_what_was_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(shift_curve.plt, "close", lambda figure: None)
+def test_draws_what_was_measured(tmp_path, drawn):
     shift_curve.draw_shift_curve(MEASURED, tmp_path / "shift.png")
-    figure = shift_curve.plt.gcf()
-    monkeypatch.undo()
-    values, overlaps, kinds = figure.axes
+    values, overlaps, kinds = drawn[0].axes
     lines = {line.get_label(): line.get_ydata() for line in (*values.lines, *overlaps.lines)}
     np.testing.assert_allclose(lines["F(x')"], [1.0, 1.1, 1.3])
     np.testing.assert_allclose(lines["DRF"], [1.0, 1.4, 2.0])
@@ -52,4 +49,3 @@ def test_draws_what_was_measured(tmp_path, monkeypatch):
     assert [area.get_label() for area in kinds.collections] == ["Q", "K", "V", "FFN"]
     tops = [area.get_paths()[0].vertices[:, 1].max() for area in kinds.collections]
     np.testing.assert_allclose(tops, [10, 30, 60, 100])
-    shift_curve.plt.close(figure)
