@@ -1,6 +1,7 @@
 """Trains and evaluates a segmentation model: ``python -m fishertune_d2.train``.
 
     python -m fishertune_d2.train --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
+    python -m fishertune_d2.train --config-file FILE --overwrite [KEY VALUE ...]
     python -m fishertune_d2.train --config-file FILE --eval-only MODEL.WEIGHTS model_final.pth
     torchrun --nproc-per-node N -m fishertune_d2.train --config-file FILE [MODEL.DEVICE cpu]
 
@@ -10,6 +11,7 @@ checkout train_net.py is the same command.
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -20,10 +22,18 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 from fishertune_d2.analysis.selection_map import draw_run
+from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.config import find_config, read_config
-from fishertune_d2.data import DatasetError, check_datasets
-from fishertune_d2.engine import Trainer, WholeCheckpointer, launch, log_plan, preemption
-from fishertune_d2.tuning import build_tuning_method
+from fishertune_d2.data import check_datasets
+from fishertune_d2.engine import Trainer, launch, log_plan
+from fishertune_d2.engine.output_dir import (
+    remove_run,
+    require_own_weights,
+    require_unused,
+    require_writable,
+)
+from fishertune_d2.engine.start_check import require_possible
+from fishertune_d2.engine.trained_model import build_trained, find_weights, require_device
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -41,17 +51,38 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def main(args: argparse.Namespace) -> dict | None:
-    """Runs one process."""
-    cfg = setup(args)
+    """Runs one process.
+
+    Raises:
+        SystemExit: after one sentence, if a user can mend what is wrong.
+    """
+    with ending_in_a_sentence():
+        cfg = setup(args)
+        return _score(cfg, args) if args.eval_only else _train(cfg, args)
+
+
+def _score(cfg: CfgNode, args: argparse.Namespace) -> dict:
+    """Scores a checkpoint on the test sets."""
+    weights = find_weights(cfg, args.resume)
+    require_own_weights(cfg.OUTPUT_DIR, weights)
+    check_datasets(cfg.DATASETS.TEST, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+    model = build_trained(cfg, weights, build=Trainer.build_model)
+    record = Path(cfg.OUTPUT_DIR, "config.yaml")
+    if (
+        comm.is_main_process()
+        and model.trained_by
+        and not record.with_name("metrics.json").exists()
+    ):
+        # A folder of scores alone says how the model was trained, not what this command left open.
+        record.write_text(model.trained_by.applied_to(cfg).dump())
+    return Trainer.test(cfg, model)
+
+
+def _train(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
+    """Trains a model, and scores it."""
     log_plan(cfg)
-    num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    if args.eval_only:
-        check_datasets(cfg.DATASETS.TEST, num_classes)
-        model = Trainer.build_model(cfg)
-        checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, method=build_tuning_method(cfg))
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return Trainer.test(cfg, model)
-    check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], num_classes)
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    check_datasets(names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if comm.is_main_process():
@@ -68,22 +99,49 @@ def run() -> None:
     """Runs the command, in as many processes as it asks for.
 
     Raises:
-        SystemExit: if data are missing, or a signal ended the run.
+        SystemExit: after one sentence, if a user can mend what is wrong, or if a signal ended the
+            run.
     """
-    parser = default_argument_parser()
+    parser = _parser()
     args = parser.parse_args()
-    try:
+    with ending_in_a_sentence():
         args.config_file = find_config(args.config_file)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    try:
-        launch(main, args, device=read_config(args.config_file, args.opts).MODEL.DEVICE)
-    except DatasetError as error:  # it says what to do; a traceback would hide that
-        sys.exit(f"error: {error}")
-    except ProcessExitedException as error:
-        if error.exit_code != preemption.EXIT_CODE:
-            raise
-        sys.exit(preemption.EXIT_CODE)
+        cfg = read_config(args.config_file, args.opts)
+        _check_start(cfg, args)
+        try:
+            launch(main, args, device=cfg.MODEL.DEVICE)
+        except ProcessExitedException as error:
+            if error.exit_code <= 0:  # killed, for example for its memory
+                raise
+            sys.exit(error.exit_code)  # the process has said why
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete the files of an earlier run in OUTPUT_DIR, and start anew",
+    )
+    return parser
+
+
+def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Refuses, before any process starts, what the config and the machine already rule out."""
+    require_device(cfg.MODEL.DEVICE)
+    if args.eval_only:
+        find_weights(cfg, args.resume)
+        return
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it: choose one")
+    processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
+    require_possible(Trainer.auto_scale_workers(cfg, processes), processes)
+    require_writable(cfg.OUTPUT_DIR)
+    # Of several processes or machines the first one, for the others start at any time.
+    if int(os.environ.get("RANK", args.machine_rank)) == 0 and not args.resume:
+        if args.overwrite:
+            remove_run(cfg.OUTPUT_DIR)
+        require_unused(cfg.OUTPUT_DIR)
 
 
 if __name__ == "__main__":

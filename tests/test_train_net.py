@@ -137,7 +137,8 @@ def test_torchrun_trains_and_a_slurm_job_of_two_nodes_goes_on_where_it_stopped(c
 
 def test_missing_data_end_in_the_expected_tree(tmp_path):
     out = str(tmp_path / "out")
-    run = _train_net(tmp_path, "configs/fishertune_dinov2.yaml", "OUTPUT_DIR", out)
+    config = "configs/fishertune_dinov2.yaml"
+    run = _train_net(tmp_path, config, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", out)
     assert run.returncode == 1
     assert "15.21 M of 304.20 M backbone weights will be tuned" in run.stdout
     for folder in ("gta/images", "cityscapes/gtFine/val", "bdd100k/images/10k/val", "mapillary"):

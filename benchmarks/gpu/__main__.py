@@ -62,6 +62,7 @@ def evaluation(args: argparse.Namespace, root: Path, save: Callable[..., None]) 
             (root / "run").mkdir(exist_ok=True)
             with torch.device(args.device):
                 model = Trainer.build_model(cfg)
+            model.untrained = frozenset()  # the time does not depend on the weights
             starts: list[float] = []
             inside: list[float] = []
             model.register_forward_pre_hook(lambda *_, s=starts: s.append(now(cuda)))

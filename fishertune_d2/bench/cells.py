@@ -16,7 +16,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from fishertune_d2.config import CONFIGS, get_config_file, read_config
-from fishertune_d2.engine.checkpoint import RunRecord
+from fishertune_d2.engine.run_record import changes_estimate, changes_warmup, defining_keys
 from fishertune_d2.tuning import build_tuning_method
 
 from .tables import FREEZE, RATE, Profile, Row
@@ -39,9 +39,6 @@ class Shared:
 
 WARMUP = Shared("warm-up", "model_warmup.pth", "TUNING.WARMUP_CHECKPOINT")
 ESTIMATE = Shared("Fisher estimate", "fisher.safetensors", "FISHER.ESTIMATE")
-
-# What an estimate does not depend on: how a score is made of it.
-_SCORE_KEYS = ("FISHER.FORM", "FISHER.RHO", "FISHER.GAMMA", "FISHER.TAU", "FISHER.EPS")
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,7 @@ def _make(
         cfg = read_config(get_config_file(config), options)
     name = row.name if rate is None else f"{row.name}@rate={rate:g}"
     place = output / (source or ".") / vfm
-    recipe = RunRecord(cfg, ()).config
+    recipe = defining_keys(cfg)
     return Cell(
         row,
         vfm,
@@ -223,20 +220,12 @@ def _shared(
     cfg: CfgNode, recipe: Mapping[str, Any], folder: Path, estimates: bool
 ) -> dict[Shared, Path]:
     """Files in which what a run can share lies, named by all that it depends on."""
-    warmup = {
-        key: value
-        for key, value in recipe.items()
-        if not key.startswith(("FISHER.", "TUNING.")) and key != RATE
-    } | {"TUNING.WARMUP_ITERS": cfg.TUNING.WARMUP_ITERS}
     shared = {}
     if cfg.TUNING.WARMUP_ITERS:
+        warmup = {key: value for key, value in recipe.items() if changes_warmup(key)}
         shared[WARMUP] = folder / f"warmup_{cfg.SEED}_{_digest(warmup)}.pth"
     if estimates:
-        estimate = warmup | {
-            key: value
-            for key, value in recipe.items()
-            if key.startswith("FISHER.") and key not in _SCORE_KEYS
-        }
+        estimate = {key: value for key, value in recipe.items() if changes_estimate(key)}
         shared[ESTIMATE] = folder / f"fisher_{cfg.SEED}_{_digest(estimate)}.safetensors"
     return shared
 

@@ -1,39 +1,24 @@
 """Checkpoints that survive a kill while they are written, and know which run they belong to."""
 
-import hashlib
 import logging
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.fisher.files import whole_file
 from fishertune_d2.tuning import TuningMethod
 
 from .optimizer import is_backbone
+from .run_record import RunRecord, changes_estimate, changes_warmup
 from .stages import attach
 
 logger = logging.getLogger(__name__)
-
-# What a run is: with another value of a key below these, its result is another.
-_DEFINING = ("DATASETS.TRAIN", "FISHER", "INPUT", "MODEL", "SEED", "SOLVER", "TUNING")
-# But for where files are, what computes, what is written when, and what only test images meet.
-_FREE = (
-    "FISHER.ESTIMATE",
-    "INPUT.MAX_SIZE_TEST",
-    "INPUT.MIN_SIZE_TEST",
-    "MODEL.DEVICE",
-    "MODEL.VFM.CHECKPOINT_BLOCKS",
-    "MODEL.VFM.WEIGHTS",
-    "MODEL.WEIGHTS",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TUNING.WARMUP_CHECKPOINT",
-)
 
 
 class WholeCheckpointer(DetectionCheckpointer):
@@ -46,6 +31,9 @@ class WholeCheckpointer(DetectionCheckpointer):
         save_dir: where checkpoints go.
         method: its tuning method. A checkpoint of the tuning stage holds what the method adds, so
             that is attached before the weights are loaded; one of the warm-up does not.
+        accept: called with a checkpoint's record, if it has one, before its weights are loaded;
+            raises if the record does not fit.
+        complete: refuse a checkpoint that leaves a part of the model as it was initialised.
         checkpointables: as Detectron2's.
     """
 
@@ -55,10 +43,14 @@ class WholeCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         method: TuningMethod | None = None,
+        accept: Callable[[RunRecord], None] | None = None,
+        complete: bool = False,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.method = method
+        self.accept = accept
+        self.complete = complete
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``<name>.pth``, then makes it the last checkpoint.
@@ -88,8 +80,18 @@ class WholeCheckpointer(DetectionCheckpointer):
         """Loads the weights, of the warm-up or of the tuning stage.
 
         Raises:
-            ValueError: if what a method has added to the backbone does not fit this one's method.
+            ValueError: if the record does not fit, a method has added tensors to the backbone that
+                this one's method does not, or the model is not filled though it has to be.
         """
+        record = RunRecord.of_checkpoint(checkpoint)
+        if self.accept is not None and record is not None:
+            self.accept(record)
+        incompatible = self._load_weights(checkpoint)
+        if self.complete:
+            _require_complete(incompatible)
+        return incompatible
+
+    def _load_weights(self, checkpoint: dict[str, Any]):
         added = self.method and _lacking(self.model, checkpoint["model"])
         if not added:
             return super()._load_model(checkpoint)
@@ -143,6 +145,28 @@ def _lacking(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return [name for name in state if is_backbone(name) and name not in own]
 
 
+def _require_complete(incompatible: Any) -> None:
+    wrong = incompatible.incorrect_shapes
+    for name, theirs, ours in wrong:
+        if name.endswith("class_predictor.weight"):  # one more than classes, for "no object"
+            raise ValueError(
+                f"the weights predict {theirs[0] - 1} classes and the config asks for "
+                f"{ours[0] - 1}: set MODEL.SEM_SEG_HEAD.NUM_CLASSES {theirs[0] - 1} and name data "
+                "sets of these classes, or take the weights' own config"
+            )
+    if not wrong and not incompatible.missing_keys:
+        return
+    trouble = f"{[*incompatible.missing_keys, ''][0]} is not among them"
+    if wrong:
+        name, theirs, ours = wrong[0]
+        trouble = f"{name} has the shape {tuple(theirs)}, in the model {tuple(ours)}"
+    left = {*incompatible.missing_keys, *(name for name, *_ in wrong)}
+    raise ValueError(
+        f"the weights do not fill the model ({len(left)} of its tensors are left): {trouble}. Take "
+        "the config.yaml that lies beside the weights, or weights of the whole segmentation model"
+    )
+
+
 def is_whole(path: Path) -> bool:
     """Whether a file of torch.save is there to its end, and its checksums hold."""
     try:
@@ -152,54 +176,50 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-class RunRecord:
-    """What a checkpoint remembers of its run, so that no other run goes on from it unnoticed.
-
-    Keys that a checkpoint or the config does not have, as after an update, are not compared.
+class OwnRun:
+    """Lets a trainer's checkpoints carry its record, and lets no other run go on from them.
 
     Args:
-        cfg: the run's config. All of ``_DEFINING`` counts but ``_FREE``.
-        names: the training images, in the order of the data set. Their folders do not count.
+        record: of the run.
+        output_dir: where its checkpoints are, for the message.
     """
 
-    def __init__(self, cfg: CfgNode, names: Sequence[str]):
-        self.output_dir = cfg.OUTPUT_DIR
-        self.config = dict(_defining(cfg))
-        self.images = len(names)
-        text = "\n".join(Path(name).name for name in names)
-        self.names = hashlib.sha256(text.encode()).hexdigest()
+    def __init__(self, record: RunRecord, output_dir: str):
+        self.record = record
+        self.output_dir = output_dir
 
     def state_dict(self) -> dict:
         """Numbers, strings, lists and dicts, which torch.load reads with weights_only."""
-        return {"config": self.config, "images": self.images, "names": self.names}
+        return self.record.state_dict()
 
     def load_state_dict(self, state: Mapping) -> None:
         """Compares a checkpoint's record with this run.
 
         Raises:
-            ValueError: if they differ; names the keys and their values, then and now.
+            ValueError: if they differ; names the keys, their values then and now, and the way to
+                train for longer.
         """
-        troubles = [
-            f"{key} was {then!r} and is {self.config[key]!r}"
-            for key, then in state["config"].items()
-            if key in self.config and self.config[key] != then
-        ]
-        if state["images"] != self.images:
-            troubles.append(f"there were {state['images']} training images and are {self.images}")
-        elif state["names"] != self.names:
-            troubles.append(f"the {self.images} training images have other names, or another order")
-        if troubles:
+        then = RunRecord.of_state(state)
+        try:
+            self.record.require_same_run(then)
+        except ValueError as error:
             raise ValueError(
-                f"the checkpoint in {self.output_dir} is of another run: {'; '.join(troubles)}. "
-                "Put that back as it was to go on, or start a new run in another OUTPUT_DIR"
-            )
+                f"the checkpoint in {self.output_dir} is of another run: {error}. Put that back as "
+                f"it was to go on, or start a new run in another OUTPUT_DIR{self._shortcut(then)}"
+            ) from None
 
-
-def _defining(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The keys that define a run, with their dots, and their values."""
-    for name, value in node.items():
-        key = prefix + name
-        if isinstance(value, CfgNode):
-            yield from _defining(value, f"{key}.")
-        elif key not in _FREE and f"{key}.".startswith(tuple(f"{root}." for root in _DEFINING)):
-            yield key, value
+    def _shortcut(self, then: RunRecord) -> str:
+        """How a new run can take over the warm-up and the estimate, as far as they are there."""
+        parts = {
+            "TUNING.WARMUP_CHECKPOINT": ("model_warmup.pth", changes_warmup),
+            "FISHER.ESTIMATE": ("fisher.safetensors", changes_estimate),
+        }
+        options = []
+        for key, (name, keys) in parts.items():
+            file = Path(self.output_dir, name)
+            with suppress(ValueError):  # of other settings
+                self.record.require_shareable(then, keys, key)
+                options += [f"{key} {file}"] if file.is_file() else []
+        if not options:
+            return ""
+        return f", which can start from this one's warm-up: {' '.join(options)}"

@@ -27,6 +27,7 @@ from fishertune_d2.fisher import (
 from fishertune_d2.tuning import MaskedUpdate, SelectedWeights
 
 from .optimizer import is_backbone
+from .run_record import NOTE
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,8 @@ class FisherEstimation(HookBase):
         """Ranks the weights, and writes both files."""
         self.selection = Selection.from_scores(self.scores(estimate), self.share, self.base)
         if estimate is not None:
-            self.selection.notes = {**estimate.notes, "images": str(estimate.images)}
+            notes = {key: text for key, text in estimate.notes.items() if key != NOTE}
+            self.selection.notes = notes | {"images": str(estimate.images)}
             self._log(estimate)
             estimate.save(self.estimate_file)
         self.selection.save(self.selection_file)
@@ -178,10 +180,7 @@ class FisherEstimation(HookBase):
             "F": estimate.f,
             "dF": relative_change(estimate.f, estimate.shifted, self.eps),
         }
-        shares = {
-            name: overlap(self.selection, Selection.from_scores(scores, self.share, self.base))
-            for name, scores in alone.items()
-        }
+        shares = {name: self._overlap(scores) for name, scores in alone.items()}
         self.trainer.storage.put_scalars(
             **{f"fisher/overlap_{name}": value for name, value in shares.items()},
             smoothing_hint=False,
@@ -194,6 +193,12 @@ class FisherEstimation(HookBase):
             100 * shares["F"],
             100 * shares["dF"],
         )
+
+    def _overlap(self, scores: Mapping[str, Tensor]) -> float:
+        """The part of the selection that these scores would select as well."""
+        if not any(bool(score.any()) for score in scores.values()):
+            return 0.0  # dF without a shift
+        return overlap(self.selection, Selection.from_scores(scores, self.share, self.base))
 
 
 class ParameterMask(HookBase):

@@ -3,65 +3,145 @@
 import json
 import logging
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.evaluation import inference_on_dataset
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.utils import comm
 from torch import nn
 
-from fishertune_d2.data import SegmentationMapper, build_test_loader, load_datasets
+from fishertune_d2.data import DatasetError, SegmentationMapper
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table, summarize
+from fishertune_d2.fisher.files import whole_file
 from fishertune_d2.version import commit
 
+from .loaders import scoring_loader
 from .plan import plan
+from .run_record import RunRecord
 from .step import autocast_dtype, set_matmul_precision
 
 logger = logging.getLogger(__name__)
 
 
-def score_datasets(cfg: CfgNode, model: nn.Module) -> OrderedDict:
+def score_datasets(
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    build_loader: Callable[[CfgNode, str], Iterable] = scoring_loader,
+    build_evaluator: Callable[[CfgNode, str], DatasetEvaluator] | None = None,
+    evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
+) -> OrderedDict:
     """Scores ``model`` on DATASETS.TEST.
 
     Writes ``results.json`` (mIoU of the source and of each unseen domain, their average, IoU by
-    class, counts of parameters, the protocol) and the pictures into OUTPUT_DIR.
+    class, counts of parameters, the protocol) and the pictures into OUTPUT_DIR. Facts about the
+    training are those of the run that trained the model (its attribute ``trained_by``), whatever
+    ``cfg`` says; they are null if that run is not known.
+
+    A test set that cannot be scored does not stop the others: the results say why, and the error
+    follows at the end.
 
     Args:
-        cfg: DATASETS, DATALOADER, SOLVER.AMP, TEST, TUNING and OUTPUT_DIR are read.
+        cfg: DATASETS, DATALOADER, SOLVER.AMP, TEST and OUTPUT_DIR are read.
         model: the segmentor, without DDP wrapper.
+        build_loader: from the config and the name of a test set to its images.
+        build_evaluator: from both to its evaluator; a ``DomainGeneralizationEvaluator`` by default.
+        evaluators: one for each test set, in place of ``build_evaluator``.
 
     Returns:
         By data set what its evaluator returned, and ``"unseen": {"mIoU": average}``, so that
         TEST.EXPECTED_RESULTS can name either; empty on all ranks but the first.
+
+    Raises:
+        ValueError: if a part of the model is as it was initialised, or the evaluators are not as
+            many as the test sets.
+        DatasetError: if a test set could not be scored, when all others are.
     """
+    require_trained(model)
     set_matmul_precision(cfg)
+    evaluators = _as_list(cfg, build_evaluator, evaluators)
     results: OrderedDict = OrderedDict()
-    mapper = SegmentationMapper(cfg, is_train=False)
+    failed: dict[str, str] = {}
     device = next(model.parameters()).device
-    for name in cfg.DATASETS.TEST:
-        loader = build_test_loader(
-            load_datasets([name]),
-            mapper,
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-            pin_memory=device.type == "cuda",
+    for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
+        try:
+            with scoring_autocast(cfg, device):
+                results[name] = inference_on_dataset(model, build_loader(cfg, name), evaluator)
+        except DatasetError as error:
+            if comm.get_world_size() > 1:  # the other processes wait for this one's counts
+                raise
+            failed[name] = str(error)
+            logger.error("%s is not scored: %s", name, error)
+    if comm.is_main_process() and results:
+        _write(cfg, model, results, failed)
+    if failed:
+        raise DatasetError("\n\n".join(failed.values()))
+    return results if comm.is_main_process() else OrderedDict()
+
+
+def require_trained(model: nn.Module) -> None:
+    """Refuses a model of which neither a load nor a training has filled every part.
+
+    Raises:
+        ValueError: names a tensor that is as it was initialised, and the remedy.
+    """
+    untrained = sorted(getattr(model, "untrained", ()))
+    if untrained:
+        raise ValueError(
+            f"{len(untrained)} tensors of the model are as they were initialised (the first is "
+            f"{untrained[0]}), so its scores would be those of random weights: load a checkpoint "
+            "that holds the whole model, or train it first"
         )
-        evaluator = DomainGeneralizationEvaluator(cfg, name, output_dir=cfg.OUTPUT_DIR)
-        with scoring_autocast(cfg, device):
-            results[name] = inference_on_dataset(model, loader, evaluator)
-    if not comm.is_main_process() or not results:
-        return OrderedDict()
-    summary = summarize(results, cfg.DATASETS.TRAIN, _protocol(cfg), mapper)
-    summary |= plan(cfg)  # not of the model, which may hold vectors of selected weights beside them
+
+
+def _as_list(
+    cfg: CfgNode,
+    build: Callable[[CfgNode, str], DatasetEvaluator] | None,
+    evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None,
+) -> list[DatasetEvaluator]:
+    names = cfg.DATASETS.TEST
+    if isinstance(evaluators, DatasetEvaluator):
+        evaluators = [evaluators]
+    if evaluators is None:
+        build = build or partial(DomainGeneralizationEvaluator, output_dir=cfg.OUTPUT_DIR)
+        return [build(cfg, name) for name in names]
+    if len(evaluators) != len(names):
+        raise ValueError(
+            f"{len(evaluators)} evaluators are given for {len(names)} test sets "
+            f"({', '.join(names)}): give one for each"
+        )
+    return list(evaluators)
+
+
+def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping[str, str]) -> None:
+    """Writes results.json and the table of those results that hold an mIoU; adds the average."""
+    ours = {name: r for name, r in results.items() if "mIoU" in (r or {}).get("sem_seg", {})}
+    if len(ours) < len(results):
+        others = ", ".join(name for name in results if name not in ours)
+        logger.info("The evaluators of %s return no sem_seg mIoU: no table of them", others)
+    if not ours:
+        return
+    record = getattr(model, "trained_by", None)
+    trained = record.applied_to(cfg) if record else cfg
+    mapper = SegmentationMapper(cfg, is_train=False)
+    summary = summarize(ours, trained.DATASETS.TRAIN, _protocol(cfg, record), mapper)
+    # Not of the model, which may hold vectors of selected weights beside them.
+    counts = plan(trained)
+    summary |= counts if record else counts | {"tuned_parameters": None}
+    if failed:
+        summary["failed"] = dict(failed)
     path = Path(cfg.OUTPUT_DIR) / "results.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
     logger.info("Results in percent, also in %s:\n%s", path, format_table(summary))
     if cfg.TEST.PICTURES:
         logger.info("Pictures of image, label and prediction: %s", path.parent / "pictures")
     if summary["target_average"] is not None:
         results["unseen"] = {"mIoU": summary["target_average"]}
-    return results
 
 
 def scoring_autocast(cfg: CfgNode, device: torch.device) -> AbstractContextManager:
@@ -75,7 +155,7 @@ def scoring_autocast(cfg: CfgNode, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def _protocol(cfg: CfgNode) -> dict:
+def _protocol(cfg: CfgNode, record: RunRecord | None) -> dict:
     protocol = {"mode": cfg.TEST.MODE, "class_rule": cfg.TEST.CLASS_RULE}
     # Without this entry: float32, which older results were scored in.
     if cfg.SOLVER.AMP.ENABLED:
@@ -84,15 +164,18 @@ def _protocol(cfg: CfgNode) -> dict:
         protocol["precision"] = f"float32, {cfg.SOLVER.MATMUL_PRECISION} matrix products"
     if cfg.TEST.MODE == "slide":
         protocol |= {"crop": list(cfg.TEST.CROP_SIZE), "stride": list(cfg.TEST.STRIDE)}
+    trained = record.config if record else {}
+    names = trained.get("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    iterations = record.iterations if record else None
     return {
         **protocol,
         "vfm": cfg.MODEL.VFM.NAME,
-        "train": list(cfg.DATASETS.TRAIN),
-        "method": cfg.TUNING.METHOD,
-        "feature_perturbation": cfg.TUNING.FEATURE_PERTURBATION,
-        "seed": cfg.SEED,
-        "iterations": cfg.SOLVER.MAX_ITER,
-        "warmup_iterations": cfg.TUNING.WARMUP_ITERS,
-        "batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "train": list(names),
+        "method": trained.get("TUNING.METHOD"),
+        "feature_perturbation": trained.get("TUNING.FEATURE_PERTURBATION"),
+        "seed": trained.get("SEED"),
+        "iterations": iterations or trained.get("SOLVER.MAX_ITER"),
+        "warmup_iterations": trained.get("TUNING.WARMUP_ITERS"),
+        "batch_size": trained.get("SOLVER.IMS_PER_BATCH"),
         "commit": commit(),
     }

@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader
 
 # SOLVER.AMP.PRECISION: what autocast computes in.
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# FISHER.PRECISION: what autocast computes the estimate's losses and gradients in. Never float16,
+# in which squares of gradients underflow.
+ESTIMATE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 # SOLVER.MATMUL_PRECISION, as torch calls them.
 _MATMUL_PRECISIONS = ("highest", "high", "medium")
 # Steps between downloads of the losses, for which the host waits for a GPU: as often as Detectron2

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from math import ceil
@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fishertune_d2.compat import wrap_for_ranks
-from fishertune_d2.data import SegmentationMapper, build_train_loader, load_datasets
+from fishertune_d2.evaluation import DomainGeneralizationEvaluator
 from fishertune_d2.fisher import (
     FisherEstimate,
     StatisticsPerturbation,
@@ -29,20 +30,22 @@ from fishertune_d2.fisher import (
 )
 from fishertune_d2.tuning import build_tuning_method, require_same_shapes
 
-from .checkpoint import RunRecord, WholeCheckpointer
+from .checkpoint import OwnRun, WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
 from .image_losses import SegmentationLoss
+from .loaders import class_names, file_names, scoring_loader, training_loader
 from .optimizer import build_optimizer, carry_state, is_backbone
+from .output_dir import require_unused, require_writable
 from .preemption import Preemption
+from .run_record import NOTE, RunRecord
 from .scoring import score_datasets
+from .sharing import check_estimate, load_warmup
 from .stages import prepare_stage
-from .step import StepTrainer, autocast_dtype, set_matmul_precision
+from .start_check import require_file, require_fillable, require_possible
+from .step import ESTIMATE_DTYPES, StepTrainer, autocast_dtype, set_matmul_precision
 
 logger = logging.getLogger(__name__)
 
-# FISHER.PRECISION: what autocast computes the estimate's losses and gradients in. Never float16,
-# in which squares of gradients underflow.
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 # TUNING.FEATURE_PERTURBATION: how often a batch is perturbed. DSU's.
 PERTURBED = 0.5
 
@@ -67,28 +70,16 @@ class Trainer(DefaultTrainer):
         """Builds model, data and hooks; trains nothing yet.
 
         Raises:
-            ValueError: if SEED is negative, warm-up would outlast training, FISHER.PRECISION or
-                SOLVER.MATMUL_PRECISION is unknown, or TUNING.FEATURE_PERTURBATION is on and a
-                process has one image a step.
+            ValueError: if the config cannot work, see ``engine.start_check``, or
+                TUNING.FEATURE_PERTURBATION is on and a process has one image a step.
+            OSError: if OUTPUT_DIR cannot be written in.
         """
-        if cfg.SEED < 0:
-            raise ValueError(
-                f"SEED is {cfg.SEED}: choose one of at least 0, on which the order of the data and "
-                "every random number depend; a run without one could not be resumed"
-            )
-        if not 0 <= cfg.TUNING.WARMUP_ITERS <= cfg.SOLVER.MAX_ITER:
-            raise ValueError(
-                f"TUNING.WARMUP_ITERS is {cfg.TUNING.WARMUP_ITERS}: choose at least 0 and at most "
-                f"SOLVER.MAX_ITER, {cfg.SOLVER.MAX_ITER}"
-            )
-        if cfg.FISHER.PRECISION not in PRECISIONS:
-            raise ValueError(
-                f"FISHER.PRECISION is {cfg.FISHER.PRECISION!r}: choose from {', '.join(PRECISIONS)}"
-            )
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        require_possible(cfg, comm.get_world_size())
+        require_writable(cfg.OUTPUT_DIR)
         # Not DefaultTrainer's: it wraps with DDP once and for all, and fails to on CPUs.
         TrainerBase.__init__(self)
         set_matmul_precision(cfg)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
         loader = self.build_train_loader(cfg)  # first, for it finds missing data within a second
@@ -97,12 +88,14 @@ class Trainer(DefaultTrainer):
         self.method = build_tuning_method(cfg)
         dtype = autocast_dtype(cfg)
         self._trainer = StepTrainer(model, loader, dtype=dtype, parts=cfg.SOLVER.ACCUMULATE)
-        names = [item["file_name"] for item in loader.dataset.dicts]
+        require_fillable(cfg, self.method, model.backbone)
+        self._record = RunRecord.of_run(cfg, file_names(loader), class_names(cfg))
+        self._resumes = False
         self.checkpointer = WholeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             method=self.method,
-            run=RunRecord(cfg, names),
+            run=OwnRun(self._record, cfg.OUTPUT_DIR),
             trainer=weakref.proxy(self),
         )
         self._preemption = Preemption(self._save_and_leave)
@@ -160,7 +153,7 @@ class Trainer(DefaultTrainer):
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         ret.append(self._preemption)
         # After the checkpointer: should evaluation fail, the checkpoint is there.
-        evaluate = self._preemption.at_once(lambda: self.test(cfg, self.segmentor))
+        evaluate = self._preemption.at_once(self._evaluate)
         ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
@@ -225,7 +218,7 @@ class Trainer(DefaultTrainer):
             require_same_shapes(self.method.parameters(backbone), estimate)
             return estimate
         logger.info("Estimating the Fisher information; no weight changes meanwhile")
-        return estimate_fisher(
+        estimate = estimate_fisher(
             self.segmentor,
             self._estimation_batches(),
             SegmentationLoss(),
@@ -235,8 +228,10 @@ class Trainer(DefaultTrainer):
             perturb=build_perturbation(self.cfg, backbone),
             seed=self.cfg.SEED,
             progress=comm.is_main_process(),
-            autocast=PRECISIONS[fisher.PRECISION],
+            autocast=ESTIMATE_DTYPES[fisher.PRECISION],
         )
+        estimate.notes[NOTE] = self._record.to_note()
+        return estimate
 
     def _estimation_batches(self) -> Iterator[list[dict]]:
         """This process's share of T2 batches, in another order than training sees.
@@ -245,9 +240,13 @@ class Trainer(DefaultTrainer):
         statistics over a batch. So all processes together see what one alone would see.
         """
         processes = comm.get_world_size()
-        images = self.cfg.FISHER.IMS_PER_BATCH * processes
-        loader = _build_loader(self.cfg, images, self.cfg.SEED + 1)
-        return islice(loader, ceil(self.cfg.FISHER.BATCHES / processes))
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.IMS_PER_BATCH = cfg.FISHER.IMS_PER_BATCH * processes
+        cfg.SEED += 1
+        # The method that training calls, so that a subclass's data are estimated on, too.
+        loader = self.build_train_loader(cfg)
+        return islice(loader, ceil(cfg.FISHER.BATCHES / processes))
 
     def _save(self, name: str) -> None:
         self.checkpointer.save(name, iteration=self.iter)
@@ -259,22 +258,35 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes this run, or starts from another run's warm-up, or from MODEL.WEIGHTS.
 
+        Args:
+            resume: go on with the run in OUTPUT_DIR, if it has a checkpoint.
+
         Raises:
-            ValueError: if the checkpoint is of another run, or TUNING.WARMUP_CHECKPOINT is not from
-                the end of a warm-up of this length.
+            FileNotFoundError: if a file that the config names is not there.
+            ValueError: if the checkpoint is of another run, TUNING.WARMUP_CHECKPOINT is not from
+                the end of the warm-up that this run would make, or FISHER.ESTIMATE not the estimate
+                that it would make.
         """
-        warmup = self.cfg.TUNING.WARMUP_CHECKPOINT
-        if not warmup or (resume and self.checkpointer.has_checkpoint()):
+        self._resumes = resume
+        warmup, fisher_estimate = self.cfg.TUNING.WARMUP_CHECKPOINT, self.cfg.FISHER.ESTIMATE
+        if resume and self.checkpointer.has_checkpoint():
             super().resume_or_load(resume)
-            return
-        self.checkpointer.load(warmup, checkpointables=["trainer"])  # of another run
-        self.start_iter = self.iter + 1
-        if self.start_iter != self.cfg.TUNING.WARMUP_ITERS:
-            raise ValueError(
-                f"TUNING.WARMUP_CHECKPOINT {warmup} was written after {self.start_iter} "
-                f"iterations, but TUNING.WARMUP_ITERS is {self.cfg.TUNING.WARMUP_ITERS}: make "
-                "them equal"
+        elif warmup:
+            load_warmup(
+                warmup,
+                model=self.segmentor,
+                method=self.method,
+                trainer=self,
+                record=self._record,
+                iters=self.cfg.TUNING.WARMUP_ITERS,
             )
+            self.start_iter = self.iter + 1
+        else:
+            require_file("MODEL.WEIGHTS", self.cfg.MODEL.WEIGHTS)
+            super().resume_or_load(resume)
+        estimates = self.method.selects and self.method.estimates
+        if fisher_estimate and estimates and self.start_iter <= self.cfg.TUNING.WARMUP_ITERS:
+            check_estimate(fisher_estimate, self._record)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores a checkpoint's state, in the stage it was written in."""
@@ -293,8 +305,19 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> dict | None:
         """Trains from ``start_iter`` to the end; returns the test results if they are checked."""
+        if comm.is_main_process() and not self._resumes:
+            require_unused(self.cfg.OUTPUT_DIR)
         # The loader was built before a checkpoint could tell how far training had come.
-        self.data_loader.sampler.start = self.start_iter * self.cfg.SOLVER.IMS_PER_BATCH
+        sampler = getattr(self.data_loader, "sampler", None)
+        if hasattr(sampler, "start"):
+            sampler.start = self.start_iter * self.cfg.SOLVER.IMS_PER_BATCH
+        elif self.start_iter:
+            logger.warning(
+                "The loader of %s.build_train_loader cannot go on where training stopped, so from "
+                "iteration %d the images come in another order than in a run without a stop",
+                type(self).__name__,
+                self.start_iter,
+            )
         with self._preemption.listening():
             return super().train()
 
@@ -349,12 +372,57 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         """The training data in the order that SEED gives."""
-        return _build_loader(cfg, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED)
+        return training_loader(cfg)
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """Scores a model on every test set, and writes the table; see ``engine.scoring``."""
-        return score_datasets(cfg, model)
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        """The images of one test set, one after the other."""
+        return scoring_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """Scores one test set.
+
+        Args:
+            cfg: TEST is read.
+            dataset_name: the test set.
+            output_folder: where pictures go; None for OUTPUT_DIR.
+        """
+        return DomainGeneralizationEvaluator(
+            cfg, dataset_name, output_dir=output_folder or cfg.OUTPUT_DIR
+        )
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
+    ) -> dict:
+        """Scores a model on every test set, and writes the table; see ``engine.scoring``.
+
+        As Detectron2's, it calls :meth:`build_test_loader` and :meth:`build_evaluator` of the class
+        for each test set.
+
+        Args:
+            cfg: see ``score_datasets``.
+            model: the segmentor, without DDP wrapper.
+            evaluators: one for each test set, in place of :meth:`build_evaluator`'s.
+        """
+        return score_datasets(
+            cfg,
+            model,
+            evaluators=evaluators,
+            build_loader=cls.build_test_loader,
+            build_evaluator=cls.build_evaluator,
+        )
+
+    def _evaluate(self) -> dict:
+        done = min(self.iter + 1, self.max_iter)
+        self.segmentor.trained_by = self._record.after(done)
+        return self.test(self.cfg, self.segmentor)
 
 
 def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> StatisticsPerturbation:
@@ -366,15 +434,4 @@ def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> Sta
         strength=perturb.STRENGTH,
         eps_mode=perturb.EPS_MODE,
         p=p,
-    )
-
-
-def _build_loader(cfg: CfgNode, batch_size: int, seed: int) -> DataLoader:
-    return build_train_loader(
-        load_datasets(cfg.DATASETS.TRAIN),
-        SegmentationMapper(cfg, is_train=True),
-        batch_size=batch_size,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        seed=seed,
-        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
     )

@@ -116,6 +116,12 @@ class FisherEstimate(Mapping[str, Tensor]):
         with whole_file(path) as temporary:
             save_file(tensors, str(temporary), metadata={"format": _FORMAT, **texts, **numbers})
 
+    @staticmethod
+    def load_notes(path: str | Path) -> dict[str, str]:
+        """Reads the notes alone; raises as :meth:`load`."""
+        with open_tensors(path, _FORMAT) as file:
+            return file.json("notes", dict)
+
     @classmethod
     def load(cls, path: str | Path) -> "FisherEstimate":
         """Reads what :meth:`save` wrote, from whomever the file comes.

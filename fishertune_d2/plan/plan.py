@@ -8,16 +8,14 @@ from torch import nn
 
 from fishertune_d2.engine.plan import count_parameters, count_tuned
 from fishertune_d2.engine.stages import attach
-from fishertune_d2.engine.trainer import PRECISIONS
-from fishertune_d2.fisher import ESTIMATORS, KINDS, LABELS, Cost, find_candidates
+from fishertune_d2.engine.start_check import require_possible
+from fishertune_d2.fisher import KINDS, Cost, find_candidates
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
 from .imagined import imagine
 from .inference import Inference, plan_inference
 from .memory import estimator_bytes, held_bytes
 from .stages import Stage, plan_stages
-
-_KNOWN = {"ESTIMATOR": ESTIMATORS, "PRECISION": PRECISIONS, "LABELS": LABELS}
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ def make_plan(cfg: CfgNode) -> Plan:
             or the method computes with operators that need values. What Detectron2 and the model
             find wrong in a config, they raise.
     """
-    for key, known in _KNOWN.items():
-        if cfg.FISHER[key] not in known:
-            raise ValueError(f"FISHER.{key} is {cfg.FISHER[key]!r}: choose from {', '.join(known)}")
+    require_possible(cfg)
     size = tuple(cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else cfg.MODEL.VFM.IMG_SIZE)
     model, method = imagine(cfg), build_tuning_method(cfg)
     try:

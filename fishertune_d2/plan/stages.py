@@ -12,8 +12,8 @@ from torch import nn
 
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.stages import attach, prepare_stage
-from fishertune_d2.engine.step import autocast_dtype, largest_part
-from fishertune_d2.engine.trainer import PRECISIONS, build_perturbation
+from fishertune_d2.engine.step import ESTIMATE_DTYPES, autocast_dtype, largest_part
+from fishertune_d2.engine.trainer import build_perturbation
 from fishertune_d2.fisher import ESTIMATORS, find_candidates, keeping_activations
 from fishertune_d2.tuning import SelectedWeights, TuningMethod
 
@@ -180,7 +180,7 @@ def _loss(
             shift = build_perturbation(cfg, model.backbone).drawing()
     else:
         images = ESTIMATORS[cfg.FISHER.ESTIMATOR].cost.images or images
-        dtype = PRECISIONS[cfg.FISHER.PRECISION]
+        dtype = ESTIMATE_DTYPES[cfg.FISHER.PRECISION]
         loss_fn = SegmentationLoss()
         loss_fn = loss_fn.sampled if cfg.FISHER.LABELS == "sampled" else loss_fn
         loss, shift = partial(loss_fn, model), build_perturbation(cfg, model.backbone).drawing()

@@ -7,28 +7,33 @@ Shapes:
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
-from detectron2.utils.colormap import colormap
 from PIL import Image
-from torch import nn
 
 from fishertune_d2.config import read_config
 from fishertune_d2.data.files import to_array
-from fishertune_d2.data.labels import LabelSpace, identity_space
 from fishertune_d2.data.mapper import fit_into, to_tensor
-from fishertune_d2.engine import WholeCheckpointer
 from fishertune_d2.engine.scoring import scoring_autocast
+from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.evaluation import best_classes
-from fishertune_d2.tuning import build_tuning_method
+
+from .classes import recorded_space, registered_space
 
 logger = logging.getLogger(__name__)
+
+
+# An image in one piece that has more times the pixels of INPUT.CROP.SIZE than this gets a warning:
+# those of a test set have 8 (Cityscapes on crops of 512 x 512).
+_MANY_TIMES = 10
+
+
+class InputError(ValueError):
+    """Inputs that cannot be drawn as they are; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,12 @@ class Prediction:
 class Predictor:
     """Predicts images one by one, as the evaluation does: same windows, same size, same autocast.
 
-    That size is the test size of the first data set that the config names; where it has none,
-    images keep their own.
+    That size is the test size of the first data set of the config that is registered, or else as
+    the run wrote it down; where it has none, images keep their own.
 
     Attributes:
         space: names and colours of the classes, those that this data set is scored in.
+        size: that size, (width, height), or None.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -65,28 +71,81 @@ class Predictor:
             ValueError: if the weights do not fit the config, the data set has another number of
                 classes than the model, or the device is not there.
         """
-        self.space, self.size = _space_and_size(cfg)
+        registered = registered_space(cfg)
+        self.model = build_trained(cfg, cfg.MODEL.WEIGHTS)
+        record = self.model.trained_by
+        self.space, self.size = registered or recorded_space(cfg, record and record.classes)
         self._format = cfg.INPUT.FORMAT
         self._collapse = self.space.table()
-        self.model = _load_model(cfg)
         self._cfg = cfg
+        self._warned = False
 
     def __call__(self, image: np.ndarray) -> Prediction:
         """Predicts one image.
 
         Args:
             image: (H, W, 3) uint8 RGB.
+
+        Raises:
+            InputError: if the memory is not enough for an image of this size; says what is.
         """
         height, width = image.shape[:2]
         picture = Image.fromarray(image)
         fitted = fit_into(picture, self.size) if self.size else picture
+        self._warn_of_size(*fitted.size)
         pixels = to_tensor(to_array(fitted, self._format))
         inputs = {"image": pixels, "height": height, "width": width}
-        with scoring_autocast(self._cfg, self.model.device):
-            (output,) = self.model([inputs])
-        scores = output["sem_seg"]
-        classes = self._collapse[best_classes(scores)]
-        return Prediction(classes, confidence_of(scores).cpu().numpy())
+        try:
+            with scoring_autocast(self._cfg, self.model.device):
+                (output,) = self.model([inputs])
+            scores = output["sem_seg"]
+            classes = self._collapse[best_classes(scores)]
+            return Prediction(classes, confidence_of(scores).cpu().numpy())
+        except (MemoryError, RuntimeError) as error:
+            if not _ran_out_of_memory(error):
+                raise
+            said = str(error).strip().splitlines()
+            raise InputError(
+                f"the memory of {self.model.device} is not enough for an image of {width} x "
+                f"{height} pixels: {self._smaller()} ({said[0] if said else 'MemoryError'})"
+            ) from error
+
+    def _warn_of_size(self, width: int, height: int) -> None:
+        """Says once that an image in one piece is far larger than what was trained on."""
+        crop = self._cfg.INPUT.CROP
+        trained = crop.SIZE if crop.ENABLED else self._cfg.MODEL.VFM.IMG_SIZE
+        times = width * height / prod(trained)
+        if self._warned or self._cfg.TEST.MODE != "whole" or times < _MANY_TIMES:
+            return
+        self._warned = True
+        logger.warning(
+            "An image of %d x %d pixels passes through the model in one piece (TEST.MODE whole). "
+            "That is %.0f times what it was trained on, so it needs much memory, and its classes "
+            "may be worse: %s",
+            width,
+            height,
+            times,
+            self._smaller(),
+        )
+
+    def _smaller(self) -> str:
+        """How less of an image passes through the model at once."""
+        cfg, ways = self._cfg, []
+        if cfg.TEST.MODE == "whole":
+            ways.append("--opts TEST.MODE slide for windows (TEST.CROP_SIZE, TEST.STRIDE)")
+        elif cfg.TEST.WINDOWS_PER_BATCH > 1:
+            ways.append("--opts TEST.WINDOWS_PER_BATCH 1")
+        for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN][:1]:
+            ways.append(f"--opts TEST.SIZES \"[['{name}', 1024, 512]]\" for smaller images")
+        return f"add {', or '.join(ways)}" if ways else "draw it in parts, or make it smaller"
+
+
+def _ran_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    # A GPU has an error of its own for it; a CPU's allocator has a RuntimeError for everything.
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        each in str(error) for each in words
+    )
 
 
 def confidence_of(scores: torch.Tensor) -> torch.Tensor:
@@ -135,80 +194,3 @@ def read_run(config_file: str | Path, options: Sequence[str] = ()) -> CfgNode:
     if "://" not in weights and not Path(weights).is_file():
         raise FileNotFoundError(f"MODEL.WEIGHTS is {weights}, and there is no such file")
     return cfg
-
-
-class _CompleteCheckpointer(WholeCheckpointer):
-    """Refuses weights that leave a part of the model as it was initialised."""
-
-    def _load_model(self, checkpoint: dict[str, Any]):
-        incompatible = super()._load_model(checkpoint)
-        wrong = incompatible.incorrect_shapes
-        for name, theirs, ours in wrong:
-            if name.endswith("class_predictor.weight"):  # one more than classes, for "no object"
-                raise ValueError(
-                    f"the weights predict {theirs[0] - 1} classes and the config asks for "
-                    f"{ours[0] - 1}: set MODEL.SEM_SEG_HEAD.NUM_CLASSES {theirs[0] - 1} and "
-                    "DATASETS.TEST to a data set of these classes, or take the weights' own config"
-                )
-        if wrong:
-            name, theirs, ours = wrong[0]
-            trouble = f"{name} has the shape {theirs}, in the model {ours}"
-        elif incompatible.missing_keys:
-            trouble = f"{incompatible.missing_keys[0]} is not among them"
-        else:
-            return incompatible
-        raise ValueError(
-            f"the weights do not fill the model ({len(incompatible.missing_keys)} of its tensors "
-            f"are left): {trouble}. Take the config.yaml that lies beside the weights, or weights "
-            "of the whole segmentation model"
-        )
-
-
-def _load_model(cfg: CfgNode) -> nn.Module:
-    device = cfg.MODEL.DEVICE
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"MODEL.DEVICE is {device!r}, and PyTorch finds no GPU: add --opts MODEL.DEVICE cpu"
-        )
-    method = build_tuning_method(cfg)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.VFM.WEIGHTS = "random"  # the public weights are not needed: the file holds all
-    log = logging.getLogger("fishertune_d2.modeling.weights")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of random weights, which none stay
-    try:
-        model = build_model(cfg)
-    finally:
-        log.setLevel(level)
-    try:
-        _CompleteCheckpointer(model, method=method).load(cfg.MODEL.WEIGHTS, checkpointables=[])
-    except ValueError as error:
-        raise ValueError(f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: {error}") from error
-    return model.eval()
-
-
-def _space_and_size(cfg: CfgNode) -> tuple[LabelSpace, tuple[int, int] | None]:
-    """Label space and test size, (width, height), of the first data set that is registered."""
-    count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
-    ours = (name for name in names if name in DatasetCatalog.list())
-    name = next((name for name in ours if hasattr(MetadataCatalog.get(name), "label_space")), None)
-    if name is None:
-        logger.warning(
-            "No data set of the config (%s) is registered here, so classes have numbers in place "
-            "of names: call register_sem_seg first",
-            ", ".join(names) or "it names none",
-        )
-        palette = colormap(rgb=True).astype(int).tolist()
-        colors = [tuple(palette[k % len(palette)]) for k in range(count)]
-        return identity_space([f"class {k}" for k in range(count)], colors), None
-    metadata = MetadataCatalog.get(name)
-    space: LabelSpace = metadata.label_space
-    if len(space.collapse) != count:
-        raise ValueError(
-            f"{name} has {len(space.collapse)} classes and MODEL.SEM_SEG_HEAD.NUM_CLASSES is "
-            f"{count}: set DATASETS.TEST to a data set with the model's classes"
-        )
-    sizes = {data: (width, height) for data, width, height in cfg.TEST.SIZES}
-    return space, sizes.get(name, metadata.test_size)

@@ -25,6 +25,8 @@ class ChangeOnly(SelectiveMethod):
         eps: guard of the ratio in Eq. 5.
     """
 
+    compares_domains = True
+
     def __init__(self, eps: float):
         self.eps = eps
 

@@ -18,6 +18,8 @@ class FisherTune(SelectiveMethod):
             :func:`fishertune_d2.fisher.domain_related_fisher`, also for the other arguments.
     """
 
+    compares_domains = True
+
     def __init__(self, *, form: str, gamma: float, tau: float, eps: float, rho: float):
         self.score_options = {"form": form, "gamma": gamma, "tau": tau, "eps": eps, "rho": rho}
 

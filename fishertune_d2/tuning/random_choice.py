@@ -6,7 +6,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from fishertune_d2.fisher import KINDS, FisherEstimate, find_candidates
+from fishertune_d2.fisher import KINDS, Candidate, FisherEstimate, find_candidates
 
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod
 
@@ -35,18 +35,20 @@ class RandomChoice(SelectiveMethod):
     def scores(self, backbone: nn.Module, estimate: FisherEstimate | None) -> Mapping[str, Tensor]:
         """Uniform numbers in (0, 1] for the candidates to draw from, 0 for the others."""
         generator = torch.Generator().manual_seed(self.seed)
-        scores: dict[str, Tensor] = {}
-        candidates = find_candidates(backbone)
-        blocks = 1 + max(candidate.block for candidate in candidates)
-        first, end = (round(part * blocks) for part in self.depth)
-        for candidate in candidates:
-            parameter, rows = candidate.parameter, candidate.rows
-            score = scores.setdefault(candidate.name, torch.zeros_like(parameter))
-            if candidate.kind in self.kinds and first <= candidate.block < end:
-                # float32 has 24 bits: among millions, ties occur, and are broken by position.
-                drawn = 1.0 - torch.rand(parameter[rows].shape, generator=generator)
-                score[rows] = drawn.to(score)
+        scores = {name: torch.zeros_like(p) for name, p in self.parameters(backbone).items()}
+        for candidate in self.candidates(backbone):
+            score, rows = scores[candidate.name], candidate.rows
+            # float32 has 24 bits: among millions, ties occur, and are broken by position.
+            drawn = 1.0 - torch.rand(score[rows].shape, generator=generator)
+            score[rows] = drawn.to(score)
         return scores
+
+    def candidates(self, backbone: nn.Module) -> list[Candidate]:
+        """Those of the kinds and of the blocks to draw from."""
+        every = find_candidates(backbone)
+        blocks = 1 + max(candidate.block for candidate in every)
+        first, end = (round(part * blocks) for part in self.depth)
+        return [c for c in every if c.kind in self.kinds and first <= c.block < end]
 
 
 @TUNING_REGISTRY.register()

@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+from torch import nn
 
-from fishertune_d2.engine import Trainer, scoring
+from fishertune_d2.engine import Trainer, loaders
 from fishertune_d2.engine.scoring import score_datasets
+
+
+def _as_if_trained(cfg) -> nn.Module:
+    """The model of a config, whose random weights may be scored."""
+    model = build_model(cfg)
+    model.load_state_dict(model.state_dict())
+    return model
 
 
 @pytest.mark.parametrize(
@@ -26,7 +34,7 @@ from fishertune_d2.engine.scoring import score_datasets
 )
 def test_a_model_is_scored_in_the_precision_of_its_training(tiny_cfg, options, seen, recorded):
     cfg = tiny_cfg(**options, TEST__PICTURES=0)
-    model, dtypes = build_model(cfg), set()
+    model, dtypes = _as_if_trained(cfg), set()
 
     def record(module, inputs):
         kind = module.device.type
@@ -51,13 +59,13 @@ def test_images_are_pinned_for_a_gpu_alone(tiny_cfg, monkeypatch):
     assert not Trainer.build_train_loader(cfg).pin_memory
     assert Trainer.build_train_loader(tiny_cfg(MODEL__DEVICE="cuda:0")).pin_memory
 
-    pinned, build = [], scoring.build_test_loader
+    pinned, build = [], loaders.build_test_loader
 
     def recorded(*args, pin_memory: bool, **kwargs):
         pinned.append(pin_memory)
         return build(*args, **kwargs)
 
-    monkeypatch.setattr(scoring, "build_test_loader", recorded)
-    score_datasets(cfg, build_model(cfg))
+    monkeypatch.setattr(loaders, "build_test_loader", recorded)
+    score_datasets(cfg, _as_if_trained(cfg))
     assert pinned == [False, False]
     assert torch.cuda.is_initialized() == initialised

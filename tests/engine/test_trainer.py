@@ -10,6 +10,7 @@ import torch
 from detectron2.engine import HookBase
 
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.fisher import FisherEstimate, Selection
 
 from .conftest import EXACT, same
@@ -235,10 +236,19 @@ def test_eval_only_from_a_checkpoint_gives_the_same_results(tiny_cfg):
     results = Path(cfg.OUTPUT_DIR) / "results.json"
     trained = json.loads(results.read_text())
     shutil.move(results, results.with_suffix(".old"))
-    model = Trainer.build_model(cfg)
-    model.load_state_dict(_state(Path(cfg.OUTPUT_DIR) / "model_final.pth"))
-    Trainer.test(cfg, model)
+    weights = Path(cfg.OUTPUT_DIR) / "model_final.pth"
+    Trainer.test(cfg, build_trained(cfg, str(weights)))
     assert json.loads(results.read_text()) == trained
+
+    # A model that was filled by other means is scored, but nothing is known of its training.
+    model = Trainer.build_model(cfg)
+    model.load_state_dict(_state(weights))
+    Trainer.test(cfg, model)
+    again = json.loads(results.read_text())
+    assert (again["source"], again["targets"]) == (trained["source"], trained["targets"])
+    facts = ("method", "seed", "iterations", "warmup_iterations", "batch_size")
+    assert [again["protocol"][fact] for fact in facts] == [None] * 5
+    assert again["tuned_parameters"] is None
 
 
 def test_refuses(tiny_cfg):
@@ -246,7 +256,7 @@ def test_refuses(tiny_cfg):
         Trainer(tiny_cfg(SEED=-1))
     with pytest.raises(ValueError, match="TUNING.WARMUP_ITERS is 8: choose at least 0"):
         Trainer(tiny_cfg(TUNING__WARMUP_ITERS=8))
-    with pytest.raises(KeyError, match="sparse"):
+    with pytest.raises(ValueError, match="sparse"):
         Trainer(tiny_cfg(TUNING__METHOD="sparse"))
 
 

@@ -1,0 +1,146 @@
+"""Refuses at the start what the config, the files and the machine already rule out.
+
+A run that would fail after its warm-up, or in the test after its last iteration, fails here.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from fishertune_d2.evaluation.evaluator import CLASS_RULES
+from fishertune_d2.fisher import ESTIMATORS, LABELS, count_of_share, tuned_share
+from fishertune_d2.fisher.perturb import EPS_MODES
+from fishertune_d2.fisher.score import FORMS
+from fishertune_d2.tuning import TuningMethod, build_tuning_method
+
+from .step import ESTIMATE_DTYPES
+
+# Of FISHER.PERTURB.POINTS: the patch embedding, and the blocks at 1/3, 1/2 and 2/3.
+_POINTS = 4
+
+
+def require_possible(cfg: CfgNode, processes: int = 1) -> None:
+    """Checks what needs neither data, nor files, nor a model.
+
+    Args:
+        cfg: the run's config.
+        processes: how many will share a batch.
+
+    Raises:
+        ValueError: one error for everything that is wrong, each with its key, value and remedy.
+    """
+    method = build_tuning_method(cfg)
+    troubles = [*_schedule(cfg, method), *_choices(cfg), *_batches(cfg, processes)]
+    if method.selects and cfg.TUNING.WARMUP_ITERS < cfg.SOLVER.MAX_ITER:
+        troubles += _shift(cfg, method)
+    if troubles:
+        raise ValueError("\n".join(troubles))
+
+
+def require_file(key: str, file: str) -> None:
+    """Checks that a file is there that a key names; addresses are left to Detectron2.
+
+    Raises:
+        FileNotFoundError: with the key and the file.
+    """
+    if file and "://" not in file and not Path(file).is_file():
+        raise FileNotFoundError(f"{key} is {file}, and there is no such file")
+
+
+def require_fillable(cfg: CfgNode, method: TuningMethod, backbone: nn.Module) -> None:
+    """Checks that a selective method has as many weights to choose from as it will tune.
+
+    Args:
+        cfg: TUNING is read.
+        method: the run's tuning method.
+        backbone: of the run's model.
+
+    Raises:
+        ValueError: with the largest TUNING.D_MAX that can be filled.
+    """
+    if not method.selects:
+        return
+    tuning, base = cfg.TUNING, sum(p.numel() for p in backbone.parameters())
+    schedule = method.schedule or tuning.SCHEDULE
+    share = tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, form=schedule)
+    count = count_of_share(share, base)
+    most = sum(c.numel for c in method.candidates(backbone))
+    if count > most:
+        raise ValueError(
+            f"TUNING.METHOD {tuning.METHOD} chooses among {most:,} weights, and would tune "
+            f"{count:,} in the end, a share of {share:.4g} of the backbone's {base:,} "
+            f"(TUNING.D_MIN {tuning.D_MIN}, TUNING.D_MAX {tuning.D_MAX}, TUNING.SCHEDULE "
+            f"{schedule}): tune a share of at most {int(10_000 * most / base) / 10_000}"
+        )
+
+
+def _schedule(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
+    solver, tuning = cfg.SOLVER, cfg.TUNING
+    if cfg.SEED < 0:
+        yield (
+            f"SEED is {cfg.SEED}: choose one of at least 0, on which the order of the data and "
+            "every random number depend; a run without one could not be resumed"
+        )
+    if not 0 <= tuning.WARMUP_ITERS <= solver.MAX_ITER:
+        yield (
+            f"TUNING.WARMUP_ITERS is {tuning.WARMUP_ITERS}: choose at least 0 and at most "
+            f"SOLVER.MAX_ITER, {solver.MAX_ITER}"
+        )
+    if method.selects:
+        try:
+            schedule = method.schedule or tuning.SCHEDULE
+            tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, form=schedule)
+        except ValueError as error:
+            yield f"TUNING.SCHEDULE, TUNING.D_MIN and TUNING.D_MAX do not fit: {error}"
+
+
+def _choices(cfg: CfgNode) -> Iterator[str]:
+    fisher = cfg.FISHER
+    for key, value, known in (
+        ("FISHER.ESTIMATOR", fisher.ESTIMATOR, ESTIMATORS),
+        ("FISHER.FORM", fisher.FORM, FORMS),
+        ("FISHER.LABELS", fisher.LABELS, LABELS),
+        ("FISHER.PRECISION", fisher.PRECISION, ESTIMATE_DTYPES),
+        ("FISHER.PERTURB.EPS_MODE", fisher.PERTURB.EPS_MODE, EPS_MODES),
+        ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("ADAMW", "SGD")),
+        ("TEST.CLASS_RULE", cfg.TEST.CLASS_RULE, CLASS_RULES),
+    ):
+        if value not in known:
+            yield f"{key} is {value!r}: choose from {', '.join(known)}"
+    points = fisher.PERTURB.POINTS
+    if not points or not set(points) <= set(range(_POINTS)):
+        yield f"FISHER.PERTURB.POINTS is {list(points)}: choose from 0 to {_POINTS - 1}"
+
+
+def _batches(cfg: CfgNode, processes: int) -> Iterator[str]:
+    images = cfg.SOLVER.IMS_PER_BATCH
+    if images < 1 or images % processes:
+        yield (
+            f"A batch of {images} images (SOLVER.IMS_PER_BATCH) cannot be shared evenly by "
+            f"{processes} processes; choose a multiple."
+        )
+
+
+def _shift(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
+    fisher = cfg.FISHER
+    if fisher.ESTIMATE or not method.estimates:
+        return
+    if fisher.BATCHES < 1 or fisher.IMS_PER_BATCH < 1:
+        yield (
+            f"FISHER.BATCHES is {fisher.BATCHES} and FISHER.IMS_PER_BATCH {fisher.IMS_PER_BATCH}: "
+            "choose at least 1"
+        )
+    elif method.compares_domains and fisher.IMS_PER_BATCH < 2:
+        yield (
+            f"FISHER.IMS_PER_BATCH is {fisher.IMS_PER_BATCH}: Eq. 6 takes its statistics over the "
+            "images of a batch, so with one image nothing shifts and F(x') = F(x): choose at least "
+            "2"
+        )
+    if method.compares_domains and fisher.PERTURB.STRENGTH == 0:
+        yield (
+            f"FISHER.PERTURB.STRENGTH is 0, so F(x') = F(x), and TUNING.METHOD "
+            f"{cfg.TUNING.METHOD} compares the two: choose a strength above 0, or TUNING.METHOD "
+            "fisher, which needs F(x) alone"
+        )
