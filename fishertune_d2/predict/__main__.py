@@ -4,21 +4,14 @@ python -m fishertune_d2.predict --config-file OUTPUT_DIR/config.yaml --input PAT
 """
 
 import argparse
-import logging
-import sys
 from collections.abc import Sequence
 
-from fishertune_d2.compat import require_detectron2
+from detectron2.utils.logger import setup_logger
 
-require_detectron2()
+from fishertune_d2.command_line import ending_in_a_sentence
 
-from detectron2.utils.logger import setup_logger  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from fishertune_d2.data import DatasetError  # noqa: E402
-
-from .files import draw_file, find_inputs, name_outputs  # noqa: E402
-from .predictor import Predictor, read_run  # noqa: E402
+from .files import draw_files, find_inputs, name_outputs
+from .predictor import Predictor, read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,27 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="last: keys of the config and their values, as MODEL.WEIGHTS FILE",
     )
     args = parser.parse_args(arguments)
-    inputs = find_inputs(args.input)
-    outputs = name_outputs(inputs, args.output)
-    predictor = Predictor(read_run(args.config_file, args.opts))
-    for source, target in tqdm(
-        list(zip(inputs, outputs, strict=True)), unit="file", disable=len(inputs) == 1
-    ):
-        draw_file(predictor, source, target, confidence=args.confidence)
-        logging.getLogger("fishertune_d2").info("%s -> %s", source, target)
+    with ending_in_a_sentence():
+        inputs = find_inputs(args.input)
+        outputs = name_outputs(inputs, args.output)
+        predictor = Predictor(read_run(args.config_file, args.opts))
+        draw_files(predictor, inputs, outputs, confidence=args.confidence)
 
 
 def run() -> None:
-    """Runs the command, and says in a sentence what was wrong with it.
-
-    Raises:
-        SystemExit: with that sentence.
-    """
+    """Runs the command, and logs what it does."""
     setup_logger(name="fishertune_d2", abbrev_name="fishertune")
-    try:
-        main()
-    except (DatasetError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    main()
 
 
 if __name__ == "__main__":

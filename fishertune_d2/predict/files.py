@@ -1,5 +1,7 @@
 """Images and videos: which to read, where the pictures of them go, and drawing them."""
 
+import logging
+import sys
 from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
@@ -9,17 +11,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fishertune_d2.data.files import read_image
+from fishertune_d2.command_line import sentence
+from fishertune_d2.data.files import DatasetError, read_image
 
 from .pictures import draw_prediction
-from .predictor import Predictor
+from .predictor import InputError, Predictor
 
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
+# A video of which a smaller share of the frames can be read gets a warning: headers only guess.
+_SHORT = 0.9
 
-
-class InputError(ValueError):
-    """Inputs that cannot be drawn as they are; the message names the file and the remedy."""
+logger = logging.getLogger(__name__)
 
 
 def find_inputs(names: Sequence[str]) -> list[Path]:
@@ -43,7 +46,8 @@ def find_inputs(names: Sequence[str]) -> list[Path]:
             if not found:
                 raise InputError(
                     f"--input {name}: there is no image or video in this folder (none ends in "
-                    f"{', '.join((*IMAGES, *VIDEOS))}; folders inside are not searched)"
+                    f"{', '.join((*IMAGES, *VIDEOS))}; {_endings(path)}; folders inside are not "
+                    "searched)"
                 )
         elif path.is_file():
             found = [path]
@@ -108,6 +112,49 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
 
 
+def draw_files(
+    predictor: Predictor,
+    inputs: Sequence[Path],
+    targets: Sequence[Path],
+    *,
+    confidence: bool = False,
+) -> None:
+    """Draws files one after the other; one that cannot be drawn does not stop the others.
+
+    Args:
+        predictor: the model.
+        inputs: images and videos.
+        targets: the file to write for each, see :func:`name_outputs`.
+        confidence: see :func:`draw_prediction`.
+
+    Raises:
+        DatasetError: as InputError, of a single image.
+        InputError: if some files could not be drawn, when all others are; each has a line of its
+            own on stderr by then. Of a single one, that file's own error.
+        OSError: if the picture of a single one cannot be written.
+    """
+    single, failed = len(inputs) == 1, []
+    pairs = list(zip(inputs, targets, strict=True))
+    for source, target in tqdm(pairs, unit="file", disable=single):
+        try:
+            draw_file(predictor, source, target, confidence=confidence)
+        except (DatasetError, InputError, OSError) as error:
+            if single:
+                raise
+            failed.append(source)
+            text = sentence(error)
+            named = text if str(source) in text else f"{source}: {text}"
+            tqdm.write(f"error: {named}", file=sys.stderr)
+        else:
+            logger.info("%s -> %s", source, target)
+    if failed:
+        names = ", ".join(path.name for path in failed[:5])
+        raise InputError(
+            f"{len(failed)} of {len(inputs)} files could not be drawn, as said above: {names}"
+            f"{', ...' if len(failed) > 5 else ''}"
+        )
+
+
 def draw_file(
     predictor: Predictor, source: Path, target: Path, *, confidence: bool = False
 ) -> None:
@@ -124,7 +171,7 @@ def draw_file(
 
     Raises:
         DatasetError: if the image cannot be read.
-        InputError: if the video cannot be read or written.
+        InputError: if the video cannot be read or written, or the memory is not enough.
     """
     every_class = range(len(predictor.space.classes)) if is_video(source) else None
 
@@ -175,6 +222,14 @@ def _draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndar
             f"{source}: OpenCV reads no frame of it. Copy it again, or convert it first: "
             f"ffmpeg -i {source.name} -pix_fmt yuv420p converted.mp4"
         )
+    if done < _SHORT * frames:
+        logger.warning(
+            "%s says that it has %d frames, and %d could be read: is it damaged, or not wholly "
+            "copied?",
+            source,
+            frames,
+            done,
+        )
 
 
 def _even(picture: np.ndarray) -> np.ndarray:
@@ -183,6 +238,11 @@ def _even(picture: np.ndarray) -> np.ndarray:
     if height % 2 == width % 2 == 0:
         return picture
     return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
+
+
+def _endings(folder: Path) -> str:
+    endings = sorted({file.suffix or "nothing" for file in folder.iterdir() if file.is_file()})
+    return f"its files end in {', '.join(endings)}" if endings else "it holds no file"
 
 
 def _is_readable(path: Path) -> bool:

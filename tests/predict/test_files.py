@@ -3,6 +3,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,7 +11,14 @@ import pytest
 from PIL import Image
 
 from fishertune_d2.data import DatasetError
-from fishertune_d2.predict import InputError, Predictor, draw_file, find_inputs, name_outputs
+from fishertune_d2.predict import (
+    InputError,
+    Predictor,
+    draw_file,
+    draw_files,
+    find_inputs,
+    name_outputs,
+)
 from fishertune_d2.predict.predictor import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +65,7 @@ def test_files_folders_and_patterns(tmp_path):
     [
         ("gone.png", "gone.png: there is no such file or folder, and as a pattern it matches none"),
         ("a/*.jpg", "matches none"),
-        ("a", "no image or video in this folder"),
+        ("a", r"no image or video in this folder \(.*; its files end in .txt; folders inside"),
         ("a/notes.txt", "neither an image .* nor a video"),
     ],
 )
@@ -125,6 +133,46 @@ def test_an_image_that_cannot_be_read(predictor, tmp_path):
         draw_file(predictor, tmp_path / "a.png", tmp_path / "seen.png")
 
 
+def test_files_that_cannot_be_read_do_not_stop_the_others(predictor, image, tmp_path, capsys):
+    inputs = [tmp_path / name for name in ("a.png", "b.png", "c.mp4", "d.tif", "e.png")]
+    for path in (inputs[0], inputs[4]):
+        Image.fromarray(image).save(path)
+    inputs[1].write_bytes(b"no image")
+    inputs[2].write_bytes(b"no video")
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(inputs[3])
+    targets = name_outputs(inputs, tmp_path / "seen")
+    with pytest.raises(InputError, match=r"^3 of 5 files could not be drawn.*: b.png, c.mp4, d.t"):
+        draw_files(predictor, inputs, targets)
+    assert [path.name for path in sorted((tmp_path / "seen").iterdir())] == ["a.png", "e.png"]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.split(": ")[1] for line in said] == [str(path) for path in inputs[1:4]]
+
+
+def test_a_single_file_that_cannot_be_read_is_said_once(predictor, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match="a.png: cannot be read"):
+        draw_files(predictor, [tmp_path / "a.png"], [tmp_path / "seen.png"])
+    assert "error: " not in capsys.readouterr().err
+
+
+def test_a_video_that_ends_too_early(predictor, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "drive.avi"
+    _write_video(path, 3, (64, 48))
+    draw_file(predictor, path, tmp_path / "seen.mp4")
+    assert "could be read" not in caplog.text
+
+    def says_ten(name: str) -> SimpleNamespace:
+        video = capture(name)
+        counts = {cv2.CAP_PROP_FRAME_COUNT: 10.0}
+        get = lambda what: counts.get(what, 5.0)  # noqa: E731
+        return SimpleNamespace(get=get, read=video.read, release=video.release)
+
+    capture = cv2.VideoCapture
+    monkeypatch.setattr("cv2.VideoCapture", says_ten)
+    draw_file(predictor, path, tmp_path / "seen.mp4")
+    assert "drive.avi says that it has 10 frames, and 3 could be read" in caplog.text
+
+
 def test_the_command(make_run, town, tmp_path):
     config = f"{make_run('moved').OUTPUT_DIR}/config.yaml"
     (tmp_path / "in").mkdir()
@@ -144,9 +192,12 @@ def test_the_command(make_run, town, tmp_path):
     assert "keeps its random" not in run.stdout + run.stderr  # no weight does
 
 
-def test_the_command_says_what_is_wrong(monkeypatch):
+def test_the_command_says_what_is_wrong(monkeypatch, capsys):
     # It would change the loggers of the tests to come.
     monkeypatch.setattr("fishertune_d2.predict.__main__.setup_logger", lambda **_: None)
     monkeypatch.setattr("sys.argv", "demo.py --config-file x --input gone --output seen".split())
-    with pytest.raises(SystemExit, match="^error: --input gone: there is no such file or folder"):
+    with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / "demo.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert left.value.code == 1
+    assert said.startswith("error: --input gone: there is no such file or folder")

@@ -10,7 +10,7 @@ from fishertune_d2.data import SegmentationMapper
 from fishertune_d2.engine import WholeCheckpointer
 from fishertune_d2.export import read_tuned
 from fishertune_d2.export.plain import LAYOUTS
-from fishertune_d2.predict import Predictor, read_run
+from fishertune_d2.predict import InputError, Predictor, read_run
 from fishertune_d2.predict.predictor import confidence_of
 from fishertune_d2.tuning import build_tuning_method
 
@@ -107,13 +107,6 @@ def test_confidence_of_known_scores(scores, expected):
     assert confidence_of(torch.tensor(scores)[:, None, None]).item() == pytest.approx(expected)
 
 
-def test_without_a_registered_data_set_classes_have_numbers(make_run, image, caplog):
-    predictor = Predictor(_read(make_run(DATASETS__TEST=("my_town",))))
-    assert predictor.space.classes == ("class 0", "class 1", "class 2")
-    assert predictor(image).classes.shape == (40, 56)
-    assert "(my_town) is registered here" in caplog.text and "register_sem_seg" in caplog.text
-
-
 def test_no_weights(make_run, town):
     cfg = make_run()
     weights = Path(cfg.OUTPUT_DIR) / "model_final.pth"
@@ -142,6 +135,55 @@ def test_weights_that_leave_a_part_of_the_model_random(make_run, town):
         Predictor(_read(cfg))
 
 
+def test_an_image_far_larger_than_those_of_the_training_gets_one_warning(make_run, town, caplog):
+    predictor = Predictor(_read(make_run(INPUT__CROP__SIZE=[16, 16], TEST__SIZES=[])))
+    picture = np.zeros((48, 64, 3), np.uint8)
+    predictor.size = (50, 50)
+    predictor(picture)
+    assert "in one piece" not in caplog.text
+    predictor.size = None
+    for _ in range(2):
+        predictor(picture)
+    (said,) = [r.getMessage() for r in caplog.records if "in one piece" in r.getMessage()]
+    assert said.startswith("An image of 64 x 48 pixels") and "12 times what" in said
+    assert "--opts TEST.MODE slide" in said and "TEST.SIZES \"[['town', 1024, 512]]\"" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: not enough memory"
+        ),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_says_what_needs_less(make_run, town, image, monkeypatch, error):
+    def fail(inputs):
+        raise error
+
+    predictor = Predictor(_read(make_run()))
+    monkeypatch.setattr(predictor.model, "forward", fail)
+    with pytest.raises(InputError, match="not enough for an image of 56 x 40 .*TEST.MODE slide"):
+        predictor(image)
+    predictor = Predictor(_read(make_run("windows", TEST__MODE="slide")))
+    monkeypatch.setattr(predictor.model, "forward", fail)
+    with pytest.raises(InputError, match=r"pixels: add --opts TEST.SIZES"):
+        predictor(image)
+
+
+def test_another_error_stays_what_it_is(make_run, town, image, monkeypatch):
+    def fail(inputs):
+        raise RuntimeError("shapes do not fit")
+
+    predictor = Predictor(_read(make_run()))
+    monkeypatch.setattr(predictor.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        predictor(image)
+
+
 def test_a_data_set_of_other_classes(make_run, town):
     cfg = make_run(DATASETS__TEST=("cityscapes_val",))
     with pytest.raises(ValueError, match="cityscapes_val has 19 classes and .* is 3: set DATASETS"):
@@ -151,5 +193,5 @@ def test_a_data_set_of_other_classes(make_run, town):
 def test_no_gpu(make_run, town, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = make_run()
-    with pytest.raises(ValueError, match="add --opts MODEL.DEVICE cpu"):
+    with pytest.raises(ValueError, match="add MODEL.DEVICE cpu to the command"):
         Predictor(_read(cfg, "MODEL.DEVICE", "cuda"))
