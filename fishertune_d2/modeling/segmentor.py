@@ -275,9 +275,12 @@ class VFMSegmentor(nn.Module):
 
     def _scores(self, images: torch.Tensor) -> torch.Tensor:
         """Scores normalised images or windows of one size (B, 3, H, W) -> (B, C, H, W) float32."""
-        padded = ImageList.from_tensors(list(images), self.backbone.size_divisibility)
-        features = self.backbone(padded.tensor)
-        scores, _ = self.head(features, image_size=padded.tensor.shape[-2:])
+        # Not an ImageList, which computes sizes on tensors: torch.export needs to know them.
+        divisor = max(1, self.backbone.size_divisibility)
+        bottom, right = (-side % divisor for side in images.shape[-2:])
+        padded = F.pad(images, (0, right, 0, bottom))
+        features = self.backbone(padded)
+        scores, _ = self.head(features, image_size=padded.shape[-2:])
         # Autocast may give half precision, in which averages over windows would be rounded again.
         return scores[..., : images.shape[2], : images.shape[3]].float()
 

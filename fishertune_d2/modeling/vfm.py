@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from math import ceil
 
 import timm
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -107,14 +108,31 @@ class VFMBackbone(Backbone):
         Returns:
             "res2", "res3", "res4", "res5": (B, D, ceil(H/s), ceil(W/s)) at s = 4, 8, 16, 32, which
             cover the images without the appended zeros.
+
+        Raises:
+            ValueError: in torch.onnx.export with dynamo=False, at a size that the position
+                embedding has to be resized to.
         """
         size = images.shape[-2:]
         bottom, right = (-side % self.patch_size for side in size)
         images = F.pad(images, (0, right, 0, bottom))
+        if torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():
+            self._require_stored_size(images.shape[-2:])
         maps = self.vit.forward_intermediates(
             images, indices=self.taps, norm=False, intermediates_only=True
         )
         return build_pyramid(maps, self.patch_size, size)
+
+    def _require_stored_size(self, size: Sequence[int]) -> None:
+        """The ONNX exporter that traces has no operator for the antialiased resize of timm's."""
+        size = tuple(int(side) for side in size)
+        stored = tuple(cells * self.patch_size for cells in self.vit.patch_embed.grid_size)
+        if getattr(self.vit, "pos_embed", None) is not None and size != stored:
+            raise ValueError(
+                f"torch.onnx.export with dynamo=False cannot resize the position embedding, which "
+                f"is stored for {list(stored)} pixels, to {list(size)}: export with dynamo=True, or "
+                f"resize it first, model.backbone.vit.set_input_size(img_size={size})"
+            )
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map."""
