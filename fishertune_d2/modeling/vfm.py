@@ -129,9 +129,9 @@ class VFMBackbone(Backbone):
         stored = tuple(cells * self.patch_size for cells in self.vit.patch_embed.grid_size)
         if getattr(self.vit, "pos_embed", None) is not None and size != stored:
             raise ValueError(
-                f"torch.onnx.export with dynamo=False cannot resize the position embedding, which "
-                f"is stored for {list(stored)} pixels, to {list(size)}: export with dynamo=True, or "
-                f"resize it first, model.backbone.vit.set_input_size(img_size={size})"
+                "torch.onnx.export with dynamo=False cannot resize the position embedding, which "
+                f"is stored for {list(stored)} pixels, to {list(size)}: export with dynamo=True, "
+                f"or, on ViTs that have it, call vit.set_input_size(img_size={size}) before"
             )
 
     def output_shape(self) -> dict[str, ShapeSpec]:
