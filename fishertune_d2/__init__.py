@@ -28,9 +28,13 @@ __all__ = [
 _FOR_THE_DOCTOR = sys.argv[:1] == ["-m"] and f"{__name__}.doctor" in sys.orig_argv
 
 if not _FOR_THE_DOCTOR:
-    from . import compat, tuning
+    from . import compat
+
+    compat.require_versions("torch")
+    from . import tuning
 
     if compat.has_detectron2():
+        compat.require_versions("timm", "transformers")
         from . import data, engine, evaluation, modeling
         from .config import add_fishertune_config, get_config_file
         from .engine import apply_fishertune

@@ -1,7 +1,9 @@
 """Guards against what is known to break in the dependencies, one function for each."""
 
+import re
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -12,6 +14,44 @@ from torch.overrides import TorchFunctionMode
 warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
 # Its successor is unknown to older torch.
 warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+
+
+# The oldest versions that have what is used, as in setup.py, where the reasons are.
+OLDEST = {"torch": "2.6", "timm": "1.0.20", "transformers": "5.0", "peft": "0.21"}
+
+
+def require_versions(*packages: str) -> None:
+    """Refuses packages that are installed in a version too old for what is used of them.
+
+    pip keeps such versions away, but not with ``--no-deps``, nor conda. What is not installed is
+    left to the import that needs it.
+
+    Args:
+        packages: names in ``OLDEST``.
+
+    Raises:
+        ImportError: one sentence with the command that installs a newer version.
+    """
+    old = []
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            version = metadata.version(package)
+            if _numbers(version) < _numbers(OLDEST[package]):
+                old.append((package, version))
+    if old:
+        needed = " and ".join(f"{package} {OLDEST[package]} or newer" for package, _ in old)
+        found = " and ".join(f"{package} {version}" for package, version in old)
+        install = " ".join(f"'{package}>={OLDEST[package]}'" for package, _ in old)
+        raise ImportError(
+            f"FisherTune needs {needed}, and {found} {'is' if len(old) == 1 else 'are'} installed: "
+            f"run `pip install {install}`; `python -m fishertune_d2.doctor` looks at the whole "
+            "environment"
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    """The leading numbers of a version: "2.15.0+cu128" is [2, 15, 0]."""
+    return [int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number]
 
 
 def has_detectron2() -> bool:

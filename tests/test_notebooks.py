@@ -89,6 +89,13 @@ def test_kept_outputs_are_whole_and_name_no_machine(source):
     assert source.with_suffix(".ipynb").stat().st_size < MAX_BYTES
 
 
+def test_a_cell_that_shows_a_figure_keeps_it(source):
+    for cell in (c for c in _read_outputs(source).cells if c.cell_type == "code"):
+        kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+        if "plt.show()" in cell.source:
+            assert kinds & {"image/png", "image/jpeg"}, cell.source
+
+
 def test_copies_no_code(source):
     assert not _long_definitions(jupytext.read(source))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ _MIB = 2**20
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Puts a file in its place when it is complete, so that a kill leaves the one before, or none.
 
-    A kill may also leave ``<name>.tmp``, which the next attempt writes over.
+    A kill may also leave ``<name>.tmp``, which the next attempt writes over. Whoever writes the
+    file, its permissions are those of the umask: safetensors alone would let nobody else read it.
 
     Args:
         path: where the file is to be.
@@ -34,8 +36,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise FileNotFoundError(f"{path} could not be written: there is no such folder")
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        permissions = _usual_permissions(temporary)
         yield temporary
         with open(temporary, "rb+") as file:
+            os.fchmod(file.fileno(), permissions)
             os.fsync(file.fileno())  # or a power failure could leave the name without the content
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -49,6 +53,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _usual_permissions(unused: Path) -> int:
+    """The permissions of a file that is created there: to ask for the umask, one has to set it."""
+    unused.unlink(missing_ok=True)
+    unused.touch()
+    permissions = stat.S_IMODE(unused.stat().st_mode)
+    unused.unlink()
+    return permissions
 
 
 def _system_error(error: BaseException) -> BaseException:

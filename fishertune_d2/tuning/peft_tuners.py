@@ -17,6 +17,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from fishertune_d2.compat import require_versions
+
 from .registry import TUNING_REGISTRY, TuningMethod
 from .split_qkv import PROJECTIONS, join_qkv, split_qkv
 
@@ -36,7 +38,7 @@ class PeftTuner(TuningMethod):
         options: of peft's config of that tuner.
 
     Raises:
-        ImportError: if peft is not installed; says how to.
+        ImportError: if peft is not installed, or too old; says how to.
         ValueError: if there is no such tuner or option, or the tuner cannot work here.
     """
 
@@ -155,6 +157,7 @@ def _usable_tuners() -> dict[str, tuple[type, type]]:
 
 
 def _import_peft() -> ModuleType:
+    require_versions("peft")
     try:
         import peft
     except ModuleNotFoundError as error:

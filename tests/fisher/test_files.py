@@ -1,6 +1,8 @@
 """Files written whole or not at all; damaged and hostile ones are refused by name."""
 
 import json
+import os
+import stat
 import struct
 from pathlib import Path
 
@@ -199,6 +201,31 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
         raise KeyboardInterrupt
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "after"
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask for the time of a test."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "permissions"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_written_files_have_the_permissions_of_the_umask(
+    tmp_path, umask, mask, permissions, selection, estimate
+):
+    """Safetensors gives its files to their owner alone, so that nobody else can use them."""
+    umask(mask)
+    Selection.load(selection).save(tmp_path / "new.safetensors")
+    FisherEstimate.load(estimate).save(tmp_path / "new_fisher.safetensors")
+    with whole_file(tmp_path / "private") as temporary:
+        temporary.touch(0o600)
+    Path(f"{tmp_path}/left.tmp").touch(0o600)  # of a run that was killed
+    with whole_file(tmp_path / "left") as temporary, open(temporary, "w") as file:
+        file.write("x")
+    for name in ("new.safetensors", "new_fisher.safetensors", "private", "left"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == permissions, name
 
 
 def test_a_full_disk_names_file_and_space_and_leaves_the_older_file(selection):

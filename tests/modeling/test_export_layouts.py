@@ -1,6 +1,8 @@
 """Plain files of every family's tiny model, read by timm and transformers themselves."""
 
 import json
+import os
+import stat
 
 import timm
 import torch
@@ -49,6 +51,17 @@ def test_timm_reads_the_folder(family, tuned, tmp_path, caplog):
     assert_same(got.state_dict(), backbone.vit.state_dict())
     image = torch.randn(1, 3, 48, 80)
     assert torch.equal(features(got, image), features(backbone.vit, image))
+
+
+@mark.parametrize("layout", ["timm", "transformers"])
+def test_the_files_can_be_read_by_others(layout, tuned, tmp_path):
+    before = os.umask(0o022)
+    try:
+        LAYOUTS[layout](tuned("dinov2_vitl")[1], tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) > 1 and set(modes.values()) == {0o644}, modes
 
 
 def test_timms_file_alone_is_a_checkpoint(tuned, tmp_path):
