@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fishertune_d2.fisher import (
+    ESTIMATORS,
     FisherEstimate,
     Selection,
     StatisticsPerturbation,
+    count_of_share,
     domain_related_fisher,
     estimate_fisher,
     find_candidates,
@@ -25,6 +27,7 @@ from fishertune_d2.fisher import (
 from fishertune_d2.tuning import MaskedUpdate
 
 from .hooks import FisherEstimation, ParameterMask
+from .output_dir import require_writable
 from .vit import count_parameters_around, find_vit
 
 logger = logging.getLogger(__name__)
@@ -88,13 +91,19 @@ def apply_fishertune(
         The hook that estimates; its ``selection`` is there after the warm-up.
 
     Raises:
-        ValueError: if an argument is out of its range, the model has no such backbone, one without
+        OSError: if nothing can be written into ``output_dir``.
+        ValueError: if an argument is out of its range, more weights than there are candidates
+            would be selected, the model has no such backbone, one without
             a ViT, with several, or that is not trained, or the trainer has FisherTune already.
     """
     if not 0 <= warmup < max_iter:
         raise ValueError(f"warmup is {warmup}: choose 0 or more, and less than max_iter {max_iter}")
     if any(isinstance(hook, FisherEstimation) for hook in trainer._hooks):
         raise ValueError("the trainer has FisherTune already: apply it once")
+    if batches < 1:
+        raise ValueError(f"batches is {batches}: choose at least 1 to measure on")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator is {estimator!r}: choose from {', '.join(ESTIMATORS)}")
     model = getattr(trainer.model, "module", trainer.model)  # without its DDP wrapper
     path, vit = find_vit(model, backbone)
     candidates = find_candidates(vit)
@@ -103,7 +112,14 @@ def apply_fishertune(
     _require_trained(tunable, trainer.optimizer)
     if perturb is None:
         perturb = StatisticsPerturbation.of_vit(vit)
-    Path(output_dir).mkdir(parents=True, exist_ok=True)  # fails now, not after the warm-up
+    share, base = tuned_share(1.0, d_min, d_max, form=schedule), sum(map(_size, vit.parameters()))
+    most = sum(candidate.numel for candidate in candidates)
+    if count_of_share(share, base) > most:
+        raise ValueError(
+            f"d_max {d_max} makes {count_of_share(share, base):,} of the ViT's {base:,} weights, "
+            f"and only {most:,} can be selected: choose at most {int(1000 * most / base) / 1000}"
+        )
+    require_writable(output_dir)  # now, not after the warm-up
 
     def estimate() -> FisherEstimate:
         # Models write into the storage on top, and the run's metrics must not show these passes.
@@ -123,8 +139,8 @@ def apply_fishertune(
         estimate,
         lambda found: domain_related_fisher(found.f, found.shifted, found.shift_weight),
         start=warmup,
-        share=tuned_share(1.0, d_min, d_max, form=schedule),
-        base=sum(parameter.numel() for parameter in parameters.values()),
+        share=share,
+        base=base,
         output_dir=output_dir,
     )
     optimizer = trainer.optimizer  # the hooks must not hold the trainer, which holds them
@@ -139,7 +155,7 @@ def apply_fishertune(
         return MaskedUpdate(optimizer, tunable, estimation.selection)
 
     if comm.is_main_process():
-        _log_parts(model, path, vit, sum(candidate.numel for candidate in candidates))
+        _log_parts(model, path, vit, most)
     others = {name: p for name, p in parameters.items() if name not in tunable}
     mask = {"start": warmup, "iters": max_iter - warmup, "d_min": d_min, "d_max": d_max}
     trainer.register_hooks(
@@ -221,9 +237,13 @@ def _log_parts(model: nn.Module, path: str, vit: nn.Module, tunable: int) -> Non
         path,
         type(vit).__name__,
         f"{tunable:,}",
-        f"{sum(p.numel() for p in vit.parameters()) - tunable:,}",
+        f"{sum(map(_size, vit.parameters())) - tunable:,}",
         ", ".join(f"{count:,} of {name}" for name, count in around.items()) or "nothing",
     )
+
+
+def _size(parameter: Tensor) -> int:
+    return parameter.numel()
 
 
 def _require_trained(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:

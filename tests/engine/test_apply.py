@@ -278,11 +278,20 @@ def test_two_processes_select_together_and_stay_equal(start_process, tmp_path):
         ({"backbone": "neck"}, "no parameter named blocks"),
         ({"d_min": 0.1}, "need 0 <= d_min <= d_max <= 1"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
+        ({"batches": 0}, "batches is 0: choose at least 1"),
+        ({"estimator": "diagnoal"}, "estimator is 'diagnoal': choose from diagonal, diagonal_loop"),
+        ({"d_max": 1.0}, r"and only 19,584 can be selected: choose at most 0\.\d+"),
     ],
 )
 def test_refuses_what_cannot_work(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         _apply(_trainer(), tmp_path, **options)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/out"):
+        _apply(_trainer(), tmp_path / "file" / "out")
 
 
 def test_refuses_a_frozen_backbone_and_a_second_time(tmp_path):
