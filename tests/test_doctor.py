@@ -199,3 +199,8 @@ def test_runs_where_nothing_is_installed(tmp_path):
     for name in ("torch", "detectron2", "timm", "transformers", "opencv-python-headless"):
         assert ["x", name, "not", "installed"] in lines
     assert "tools/install_detectron2.py" in run.stdout
+
+
+def test_a_timm_that_does_not_know_a_model_is_no_error_of_the_doctors(monkeypatch):
+    monkeypatch.setattr("timm.get_pretrained_cfg", lambda name: None)
+    assert [found.mark for found in doctor.weights()] == [doctor.OK, doctor.OK]

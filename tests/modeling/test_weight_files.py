@@ -164,14 +164,15 @@ def test_objects_beside_the_tensors_are_named_without_torchs_advice(tmp_path, co
         assert_loads(tmp_path / "x.pth", state)
 
 
-def damaged():
-    yield b"no pickle at all"
-    yield bytes(range(256))
-    yield b"\x80\x02c__main__\nNoSuch\n."
-    yield b"PK\x03\x04 no zip"
+DAMAGED = [
+    b"no pickle at all",
+    bytes(range(256)),
+    b"\x80\x02c__main__\nNoSuch\n.",
+    b"PK\x03\x04 no zip",
+]
 
 
-@mark.parametrize("content", damaged())
+@mark.parametrize("content", DAMAGED)
 def test_no_error_says_to_turn_the_check_off(tmp_path, content, state):
     for name in ("x.pth", "x.safetensors"):
         (tmp_path / name).write_bytes(content)
