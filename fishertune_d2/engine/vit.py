@@ -7,6 +7,8 @@ from torch import nn
 
 from fishertune_d2.fisher import find_candidates
 
+# What stages and methods ask of a VFMBackbone.
+_ASKED_FOR = ("vit", "perturbation_points", "unused_parameters", "num_prefix_tokens")
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -59,6 +61,38 @@ def count_parameters_around(model: nn.Module, vit: nn.Module) -> Mapping[str, in
             child = name.partition(".")[0]
             counts[child] = counts.get(child, 0) + parameter.numel()
     return counts
+
+
+def require_nothing_around(model: nn.Module) -> None:
+    """Refuses a backbone that the three-stage trainer would leave untrained in part, or fail on.
+
+    Its stages and methods take all that is named ``backbone.`` for the ViT: a neck in there, which
+    is random at first, would stand still for the whole run.
+
+    Args:
+        model: the segmentor.
+
+    Raises:
+        ValueError: if the backbone has weights around its ViT, or not the methods of a
+            ``VFMBackbone``.
+    """
+    path, vit = find_vit(model)
+    own = {id(parameter) for parameter in vit.parameters()}
+    around = {n: p.numel() for n, p in model.backbone.named_parameters() if id(p) not in own}
+    if around:
+        raise ValueError(
+            f"the backbone {type(model.backbone).__name__} has {sum(around.values()):,} weights "
+            f"around its ViT {path} ({next(iter(around))}, ...), which this trainer would not "
+            "train: use apply_fishertune with a trainer of Detectron2 (docs/reuse.md), or "
+            "MODEL.BACKBONE.NAME VFMBackbone, whose maps need no neck"
+        )
+    missing = [name for name in _ASKED_FOR if not hasattr(model.backbone, name)]
+    if missing:
+        raise ValueError(
+            f"the backbone {type(model.backbone).__name__} has no {', '.join(missing)}, which this "
+            "trainer asks it for: use MODEL.BACKBONE.NAME VFMBackbone, or apply_fishertune with a "
+            "trainer of Detectron2 (docs/reuse.md)"
+        )
 
 
 def _paths_of_blocks(module: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from torch import nn
 
 from fishertune_d2 import apply_fishertune
-from fishertune_d2.engine.vit import find_vit
+from fishertune_d2.engine.vit import find_vit, require_nothing_around
 from fishertune_d2.modeling import VFMBackbone
 
 STEPS, WARMUP, CLASSES = 4, 2, 3
@@ -179,3 +179,13 @@ def test_a_backbone_in_stages_is_taken_whole(wrap):
 def test_says_where_the_blocks_are(model, name, message):
     with pytest.raises(ValueError, match=message):
         find_vit(model, name)
+
+
+def test_the_three_stage_trainer_takes_a_vit_with_nothing_around_it():
+    require_nothing_around(_segmentor(_vfm()))
+    with pytest.raises(
+        ValueError, match=r"FPN has 45,312 weights around its ViT backbone\.bottom_up"
+    ):
+        require_nothing_around(_segmentor(_fpn()))
+    with pytest.raises(ValueError, match="VisionTransformer has no vit, perturbation_points"):
+        require_nothing_around(_Model(backbone=_timm()))
