@@ -17,6 +17,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
@@ -32,8 +33,10 @@ from fishertune_d2.engine.output_dir import (
     require_unused,
     require_writable,
 )
-from fishertune_d2.engine.start_check import require_possible
+from fishertune_d2.engine.scoring import metrics_by_name
+from fishertune_d2.engine.start_check import require_possible, require_scorable
 from fishertune_d2.engine.trained_model import build_trained, find_weights, require_device
+from fishertune_d2.unread_keys import warn_of_unread_keys
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -47,6 +50,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         # Of the run that is there: this one only evaluates, or is not yet accepted to go on.
         record.write_text(before)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fishertune_d2", abbrev_name="fishertune")
+    warn_of_unread_keys(cfg)
     return cfg
 
 
@@ -75,7 +79,10 @@ def _score(cfg: CfgNode, args: argparse.Namespace) -> dict:
     ):
         # A folder of scores alone says how the model was trained, not what this command left open.
         record.write_text(model.trained_by.applied_to(cfg).dump())
-    return Trainer.test(cfg, model)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, metrics_by_name(results))
+    return results
 
 
 def _train(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
@@ -130,6 +137,7 @@ def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Refuses, before any process starts, what the config and the machine already rule out."""
     require_device(cfg.MODEL.DEVICE)
     if args.eval_only:
+        require_scorable(cfg)
         find_weights(cfg, args.resume)
         return
     if args.resume and args.overwrite:

@@ -2,19 +2,25 @@
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog
 from torch.utils.data import DataLoader
 
 from fishertune_d2.data import (
     SegmentationMapper,
     build_test_loader,
     build_train_loader,
+    class_counts,
+    dataset_metadata,
     load_datasets,
 )
+from fishertune_d2.data.samplers import require_sampler
 
 
 def training_loader(cfg: CfgNode) -> DataLoader:
     """The images of DATASETS.TRAIN in the order that SEED and DATALOADER.SAMPLER_TRAIN give."""
+    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    require_sampler(sampler)
+    by_class = sampler != "TrainingSampler"
     return build_train_loader(
         load_datasets(cfg.DATASETS.TRAIN),
         SegmentationMapper(cfg, is_train=True),
@@ -22,6 +28,9 @@ def training_loader(cfg: CfgNode) -> DataLoader:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         seed=cfg.SEED,
         pin_memory=_on_gpu(cfg),
+        sampler=sampler,
+        class_counts=class_counts(cfg.DATASETS.TRAIN) if by_class else None,
+        repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD,
     )
 
 
@@ -41,10 +50,11 @@ def file_names(loader: object) -> list[str] | None:
     return None if dicts is None else [item["file_name"] for item in dicts]
 
 
-def class_names(cfg: CfgNode) -> list[str] | None:
-    """The names of the classes that are trained on; None if the catalog does not know them."""
-    names = cfg.DATASETS.TRAIN
-    return MetadataCatalog.get(names[0]).get("stuff_classes") if names else None
+def class_names(cfg: CfgNode) -> tuple[str, ...] | None:
+    """The names of the classes that are trained on; None if no such data set is registered."""
+    known = set(DatasetCatalog.list())
+    names = [name for name in cfg.DATASETS.TRAIN if name in known]
+    return dataset_metadata(names[0]).classes if names else None
 
 
 def _on_gpu(cfg: CfgNode) -> bool:

@@ -87,8 +87,7 @@ def require_writable(folder: str | Path) -> None:
         raise OSError(
             f"OUTPUT_DIR {folder} cannot be written in ({error.strerror or error}): choose another"
         ) from error
-    finally:
-        trial.unlink(missing_ok=True)
+    trial.unlink()
 
 
 def _find(folder: str | Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -53,8 +53,8 @@ def score_datasets(
         evaluators: one for each test set, in place of ``build_evaluator``.
 
     Returns:
-        By data set what its evaluator returned, and ``"unseen": {"mIoU": average}``, so that
-        TEST.EXPECTED_RESULTS can name either; empty on all ranks but the first.
+        By data set what its evaluator returned, and ``"unseen": {"mIoU": average}``; empty on all
+        ranks but the first.
 
     Raises:
         ValueError: if a part of the model is as it was initialised, or the evaluators are not as
@@ -81,6 +81,15 @@ def score_datasets(
     if failed:
         raise DatasetError("\n\n".join(failed.values()))
     return results if comm.is_main_process() else OrderedDict()
+
+
+def metrics_by_name(results: Mapping[str, Mapping]) -> dict[str, Mapping[str, float]]:
+    """The results in the form of TEST.EXPECTED_RESULTS: metrics by data set, and of ``"unseen"``.
+
+    Args:
+        results: what :func:`score_datasets` returned.
+    """
+    return {name: result.get("sem_seg", result) for name, result in results.items()}
 
 
 def require_trained(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from torch import nn
 
+from fishertune_d2.data import require_ignore_value
 from fishertune_d2.evaluation.evaluator import CLASS_RULES
 from fishertune_d2.fisher import ESTIMATORS, LABELS, count_of_share, tuned_share
 from fishertune_d2.fisher.perturb import EPS_MODES
@@ -31,12 +32,25 @@ def require_possible(cfg: CfgNode, processes: int = 1) -> None:
     Raises:
         ValueError: one error for everything that is wrong, each with its key, value and remedy.
     """
+    require_scorable(cfg)
     method = build_tuning_method(cfg)
     troubles = [*_schedule(cfg, method), *_choices(cfg), *_batches(cfg, processes)]
     if method.selects and cfg.TUNING.WARMUP_ITERS < cfg.SOLVER.MAX_ITER:
         troubles += _shift(cfg, method)
     if troubles:
         raise ValueError("\n".join(troubles))
+
+
+def require_scorable(cfg: CfgNode) -> None:
+    """Checks what training and evaluation have in common.
+
+    Raises:
+        ValueError: with the key, its value and the remedy.
+    """
+    require_ignore_value(cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
+    rule = cfg.TEST.CLASS_RULE
+    if rule not in CLASS_RULES:
+        raise ValueError(f"TEST.CLASS_RULE is {rule!r}: choose from {', '.join(CLASS_RULES)}")
 
 
 def require_file(key: str, file: str) -> None:
@@ -105,7 +119,6 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
         ("FISHER.PRECISION", fisher.PRECISION, ESTIMATE_DTYPES),
         ("FISHER.PERTURB.EPS_MODE", fisher.PERTURB.EPS_MODE, EPS_MODES),
         ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("ADAMW", "SGD")),
-        ("TEST.CLASS_RULE", cfg.TEST.CLASS_RULE, CLASS_RULES),
     ):
         if value not in known:
             yield f"{key} is {value!r}: choose from {', '.join(known)}"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
+from fishertune_d2.data import dataset_metadata
 from fishertune_d2.tuning import build_tuning_method
 
 from .checkpoint import WholeCheckpointer
@@ -101,12 +102,10 @@ def require_device(device: str) -> None:
         )
 
 
-def _classes_of(cfg: CfgNode) -> dict[str, list[str]]:
+def _classes_of(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
     """The names of the classes of the test sets, where a test set is registered here."""
     known = set(DatasetCatalog.list())
-    names = [name for name in cfg.DATASETS.TEST if name in known]
-    classes = {name: MetadataCatalog.get(name).get("stuff_classes") for name in names}
-    return {name: list(own) for name, own in classes.items() if own}
+    return {name: dataset_metadata(name).classes for name in cfg.DATASETS.TEST if name in known}
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from .optimizer import build_optimizer, carry_state, is_backbone
 from .output_dir import require_unused, require_writable
 from .preemption import Preemption
 from .run_record import NOTE, RunRecord
-from .scoring import score_datasets
+from .scoring import metrics_by_name, score_datasets
 from .sharing import check_estimate, load_warmup
 from .stages import prepare_stage
 from .start_check import require_file, require_fillable, require_possible
@@ -422,7 +422,10 @@ class Trainer(DefaultTrainer):
     def _evaluate(self) -> dict:
         done = min(self.iter + 1, self.max_iter)
         self.segmentor.trained_by = self._record.after(done)
-        return self.test(self.cfg, self.segmentor)
+        results = self.test(self.cfg, self.segmentor)
+        # DefaultTrainer compares what has this name with TEST.EXPECTED_RESULTS.
+        self._last_eval_results = metrics_by_name(results)
+        return results
 
 
 def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> StatisticsPerturbation:

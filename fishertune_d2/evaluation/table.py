@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
 from fishertune_d2.data.mapper import SegmentationMapper
@@ -33,7 +34,8 @@ def summarize(
     Args:
         results: for each test set what its evaluator returned, in percent.
         train_names: the data sets trained on. A test set is a source if `domains_overlap` is
-            true of its domain and one of theirs.
+            true of its domain and one of theirs. The domain of a name that is not registered in
+            this process, as where only the test data are, is that name.
         protocol: how the scores came about (inference mode, window, stride, class rule, ...).
         mapper: what the test images passed through; it knows their sizes.
 
@@ -43,7 +45,8 @@ def summarize(
         size (width, height; None is the file's size) and the classes scored of each data set, and
         the data sets scored on halved labels.
     """
-    train_domains = [dataset_metadata(name).domain for name in train_names]
+    known = set(DatasetCatalog.list())
+    train_domains = [dataset_metadata(n).domain if n in known else n for n in train_names]
     metadata = {name: dataset_metadata(name) for name in results}
     source, targets, per_class = {}, {}, {}
     for name, result in results.items():
