@@ -98,7 +98,7 @@ def _train(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
     if comm.is_main_process():
         picture = draw_run(cfg.OUTPUT_DIR)
         if picture is not None:
-            logging.getLogger("fishertune_d2").info("Map of what was selected: %s", picture)
+            logging.getLogger("fishertune_d2").info("Map of the selected weights: %s", picture)
     return results
 
 

@@ -64,7 +64,7 @@ def test_trains_then_evaluates_from_the_checkpoint(camvid):
     run = _train_net(camvid, config, *options, "OUTPUT_DIR", str(out))
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "average over unseen" in run.stdout
-    assert f"Map of what was selected: {out / 'selection.png'}" in run.stdout
+    assert f"Map of the selected weights: {out / 'selection.png'}" in run.stdout
     trained = json.loads((out / "results.json").read_text())
     assert list(trained["targets"]) == ["camvid_dusk_dev"]
 

@@ -148,11 +148,13 @@ def _lacking(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
 def _require_complete(incompatible: Any) -> None:
     wrong = incompatible.incorrect_shapes
     for name, theirs, ours in wrong:
-        if name.endswith("class_predictor.weight"):  # one more than classes, for "no object"
+        if name.endswith("predictor.weight"):
+            extra = name.endswith("class_predictor.weight")  # Mask2Former's "no object"
+            then, now = theirs[0] - extra, ours[0] - extra
             raise ValueError(
-                f"the weights predict {theirs[0] - 1} classes and the config asks for "
-                f"{ours[0] - 1}: set MODEL.SEM_SEG_HEAD.NUM_CLASSES {theirs[0] - 1} and name data "
-                "sets of these classes, or take the weights' own config"
+                f"the weights predict {then} classes and the config asks for {now}: set "
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES {then} and name data sets of these classes, or "
+                "take the weights' own config"
             )
     if not wrong and not incompatible.missing_keys:
         return

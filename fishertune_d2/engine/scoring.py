@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -83,13 +84,16 @@ def score_datasets(
     return results if comm.is_main_process() else OrderedDict()
 
 
-def metrics_by_name(results: Mapping[str, Mapping]) -> dict[str, Mapping[str, float]]:
+def metrics_by_name(results: Mapping[str, Any] | None) -> dict[str, Any]:
     """The results in the form of TEST.EXPECTED_RESULTS: metrics by data set, and of ``"unseen"``.
 
     Args:
-        results: what :func:`score_datasets` returned.
+        results: what :func:`score_datasets` returned; another test's are left as they are.
     """
-    return {name: result.get("sem_seg", result) for name, result in results.items()}
+    return {
+        name: result.get("sem_seg", result) if isinstance(result, Mapping) else result
+        for name, result in (results or {}).items()
+    }
 
 
 def require_trained(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from torch import nn
 
 from fishertune_d2.data import require_ignore_value
@@ -16,6 +17,8 @@ from fishertune_d2.fisher.perturb import EPS_MODES
 from fishertune_d2.fisher.score import FORMS
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
+from .plan import build_empty
+from .stages import attach
 from .step import ESTIMATE_DTYPES
 
 # Of FISHER.PERTURB.POINTS: the patch embedding, and the blocks at 1/3, 1/2 and 2/3.
@@ -88,6 +91,20 @@ def require_fillable(cfg: CfgNode, method: TuningMethod, backbone: nn.Module) ->
             f"(TUNING.D_MIN {tuning.D_MIN}, TUNING.D_MAX {tuning.D_MAX}, TUNING.SCHEDULE "
             f"{schedule}): tune a share of at most {int(10_000 * most / base) / 10_000}"
         )
+
+
+def require_attachable(cfg: CfgNode, method: TuningMethod) -> None:
+    """Checks that a method that adds weights can add them to this backbone and this head.
+
+    Args:
+        cfg: the run's config.
+        method: the run's tuning method.
+
+    Raises:
+        ValueError: of the method, with its reason.
+    """
+    if method.adds:
+        attach(build_empty(cfg, build_model), method)  # another model: the warm-up is without
 
 
 def _schedule(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:

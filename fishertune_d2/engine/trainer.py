@@ -41,8 +41,9 @@ from .run_record import NOTE, RunRecord
 from .scoring import metrics_by_name, score_datasets
 from .sharing import check_estimate, load_warmup
 from .stages import prepare_stage
-from .start_check import require_file, require_fillable, require_possible
+from .start_check import require_attachable, require_file, require_fillable, require_possible
 from .step import ESTIMATE_DTYPES, StepTrainer, autocast_dtype, set_matmul_precision
+from .vit import require_nothing_around
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)  # first, for it finds missing data within a second
         seed_all_rng(cfg.SEED)
         model = self.build_model(cfg)
+        require_nothing_around(model)
         self.method = build_tuning_method(cfg)
+        require_attachable(cfg, self.method)
         dtype = autocast_dtype(cfg)
         self._trainer = StepTrainer(model, loader, dtype=dtype, parts=cfg.SOLVER.ACCUMULATE)
         require_fillable(cfg, self.method, model.backbone)

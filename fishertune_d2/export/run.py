@@ -6,12 +6,14 @@ from textwrap import shorten
 import timm
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from yaml import YAMLError
 
 from fishertune_d2.config import read_config
-from fishertune_d2.engine.plan import count_parameters
+from fishertune_d2.engine.plan import build_empty, count_parameters
+from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.modeling import VFM, VFMS, VFMBackbone
-from fishertune_d2.modeling.checkpoints import read_checkpoint
+from fishertune_d2.modeling.checkpoints import read_with_notes
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
@@ -42,7 +44,7 @@ def delta_of_run(
         ValueError: if one cannot be read, if what the run added cannot be merged, if the public
             weights are not found, or if more differs from them than the run trained.
     """
-    cfg, tuned = _read_run(Path(source), config_file)
+    cfg, record, tuned = _read_run(Path(source), config_file)
     weights = base or cfg.MODEL.VFM.WEIGHTS
     if weights == "random":
         raise ValueError(
@@ -65,9 +67,7 @@ def delta_of_run(
     delta.notes = {
         # Of a path, the name: the folders are this machine's.
         "weights": found.name if found.is_file() else backbone.weights,
-        "method": cfg.TUNING.METHOD,
-        "iterations": str(cfg.SOLVER.MAX_ITER),
-        "seed": str(cfg.SEED),
+        **(_facts(cfg, record) if record else {}),
     }
     return delta
 
@@ -89,7 +89,7 @@ def read_tuned(
     """
     source = Path(source)
     if source.suffix != ".safetensors":
-        return _read_run(source, config_file)[1]
+        return _read_run(source, config_file)[-1]
     delta = Delta.load(source)
     vit = tuned_backbone(delta, base).vit.state_dict()
     return TunedModel(delta.architecture, vit, delta.decoder)
@@ -129,6 +129,15 @@ def _public_backbone(
         ) from error
 
 
+def _facts(cfg: CfgNode, record: RunRecord) -> dict[str, str]:
+    """How a run was trained, as its checkpoint says."""
+    return {
+        "method": cfg.TUNING.METHOD,
+        "iterations": str(record.iterations or cfg.SOLVER.MAX_ITER),
+        "seed": str(cfg.SEED),
+    }
+
+
 def _resized(backbone: VFMBackbone, row: VFM) -> set[str]:
     """Names of the tensors that have another size than the public ones."""
     sizes = {"img_size": row.img_size, "patch_size": row.patch_size}
@@ -141,8 +150,10 @@ def _resized(backbone: VFMBackbone, row: VFM) -> set[str]:
     return names if same_grid else names | ({"pos_embed"} & shapes.keys())
 
 
-def _read_run(source: Path, config_file: str | Path | None) -> tuple[CfgNode, TunedModel]:
-    """The config and the weights of a run, which fit each other."""
+def _read_run(
+    source: Path, config_file: str | Path | None
+) -> tuple[CfgNode, RunRecord | None, TunedModel]:
+    """The config, the record and the weights of a run, which fit each other."""
     checkpoint = source / "model_final.pth" if source.is_dir() else source
     config_file = Path(config_file or checkpoint.with_name("config.yaml"))
     for file, option in ((checkpoint, "another checkpoint"), (config_file, "--config-file")):
@@ -152,7 +163,15 @@ def _read_run(source: Path, config_file: str | Path | None) -> tuple[CfgNode, Tu
         cfg = read_config(str(config_file))
     except (YAMLError, KeyError) as error:
         raise ValueError(f"{config_file} is no config of a run: {error}") from error
-    architecture, state = _architecture(cfg), read_checkpoint(checkpoint)
+    state, notes = read_with_notes(checkpoint)
+    record = RunRecord.of_checkpoint(notes)
+    if record is not None:
+        try:
+            record.require_same_predictions(cfg)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint}, {config_file}: {error}") from error
+        cfg = record.applied_to(cfg)
+    architecture = _architecture(cfg)
     method = build_tuning_method(cfg)
     if method.adds:
         try:
@@ -173,7 +192,22 @@ def _read_run(source: Path, config_file: str | Path | None) -> tuple[CfgNode, Tu
             f"{checkpoint} does not hold the backbone of {config_file}: "
             f"{shorten(str(error), 400)}. Name its own with --config-file"
         ) from error
-    return cfg, tuned
+    _require_decoder(cfg, tuned, checkpoint, config_file)
+    return cfg, record, tuned
+
+
+def _require_decoder(cfg: CfgNode, tuned: TunedModel, checkpoint: Path, config_file: Path) -> None:
+    """Refuses a decoder that does not fill the segmentation model of the config."""
+    own = build_empty(cfg, build_model).state_dict()
+    wanted = {name: t.shape for name, t in own.items() if not name.startswith(BACKBONE)}
+    wrong = [name for name in wanted if name not in tuned.decoder]
+    wrong += [n for n, t in tuned.decoder.items() if n in wanted and t.shape != wanted[n]]
+    if wrong:
+        raise ValueError(
+            f"{checkpoint} does not hold the decoder of {config_file}: {len(wrong)} of its "
+            f"{len(wanted)} tensors are missing or of another shape, the first is {wrong[0]}. Name "
+            "its own config with --config-file"
+        )
 
 
 def _merged(architecture: Architecture, method: TuningMethod, state: StateDict) -> StateDict:

@@ -59,8 +59,21 @@ def read_checkpoint(path: Path) -> StateDict:
     Raises:
         ValueError: the file is damaged, or holds more than tensors.
     """
+    return read_with_notes(path)[0]
+
+
+def read_with_notes(path: Path) -> tuple[StateDict, dict[str, Any]]:
+    """Reads a state dict, and what PyTorch's file holds beside it.
+
+    Args:
+        path: as of :func:`read_checkpoint`, which also says what is raised.
+
+    Returns:
+        Tensors by name, on the CPU, and the whole content of PyTorch's file, else nothing.
+    """
     path = Path(path)
     _require_weights(path)
+    notes: dict[str, Any] = {}
     try:
         if _is_safetensors(path):
             state = load_file(path)
@@ -70,7 +83,7 @@ def read_checkpoint(path: Path) -> StateDict:
             # Not by its path, whose ending torch.load believes. A Namespace holds the options
             # that MAE and DINO save beside their models.
             with open(path, "rb") as file, torch.serialization.safe_globals([Namespace]):
-                state = torch.load(file, map_location="cpu", weights_only=True)
+                state = notes = torch.load(file, map_location="cpu", weights_only=True)
             for nest in NESTS:
                 state = state.get(nest, state)
     # Each format has errors of its own: pickle's, zip's, safetensors'.
@@ -82,7 +95,7 @@ def read_checkpoint(path: Path) -> StateDict:
         ) from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: {', '.join(map(str, list(state)[:5]))}")
-    return state
+    return state, notes
 
 
 def _require_weights(path: Path) -> None:

@@ -27,6 +27,8 @@ from fvcore.nn.jit_handles import (
 )
 from torch import Tensor, nn
 
+from fishertune_d2.modeling.heads import SegmentationHead
+
 from .imagined import WithoutValues, every_class
 
 FORWARD, INPUTS, WEIGHTS = "forward", "gradients of inputs", "gradients of weights"
@@ -105,7 +107,13 @@ class _Pass(nn.Module):
 
     def __init__(self, segmentor: nn.Module):
         super().__init__()
-        self.backbone, self.head = segmentor.backbone, segmentor.sem_seg_head
+        self.backbone, self.sem_seg_head = segmentor.backbone, segmentor.sem_seg_head
+        self._head = (segmentor.head,)  # which may be the module above, or an adapter around it
+
+    @property
+    def head(self) -> SegmentationHead:
+        """What drives the segmentation head."""
+        return self._head[0]
 
 
 class TrainingPass(_Pass):

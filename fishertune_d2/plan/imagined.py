@@ -39,7 +39,9 @@ def stand_in_for_values(model: nn.Module) -> None:
     Every class is in every image, and the k-th query is matched with the k-th class. That is as
     many matches as there can be. The matcher's own work falls away.
     """
-    model.sem_seg_head.criterion.match = _in_order
+    criterion = getattr(model.sem_seg_head, "criterion", None)
+    if criterion is not None:  # Detectron2's heads match nothing
+        criterion.match = _in_order
     model.features_and_targets = partial(_features_and_targets, model)
 
 
@@ -167,5 +169,5 @@ def _features_and_targets(
 ) -> tuple[dict, SegmentationTargets]:
     """Stands in for the segmentor's: Detectron2's ImageList makes numbers of the images' sizes."""
     images, labels = (torch.stack([each[key] for each in batch]) for key in ("image", "sem_seg"))
-    targets = every_class(labels.to(model.device), model.sem_seg_head.num_classes)
+    targets = every_class(labels.to(model.device), model.head.num_classes)
     return model.backbone(images.to(model.device).float()), targets

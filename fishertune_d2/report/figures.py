@@ -51,7 +51,7 @@ def draw_curves(run: Run) -> list[Curve]:
     charts = [
         ("Loss, and its parts for the final prediction", losses, True),
         ("Learning rate", rates, False),
-        ("Share of the backbone that is tuned, in %", {"": share}, False),
+        ("Tuned share of the backbone, in %", {"": share}, False),
         # One score is in the table.
         ("mIoU during training", {k: v for k, v in scores.items() if len(v) > 1}, False),
     ]

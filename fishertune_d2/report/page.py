@@ -52,7 +52,7 @@ def write_report(run: Run, path: str | Path) -> None:
     )
     page = environment.get_template("page.html").render(
         run=run,
-        method=run.config["TUNING.METHOD"],
+        method=_recorded(run, "method", "TUNING.METHOD"),
         vfm=run.config["MODEL.VFM.NAME"],
         warmup_of=run.config["TUNING.WARMUP_CHECKPOINT"],
         done=_iterations_done(run),
@@ -64,6 +64,12 @@ def write_report(run: Run, path: str | Path) -> None:
     )
     with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _recorded(run: Run, fact: str, key: str) -> Any:
+    """A fact of the training: of results.json, which has it from the checkpoint, or the config."""
+    recorded = run.results["protocol"] if run.results else {}
+    return _text(recorded[fact]) if fact in recorded else run.config[key]
 
 
 def _iterations_done(run: Run) -> int:
@@ -146,7 +152,7 @@ def _protocol(run: Run) -> dict[str, str]:
         "batch_size": config["SOLVER.IMS_PER_BATCH"],
     }
     rows = {name.replace("_", " "): value for name, value in (recorded or planned).items()}
-    rows = {"trained on": config["DATASETS.TRAIN"], **rows}
+    rows = {"trained on": _recorded(run, "train", "DATASETS.TRAIN"), **rows}
     rows |= {
         f"test size, {name}": f"{size[0]} x {size[1]}" if size else "as stored"
         for name, size in sizes.items()

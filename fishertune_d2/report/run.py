@@ -141,7 +141,9 @@ def _read_results(path: Path) -> dict[str, Any] | None:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         scores = results["source"] | results["targets"]
-        numbers = [*scores.values(), results["tuned_parameters"], results["backbone_parameters"]]
+        numbers = [*scores.values(), results["backbone_parameters"]]
+        if results["tuned_parameters"] is not None:  # else nothing is known of the training
+            numbers.append(results["tuned_parameters"])
         for name in scores:
             ious, classes = results["per_class"][name], results["protocol"]["classes"][name]
             numbers += [ious.get(label, 0) for label in classes]

@@ -137,11 +137,9 @@ def test_refuses(run, tmp_path, capsys):
     assert "there is no" in refused("delta", tmp_path / "nowhere.pth")
     assert "--config-file" in refused("delta", out, "--config-file", tmp_path / "none.yaml")
     assert "(For an export, --base FILE" in refused("delta", out, "--base", tmp_path / "none.pth")
-    config.write_text(text.replace("NAME: tiny", "NAME: huge"))
-    assert "MODEL.VFM.NAME is 'huge'; known are" in refused("plain", out)
     config.write_text(text.replace("NAME: tiny", "NAME: dinov2_vits"))
-    assert "does not hold the backbone of" in (error := refused("plain", out))
-    assert str(config) in error and "Name its own with --config-file" in error
+    error = refused("plain", out)
+    assert "MODEL.VFM.NAME was 'tiny' and is 'dinov2_vits'" in error and str(config) in error
     harm = tmp_path / "harm"
     config.write_text(f"SEED: !!python/object/apply:pathlib.Path.touch [{harm}]\n")
     assert "config.yaml is no YAML that can be read" in refused("delta", out)
@@ -154,6 +152,45 @@ def test_refuses(run, tmp_path, capsys):
     assert "delta.safetensors is cut short" in refused("plain", delta)
     assert not harm.exists()
     assert _digest(out / "model_final.pth") == before
+
+
+def test_weights_without_a_record_have_to_fit_their_config(run, tmp_path, capsys):
+    out, trained = run(SOLVER__MAX_ITER=4)
+    config, weights = out / "config.yaml", out / "weights.pth"
+    text = config.read_text()
+
+    def refused(state) -> str:
+        torch.save({"model": state}, weights)
+        with pytest.raises(SystemExit, match="1"):
+            main(["plain", str(weights), "--layout", "detectron2"])
+        return capsys.readouterr().err
+
+    for old, new, words in (
+        ("NAME: tiny", "NAME: huge", "MODEL.VFM.NAME is 'huge'; known are"),
+        ("NAME: tiny", "NAME: dinov2_vits", f"does not hold the backbone of {config}"),
+        ("DEC_LAYERS: 3", "DEC_LAYERS: 4", f"does not hold the decoder of {config}: 22 of its"),
+        ("NUM_CLASSES: 3", "NUM_CLASSES: 5", "the first is sem_seg_head.class_predictor.weight"),
+    ):
+        config.write_text(text.replace(old, new))
+        assert (
+            words in (error := refused(trained)) and "with --config-file" in error or "huge" in new
+        )
+    config.write_text(text)
+    del trained["sem_seg_head.class_predictor.bias"]
+    assert "1 of its 94 tensors are missing" in refused(trained)
+    assert not (out / "detectron2").exists()
+
+
+def test_a_delta_says_of_its_training_what_the_checkpoint_says(run):
+    out, _ = run(SOLVER__MAX_ITER=4)
+    config = out / "config.yaml"
+    other = config.read_text().replace("SEED: 42", "SEED: 1").replace("MAX_ITER: 4", "MAX_ITER: 9")
+    config.write_text(other)
+    facts = {"method": "fishertune", "iterations": "4", "seed": "42"}
+    assert delta_of_run(out).notes.items() >= facts.items()
+    state = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    torch.save({"model": state}, out / "weights.pth")
+    assert not delta_of_run(out / "weights.pth").notes.keys() & facts.keys()
 
 
 def test_a_run_from_random_weights_has_no_delta(run, capsys):

@@ -36,6 +36,6 @@ def test_a_real_run(tiny_cfg):
     results = json.loads((folder / "results.json").read_text())
     for score in (*results["source"].values(), results["target_average"]):
         assert f"<strong>{score:.2f}</strong>" in page
-    for part in ("Sensitivity", "Selection", "Share of the backbone that is tuned"):
+    for part in ("Sensitivity", "Selection", "Tuned share of the backbone"):
         assert part in page
     assert "Unfinished" not in page and "Not drawn" not in page

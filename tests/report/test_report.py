@@ -179,7 +179,7 @@ def test_without_a_selection_its_section_is_left_out(tmp_path, method):
         tmp_path / "run", {**RESULTS, "tuned_parameters": tuned}, **{"TUNING.METHOD": method}
     )
     page = _report(folder)
-    assert "What was selected" not in page.text
+    assert "Selected weights" not in page.text
     assert ("no weight of the backbone's" in page.text) == (method == "freeze")
 
 
@@ -233,7 +233,7 @@ def test_curves_are_drawn_of_what_was_logged(tmp_path):
     assert titles == [
         "Loss",
         "Learning rate",
-        "Share of the backbone that is tuned",
+        "Tuned share of the backbone",
         "mIoU during training",
     ]
     (folder / "metrics.json").write_text(_metrics(39, total_loss=float("nan")))
