@@ -85,6 +85,45 @@ def test_trains_then_evaluates_from_the_checkpoint(camvid):
     assert (out / "config.yaml").read_text() == before  # of the run that is there
 
 
+def _sentence(run: subprocess.CompletedProcess) -> str:
+    """The one sentence that a command ended in."""
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr[-2000:]
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_used_folder_is_refused_or_overwritten_and_random_weights_are_not_scored(camvid):
+    out = camvid / "out"
+    config, options = "configs/camvid/freeze.yaml", [*TINY_CAMVID, "OUTPUT_DIR", str(out)]
+    first = _train_net(camvid, config, *options, "SEED", "1")
+    assert first.returncode == 0, first.stderr[-2000:]
+    scores = (out / "results.json").read_text()
+
+    for more in ([], ["--num-gpus", "2"]):
+        again = _sentence(_train_net(camvid, config, *more, *options))
+        assert "holds another run" in again and "--resume" in again and "--overwrite" in again
+    both = _sentence(_train_net(camvid, config, "--resume", "--overwrite", *options))
+    assert "choose one" in both
+    # The folder's config would do, but the command names no weights.
+    unnamed = _sentence(_train_net(camvid, config, "--eval-only", *options))
+    assert f"add MODEL.WEIGHTS {out / 'model_final.pth'}, or --resume" in unnamed
+    scored = ["OUTPUT_DIR", str(camvid / "scored"), "MODEL.WEIGHTS", str(out / "model_final.pth")]
+    other = _train_net(camvid, config, "--eval-only", *TINY_CAMVID, *scored, "INPUT.FORMAT", "BGR")
+    assert "INPUT.FORMAT was 'RGB' and is 'BGR'" in _sentence(other)
+    assert (out / "results.json").read_text() == scores
+
+    anew = _train_net(camvid, config, "--overwrite", *options, "SEED", "2")
+    assert anew.returncode == 0, anew.stderr[-2000:]
+    assert json.loads((out / "results.json").read_text())["protocol"]["seed"] == 2
+
+
+def test_what_stops_one_of_two_processes_is_said_in_a_sentence(tmp_path):
+    out = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
+    run = _train_net(tmp_path, "configs/camvid/freeze.yaml", "--num-gpus", "2", *TINY, *out)
+    assert "set DETECTRON2_DATASETS" in run.stderr
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+
+
 @pytest.fixture
 def slurm(tmp_path) -> str:
     """A PATH with SLURM's commands, as for a job of two nodes that are both this machine."""

@@ -1,6 +1,9 @@
 """Starts a run in one process or several: by Detectron2's launcher, or as torchrun started it."""
 
 import os
+import re
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +19,8 @@ from . import preemption
 
 # What torchrun tells each of its processes, beside where they meet.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# What torch.distributed says where another process is gone.
+_LEFT_ALONE = re.compile(r"Connection (closed|reset) by (remote )?peer")
 # How long a process waits for the others when it leaves, in seconds.
 _PATIENCE = 10
 
@@ -52,10 +57,24 @@ def launch(main: Callable[[Namespace], object], args: Namespace, *, device: str)
 
 
 def _run(main: Callable[[Namespace], object], args: Namespace) -> None:
-    """Runs one of several processes, and leaves their group whatever happens."""
+    """Runs one of several processes, and leaves their group whatever happens.
+
+    Raises:
+        SystemExit: if another process has stopped, which has said why.
+    """
     try:
         main(args)
         comm.synchronize()  # or who is done first would wait in vain for the others
+    except RuntimeError as error:  # of torch.distributed, which has no class of its own for it
+        if _LEFT_ALONE.search(str(error)) is None:
+            raise
+        # Or the parent may see this end first, and hide the reason of the other one's.
+        time.sleep(_PATIENCE + 1)
+        print(
+            f"Process {comm.get_rank()} stops because another process of this run has stopped",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     finally:
         # In a thread, for NCCL waits for what other processes may never send.
         leaving = Thread(target=torch.distributed.destroy_process_group, daemon=True)

@@ -172,9 +172,7 @@ def test_weights_without_a_record_have_to_fit_their_config(run, tmp_path, capsys
         ("NUM_CLASSES: 3", "NUM_CLASSES: 5", "the first is sem_seg_head.class_predictor.weight"),
     ):
         config.write_text(text.replace(old, new))
-        assert (
-            words in (error := refused(trained)) and "with --config-file" in error or "huge" in new
-        )
+        assert words in refused(trained)
     config.write_text(text)
     del trained["sem_seg_head.class_predictor.bias"]
     assert "1 of its 94 tensors are missing" in refused(trained)

@@ -57,6 +57,7 @@ def _joined(rank: int, folder: Path, main) -> None:
     rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": (folder / "port").read_text()}
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update(rendezvous, **{name: str(number) for name, number in numbers.items()})
+    MODULE._PATIENCE = 1
     try:
         launch(main, default_argument_parser().parse_args([]), device="cpu")
         end = "done"
@@ -84,7 +85,8 @@ def _leaves(args: Namespace) -> None:
     "main, ends",
     [
         (_work, ("done", "done")),
-        (_fails, ("RuntimeError(", "ZeroDivisionError()")),  # the first waits for the second
+        # The first waits for the second, and leaves the reason to it.
+        (_fails, ("SystemExit(1)", "ZeroDivisionError()")),
         (_leaves, ("SystemExit(75)", "SystemExit(75)")),
     ],
 )
