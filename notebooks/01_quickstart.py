@@ -35,6 +35,7 @@ from IPython.display import Image
 from fishertune_d2.analysis.selection_map import draw_run
 from fishertune_d2.config import read_config
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.output_dir import remove_run
 
 # %% [markdown]
 # ## One config
@@ -78,6 +79,7 @@ log = logging.getLogger("fishertune_d2.engine")
 log.addHandler(logging.StreamHandler(sys.stdout))
 log.setLevel(logging.INFO)
 
+remove_run(output)  # what an earlier execution left
 trainer = Trainer(cfg)
 trainer.resume_or_load(resume=False)
 trainer.train()

@@ -30,6 +30,7 @@ from tabulate import tabulate
 from fishertune_d2.analysis.features import patch_features, pca_pictures, read_images
 from fishertune_d2.config import read_config
 from fishertune_d2.engine import Trainer, WholeCheckpointer
+from fishertune_d2.engine.output_dir import remove_run
 from fishertune_d2.evaluation.pictures import colorize
 from fishertune_d2.fisher import find_candidates
 from fishertune_d2.modeling import VFMS
@@ -156,6 +157,7 @@ plt.show()
 warmup = Path(cfg.OUTPUT_DIR, "model_warmup.pth")
 if not warmup.is_file():
     warmup.parent.mkdir(parents=True, exist_ok=True)
+    remove_run(warmup.parent)  # what an earlier execution left
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()

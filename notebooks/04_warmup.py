@@ -35,6 +35,7 @@ from tabulate import tabulate
 
 from fishertune_d2.config import read_config
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.output_dir import remove_run
 from fishertune_d2.evaluation import format_table
 
 # %matplotlib inline
@@ -78,6 +79,7 @@ Markdown(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 # %%
 cfg = read_config(CONFIG, ["TUNING.METHOD", "freeze", "OUTPUT_DIR", str(output)])
+remove_run(output)  # what an earlier execution left
 trainer = Trainer(cfg)
 trainer.resume_or_load(resume=False)
 before = {name: p.detach().clone() for name, p in trainer.segmentor.named_parameters()}
@@ -163,6 +165,7 @@ else:
     folder = OUTPUT / "camvid_freeze"
     folder.mkdir(parents=True, exist_ok=True)
     real = read_config("camvid.yaml", ["TUNING.METHOD", "freeze", "OUTPUT_DIR", str(folder)])
+    remove_run(folder)
     trainer = Trainer(real)
     trainer.resume_or_load(resume=False)
     trainer.train()

@@ -34,6 +34,7 @@ from fishertune_d2.config import read_config
 from fishertune_d2.data import SegmentationMapper, build_train_loader, load_datasets
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.image_losses import SegmentationLoss
+from fishertune_d2.engine.output_dir import remove_run
 from fishertune_d2.fisher import (
     KINDS,
     Selection,
@@ -64,6 +65,7 @@ output.mkdir(parents=True, exist_ok=True)
 freeze = OUTPUT / "freeze"
 if not (freeze / "model_warmup.pth").is_file():
     freeze.mkdir(parents=True, exist_ok=True)
+    remove_run(freeze)  # what an earlier execution left
     trainer = Trainer(read_config(CONFIG, ["TUNING.METHOD", "freeze", "OUTPUT_DIR", str(freeze)]))
     trainer.resume_or_load(resume=False)
     trainer.train()

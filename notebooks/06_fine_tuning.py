@@ -31,6 +31,7 @@ from fishertune_d2.analysis.features import patch_features, read_images
 from fishertune_d2.analysis.selection_map import draw_run
 from fishertune_d2.config import read_config
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.output_dir import remove_run
 from fishertune_d2.fisher import Selection, tuned_share
 
 # %matplotlib inline
@@ -94,9 +95,11 @@ for name, options in runs.items():
     if name != "freeze":
         options += ["TUNING.WARMUP_CHECKPOINT", str(freeze / "model_warmup.pth")]
     (OUTPUT / name).mkdir(parents=True, exist_ok=True)
+    done = name == "freeze" and (freeze / "results.json").is_file()
+    if not done:
+        remove_run(OUTPUT / name)  # what an earlier execution left
     cfg = read_config(CONFIG, options)
     trainers[name] = Trainer(cfg)
-    done = name == "freeze" and (freeze / "results.json").is_file()
     trainers[name].resume_or_load(resume=done)  # 04_warmup's run, if it is there
     if not done:
         trainers[name].train()
@@ -206,6 +209,7 @@ else:
     folder.mkdir(parents=True, exist_ok=True)
     options = [*runs["fishertune"], "OUTPUT_DIR", str(folder)]
     options += ["TUNING.WARMUP_CHECKPOINT", str(real_freeze / "model_warmup.pth")]
+    remove_run(folder)
     trainer = Trainer(read_config("camvid.yaml", options))
     trainer.resume_or_load(resume=False)
     trainer.train()
