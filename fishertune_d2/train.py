@@ -30,6 +30,7 @@ from fishertune_d2.engine import Trainer, launch, log_plan
 from fishertune_d2.engine.output_dir import (
     remove_run,
     require_own_weights,
+    require_resumable,
     require_unused,
     require_writable,
 )
@@ -146,10 +147,14 @@ def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
     require_possible(Trainer.auto_scale_workers(cfg, processes), processes)
     require_writable(cfg.OUTPUT_DIR)
     # Of several processes or machines the first one, for the others start at any time.
-    if int(os.environ.get("RANK", args.machine_rank)) == 0 and not args.resume:
-        if args.overwrite:
-            remove_run(cfg.OUTPUT_DIR)
-        require_unused(cfg.OUTPUT_DIR)
+    if int(os.environ.get("RANK", args.machine_rank)) > 0:
+        return
+    if args.resume:
+        require_resumable(cfg)
+        return
+    if args.overwrite:
+        remove_run(cfg.OUTPUT_DIR)
+    require_unused(cfg.OUTPUT_DIR)
 
 
 if __name__ == "__main__":

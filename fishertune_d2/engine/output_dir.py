@@ -1,9 +1,17 @@
 """An OUTPUT_DIR holds one run: a second run is refused, or the first one's files go first."""
 
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from fishertune_d2.config import read_config
+
+from .run_record import as_words, defining_keys, differing_keys
 
 # What training and evaluation write. The first group is only there if a run has begun; a run that
 # was refused at its start leaves files of the second group, which do not stop the next attempt.
@@ -39,6 +47,38 @@ def require_unused(folder: str | Path) -> None:
             f"{', ...' if len(found) > 4 else ''}): add --resume to go on with that run, choose "
             "another OUTPUT_DIR, or add --overwrite to delete that run's files first"
         )
+
+
+def require_resumable(cfg: CfgNode) -> None:
+    """Refuses ``--resume`` where another run was killed before its first checkpoint.
+
+    Without a checkpoint, resuming begins anew, and the metrics of the two would mix.
+
+    Args:
+        cfg: OUTPUT_DIR may hold the ``config.yaml`` of that run.
+
+    Raises:
+        ValueError: names the settings that differ and the remedies.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    record = folder / "config.yaml"
+    if not record.is_file() or not files_of_run(folder) or (folder / "last_checkpoint").is_file():
+        return
+    then, now = defining_keys(read_config(str(record))), defining_keys(cfg)
+    differing = as_words(differing_keys(then, now))
+    if differing:
+        raise ValueError(
+            f"OUTPUT_DIR {folder} holds another run, which has no checkpoint to go on from: "
+            f"{'; '.join(differing)}. Choose another OUTPUT_DIR, or start anew with --overwrite "
+            "in place of --resume"
+        )
+
+
+def remove_pictures(folder: str | Path, names: Sequence[str]) -> None:
+    """Deletes the pictures that an earlier evaluation drew of these data sets."""
+    for path in (Path(folder) / "pictures").glob("*.png"):
+        if any(re.fullmatch(re.escape(name) + r"_\d+", path.stem) for name in names):
+            path.unlink()
 
 
 def remove_run(folder: str | Path) -> None:

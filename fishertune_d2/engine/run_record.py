@@ -191,7 +191,7 @@ class RunRecord:
         Raises:
             ValueError: names the differences, with both values.
         """
-        troubles = _as_words(differing_keys(then.config, self.config))
+        troubles = as_words(differing_keys(then.config, self.config))
         troubles += [*then._other_data(self)]
         if troubles:
             raise ValueError("; ".join(troubles))
@@ -209,7 +209,7 @@ class RunRecord:
             ValueError: names the differences, with both values, and the remedy.
         """
         differing = differing_keys(self.config, defining_keys(cfg), changes_predictions)
-        troubles = _as_words(differing)
+        troubles = as_words(differing)
         for name, own in (classes or {}).items():
             troubles += _other_classes(self.classes, own, name)
         if troubles:
@@ -235,13 +235,13 @@ class RunRecord:
         """
         differing = differing_keys(then.config, self.config, keys)
         unusual = {key: differing.pop(key) for key in _UNUSUAL if key in differing}
-        troubles = [*_as_words(differing), *then._other_data(self)]
+        troubles = [*as_words(differing), *then._other_data(self)]
         if troubles:
             raise ValueError(
                 f"{name} is of a run with other settings: {'; '.join(troubles)}. Set these back, "
                 "or leave the key empty, so that this run makes its own"
             )
-        return _as_words(unusual)
+        return as_words(unusual)
 
     def _other_data(self, now: "RunRecord") -> Iterator[str]:
         """Says how the training data of a later run differ from this one's."""
@@ -292,7 +292,8 @@ def _equal(then: Any, now: Any) -> bool:
     return then == now
 
 
-def _as_words(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:
+def as_words(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Says of each key that :func:`differing_keys` found its value then and now."""
     return [f"{key} was {then!r} and is {now!r}" for key, (then, now) in differing.items()]
 
 

@@ -21,6 +21,7 @@ from fishertune_d2.fisher.files import whole_file
 from fishertune_d2.version import commit
 
 from .loaders import scoring_loader
+from .output_dir import remove_pictures
 from .plan import plan
 from .run_record import RunRecord
 from .step import autocast_dtype, set_matmul_precision
@@ -63,6 +64,8 @@ def score_datasets(
         DatasetError: if a test set could not be scored, when all others are.
     """
     require_trained(model)
+    if comm.is_main_process():
+        remove_pictures(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)
     set_matmul_precision(cfg)
     evaluators = _as_list(cfg, build_evaluator, evaluators)
     results: OrderedDict = OrderedDict()

@@ -10,9 +10,11 @@ from fishertune_d2.engine.output_dir import (
     files_of_run,
     remove_run,
     require_own_weights,
+    require_resumable,
     require_unused,
     require_writable,
 )
+from fishertune_d2.engine.trained_model import build_trained
 
 
 def _train(cfg, resume: bool = False) -> None:
@@ -63,6 +65,31 @@ def test_a_killed_run_is_resumed_in_its_folder(tiny_cfg):
     _train(cfg, resume=True)
     _train(cfg, resume=True)
     assert Path(cfg.OUTPUT_DIR, "model_final.pth").is_file()
+
+
+def test_resuming_where_another_run_was_killed_early_is_refused(tiny_cfg):
+    cfg = tiny_cfg()
+    out = Path(cfg.OUTPUT_DIR)
+    (out / "config.yaml").write_text(tiny_cfg(SEED=1).dump())
+    require_resumable(cfg)  # it has trained nothing
+    (out / "metrics.json").write_text("{}\n")
+    require_resumable(tiny_cfg(SEED=1, DATASETS__TEST=()))
+    with pytest.raises(ValueError, match="SEED was 1 and is 42. Choose another OUTPUT_DIR, or st"):
+        require_resumable(cfg)
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    require_resumable(cfg)  # the checkpoint's record says more
+
+
+def test_pictures_of_an_earlier_evaluation_do_not_stay(tiny_cfg):
+    cfg = tiny_cfg(TUNING__METHOD="freeze", TEST__PICTURES=3)
+    _train(cfg)
+    pictures = Path(cfg.OUTPUT_DIR, "pictures")
+    (pictures / "tiny_day_at_noon_2.png").touch()  # of another data set
+    model = build_trained(cfg, cfg.OUTPUT_DIR + "/model_final.pth")
+    Trainer.test(tiny_cfg(TUNING__METHOD="freeze", DATASETS__TEST=("tiny_day",)), model)
+    names = sorted(path.name for path in pictures.iterdir())
+    kept = [f"tiny_night_{k}.png" for k in range(3)]
+    assert names == ["tiny_day_0.png", "tiny_day_at_noon_2.png", *kept]
 
 
 def test_scores_of_other_weights_do_not_enter_a_runs_folder(tmp_path):
