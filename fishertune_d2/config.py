@@ -6,6 +6,7 @@ Mask2Former project, so that a config written for it reads the same here.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -120,6 +121,13 @@ def read_config(file: str, options: Sequence[str] = ()) -> CN:
     cfg.merge_from_list(list(options))
     cfg.freeze()
     return cfg
+
+
+def equal_values(one: Any, other: Any) -> bool:
+    """Whether two values of a key are equal; YAML and JSON make lists of tuples."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(equal_values, one, other))
+    return one == other
 
 
 def _add_backbone(cfg: CN) -> None:

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils import comm
 
-from .config import default_config
+from .config import default_config, equal_values
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def unread_keys(cfg: CfgNode) -> dict[str, str]:
         cfg: compared with Detectron2's defaults and the recipe.
     """
     start, now = (dict(_leaves(each)) for each in (default_config(), cfg))
-    changed = [key for key in stock_keys() if key in now and now[key] != start[key]]
+    changed = [key for key in stock_keys() if key in now and not equal_values(now[key], start[key])]
     return {key: why for key in changed if (why := why_unread(key, cfg)) is not None}
 
 

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.output_dir import remove_run
 from fishertune_d2.fisher import FisherEstimate, Selection
 from fishertune_d2.plan import make_plan
 from gpu.measure import (
@@ -134,6 +135,7 @@ def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) ->
                     patch.object(FisherEstimate, "save"),  # 2 GB
                     patch.object(Selection, "from_scores", staticmethod(ranked)),
                 ):
+                    remove_run(root / "run")  # the row before
                     trainer = Trainer(cfg)
                     watch = Watch(trainer, args.steps)
                     (root / "run").mkdir(exist_ok=True)

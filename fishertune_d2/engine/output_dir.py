@@ -45,7 +45,8 @@ def require_unused(folder: str | Path) -> None:
         raise FileExistsError(
             f"OUTPUT_DIR {folder} holds another run ({', '.join(p.name for p in found[:4])}"
             f"{', ...' if len(found) > 4 else ''}): add --resume to go on with that run, choose "
-            "another OUTPUT_DIR, or add --overwrite to delete that run's files first"
+            "another OUTPUT_DIR, or add --overwrite to delete that run's files first. (In Python: "
+            "trainer.resume_or_load(resume=True), or remove_run of fishertune_d2.engine.output_dir)"
         )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from fishertune_d2.config import equal_values
+
 # What a run is: with another value of a key below these, its result is another.
 _DEFINING = (
     "DATALOADER.REPEAT_THRESHOLD",
@@ -267,7 +269,7 @@ def differing_keys(
     return {
         key: (value, now[key])
         for key, value in then.items()
-        if keys(key) and key in now and not _equal(value, now[key])
+        if keys(key) and key in now and not equal_values(value, now[key])
     }
 
 
@@ -283,13 +285,6 @@ def _defining(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _defining(value, f"{key}.")
         elif key not in _FREE and f"{key}.".startswith(tuple(f"{root}." for root in _DEFINING)):
             yield key, value
-
-
-def _equal(then: Any, now: Any) -> bool:
-    # Through JSON, as in the header of an estimate, a tuple becomes a list.
-    if isinstance(then, list | tuple) and isinstance(now, list | tuple):
-        return len(then) == len(now) and all(map(_equal, then, now))
-    return then == now
 
 
 def as_words(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:

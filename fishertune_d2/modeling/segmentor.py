@@ -295,7 +295,8 @@ def _build_head(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module:
         )
     try:
         return build_sem_seg_head(cfg, shapes)
-    except (AssertionError, ValueError) as error:  # Detectron2's heads name no key
+    # Detectron2's heads name no key; those of its projects read keys that are not there.
+    except (AssertionError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.NAME {keys.NAME} cannot be built from the keys of "
             f"MODEL.SEM_SEG_HEAD: {error}"
