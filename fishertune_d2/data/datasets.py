@@ -19,6 +19,7 @@ from fishertune_d2.data.metadata import (
     dataset_metadata,
     registered_row,
     require_classes,
+    require_same_classes,
 )
 from fishertune_d2.data.pairs import IMAGE_SUFFIXES, SemSegDataset, load_pairs
 from fishertune_d2.data.rows import DATASETS
@@ -134,12 +135,7 @@ def load_datasets(names: Sequence[str]) -> list[dict]:
         raise TypeError(f"names is a list of data set names, got the string {names!r}")
     dicts: list[dict] = []
     for name in names:
-        first, this = (dataset_metadata(n).classes for n in (names[0], name))
-        if first != this:
-            raise DatasetError(
-                f"{names[0]} and {name} have different classes ({len(first)} and {len(this)}: "
-                f"{list(first)} and {list(this)}); one model cannot be trained on both."
-            )
+        require_same_classes(dataset_metadata(names[0]), dataset_metadata(name))
         dicts += _load(name)
     return dicts
 

@@ -199,6 +199,16 @@ def repeated(classes: Sequence[str]) -> list[str]:
     return [name for name, count in Counter(classes).items() if count > 1]
 
 
+def same_class(one: str, other: str) -> bool:
+    """Whether two names are spellings of the same class: "Traffic_Light" and "traffic light"."""
+    return _spelt(one) == _spelt(other)
+
+
+def _spelt(name: str) -> str:
+    """A class name without that in which spellings of the same name differ."""
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
 def identity_space(classes: Sequence[str], colors: Sequence[Color]) -> LabelSpace:
     """Returns the space in which the trained classes themselves are scored."""
     return LabelSpace(tuple(classes), tuple(colors), tuple(range(len(classes))))

@@ -8,6 +8,7 @@ FisherTune's registrations say all of it. Of a data set that Detectron2's own fu
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import zip_longest
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.colormap import colormap
@@ -20,6 +21,7 @@ from fishertune_d2.data.labels import (
     identity_map_name,
     identity_space,
     repeated,
+    same_class,
 )
 from fishertune_d2.data.pairs import Published, SemSegDataset
 
@@ -160,6 +162,29 @@ def require_classes(name: str, classes: Sequence[str]) -> None:
             f"{name}: several classes are named {' and '.join(map(repr, twice))}; scores are told "
             "apart by the name, so give each class its own."
         )
+
+
+def require_same_classes(first: DatasetMetadata, other: DatasetMetadata) -> None:
+    """Refuses data sets whose labels mean different classes, of which one model knows one.
+
+    Args:
+        first: the data set that says what the model's classes are.
+        other: another one of the same run.
+
+    Raises:
+        DatasetError: names the first class in which they differ; spellings are no difference.
+    """
+    pairs = zip_longest(first.classes, other.classes)
+    for k, (one, another) in enumerate(pairs):
+        if one is None or another is None or not same_class(one, another):
+            names = ["nothing" if name is None else repr(name) for name in (one, another)]
+            raise DatasetError(
+                f"{first.name} and {other.name} have different classes ({len(first.classes)} and "
+                f"{len(other.classes)}: class {k} is {names[0]} in {first.name} and {names[1]} in "
+                f"{other.name}); one model cannot be trained and scored on both. Register both "
+                "with the same classes in the same order, and number the ids of their label files "
+                "alike."
+            )
 
 
 def class_colors(count: int, given: Sequence[Sequence[int]] = ()) -> tuple[Color, ...]:

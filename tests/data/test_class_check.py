@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from PIL import Image
 
-from fishertune_d2.data import class_counts, register_sem_seg
+from fishertune_d2.data import class_counts, load_datasets, register_sem_seg
 from fishertune_d2.data.check import check_datasets, reading
 from fishertune_d2.data.check.__main__ import main
 from fishertune_d2.data.datasets import DATASETS, register
@@ -21,18 +21,25 @@ CLASSES = ["path", "grass", "bench"]
 ROWS = {row.name: row for row in DATASETS}
 
 
+def write_pairs(folder, labels):
+    """Writes black photos and the given masks, by the stem of their names."""
+    for stem, ids in labels.items():
+        ids = np.array(ids, dtype=np.uint8)
+        for kind, picture in (
+            ("photos", Image.new("RGB", ids.shape[::-1])),
+            ("masks", Image.fromarray(ids)),
+        ):
+            (folder / kind).mkdir(exist_ok=True)
+            picture.save(folder / kind / f"{stem}.png")
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """Returns a function that writes labels and registers them as "own_park"."""
     monkeypatch.setenv("FISHERTUNE_CACHE", str(tmp_path / "cache"))
 
     def write(*labels, classes=CLASSES, **kwargs):
-        for folder in ("photos", "masks"):
-            (tmp_path / folder).mkdir(exist_ok=True)
-        for k, ids in enumerate(labels):
-            ids = np.array(ids, dtype=np.uint8)
-            Image.new("RGB", ids.shape[::-1]).save(tmp_path / f"photos/{k}.png")
-            Image.fromarray(ids).save(tmp_path / f"masks/{k}.png")
+        write_pairs(tmp_path, dict(enumerate(labels)))
         register_sem_seg("own_park", tmp_path / "photos", tmp_path / "masks", classes, **kwargs)
 
     yield write
@@ -141,6 +148,51 @@ def test_absent_classes_that_are_published_are_no_warning(camvid_tree, caplog):
         assert f"holds {names[0]} (1 of 19 classes)" in warnings_of(caplog, [row.name])[1]
     finally:
         register(row)
+
+
+# Several data sets of one run.
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """Returns a function that registers "own_day" and "own_night" with the given classes."""
+    monkeypatch.setenv("FISHERTUNE_CACHE", str(tmp_path / "cache"))
+    write_pairs(tmp_path, {"0": [[0, 1, 2]]})
+    names = ("own_day", "own_night")
+
+    def write(*classes):
+        for name, own_classes in zip(names, classes, strict=True):
+            register_sem_seg(name, tmp_path / "photos", tmp_path / "masks", own_classes)
+        return names
+
+    yield write
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "message"),
+    [
+        ("abc", "cba", "3 and 3: class 0 is 'a' in own_day and 'c' in own_night"),
+        ("abc", "abd", "3 and 3: class 2 is 'c' in own_day and 'd' in own_night"),
+        ("abc", "abcd", "3 and 4: class 3 is nothing in own_day and 'd' in own_night"),
+    ],
+)
+def test_data_sets_of_one_run_have_the_same_classes_in_the_same_order(two, first, other, message):
+    names = two([*first], [*other])
+    message = rf"own_day and own_night have different classes \({message}\).*in the same order"
+    with pytest.raises(DatasetError, match=message):
+        check_datasets(names)
+    with pytest.raises(DatasetError, match=message):
+        load_datasets(names)
+    check_datasets(names[1:])  # alone, it is as it should be
+
+
+def test_spellings_of_the_same_classes_are_no_difference(two):
+    names = two(["traffic light", "path", "grass"], ["Traffic_Light", "Path ", "grass"])
+    check_datasets(names)
+    assert len(load_datasets(names)) == 2
 
 
 # What is kept in the cache.

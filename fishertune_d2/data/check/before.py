@@ -9,7 +9,7 @@ from fishertune_d2.data.check.judging import problems_of, warning_of
 from fishertune_d2.data.check.reading import count_pixels
 from fishertune_d2.data.datasets import load_datasets
 from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.metadata import DatasetMetadata, dataset_metadata
+from fishertune_d2.data.metadata import DatasetMetadata, dataset_metadata, require_same_classes
 
 _log = logging.getLogger(__name__)
 
@@ -23,20 +23,23 @@ def check_datasets(names: Sequence[str], num_classes: int | None = None) -> None
     others wait.
 
     Args:
-        names: registered data sets; a name may occur twice.
+        names: registered data sets, those of training first; a name may occur twice.
         num_classes: classes of the model; None skips this comparison.
 
     Raises:
         DatasetError: one error for everything found: names that are not registered, missing
             folders and files, unreadable files, labels out of range, labels without a labelled
-            pixel or with ids of another kind, data sets whose classes are not the model's.
+            pixel or with ids of another kind, data sets whose classes are not the model's or not
+            those of the first data set.
     """
     if comm.is_main_process():
-        problems = []
+        problems, first = [], None
         for name in dict.fromkeys(names):
             try:
                 known = dataset_metadata(name)
                 _check_number(known, num_classes)
+                first = first or known
+                require_same_classes(first, known)
                 problems += _check(known)
             except DatasetError as error:
                 problems.append(str(error))
