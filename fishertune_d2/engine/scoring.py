@@ -100,17 +100,29 @@ def metrics_by_name(results: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def require_trained(model: nn.Module) -> None:
-    """Refuses a model of which neither a load nor a training has filled every part.
+    """Refuses a model that is not the trained one: a load has not filled it, or left tensors over.
 
     Raises:
-        ValueError: names a tensor that is as it was initialised, and the remedy.
+        ValueError: names a tensor that is as it was initialised, or that has no place in the model,
+            and the remedy.
     """
+    door = (
+        "fill it by `fishertune_d2.engine.trained_model.build_trained(cfg, weights)` or "
+        "--eval-only, which attach the tuning of the run and load all of its checkpoint"
+    )
     untrained = sorted(getattr(model, "untrained", ()))
     if untrained:
         raise ValueError(
-            f"{len(untrained)} tensors of the model are as they were initialised (the first is "
-            f"{untrained[0]}), so its scores would be those of random weights: load a checkpoint "
-            "that holds the whole model, or train it first"
+            f"the model has tensors that are as they were initialised ({len(untrained)}, the first "
+            f"is {untrained[0]}), so its scores would be those of random weights: {door}, or train "
+            "it first"
+        )
+    unplaced = sorted(getattr(model, "unplaced", ()))
+    if unplaced:
+        raise ValueError(
+            f"the model has no place for tensors that were loaded into it ({len(unplaced)}, the "
+            f"first is {unplaced[0]}), as when it lacks the TUNING.METHOD that they belong to, so "
+            f"its scores would not be those of what was trained: {door}"
         )
 
 

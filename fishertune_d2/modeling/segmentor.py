@@ -5,6 +5,7 @@ Shapes:
     H, W: an image as it enters the model; height, width: the same image as it lies on disk
 """
 
+import logging
 from math import isfinite
 
 import torch
@@ -12,6 +13,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
 from detectron2.structures import ImageList
+from detectron2.utils import comm
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +22,11 @@ from fishertune_d2.modeling.sliding import sliding_average
 from fishertune_d2.modeling.targets import SegmentationTargets, present_classes
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
 
+logger = logging.getLogger(__name__)
+
 TEST_MODES = ("whole", "slide")
+# The parts that hold the weights. A load may bring what lies beside them, such as pixel_mean.
+_PARTS = ("backbone.", "sem_seg_head.")
 
 
 @META_ARCH_REGISTRY.register()
@@ -32,6 +38,10 @@ class VFMSegmentor(nn.Module):
             first these are the tensors of the decoder, because a backbone comes with weights of
             its own. After weights have been loaded, they are all tensors that no load has filled,
             of the backbone too. It is empty once a training step has been computed.
+        unplaced: names of tensors of the backbone or the head that a load has brought and the model
+            has no place for, such as the prompts of a tuning method that is not attached. It is
+            empty again once a load has filled the whole model and left nothing over, or a training
+            step has been computed.
     """
 
     @configurable
@@ -89,6 +99,8 @@ class VFMSegmentor(nn.Module):
         names = self.state_dict().keys()
         self._loaded: frozenset[str] = frozenset()
         self.untrained = frozenset(name for name in names if not name.startswith("backbone."))
+        self.unplaced: frozenset[str] = frozenset()
+        self._warned = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -168,7 +180,7 @@ class VFMSegmentor(nn.Module):
         """
         # An estimate that needs no graph of this method, or a look at losses, trains nothing.
         if self.training and torch.is_grad_enabled():
-            self.untrained = frozenset()
+            self.untrained = self.unplaced = frozenset()
         features, targets = self.features_and_targets(batched_inputs)
         try:
             _, losses = self.head(features, targets)
@@ -245,6 +257,7 @@ class VFMSegmentor(nn.Module):
         Returns:
             ``{"sem_seg": (C, height, width)}`` for each image.
         """
+        self._warn_of_other_weights()
         results = []
         for inputs in batched_inputs:
             (image,) = self._normalised([inputs["image"]])
@@ -260,14 +273,40 @@ class VFMSegmentor(nn.Module):
         return results
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """Notes which tensors a load fills; torch calls it for whichever parent is loaded.
+        """Notes which tensors a load fills, and which it has left over.
 
-        A checkpointer removes what has another shape before it loads, so that counts as missing.
+        torch calls it for whichever parent is loaded. A checkpointer removes what has another shape
+        before it loads, so that counts as missing.
         """
         super()._load_from_state_dict(state_dict, prefix, *args)
         names = frozenset(self.state_dict().keys())
-        self._loaded |= {name for name in names if prefix + name in state_dict}
+        brought = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        # A buffer that is not in the state dict is a constant of the config: older files hold some.
+        constants = {name for name, _ in self.named_buffers()}
+        over = {name for name in brought - names - constants if name.startswith(_PARTS)}
+        self._loaded |= names & brought
         self.untrained = names - self._loaded
+        self.unplaced = frozenset(over | (set() if names <= brought else self.unplaced - names))
+
+    def _warn_of_other_weights(self) -> None:
+        """Says once that what is predicted is not what a training has made."""
+        if self._warned or torch.compiler.is_compiling():
+            return
+        if not (self.untrained or self.unplaced) or not comm.is_main_process():
+            return
+        self._warned = True
+        names = self.untrained or self.unplaced
+        trouble = "has no place for tensors that were loaded"
+        if self.untrained:
+            trouble = "has tensors that are as they were initialised"
+        logger.warning(
+            "The model %s (%d, the first is %s), so its predictions are not those of a trained "
+            "model: build it by fishertune_d2.engine.trained_model.build_trained(cfg, weights), "
+            "which fills all of it",
+            trouble,
+            len(names),
+            min(names),
+        )
 
     def _normalised(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
         uploaded = [image.to(self.device, non_blocking=True) for image in images]

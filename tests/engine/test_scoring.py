@@ -69,3 +69,16 @@ def test_images_are_pinned_for_a_gpu_alone(tiny_cfg, monkeypatch):
     score_datasets(cfg, _as_if_trained(cfg))
     assert pinned == [False, False]
     assert torch.cuda.is_initialized() == initialised
+
+
+def test_a_model_that_lacks_what_was_loaded_into_it_is_not_scored(tiny_cfg):
+    cfg = tiny_cfg(TEST__PICTURES=0)
+    model = build_model(cfg)
+    state = model.state_dict() | {"backbone.vit.prompts": torch.zeros(2)}
+    model.load_state_dict(state, strict=False)
+    with pytest.raises(
+        ValueError, match=r"\(1, the first is backbone.vit.prompts\).*build_trained.*--eval-only"
+    ):
+        score_datasets(cfg, model)
+    with pytest.raises(ValueError, match=r"as they were initialised.*build_trained"):
+        score_datasets(cfg, build_model(cfg))

@@ -1,6 +1,8 @@
 """Which tensors of a segmentor are still as they were initialised."""
 
 import copy
+import logging
+import re
 
 import pytest
 import torch
@@ -79,3 +81,62 @@ def test_a_training_step_trains_and_nothing_else_does():
     assert model.untrained == everything
     model(_batch())
     assert model.untrained == frozenset()
+
+
+PROMPT = "backbone.prompts"
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, _Parent])
+def test_a_load_that_brings_more_than_the_model_has_is_noted(wrap):
+    model, prefix = build(), "" if wrap is not _Parent else "module."
+    state = wrap(build()).state_dict()
+    constants = {  # of another place, and not of the state dict
+        f"{prefix}sem_seg_head.criterion.empty_weight": torch.ones(4),
+        f"{prefix}pixel_mean": torch.zeros(3, 1, 1),
+        "optimizer": torch.zeros(1),
+    }
+    wrap(model).load_state_dict(state | constants, strict=False)
+    assert model.unplaced == frozenset()
+    wrap(model).load_state_dict(state | {prefix + PROMPT: torch.zeros(2)}, strict=False)
+    assert model.unplaced == {PROMPT} and not model.untrained
+    # A part of another file takes nothing back; the whole model does.
+    part = dict(list(state.items())[:3])
+    wrap(model).load_state_dict(part, strict=False)
+    assert model.unplaced == {PROMPT}
+    assert copy.deepcopy(model).unplaced == {PROMPT}
+    wrap(model).load_state_dict(state)
+    assert model.unplaced == frozenset()
+
+
+def test_training_takes_what_was_left_over_back():
+    model = build()
+    model.load_state_dict(model.state_dict() | {PROMPT: torch.zeros(2)}, strict=False)
+    model.train()
+    model(_batch())
+    assert model.unplaced == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("left_out", "added", "said"),
+    [
+        (
+            ("class_predictor.bias",),
+            (),
+            r"tensors that are as they were initialised \(1, the first is sem",
+        ),
+        ((), (PROMPT,), rf"no place for tensors that were loaded \(1, the first is {PROMPT}\)"),
+        ((), (), None),
+    ],
+)
+def test_a_model_that_is_not_the_trained_one_warns_once(left_out, added, said, caplog):
+    model = build().eval()
+    state = {n: v for n, v in model.state_dict().items() if not n.endswith(tuple(left_out) or "-")}
+    state |= {name: torch.zeros(2) for name in added}
+    model.load_state_dict(state, strict=False)
+    with caplog.at_level(logging.WARNING, logger="fishertune_d2.modeling.segmentor"):
+        for _ in range(2):
+            model([{"image": photo(64, 64)}, {"image": photo(64, 64)}])
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == (said is not None)
+    if said:
+        assert re.search(said, found[0]) and "build_trained" in found[0]
