@@ -11,7 +11,6 @@ from PIL import Image
 
 from fishertune_d2.data import class_counts, load_datasets, register_sem_seg
 from fishertune_d2.data.check import check_datasets, reading
-from fishertune_d2.data.check.__main__ import main
 from fishertune_d2.data.datasets import DATASETS, register
 from fishertune_d2.data.files import DatasetError
 from fishertune_d2.data.labels import LabelSpace
@@ -87,6 +86,27 @@ def test_masks_of_0_and_255_get_a_hint_of_their_own(own, caplog, ids, classes, h
     own(ids, classes=classes)
     (text,) = warnings_of(caplog)
     assert ("masks that were scaled to 255" in text and "Convert 255 to 1" in text) is hint
+
+
+def test_masks_of_0_and_255_among_others_are_counted(own, caplog):
+    own([[0, 255]], [[0, 1]], [[255, 0]], [[0, 0]], classes=["ground", "crack"])
+    (text,) = warnings_of(caplog)
+    assert "own_park: 2 of 4 labels hold only 0 and 255, the first of them" in text
+    assert "masks/0.png" in text and "Convert 255 to 1" in text
+    own([[0, 255]], [[0, 1]], [[255, 0]], [[0, 2]], classes=CLASSES)  # of three classes, no wonder
+    assert warnings_of(caplog) == []
+    own([[0, 255]], [[0, 255]], [[255, 0]], [[1, 2]], classes=CLASSES)
+    assert "3 of 4 labels hold only 0 and 255" in warnings_of(caplog)[0]
+
+
+def test_masks_of_0_and_another_ignored_id_are_not_said_to_hold_255(own, caplog):
+    own([[0, 254]], [[0, 254]], classes=["ground", "crack"], ignore_label=254)
+    (text,) = warnings_of(caplog)
+    assert "none of its labels holds crack" in text and "255" not in text
+    own([[0, 254]], [[0, 1]], classes=["ground", "crack"], ignore_label=254)
+    assert warnings_of(caplog) == []
+    own([[0, 255]], [[0, 1]], classes=["ground", "crack"], ignore_label=254)
+    assert "1 of 2 labels hold only 0 and 255" in warnings_of(caplog)[0]
 
 
 def test_one_class_and_255_is_a_choice(own, caplog):
@@ -242,84 +262,3 @@ def test_other_processes_get_the_counts_of_the_first(own, monkeypatch):
     monkeypatch.setattr(comm, "all_gather", lambda data: ["of the first", data])
     monkeypatch.setattr(reading, "read_image", lambda path: pytest.fail("read here"))
     assert class_counts(["own_park"]) == "of the first"
-
-
-# Train ids where label ids are expected.
-
-STREET = [[7, 7, 8, 11], [21, 23, 26, 0], [17, 1, 2, 3]]
-CONVERTED = [[0, 0, 1, 2], [8, 10, 13, 255], [5, 255, 255, 255]]
-
-
-@pytest.fixture
-def cityscapes(tmp_path, monkeypatch):
-    """Returns a function that writes label files of Cityscapes' val split."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    monkeypatch.setenv("FISHERTUNE_CACHE", str(tmp_path / "cache"))
-
-    def write(*labels):
-        for k, ids in enumerate(labels):
-            ids = np.array(ids, dtype=np.uint8)
-            for folder, suffix, picture in (
-                ("leftImg8bit", "leftImg8bit", Image.new("RGB", ids.shape[::-1])),
-                ("gtFine", "gtFine_labelIds", Image.fromarray(ids)),
-            ):
-                path = tmp_path / f"cityscapes/{folder}/val/bonn/bonn_{k:06d}_000019_{suffix}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path)
-
-    return write
-
-
-@pytest.mark.parametrize("copies", [1, 3])
-def test_train_ids_in_place_of_label_ids_are_refused_in_any_subset(cityscapes, copies, capsys):
-    cityscapes(*[CONVERTED] * copies)
-    for _ in range(2):  # the second time from the cache
-        with pytest.raises(
-            DatasetError, match="cityscapes_val: its labels hold train ids.*Restore"
-        ):
-            check_datasets(["cityscapes_val"], 19)
-    assert main(["cityscapes_val"]) == 1
-    assert "its labels hold train ids" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [
-        [STREET],
-        [CONVERTED, STREET],  # one file as its authors ship it: then not all were converted
-        [[[7, 7, 11, 255]]],  # a tunnel
-        [[[0, 2, 8, 10, 13, 34]]],  # 34 is no train id
-    ],
-)
-def test_label_ids_are_not_taken_for_train_ids(cityscapes, labels):
-    cityscapes(*labels)
-    check_datasets(["cityscapes_val"], 19)
-
-
-def test_label_ids_that_may_be_train_ids_are_a_hint(cityscapes, caplog):
-    cityscapes([[7, 7, 11, 255]])
-    *_, text = warnings_of(caplog, ["cityscapes_val"])
-    assert "No label holds a class above the label id 18: were these labels converted?" in text
-    cityscapes(STREET)
-    *_, text = warnings_of(caplog, ["cityscapes_val"])
-    assert "holds wall, fence" in text and "above" not in text
-
-
-@pytest.mark.parametrize(
-    ("published", "message"),
-    [
-        ({"absent": ("train",)}, "never labelled is wall, fence.*; published is train"),
-        ({"shares": {"road": 30.0}}, "16.7 % of all pixels are road, known are 30.0 %"),
-    ],
-)
-def test_complete_data_have_to_hold_what_is_published(cityscapes, published, message):
-    cityscapes(STREET)
-    row = ROWS["cityscapes_val"]
-    try:
-        register(replace(row, published=Published(1, **published)))
-        with pytest.raises(DatasetError, match=message):
-            check_datasets(["cityscapes_val"], 19)
-        register(replace(row, published=Published(2, **published)))  # then it is not complete
-        check_datasets(["cityscapes_val"], 19)
-    finally:
-        register(row)

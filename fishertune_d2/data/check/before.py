@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from detectron2.utils import comm
 
-from fishertune_d2.data.check.judging import problems_of, warning_of
+from fishertune_d2.data.check.judging import judge
 from fishertune_d2.data.check.reading import count_pixels
 from fishertune_d2.data.datasets import load_datasets
 from fishertune_d2.data.files import DatasetError
@@ -60,9 +60,7 @@ def _check_number(known: DatasetMetadata, num_classes: int | None) -> None:
 def _check(known: DatasetMetadata) -> list[str]:
     """Returns what is wrong with the labels; warns of what may be right."""
     dicts = load_datasets([known.name])
-    pixels = count_pixels(known.name, dicts).sum(axis=0)
-    problems = problems_of(known, dicts, pixels)
-    warning = warning_of(known, pixels)
-    if warning and not problems:
+    problems, warnings = judge(known, dicts, count_pixels(known.name, dicts))
+    for warning in warnings if not problems else ():
         _log.warning(warning)
     return problems

@@ -1,6 +1,7 @@
 """What the classes of a data set's labels tell: blank labels, foreign ids, classes never labelled.
 
-Shapes: C classes of the data set. Pixels are (C + 1,) int64 by class, the ignored ones last.
+Shapes: N labels, C classes of the data set. Counts are (N, C + 1) int64
+pixels by class, the ignored ones last; pixels are their sums over the labels.
 """
 
 from collections.abc import Sequence
@@ -9,70 +10,73 @@ from typing import Any
 import numpy as np
 
 from fishertune_d2.data.files import read_label
-from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS
+from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS, UNKNOWN_ID
 from fishertune_d2.data.metadata import DatasetMetadata
 
 _MAX_NAMED = 20
-# Files whose own ids are looked at where those of all files seem to be train ids.
+# Files whose own ids are looked at where their classes seem odd.
 _LOOKED_AT = 50
 _LAST_TRAIN_ID = 18
 # Train ids of road, building, vegetation, sky and car. As label ids they are unlabelled, an image's
 # border, sidewalk, rail track and fence: all of these, and in no image a plant, a car or the sky,
-# is not a street.
-_TELLING_TRAIN_IDS = frozenset({0, 2, 8, 10, 13})
+# is not a street. Fewer of them may be a tunnel.
+_TELLING = frozenset({0, 2, 8, 10, 13})
+_LIKELY = 4
 _CONVERTED = "were these labels converted? Restore the files of the authors."
 
 
-def problems_of(
-    known: DatasetMetadata, dicts: Sequence[dict[str, Any]], pixels: np.ndarray
-) -> list[str]:
-    """Returns why a model must not be trained or scored on these labels, each with the remedy.
+def judge(
+    known: DatasetMetadata, dicts: Sequence[dict[str, Any]], counts: np.ndarray
+) -> tuple[list[str], list[str]]:
+    """Says what is wrong with labels, and what may be right but is unusual.
 
     Args:
         known: what is known of the data set.
         dicts: all of its entries.
-        pixels: (C + 1,), over all labels.
+        counts: (N, C + 1), of each of the N labels.
+
+    Returns:
+        Why a model must not be trained or scored on these labels, each with the remedy; and
+        warnings.
     """
+    pixels = counts.sum(axis=0)
     scored = np.array(known.label_space.collapse) != IGNORE_LABEL
     if not pixels[:-1][scored].any():
-        return [
+        problem = (
             f"{known.name}: every pixel of its {len(dicts)} labels is ignored, so there is nothing "
             f"to train on or to score. Do the files hold the ids of the label map "
             f"{known.label_map!r}? 255 is always ignored: masks of 0 and 255 need a 1 in place of "
             "255."
-        ]
-    if _seem_train_ids(known, pixels) and _are_train_ids(dicts):
-        return [
-            f"{known.name}: its labels hold train ids, but the label map {known.label_map!r} "
-            "needs label ids: no label holds an id from 19 to 34, so no car, no plant and no sky, "
-            f"while 0 (road as a train id), 8 and 10 occur; {_CONVERTED}"
-        ]
-    if known.published is not None and len(dicts) == known.published.pairs:
-        return differences(known, pixels)
-    return []
+        )
+        return [problem], []
+    converted, maybe_converted = _converted(known, dicts, counts)
+    scaled = _scaled(known, dicts, counts)
+    problems = [converted] if converted else []
+    if not converted and known.published is not None and len(dicts) == known.published.pairs:
+        problems = differences(known, pixels)
+    absent = _absent(known, pixels)
+    if absent and scaled and pixels[0] == pixels[:-1].sum():
+        absent += f" {scaled}"
+        scaled = None
+    elif absent and maybe_converted and len(_without_later_ids(known, counts)) == len(dicts):
+        absent += f" {maybe_converted}"
+        maybe_converted = None
+    named = [f"{known.name}: {text}" for text in (scaled, maybe_converted) if text]
+    return problems, [*([absent] if absent else []), *named]
 
 
-def warning_of(known: DatasetMetadata, pixels: np.ndarray) -> str | None:
-    """Names the classes that no label holds, unless they are known to be absent.
-
-    Args:
-        known: what is known of the data set.
-        pixels: (C + 1,), over all labels.
-
-    Returns:
-        A text, with the likely cause where there is one; None if there is nothing to say.
-    """
+def _absent(known: DatasetMetadata, pixels: np.ndarray) -> str | None:
+    """Names the classes that no label holds, unless they are known to be absent."""
     expected = known.published.absent if known.published else None
     absent = [name for name in never_labelled(known, pixels) if name not in (expected or ())]
     if not absent:
         return None
     more = f" and {len(absent) - _MAX_NAMED} others" if len(absent) > _MAX_NAMED else ""
-    text = (
+    return (
         f"{known.name}: none of its labels holds {', '.join(absent[:_MAX_NAMED])}{more} "
         f"({len(absent)} of {len(known.classes)} classes). A model cannot learn such a class from "
         "these labels, nor can they tell how well it knows it."
     )
-    return text + _hint(known, pixels)
 
 
 def never_labelled(known: DatasetMetadata, pixels: np.ndarray) -> list[str]:
@@ -86,35 +90,89 @@ def never_labelled(known: DatasetMetadata, pixels: np.ndarray) -> list[str]:
     return [n for k, n in enumerate(known.classes) if k in reachable and not pixels[k]]
 
 
-def _hint(known: DatasetMetadata, pixels: np.ndarray) -> str:
-    """The likely cause of classes that are never labelled, as far as the ids tell it."""
+def _scaled(
+    known: DatasetMetadata, dicts: Sequence[dict[str, Any]], counts: np.ndarray
+) -> str | None:
+    """Counts the labels that look like masks of 0 and 1 whose 1 became 255.
+
+    Where there are more than two classes, single images that hold the class 0 alone are no wonder.
+    """
     table = LABEL_MAPS[known.label_map]
-    if (table[0], table[IGNORE_LABEL]) == (0, IGNORE_LABEL) and pixels[0] == pixels[:-1].sum():
-        if pixels[-1]:
+    classes = np.setdiff1d(table, [IGNORE_LABEL, UNKNOWN_ID])
+    if (table[0], table[IGNORE_LABEL]) != (0, IGNORE_LABEL) or len(classes) < 2:
+        return None
+    nothing_else = counts[:, 0] == counts[:, :-1].sum(axis=1)
+    found = np.flatnonzero(nothing_else & (counts[:, 0] > 0) & (counts[:, -1] > 0))
+    if not len(found) or (len(classes) > 2 and 2 * len(found) <= len(dicts)):
+        return None
+    if len(np.flatnonzero(table == IGNORE_LABEL)) > 1:  # then not every ignored pixel is a 255
+        kept = [k for k, ids in _own_ids(dicts, found).items() if ids == {0, IGNORE_LABEL}]
+        if not kept:
+            return None
+        found = found if len(kept) == _LOOKED_AT else np.array(kept)
+    cause = "these look like 0/1 masks that were scaled to 255, but 255 is ignored. Convert 255 to"
+    if counts[:, 0].sum() == counts[:, :-1].sum():
+        return f"All pixels are 0 or 255: {cause} 1."
+    return (
+        f"{len(found)} of {len(dicts)} labels hold only 0 and 255, the first of them "
+        f"{dicts[found[0]]['sem_seg_file_name']}: {cause} 1 in them."
+    )
+
+
+def _converted(
+    known: DatasetMetadata, dicts: Sequence[dict[str, Any]], counts: np.ndarray
+) -> tuple[str | None, str | None]:
+    """Says which labels hold train ids in place of label ids: beyond doubt, and maybe."""
+    found = _without_later_ids(known, counts)
+    if not len(found):
+        return None, None
+    train_ids = {*range(_LAST_TRAIN_ID + 1), IGNORE_LABEL}
+    own = {k: ids for k, ids in _own_ids(dicts, found).items() if ids <= train_ids}
+    more = "at least " if len(found) > _LOOKED_AT else ""
+    if len(found) == len(dicts):
+        if len(own) == min(len(dicts), _LOOKED_AT) and set().union(*own.values()) >= _TELLING:
             return (
-                " All pixels are 0 or 255: these look like 0/1 masks that were scaled to 255, but "
-                "255 is ignored. Convert 255 to 1."
+                f"{known.name}: its labels hold train ids, but the label map {known.label_map!r} "
+                "needs label ids: no label holds an id from 19 to 34, so no car, no plant and no "
+                f"sky, while 0 (road as a train id), 8 and 10 occur; {_CONVERTED}",
+                None,
             )
-    if _seem_train_ids(known, pixels):
-        return f" No label holds a class above the label id 18: {_CONVERTED}"
-    return ""
+        return None, f"No label holds a class above the label id 18: {_CONVERTED}"
+    sure = [k for k, ids in own.items() if ids >= _TELLING]
+    if sure:
+        return (
+            f"{known.name}: {more}{len(sure)} of its {len(dicts)} labels hold train ids, but the "
+            f"label map {known.label_map!r} needs label ids: the first of them, "
+            f"{dicts[sure[0]]['sem_seg_file_name']}, holds no id from 19 to 34, so no car, no "
+            f"plant and no sky, while 0 (road as a train id), 8 and 10 occur; {_CONVERTED}",
+            None,
+        )
+    likely = [k for k, ids in own.items() if 0 in ids and len(ids & _TELLING) >= _LIKELY]
+    if not likely:
+        return None, None
+    return None, (
+        f"{more}{len(likely)} of its {len(dicts)} labels hold no id from 19 to 34, so no car, no "
+        "plant and no sky, but others that are frequent as train ids, the first of them "
+        f"{dicts[likely[0]]['sem_seg_file_name']}: {_CONVERTED}"
+    )
 
 
-def _seem_train_ids(known: DatasetMetadata, pixels: np.ndarray) -> bool:
-    """Whether only classes occur whose label ids are train ids too."""
+def _without_later_ids(known: DatasetMetadata, counts: np.ndarray) -> np.ndarray:
+    """Returns which labels hold only classes whose label ids are train ids too."""
     if known.label_map != "label_ids":
-        return False
+        return np.empty(0, dtype=np.int64)
     above = LABEL_MAPS["label_ids"][_LAST_TRAIN_ID + 1 : IGNORE_LABEL]
-    return not pixels[np.setdiff1d(above[above >= 0], [IGNORE_LABEL])].any()
+    later = np.setdiff1d(above[above >= 0], [IGNORE_LABEL])
+    return np.flatnonzero(~counts[:, later].any(axis=1))
 
 
-def _are_train_ids(dicts: Sequence[dict[str, Any]]) -> bool:
-    """Whether the files' own ids are train ids beyond doubt."""
-    chosen = np.linspace(0, len(dicts) - 1, min(len(dicts), _LOOKED_AT)).round().astype(int)
-    ids: set[int] = set()
-    for k in chosen.tolist():
-        ids |= set(np.unique(read_label(dicts[k]["sem_seg_file_name"], "identity_255")).tolist())
-    return ids <= {*range(_LAST_TRAIN_ID + 1), IGNORE_LABEL} and ids >= _TELLING_TRAIN_IDS
+def _own_ids(dicts: Sequence[dict[str, Any]], among: np.ndarray) -> dict[int, set[int]]:
+    """Reads the files' own ids, of at most `_LOOKED_AT` that are spread over ``among``."""
+    places = np.linspace(0, len(among) - 1, min(len(among), _LOOKED_AT)).round().astype(int)
+    return {
+        k: set(np.unique(read_label(dicts[k]["sem_seg_file_name"], "identity_255")).tolist())
+        for k in among[places].tolist()
+    }
 
 
 def differences(known: DatasetMetadata, pixels: np.ndarray) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from fishertune_d2.data.check.judging import never_labelled, problems_of
+from fishertune_d2.data.check.judging import judge, never_labelled
 from fishertune_d2.data.check.reading import (
     bad_files,
     for_each_pair,
@@ -103,13 +103,14 @@ def survey(row: SemSegDataset, pixels: bool = True) -> Survey:
     found.sizes = Counter((item["width"], item["height"]) for item in dicts)
     if row.published is not None:
         found.problems += _differences(found, row.published)
-    if pixels and _read_pixels(found, dicts):
-        found.problems += problems_of(metadata_of(row), dicts, found.pixels)
+    counts = _read_pixels(found, dicts) if pixels else None
+    if counts is not None:
+        found.problems += judge(metadata_of(row), dicts, counts)[0]
     return found
 
 
-def _read_pixels(found: Survey, dicts: list[dict[str, Any]]) -> bool:
-    """Reads every file, and returns whether all of them can be read."""
+def _read_pixels(found: Survey, dicts: list[dict[str, Any]]) -> np.ndarray | None:
+    """Reads every file, and returns the counts of each label if all of them can be read."""
     state, read = state_of_files(dicts), partial(read_pair, num_classes=len(found.row.classes))
     pairs = list(for_each_pair(found.row.name, dicts, read))
     bad = [pair for pair in pairs if isinstance(pair, str)]
@@ -118,9 +119,10 @@ def _read_pixels(found: Survey, dicts: list[dict[str, Any]]) -> bool:
         found.pixels = np.sum(good, axis=0)
     if bad:
         found.problems.append(bad_files(found.row.name, bad))
-    else:
-        keep(found.row.name, state, np.stack(good))
-    return not bad
+        return None
+    counts = np.stack(good)
+    keep(found.row.name, state, counts)
+    return counts
 
 
 def _differences(found: Survey, published: Published) -> list[str]:
