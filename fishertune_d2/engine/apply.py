@@ -28,7 +28,7 @@ from fishertune_d2.tuning import MaskedUpdate
 
 from .hooks import FisherEstimation, ParameterMask
 from .output_dir import require_writable
-from .vit import count_parameters_around, find_vit
+from .vit import count_parameters_around, find_vit, parameters_of_vit
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,12 @@ def apply_fishertune(
     """Lets a trainer move, of a ViT in its model, only the weights that FisherTune selects.
 
     Registers hooks and changes nothing else: model, optimizer, DDP wrapper and learning rates stay
-    the trainer's. What is around the ViT, such as heads and a neck in the backbone, trains as
-    before. The ViT stands still for ``warmup`` iterations; then F(x) and F(x') are measured, once,
-    and of its weights the selected move, ever more of them (Algorithm 1). All others keep their
-    values to the bit, whatever momentum or weight decay the optimizer has. How many weights are
-    which is logged.
+    the trainer's. What is around the ViT trains as before: heads, a neck in the backbone, also a
+    neck or decoder in the class that holds the blocks (:func:`~.vit.parameters_of_vit` says which).
+    The ViT stands still for ``warmup`` iterations; then F(x) and F(x') are measured, once, and of
+    its weights the selected move, ever more of them (Algorithm 1). All others keep their values to
+    the bit, whatever momentum or weight decay the optimizer has. How many weights are which is
+    logged.
 
     Call it before a checkpoint is loaded: checkpoints then remember the selection, and a resumed
     run goes on with it. Where there are several processes, call it in each.
@@ -107,12 +108,13 @@ def apply_fishertune(
     model = getattr(trainer.model, "module", trainer.model)  # without its DDP wrapper
     path, vit = find_vit(model, backbone)
     candidates = find_candidates(vit)
-    parameters = dict(vit.named_parameters())
+    parameters = parameters_of_vit(vit)
     tunable = {candidate.name: candidate.parameter for candidate in candidates}
     _require_trained(tunable, trainer.optimizer)
     if perturb is None:
         perturb = StatisticsPerturbation.of_vit(vit)
-    share, base = tuned_share(1.0, d_min, d_max, form=schedule), sum(map(_size, vit.parameters()))
+    share = tuned_share(1.0, d_min, d_max, form=schedule)
+    base = sum(parameter.numel() for parameter in parameters.values())
     most = sum(candidate.numel for candidate in candidates)
     if count_of_share(share, base) > most:
         raise ValueError(
@@ -155,7 +157,7 @@ def apply_fishertune(
         return MaskedUpdate(optimizer, tunable, estimation.selection)
 
     if comm.is_main_process():
-        _log_parts(model, path, vit, most)
+        _log_parts(model, path, base, most)
     others = {name: p for name, p in parameters.items() if name not in tunable}
     mask = {"start": warmup, "iters": max_iter - warmup, "d_min": d_min, "d_max": d_max}
     trainer.register_hooks(
@@ -228,22 +230,18 @@ def loss_of_one_image(model: nn.Module, batch: Sequence) -> Tensor:
     return total.reshape(1).expand(len(batch))
 
 
-def _log_parts(model: nn.Module, path: str, vit: nn.Module, tunable: int) -> None:
+def _log_parts(model: nn.Module, path: str, base: int, tunable: int) -> None:
     """Says once what FisherTune does to each part of a model."""
-    around = count_parameters_around(model, vit)
+    around = count_parameters_around(model, path)
     logger.info(
         "FisherTune on %s (%s): %s of its weights may be selected, %s stand still for the whole "
         "run (embeddings, norms, output projections). Left alone, to train as before: %s",
         path,
-        type(vit).__name__,
+        type(model.get_submodule(path)).__name__,
         f"{tunable:,}",
-        f"{sum(map(_size, vit.parameters())) - tunable:,}",
+        f"{base - tunable:,}",
         ", ".join(f"{count:,} of {name}" for name, count in around.items()) or "nothing",
     )
-
-
-def _size(parameter: Tensor) -> int:
-    return parameter.numel()
 
 
 def _require_trained(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Where the ViT is in a model, found by its blocks."""
+"""Where the ViT is in a model, found by its blocks, and which weights are its own."""
 
 import re
 from collections.abc import Mapping
@@ -10,6 +10,15 @@ from fishertune_d2.fisher import find_candidates
 # What stages and methods ask of a VFMBackbone.
 _ASKED_FOR = ("vit", "perturbation_points", "unused_parameters", "num_prefix_tokens")
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# What the classes of ViTs call their own parts: embeddings, tokens, and norms behind the blocks.
+_OWN_PARTS = re.compile(
+    r"(patch|pixel|time|type)_embed(s|dings?|\d+)?|embeds?|embeddings|rope"
+    r"|(\w+_)?pos(ition|itional)?(_embed(s|dings?)?|_bias|_block)?(_\d+|_window)?"
+    r"|(cls|class|reg|register|storage|dist|mask)_(tokens?|embed(ding)?)(_\d+)?"
+    r"|(fc_|ln_|layer_?|final_|pre_|post_|scale\d_)?norm(_pre|_post|\d*)|ln_(pre|post|f)"
+)
+# What they call parts behind the blocks, where such a part is built before these.
+_LATER_PARTS = re.compile(r"neck|fpn|head|decode|pyramid")
 
 
 def find_vit(model: nn.Module, backbone: str | None = None) -> tuple[str, nn.Module]:
@@ -52,14 +61,45 @@ def find_vit(model: nn.Module, backbone: str | None = None) -> tuple[str, nn.Mod
     return _joined(name, path), outer.get_submodule(path)
 
 
-def count_parameters_around(model: nn.Module, vit: nn.Module) -> Mapping[str, int]:
-    """How many weights of a model are not the ViT's, by the model's children."""
-    own = {id(parameter) for parameter in vit.parameters()}
+def parameters_of_vit(vit: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a ViT, without those of a neck, decoder or head in the same class.
+
+    A class such as SAM's or BEiT's for detection builds its neck beside its blocks. The ViT's own
+    are the blocks, embeddings, tokens and norms, by the names that classes of ViTs give them, and
+    the modules built before the blocks, such as a stem. Every other part is a neck or a head.
+
+    Args:
+        vit: the module that holds the blocks.
+
+    Returns:
+        Parameters by their names in ``vit``.
+    """
+    blocks = {candidate.name.partition(".")[0] for candidate in find_candidates(vit)}
+    children = [name for name, _ in vit.named_children()]
+    first = min(children.index(name) for name in blocks)
+    own = blocks | {name for name in children[:first] if not _LATER_PARTS.search(name)}
+    parts = ((name.partition(".")[0], name, p) for name, p in vit.named_parameters())
+    return {name: p for part, name, p in parts if part in own or _OWN_PARTS.fullmatch(part)}
+
+
+def count_parameters_around(model: nn.Module, path: str) -> Mapping[str, int]:
+    """How many weights of a model are not the ViT's.
+
+    Args:
+        model: the model.
+        path: the name of the ViT in it.
+
+    Returns:
+        Counts by the model's children, and by the parts of the ViT's class that are not the ViT's.
+    """
+    own = {id(parameter) for parameter in parameters_of_vit(model.get_submodule(path)).values()}
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in own:
-            child = name.partition(".")[0]
-            counts[child] = counts.get(child, 0) + parameter.numel()
+            inside = name.removeprefix(f"{path}.") if path else name
+            part = inside.partition(".")[0]
+            part = part if inside == name else f"{path}.{part}"
+            counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
 
 
@@ -77,7 +117,7 @@ def require_nothing_around(model: nn.Module) -> None:
             ``VFMBackbone``.
     """
     path, vit = find_vit(model)
-    own = {id(parameter) for parameter in vit.parameters()}
+    own = {id(parameter) for parameter in parameters_of_vit(vit).values()}
     around = {n: p.numel() for n, p in model.backbone.named_parameters() if id(p) not in own}
     if around:
         raise ValueError(

@@ -15,8 +15,9 @@ from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from torch import nn
 
 from fishertune_d2 import apply_fishertune
-from fishertune_d2.engine.vit import find_vit, require_nothing_around
+from fishertune_d2.engine.vit import find_vit, parameters_of_vit, require_nothing_around
 from fishertune_d2.modeling import VFMBackbone
+from fishertune_d2.modeling.vfm_table import VFMS
 
 STEPS, WARMUP, CLASSES = 4, 2, 3
 MAPS = ["res2", "res3", "res4", "res5"]
@@ -189,3 +190,120 @@ def test_the_three_stage_trainer_takes_a_vit_with_nothing_around_it():
         require_nothing_around(_segmentor(_fpn()))
     with pytest.raises(ValueError, match="VisionTransformer has no vit, perturbation_points"):
         require_nothing_around(_Model(backbone=_timm()))
+
+
+class _NeckInside(ViT):
+    """As BEiT's and MAE's classes for detection, SETR's and SAM's: the neck beside the blocks."""
+
+    def __init__(self):
+        super().__init__(
+            img_size=64, patch_size=16, embed_dim=24, depth=3, num_heads=2, window_size=0,
+            pretrain_img_size=64, out_feature="last_feat",
+        )  # fmt: skip
+        self.fpn1 = nn.ConvTranspose2d(24, 24, 2, 2)
+        self.neck = nn.Sequential(nn.Conv2d(24, 32, 1), nn.GroupNorm(4, 32))
+        self.scale = nn.Parameter(torch.ones(32, 1, 1))
+        self.decode = nn.Conv2d(32, 32, 1)
+
+    def forward(self, images):
+        x = self.fpn1(super().forward(images)["last_feat"])
+        return {"out": self.decode(self.scale * self.neck(x))}
+
+    def output_shape(self):
+        return {"out": ShapeSpec(channels=32, stride=8)}
+
+
+def _segmentor_of(backbone: Backbone) -> nn.Module:
+    head = SemSegFPNHead(
+        backbone.output_shape(), num_classes=CLASSES, conv_dims=32, common_stride=8, norm="GN"
+    )
+    return SemanticSegmentor(
+        backbone=backbone, sem_seg_head=head, pixel_mean=[127.0] * 3, pixel_std=[60.0] * 3
+    )
+
+
+def test_a_neck_in_the_class_of_the_vit_trains_as_before(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = _segmentor_of(_NeckInside())
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = SimpleTrainer(model, cycle(_data()), torch.optim.AdamW(model.parameters(), 1e-3))
+    options = {"max_iter": STEPS, "warmup": WARMUP, "batches": 1}
+    with caplog.at_level(logging.INFO, logger="fishertune_d2.engine.apply"):
+        estimation = apply_fishertune(trainer, _data(), output_dir=tmp_path, **options)
+    trainer.train(0, STEPS)
+    masks = {f"backbone.{name}": mask for name, mask in estimation.selection.masks(0.05).items()}
+    vit = ("backbone.blocks.", "backbone.patch_embed.", "backbone.pos_embed")
+    for name, value in model.named_parameters():
+        moved = value != start[name]
+        if name.startswith(vit):
+            assert not moved[~masks.get(name, torch.zeros_like(moved))].any(), name
+        else:
+            assert moved.any(), name
+    sizes = {name: value.numel() for name, value in start.items()}
+    assert estimation.base == sum(n for name, n in sizes.items() if name.startswith(vit))
+    (text,) = [r.getMessage() for r in caplog.records if r.name.endswith("engine.apply")]
+    for part in ("fpn1", "neck", "scale", "decode"):
+        count = sum(n for name, n in sizes.items() if name.startswith(f"backbone.{part}"))
+        assert f"{count:,} of backbone.{part}" in text
+    numbers = [int(word.replace(",", "")) for word in text.split() if word[0].isdigit()]
+    assert sum(numbers) == sum(sizes.values()) and sum(numbers[:2]) == estimation.base
+
+
+def _parts(names) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("vit_base_patch16_clip_224", {"head"}),
+        ("vit_base_patch14_reg4_dinov2", set()),
+        ("vit_base_patch16_siglip_224", {"attn_pool"}),
+        ("samvit_base_patch16", {"neck"}),
+        ("beit_base_patch16_224", {"head"}),
+        ("eva02_base_patch14_224", set()),
+        ("vit_base_patch16_dinov3", set()),
+        ("deit_base_distilled_patch16_224", {"head", "head_dist"}),
+        ("vit_base_r50_s16_384", {"head"}),
+        ("naflexvit_base_patch16_gap", {"head"}),
+        ("vit_relpos_base_patch16_224", {"head"}),
+        ("hiera_tiny_224", {"head"}),
+    ],
+)
+def test_what_timms_classes_hold_beside_the_vit(name, others):
+    with torch.device("meta"):
+        vit = timm.create_model(name)
+    everything = dict(vit.named_parameters())
+    own = parameters_of_vit(vit)
+    assert _parts(everything.keys() - own.keys()) == others
+    assert "blocks" in _parts(own)
+
+
+@pytest.mark.parametrize("name", VFMS)
+def test_the_vits_of_our_backbones_are_whole(name):
+    with torch.device("meta"):
+        vit = timm.create_model(VFMS[name].timm_name, num_classes=0, **VFMS[name].options)
+    for part in VFMS[name].without:
+        setattr(vit, part, nn.Identity())
+    assert parameters_of_vit(vit).keys() == dict(vit.named_parameters()).keys()
+
+
+def test_detectron2s_backbone_in_stages_is_whole():
+    swin = SwinTransformer(
+        embed_dim=24, depths=[1, 1], num_heads=[1, 2], window_size=4, ape=True, out_indices=(1,)
+    )
+    assert parameters_of_vit(swin).keys() == dict(swin.named_parameters()).keys()
+
+
+def test_a_neck_that_is_built_before_the_blocks_is_not_the_vits():
+    vit = _timm()
+    blocks = vit.blocks
+    del vit.blocks
+    vit.fpn1, vit.stem, vit.blocks = nn.Linear(2, 2), nn.Linear(2, 2), blocks
+    own = _parts(parameters_of_vit(vit))
+    assert {"stem", "blocks", "norm"} <= own and "fpn1" not in own
+
+
+def test_the_three_stage_trainer_takes_no_neck_in_the_class_of_the_vit():
+    with pytest.raises(ValueError, match=r"weights around its ViT backbone \(scale, \.\.\.\)"):
+        require_nothing_around(_segmentor_of(_NeckInside()))
