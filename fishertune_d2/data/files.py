@@ -21,6 +21,9 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombEr
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 # Pillow stretches grey values of 2 and 4 bits to 0..255.
 _STRETCHED = {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}
+# Formats of which a file cannot be told to be without loss.
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+_LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp")
 # Pillow's modes of one channel whose white is not known.
 _UNSCALED = {"F": "floats", "I": "32-bit integers", "I;16": "16-bit grey", "I;16B": "16-bit grey"}
 
@@ -111,7 +114,7 @@ def read_label(path: str | Path, label_map: str, halve: bool = False) -> np.ndar
 
     Raises:
         DatasetError: if the file cannot be read, has colour channels, does not hold the ids as
-            they were drawn (JPEG), or holds an id that its map does not know.
+            they were drawn (JPEG, JPEG 2000, ...), or holds an id that its map does not know.
     """
     ids = _read_ids(path, first_channel=label_map in FIRST_CHANNEL_MAPS)
     if halve:
@@ -134,11 +137,13 @@ def _read_ids(path: str | Path, first_channel: bool) -> np.ndarray:
     """Reads ids as they are stored, (H, W) of any integer type or bool, upright."""
     try:
         with _opened(path) as image:
-            if image.format in ("JPEG", "MPO"):
+            lossy = _lossy(image)
+            if lossy:
                 image.load()
                 raise DatasetError(
-                    f"{path}: a JPEG does not keep the ids that were saved: near edges it holds "
-                    "others. Save the ids as a PNG, from where they were drawn."
+                    f"{path}: a JPEG does not keep the ids that were saved, nor need a file like "
+                    f"this one ({lossy}): near edges it holds others. Save the ids as a PNG, from "
+                    "where they were drawn."
                 )
             if image.mode not in _LABEL_MODES:
                 if first_channel:
@@ -148,18 +153,33 @@ def _read_ids(path: str | Path, first_channel: bool) -> np.ndarray:
                     f"{image.mode}. Save the ids as a grey or palette PNG; if these are colours, "
                     "look for the file with the ids beside it."
                 )
-            packing = image.tile[0][3] if image.tile else ""  # before load() empties it
-            packing = packing if isinstance(packing, str) else str(packing[0])
-            image.load()
-            if re.fullmatch(r"[1L];[24]?IR?", packing):
-                raise DatasetError(
-                    f"{path}: this TIFF says that 0 is white, so it is not clear whether ids count "
-                    "from 0 upwards or from the largest downwards. Save the ids as a grey PNG."
+            codec, _, _, packing = image.tile[0] if image.tile else ("", None, 0, "")
+            packing, *more = (packing,) if isinstance(packing, str) else packing
+            image.load()  # empties image.tile
+            if re.fullmatch(r"[1L];[24]?IR?", str(packing)):
+                why = (
+                    "in a PBM file 1 is black and 0 is white"
+                    if image.format == "PPM"
+                    else "this TIFF says that 0 is white"
                 )
+                raise DatasetError(
+                    f"{path}: {why}, so it is not clear whether ids count from 0 upwards or from "
+                    "the largest downwards. Save the ids as a grey PNG."
+                )
+            white = 255 if image.mode == "L" else 65535
             ids = np.asarray(_turned(image))
     except _BROKEN as error:
         raise _unreadable(path, error) from error
+    if codec in ("ppm", "ppm_plain"):  # a PGM, whose largest value Pillow made the type's largest
+        return np.rint(ids * (more[0] / white)).astype(np.int64)
     return ids // _STRETCHED[packing] if packing in _STRETCHED else ids
+
+
+def _lossy(image: Image.Image) -> str | None:
+    """Names a format or a compression that may have changed ids, else None."""
+    if image.format == "TIFF" and image.info.get("compression") in _LOSSY_IN_TIFF:
+        return f"a TIFF compressed as {image.info['compression']}"
+    return image.format if image.format in _LOSSY else None
 
 
 def _read_first_channel(path: str | Path) -> np.ndarray:

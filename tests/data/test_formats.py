@@ -90,6 +90,43 @@ def test_ids_that_count_from_white_downwards_are_refused(tmp_path):
         read_label(tmp_path / "x.tif", "train_ids")
 
 
+@pytest.mark.parametrize("most", [1, 2, 15, 200, 255, 300, 65535])
+@pytest.mark.parametrize("plain", [False, True])
+def test_ids_of_a_pgm_are_not_scaled_by_its_largest_value(tmp_path, most, plain):
+    ids = [[0, 1, min(most, 18)], [min(most, 7), 0, 1]]
+    if plain:
+        content = f"P2\n3 2\n{most}\n".encode() + " ".join(map(str, sum(ids, []))).encode()
+    else:
+        pixels = np.array(ids, dtype="u1" if most < 256 else ">u2")
+        content = f"P5\n3 2\n{most}\n".encode() + pixels.tobytes()
+    (tmp_path / "x.pgm").write_bytes(content)
+    assert read_label(tmp_path / "x.pgm", "train_ids").tolist() == ids
+
+
+@pytest.mark.parametrize("content", [b"P4\n2 2\n\x40\x80", b"P1\n2 2\n0 1\n1 0\n"])
+def test_a_pbm_whose_1_is_black_is_refused(tmp_path, content):
+    (tmp_path / "x.pbm").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"x\.pbm: in a PBM file 1 is black.*a grey PNG"):
+        read_label(tmp_path / "x.pbm", "identity_2")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "label_map"),
+    [
+        ("tif", {"compression": "jpeg"}, "train_ids"),
+        ("tif", {"compression": "tiff_jpeg"}, "synthia"),
+        ("jp2", {"irreversible": True, "quality_layers": [20]}, "train_ids"),
+        ("jp2", {"quality_layers": [20]}, "train_ids"),  # cut short: nothing in it says so
+        ("webp", {}, "synthia"),
+    ],
+)
+def test_files_that_may_be_compressed_with_loss_are_no_labels(tmp_path, suffix, options, label_map):
+    mode = "L" if label_map == "train_ids" else "RGB"
+    Image.new(mode, (16, 16)).save(tmp_path / f"x.{suffix}", **options)
+    with pytest.raises(DatasetError, match=rf"x\.{suffix}: .*does not keep the ids.*as a PNG"):
+        read_label(tmp_path / f"x.{suffix}", label_map)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("label_map", ["train_ids", "synthia"])
 def test_a_jpeg_is_no_label(tmp_path, mode, label_map):

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 # Part of what a state of files is known by. A new number where files are read in another way, so
 # that what passed before is read again.
-_READING = "2"
+_READING = "3"
 # What numpy raises on files of another kind, and on those that a full disk or a kill left behind.
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
