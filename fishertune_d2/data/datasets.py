@@ -20,6 +20,7 @@ from fishertune_d2.data.metadata import (
     registered_row,
     require_classes,
     require_same_classes,
+    require_size,
 )
 from fishertune_d2.data.pairs import IMAGE_SUFFIXES, SemSegDataset, load_pairs
 from fishertune_d2.data.rows import DATASETS
@@ -92,11 +93,12 @@ def register_sem_seg(
             same, and class 0 is never trained on and never scored.
 
     Raises:
-        DatasetError: if the number of classes or colours does not fit, two classes have one name,
-            or the name is taken.
+        DatasetError: if the number of classes or colours does not fit, the classes are no list of
+            different names, the test size is no pair of whole pixels, or the name is taken.
         ValueError: if ``ignore_label`` is no id from 0 to 255.
     """
     require_classes(name, classes)
+    size = require_size(name, test_size)
     if colors is None:
         colors = class_colors(len(classes))
     if len(colors) != len(classes):
@@ -112,7 +114,7 @@ def register_sem_seg(
             image_suffixes=image_suffixes,
             label_suffixes=label_suffix,
             label_space=identity_space(classes, rgb),
-            test_size=test_size,
+            test_size=size,
             root=Path.cwd,
             classes=tuple(classes),
             colors=rgb,

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -77,7 +78,8 @@ def identity_map_name(num_classes: int, ignore_label: int = IGNORE_LABEL) -> str
     Raises:
         ValueError: if ``ignore_label`` is no id that a label file can hold.
     """
-    if isinstance(ignore_label, bool) or ignore_label not in range(256):
+    whole = isinstance(ignore_label, Integral) and not isinstance(ignore_label, bool)
+    if not whole or ignore_label not in range(256):
         raise ValueError(
             f"ignore_label is {ignore_label!r}: choose the id, 0 to 255, of the pixels that are "
             "to be ignored; without one, 255 alone is"

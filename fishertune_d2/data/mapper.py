@@ -21,6 +21,7 @@ from fishertune_d2.data.files import (
     size_remedy,
     to_array,
 )
+from fishertune_d2.data.metadata import is_size
 
 
 class ColorJitter(T.Augmentation):
@@ -101,8 +102,20 @@ class SegmentationMapper:
         """Reads cfg.INPUT, cfg.TEST, cfg.MODEL.PIXEL_MEAN and MODEL.SEM_SEG_HEAD.IGNORE_VALUE.
 
         Raises:
-            ValueError: if crops are enabled with a type other than "absolute".
+            ValueError: if crops are enabled with a type other than "absolute", or TEST.SIZES holds
+                something that is no name with a size.
         """
+        for row in cfg.TEST.SIZES:
+            if not (
+                isinstance(row, list | tuple)
+                and row
+                and isinstance(row[0], str)
+                and is_size(row[1:])
+            ):
+                raise ValueError(
+                    f"TEST.SIZES holds {row!r}: write each row as [name of a data set, width, "
+                    "height], in whole pixels, as [['cityscapes_val', 1024, 512]]"
+                )
         crop = cfg.INPUT.CROP
         if crop.ENABLED and crop.TYPE != "absolute":
             raise ValueError(

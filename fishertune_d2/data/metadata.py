@@ -5,10 +5,12 @@ FisherTune's registrations say all of it. Of a data set that Detectron2's own fu
 ``ignore_label`` say what the labels hold; its metadata may name a ``domain`` and a ``test_size``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import zip_longest
+from numbers import Integral
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.colormap import colormap
@@ -69,7 +71,7 @@ def dataset_metadata(name: str) -> DatasetMetadata:
         return metadata_of(row)
     known = MetadataCatalog.get(name).as_dict()
     classes = known.get("stuff_classes")
-    if not classes:
+    if classes is None or (isinstance(classes, Sized) and len(classes) == 0):
         instead = "only thing_classes, those of instances" if "thing_classes" in known else "none"
         raise DatasetError(
             f"{name}: its metadata have no stuff_classes, the names of the classes 0, 1, ... that "
@@ -77,8 +79,8 @@ def dataset_metadata(name: str) -> DatasetMetadata:
             f"MetadataCatalog.get({name!r}).set(stuff_classes=[...]); a data set of instances "
             "alone cannot be used."
         )
-    classes = tuple(classes)
     require_classes(name, classes)
+    classes = tuple(classes)
     try:
         identity = identity_map_name(len(classes), known.get("ignore_label", IGNORE_LABEL))
     except ValueError as error:
@@ -91,7 +93,7 @@ def dataset_metadata(name: str) -> DatasetMetadata:
         identity,
         identity_space(classes, colors),
         domain=known.get("domain", name),
-        test_size=known.get("test_size"),
+        test_size=require_size(name, known.get("test_size")),
     )
 
 
@@ -145,23 +147,68 @@ def require_registered(name: str) -> None:
 
 
 def require_classes(name: str, classes: Sequence[str]) -> None:
-    """Refuses a number of classes that labels cannot hold, and names that classes share.
+    """Refuses names that are not in an order, no text or shared, and too many of them.
 
     Args:
         name: of the data set.
         classes: their names.
 
     Raises:
-        DatasetError: if there are none or more than 255, or two have one name.
+        DatasetError: if they are no list of texts, none or more than 255, or two have one name.
     """
+    unordered = isinstance(classes, str | Set | Mapping)
+    if unordered or not (isinstance(classes, Sized) and isinstance(classes, Iterable)):
+        raise DatasetError(
+            f"{name}: classes is {classes!r}, but has to be a list of the classes' names, in the "
+            "order of their ids in the label files, as ['path', 'grass']."
+        )
     if not 1 <= len(classes) <= IGNORE_LABEL:
         raise DatasetError(f"{name}: {len(classes)} classes given; labels hold 1 to 255 classes.")
+    for k, one in enumerate(classes):
+        if not isinstance(one, str) or not one.strip():
+            raise DatasetError(
+                f"{name}: class {k} is named {one!r}, but scores are reported by names: give a "
+                "text that is not blank."
+            )
     twice = repeated(classes)
     if twice:
         raise DatasetError(
             f"{name}: several classes are named {' and '.join(map(repr, twice))}; scores are told "
             "apart by the name, so give each class its own."
         )
+
+
+def require_size(name: str, size: Any) -> tuple[int, int] | None:
+    """Refuses a test_size into which no image can be fitted.
+
+    Args:
+        name: of the data set.
+        size: (width, height) in pixels, or None.
+
+    Returns:
+        The same, as a tuple.
+
+    Raises:
+        DatasetError: if it is neither.
+    """
+    if size is None:
+        return None
+    if not is_size(size):
+        raise DatasetError(
+            f"{name}: test_size is {size!r}: give (width, height) in whole pixels, as (1024, 512), "
+            "or None, which tests at the size of the files."
+        )
+    width, height = size
+    return int(width), int(height)
+
+
+def is_size(size: Any) -> bool:
+    """Whether something is a pair of positive whole numbers."""
+    return (
+        isinstance(size, Sequence)
+        and len(size) == 2
+        and all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in size)
+    )
 
 
 def require_same_classes(first: DatasetMetadata, other: DatasetMetadata) -> None:

@@ -112,7 +112,7 @@ def test_own_data_may_ignore_another_id(own_data):
     ]
 
 
-@pytest.mark.parametrize("ignored", [-1, 256, "0", None, True])
+@pytest.mark.parametrize("ignored", [-1, 256, "0", None, True, 0.0])
 def test_an_ignored_id_that_no_label_can_hold_is_refused(own_data, ignored):
     with pytest.raises(ValueError, match=f"ignore_label is {ignored!r}: choose the id, 0 to 255"):
         register_own(own_data, ignore_label=ignored)

@@ -269,3 +269,12 @@ def test_labels_are_halved_where_the_data_set_says_so(tmp_path, size, half):
 def test_crops_of_unequal_sizes_are_refused():
     with pytest.raises(ValueError, match="INPUT.CROP.TYPE is 'relative_range'"):
         SegmentationMapper(make_cfg(**{"INPUT.CROP.TYPE": "relative_range"}), is_train=True)
+
+
+@pytest.mark.parametrize("size", [[64], [0, 0], [64, -1], ["a", "b"], [64.5, 64], [1, 2, 3], []])
+@pytest.mark.parametrize("is_train", [True, False])
+def test_a_row_of_test_sizes_that_is_no_name_and_pair_is_refused_at_the_start(size, is_train):
+    cfg = make_cfg()
+    cfg.TEST.SIZES = [["camvid_day_test", *size]]
+    with pytest.raises(ValueError, match=r"TEST\.SIZES holds \['camvid_day_test', .*whole pixels"):
+        SegmentationMapper(cfg, is_train=is_train)

@@ -199,6 +199,11 @@ def test_entries_without_a_label_file_are_refused(tmp_path):
         ({"ignore_label": 65535}, "stock_park: in its metadata, ignore_label is 65535: choose"),
         ({"ignore_label": -1}, "ignore_label is -1"),
         ({"stuff_classes": ["a", "b", "a"]}, "stock_park: several classes are named 'a'"),
+        ({"ignore_label": 0.0}, "stock_park: in its metadata, ignore_label is 0.0: choose"),
+        ({"stuff_classes": "abc"}, "stock_park: classes is 'abc', .*a list"),
+        ({"stuff_classes": {"a": 0, "b": 1, "c": 2}}, "stock_park: classes is {'a': 0.*a list"),
+        ({"stuff_classes": [0, 1, 2]}, "stock_park: class 0 is named 0, .*text"),
+        ({"test_size": 64}, r"stock_park: test_size is 64: .*\(width, height\)"),
         ({"stuff_classes": [str(k) for k in range(256)]}, "stock_park: 256 classes given"),
     ],
 )
@@ -243,6 +248,37 @@ def test_a_name_that_is_not_registered_brings_up_the_nearest(tmp_path, name, nea
 def test_a_name_like_no_other_brings_up_none():
     with pytest.raises(DatasetError, match="'zzzzzz' is registered. DATASETS.TRAIN"):
         dataset_metadata("zzzzzz")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({"a", "b"}, "stock_x: classes is {.*a list.*in the order of their ids"),
+        ({"b": 1, "a": 0}, "stock_x: classes is {'b': 1, 'a': 0}"),
+        ("abc", "stock_x: classes is 'abc'"),
+        (7, "stock_x: classes is 7"),
+        (range(3), "stock_x: class 0 is named 0, .*text"),
+        (["a", " "], "stock_x: class 1 is named ' '"),
+    ],
+)
+def test_classes_that_are_no_list_of_names_are_refused(tmp_path, classes, message):
+    with pytest.raises(DatasetError, match=message):
+        register_sem_seg("stock_x", tmp_path, tmp_path, classes)
+    assert "stock_x" not in DatasetCatalog.list()
+
+
+@pytest.mark.parametrize("size", [32, (32,), (32, 0), (-1, 32), (32.0, 32.0), ("a", "b"), "ab"])
+def test_a_test_size_that_is_no_pair_of_pixels_is_refused(tmp_path, size):
+    with pytest.raises(DatasetError, match=r"stock_x: test_size is .*\(width, height\) in whole"):
+        register_sem_seg("stock_x", tmp_path, tmp_path, ["a"], test_size=size)
+    assert "stock_x" not in DatasetCatalog.list()
+
+
+def test_a_test_size_may_be_a_list(tmp_path):
+    name = register_stock(tmp_path, test_size=[8, 4])
+    assert dataset_metadata(name).test_size == (8, 4)
+    register_sem_seg("stock_x", tmp_path, tmp_path, ["a"], test_size=[8, 4])
+    assert dataset_metadata("stock_x").test_size == (8, 4)
 
 
 def test_classes_of_one_name_are_refused(tmp_path):
