@@ -28,6 +28,7 @@ from fishertune_d2.config import find_config, read_config
 from fishertune_d2.data import check_datasets
 from fishertune_d2.engine import Trainer, launch, log_plan
 from fishertune_d2.engine.output_dir import (
+    files_of_run,
     remove_run,
     require_own_weights,
     require_resumable,
@@ -35,7 +36,7 @@ from fishertune_d2.engine.output_dir import (
     require_writable,
 )
 from fishertune_d2.engine.scoring import metrics_by_name
-from fishertune_d2.engine.start_check import require_possible, require_scorable
+from fishertune_d2.engine.start_check import require_file, require_possible, require_scorable
 from fishertune_d2.engine.trained_model import build_trained, find_weights, require_device
 from fishertune_d2.unread_keys import warn_of_unread_keys
 
@@ -51,7 +52,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
         # Of the run that is there: this one only evaluates, or is not yet accepted to go on.
         record.write_text(before)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fishertune_d2", abbrev_name="fishertune")
-    warn_of_unread_keys(cfg)
     return cfg
 
 
@@ -68,6 +68,7 @@ def main(args: argparse.Namespace) -> dict | None:
 
 def _score(cfg: CfgNode, args: argparse.Namespace) -> dict:
     """Scores a checkpoint on the test sets."""
+    warn_of_unread_keys(cfg)
     weights = find_weights(cfg, args.resume)
     require_own_weights(cfg.OUTPUT_DIR, weights)
     check_datasets(cfg.DATASETS.TEST, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
@@ -112,6 +113,8 @@ def run() -> None:
     """
     parser = _parser()
     args = parser.parse_args()
+    if not args.config_file:
+        parser.error("--config-file is needed, for example --config-file configs/demo.yaml")
     with ending_in_a_sentence():
         args.config_file = find_config(args.config_file)
         cfg = read_config(args.config_file, args.opts)
@@ -137,24 +140,52 @@ def _parser() -> argparse.ArgumentParser:
 def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Refuses, before any process starts, what the config and the machine already rule out."""
     require_device(cfg.MODEL.DEVICE)
+    require_writable(cfg.OUTPUT_DIR)
     if args.eval_only:
         require_scorable(cfg)
+        if not cfg.DATASETS.TEST:
+            raise ValueError("DATASETS.TEST names no data set, so there is nothing to score")
         find_weights(cfg, args.resume)
         return
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it: choose one")
-    processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
+    processes = int(os.environ.get("WORLD_SIZE", max(1, args.num_gpus * args.num_machines)))
     require_possible(Trainer.auto_scale_workers(cfg, processes), processes)
-    require_writable(cfg.OUTPUT_DIR)
     # Of several processes or machines the first one, for the others start at any time.
     if int(os.environ.get("RANK", args.machine_rank)) > 0:
         return
     if args.resume:
         require_resumable(cfg)
         return
-    if args.overwrite:
+    if args.overwrite and files_of_run(cfg.OUTPUT_DIR):
+        _require_startable(cfg)
         remove_run(cfg.OUTPUT_DIR)
     require_unused(cfg.OUTPUT_DIR)
+
+
+def _require_startable(cfg: CfgNode) -> None:
+    """Refuses, before a run is deleted for another one, what would stop the other one."""
+    going = {path.resolve() for path in files_of_run(cfg.OUTPUT_DIR)}
+    for key, file in (
+        ("TUNING.WARMUP_CHECKPOINT", cfg.TUNING.WARMUP_CHECKPOINT),
+        ("FISHER.ESTIMATE", cfg.FISHER.ESTIMATE),
+        ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS),
+        ("MODEL.VFM.WEIGHTS", cfg.MODEL.VFM.WEIGHTS),
+    ):
+        if Path(file).resolve() in going:
+            raise ValueError(
+                f"--overwrite would delete {file}, from which {key} starts the new run: choose "
+                "another OUTPUT_DIR"
+            )
+        if not key.startswith("MODEL.VFM"):  # a word, or found in the network
+            require_file(key, file)
+    logging.disable(logging.WARNING)  # the run itself says them
+    try:
+        check_datasets(
+            [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        )
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

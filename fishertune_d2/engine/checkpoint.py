@@ -12,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.modeling.checkpoints import read_with_notes
 from fishertune_d2.tuning import TuningMethod
 
 from .optimizer import is_backbone
@@ -70,11 +71,15 @@ class WholeCheckpointer(DetectionCheckpointer):
             torch.save(data, file)
         self.tag_last_checkpoint(path.name)
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to go on from, also if none is noted as the last."""
+        return super().has_checkpoint() or any(map(is_whole, self._others()))
+
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
+        if filename.endswith(".pkl"):  # of Detectron2's model zoo
             return super()._load_file(filename)
-        except Exception as error:  # torch's own name no file
-            raise ValueError(f"{filename} cannot be read as a checkpoint: {error}") from error
+        state, notes = read_with_notes(Path(filename))
+        return {**(notes if state is not notes else {}), "model": state}
 
     def _load_model(self, checkpoint: dict[str, Any]):
         """Loads the weights, of the warm-up or of the tuning stage.
@@ -89,6 +94,8 @@ class WholeCheckpointer(DetectionCheckpointer):
         incompatible = self._load_weights(checkpoint)
         if self.complete:
             _require_complete(incompatible)
+        else:
+            _require_some(self.model, incompatible)
         return incompatible
 
     def _load_weights(self, checkpoint: dict[str, Any]):
@@ -122,14 +129,12 @@ class WholeCheckpointer(DetectionCheckpointer):
         last = Path(super().get_checkpoint_file())
         if is_whole(last):
             return str(last)
-        # Not every .pth: the folder may hold weights that are no state of a run.
-        others = [path for path in Path(self.save_dir).glob("model_*.pth") if path != last]
-        others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        others = [path for path in self._others() if path != last]
         for path in others:
             if is_whole(path):
                 logger.warning(
                     "The last checkpoint, %s, is damaged or gone: resuming from the one before, %s",
-                    last,
+                    last if last.name else "which last_checkpoint would name",
                     path,
                 )
                 return str(path)
@@ -137,6 +142,12 @@ class WholeCheckpointer(DetectionCheckpointer):
             f"cannot resume: the last checkpoint, {last}, is damaged or gone, and so are all "
             f"others in {self.save_dir} ({len(others)}); start again without --resume"
         )
+
+    def _others(self) -> list[Path]:
+        """The checkpoints of a run in the folder, the newest first."""
+        # Not every .pth: the folder may hold weights that are no state of a run.
+        found = Path(self.save_dir).glob("model_*.pth") if self.save_dir else ()
+        return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _lacking(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
@@ -167,6 +178,25 @@ def _require_complete(incompatible: Any) -> None:
         f"the weights do not fill the model ({len(left)} of its tensors are left): {trouble}. Take "
         "the config.yaml that lies beside the weights, or weights of the whole segmentation model"
     )
+
+
+def _require_some(model: nn.Module, incompatible: Any) -> None:
+    """Refuses weights of which none fits; says how many fit if not all do."""
+    names = model.state_dict().keys()
+    left = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+    filled = len(names) - len(left & names)
+    if not filled:
+        raise ValueError(
+            f"none of the weights fits the model, whose first tensor is {next(iter(names))}: name "
+            "a checkpoint of this segmentation model; public weights of a VFM belong in "
+            "MODEL.VFM.WEIGHTS"
+        )
+    if filled < len(names):
+        logger.warning(
+            "The weights fill %d of the model's %d tensors; the others start as initialised",
+            filled,
+            len(names),
+        )
 
 
 def is_whole(path: Path) -> bool:
@@ -209,6 +239,7 @@ class OwnRun:
                 f"the checkpoint in {self.output_dir} is of another run: {error}. Put that back as "
                 f"it was to go on, or start a new run in another OUTPUT_DIR{self._shortcut(then)}"
             ) from None
+        self.record = self.record.starting_from(then.start)
 
     def _shortcut(self, then: RunRecord) -> str:
         """How a new run can take over the warm-up and the estimate, as far as they are there."""

@@ -16,10 +16,23 @@ from .stages import attach
 logger = logging.getLogger(__name__)
 
 
-def count_parameters(cfg: CfgNode, backbone: nn.Module) -> dict[str, int]:
-    """How many weights the backbone has of its own, and how many train by the end of TUNING."""
+def count_parameters(
+    cfg: CfgNode, backbone: nn.Module, iterations: int | None = None
+) -> dict[str, int]:
+    """How many weights the backbone has of its own, and how many have trained.
+
+    Args:
+        cfg: SOLVER.MAX_ITER and TUNING are read.
+        backbone: as the config builds it.
+        iterations: how many are done; None for all.
+    """
+    first, last = cfg.TUNING.WARMUP_ITERS, cfg.SOLVER.MAX_ITER - 1
+    latest = last if iterations is None else iterations - 1
+    progress = min(1.0, max(0, latest - first) / max(1, last - first))
+    # A run that is planned with no iteration of tuning is counted as if it had some.
+    begun = iterations is None or latest >= first
     return {
-        "tuned_parameters": count_tuned(cfg, backbone, progress=1.0),
+        "tuned_parameters": count_tuned(cfg, backbone, progress) if begun else 0,
         "backbone_parameters": sum(p.numel() for p in backbone.parameters()),
     }
 
@@ -58,9 +71,9 @@ def build_empty(cfg: CfgNode, build: Callable[[CfgNode], nn.Module]) -> nn.Modul
         return build(cfg)
 
 
-def plan(cfg: CfgNode) -> dict[str, int]:
+def plan(cfg: CfgNode, iterations: int | None = None) -> dict[str, int]:
     """:func:`count_parameters` of the config's backbone, without its weights."""
-    return count_parameters(cfg, build_empty(cfg, build_backbone))
+    return count_parameters(cfg, build_empty(cfg, build_backbone), iterations)
 
 
 def log_plan(cfg: CfgNode) -> dict[str, int]:

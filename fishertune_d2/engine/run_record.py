@@ -11,9 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from fishertune_d2.config import equal_values
+from fishertune_d2.tuning import build_tuning_method
+from fishertune_d2.unread_keys import why_unread
 
 # What a run is: with another value of a key below these, its result is another.
 _DEFINING = (
@@ -64,6 +68,9 @@ _UNUSUAL = ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
 # The name of the record among the notes of a Fisher estimate.
 NOTE = "run"
 
+# How many values of a tensor its fingerprint takes, at least, if it has as many.
+_SAMPLED = 64
+
 Keys = Callable[[str], bool]
 
 
@@ -101,6 +108,7 @@ class RunRecord:
         names: a digest of their names, without folders; None if they are not known.
         classes: the names of the classes; None if they are not known.
         iterations: how many iterations were done when it was written; None if that is not known.
+        start: a fingerprint of the weights that the run started from; None if it is not known.
     """
 
     config: Mapping[str, Any]
@@ -108,10 +116,15 @@ class RunRecord:
     names: str | None = None
     classes: tuple[str, ...] | None = None
     iterations: int | None = None
+    start: str | None = None
 
     @classmethod
     def of_run(
-        cls, cfg: CfgNode, files: Sequence[str] | None, classes: Sequence[str] | None
+        cls,
+        cfg: CfgNode,
+        files: Sequence[str] | None,
+        classes: Sequence[str] | None,
+        start: str | None = None,
     ) -> "RunRecord":
         """The record of a run that is about to begin.
 
@@ -119,19 +132,20 @@ class RunRecord:
             cfg: the run's config.
             files: the training images, in the order of the data set; None if they are not known.
             classes: the names of the classes that the run trains on; None if they are not known.
+            start: the :func:`fingerprint` of the weights that the run starts from.
         """
         classes = None if classes is None else tuple(classes)
         if files is None:
-            return cls(defining_keys(cfg), classes=classes)
+            return cls(defining_keys(cfg), classes=classes, start=start)
         text = "\n".join(Path(file).name for file in files)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return cls(defining_keys(cfg), len(files), digest, classes)
+        return cls(defining_keys(cfg), len(files), digest, classes, start=start)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "RunRecord | None":
         """The record in a checkpoint; None if the checkpoint holds weights alone."""
         state = checkpoint.get("run")
-        if state is None:
+        if not isinstance(state, Mapping) or "config" not in state:
             return None
         iteration = checkpoint.get("iteration")
         return cls.of_state(state, None if iteration is None else iteration + 1)
@@ -146,6 +160,7 @@ class RunRecord:
             state.get("names"),
             None if classes is None else tuple(classes),
             iterations,
+            state.get("start"),
         )
 
     @classmethod
@@ -160,11 +175,16 @@ class RunRecord:
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts, which torch.load reads with weights_only, and JSON."""
         state = {"config": dict(self.config), "images": self.images, "names": self.names}
-        return state | {"classes": None if self.classes is None else list(self.classes)}
+        classes = None if self.classes is None else list(self.classes)
+        return state | {"classes": classes, "start": self.start}
 
     def after(self, iterations: int) -> "RunRecord":
         """The same run after so many iterations."""
         return replace(self, iterations=iterations)
+
+    def starting_from(self, start: str | None) -> "RunRecord":
+        """The same run with another fingerprint of the weights that it started from."""
+        return replace(self, start=start)
 
     def applied_to(self, cfg: CfgNode) -> CfgNode:
         """A config with the values that the run was trained with, where both have the key.
@@ -238,6 +258,10 @@ class RunRecord:
         differing = differing_keys(then.config, self.config, keys)
         unusual = {key: differing.pop(key) for key in _UNUSUAL if key in differing}
         troubles = [*as_words(differing), *then._other_data(self)]
+        if None not in (then.start, self.start) and then.start != self.start:
+            troubles.append(
+                "it started from other weights than MODEL.VFM.WEIGHTS and MODEL.WEIGHTS give now"
+            )
         if troubles:
             raise ValueError(
                 f"{name} is of a run with other settings: {'; '.join(troubles)}. Set these back, "
@@ -273,9 +297,33 @@ def differing_keys(
     }
 
 
+def fingerprint(module: nn.Module) -> str:
+    """Identifies a module's weights by some of each tensor's values, the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def defining_keys(cfg: CfgNode) -> dict[str, Any]:
-    """The values of all keys that define a run, by key with dots."""
-    return dict(_defining(cfg))
+    """The values of all keys that define a run, by key with dots.
+
+    Keys that nothing reads with this config are left out, and the options of other methods.
+    """
+    options = build_tuning_method(cfg).options
+    return {
+        key: value
+        for key, value in _defining(cfg)
+        if why_unread(key, cfg) is None and not _of_another_method(key, options)
+    }
+
+
+def _of_another_method(key: str, options: Sequence[str] | None) -> bool:
+    parts = key.split(".")
+    of_a_method = parts[0] == "TUNING" and len(parts) == 3
+    return of_a_method and options is not None and parts[1] not in options
 
 
 def _defining(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

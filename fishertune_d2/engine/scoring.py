@@ -70,21 +70,64 @@ def score_datasets(
     evaluators = _as_list(cfg, build_evaluator, evaluators)
     results: OrderedDict = OrderedDict()
     failed: dict[str, str] = {}
-    device = next(model.parameters()).device
+    device, training = next(model.parameters()).device, model.training
     for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
+        together = _Together(evaluator)
         try:
             with scoring_autocast(cfg, device):
-                results[name] = inference_on_dataset(model, build_loader(cfg, name), evaluator)
+                result = inference_on_dataset(model, build_loader(cfg, name), together)
         except DatasetError as error:
-            if comm.get_world_size() > 1:  # the other processes wait for this one's counts
-                raise
-            failed[name] = str(error)
-            logger.error("%s is not scored: %s", name, error)
+            model.train(training)  # Detectron2 restores the mode only where nothing fails
+            together.fail(error)
+        trouble = together.trouble()
+        if trouble:
+            failed[name] = trouble
+            logger.error("%s is not scored: %s", name, trouble)
+        else:
+            results[name] = result
     if comm.is_main_process() and results:
         _write(cfg, model, results, failed)
     if failed:
         raise DatasetError("\n\n".join(failed.values()))
     return results if comm.is_main_process() else OrderedDict()
+
+
+class _Together(DatasetEvaluator):
+    """An evaluator whose processes learn of each other's errors before they gather their counts.
+
+    Without that, the others would wait for the counts of a process that could not read an image.
+    """
+
+    def __init__(self, evaluator: DatasetEvaluator):
+        self.evaluator = evaluator
+        self._asked = False
+        self._errors: list[str] = []
+
+    def reset(self) -> None:
+        self.evaluator.reset()
+
+    def process(self, inputs: list, outputs: list) -> None:
+        self.evaluator.process(inputs, outputs)
+
+    def evaluate(self) -> dict | None:
+        self._ask(None)
+        return None if self._errors else self.evaluator.evaluate()
+
+    def fail(self, error: DatasetError) -> None:
+        """Takes in the error that this process met."""
+        if self._asked:  # of the first process, after the counts
+            self._errors.append(str(error))
+        else:
+            self._ask(str(error))
+
+    def trouble(self) -> str:
+        """What stopped any of the processes, the same in each; empty if nothing did."""
+        errors = [error for each in comm.all_gather(self._errors) for error in each]
+        return "; ".join(dict.fromkeys(errors))
+
+    def _ask(self, error: str | None) -> None:
+        self._asked = True
+        self._errors = [each for each in comm.all_gather(error) if each is not None]
 
 
 def metrics_by_name(results: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -158,7 +201,7 @@ def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping
     mapper = SegmentationMapper(cfg, is_train=False)
     summary = summarize(ours, trained.DATASETS.TRAIN, _protocol(cfg, record), mapper)
     # Not of the model, which may hold vectors of selected weights beside them.
-    counts = plan(trained)
+    counts = plan(trained, record.iterations if record else None)
     summary |= counts if record else counts | {"tuned_parameters": None}
     if failed:
         summary["failed"] = dict(failed)

@@ -21,6 +21,13 @@ from .plan import build_empty
 from .stages import attach
 from .step import ESTIMATE_DTYPES
 
+# Of Detectron2 and its DeepLab project.
+_SCHEDULES = (
+    "WarmupPolyLR",
+    "WarmupCosineLR",
+    "WarmupMultiStepLR",
+    "WarmupStepWithFixedGammaLR",
+)
 # Of FISHER.PERTURB.POINTS: the patch embedding, and the blocks at 1/3, 1/2 and 2/3.
 _POINTS = 4
 
@@ -37,7 +44,8 @@ def require_possible(cfg: CfgNode, processes: int = 1) -> None:
     """
     require_scorable(cfg)
     method = build_tuning_method(cfg)
-    troubles = [*_schedule(cfg, method), *_choices(cfg), *_batches(cfg, processes)]
+    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg)]
+    troubles += _batches(cfg, processes)
     if method.selects and cfg.TUNING.WARMUP_ITERS < cfg.SOLVER.MAX_ITER:
         troubles += _shift(cfg, method)
     if troubles:
@@ -51,9 +59,12 @@ def require_scorable(cfg: CfgNode) -> None:
         ValueError: with the key, its value and the remedy.
     """
     require_ignore_value(cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
-    rule = cfg.TEST.CLASS_RULE
-    if rule not in CLASS_RULES:
-        raise ValueError(f"TEST.CLASS_RULE is {rule!r}: choose from {', '.join(CLASS_RULES)}")
+    for key, value, known in (
+        ("INPUT.FORMAT", cfg.INPUT.FORMAT, ("RGB", "BGR")),
+        ("TEST.CLASS_RULE", cfg.TEST.CLASS_RULE, CLASS_RULES),
+    ):
+        if value not in known:
+            raise ValueError(f"{key} is {value!r}: choose from {', '.join(known)}")
 
 
 def require_file(key: str, file: str) -> None:
@@ -62,7 +73,11 @@ def require_file(key: str, file: str) -> None:
     Raises:
         FileNotFoundError: with the key and the file.
     """
-    if file and "://" not in file and not Path(file).is_file():
+    if not file or "://" in file:
+        return
+    if Path(file).is_dir():
+        raise FileNotFoundError(f"{key} is {file}, a folder: name a file in it")
+    if not Path(file).is_file():
         raise FileNotFoundError(f"{key} is {file}, and there is no such file")
 
 
@@ -135,13 +150,39 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
         ("FISHER.LABELS", fisher.LABELS, LABELS),
         ("FISHER.PRECISION", fisher.PRECISION, ESTIMATE_DTYPES),
         ("FISHER.PERTURB.EPS_MODE", fisher.PERTURB.EPS_MODE, EPS_MODES),
+        ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("horizontal", "vertical", "none")),
+        (
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+            cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE,
+            ("full_model", "norm", "value"),
+        ),
+        ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, _SCHEDULES),
         ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("ADAMW", "SGD")),
+        ("SOLVER.WARMUP_METHOD", cfg.SOLVER.WARMUP_METHOD, ("constant", "linear")),
     ):
         if value not in known:
             yield f"{key} is {value!r}: choose from {', '.join(known)}"
     points = fisher.PERTURB.POINTS
     if not points or not set(points) <= set(range(_POINTS)):
         yield f"FISHER.PERTURB.POINTS is {list(points)}: choose from 0 to {_POINTS - 1}"
+
+
+def _sizes(cfg: CfgNode) -> Iterator[str]:
+    crop, edges = cfg.INPUT.CROP, cfg.INPUT.MIN_SIZE_TRAIN
+    if crop.ENABLED and (len(crop.SIZE) != 2 or min(crop.SIZE) < 1):
+        yield f"INPUT.CROP.SIZE is {list(crop.SIZE)}: give a height and a width in pixels"
+    if not edges or min(edges) < 1:
+        yield f"INPUT.MIN_SIZE_TRAIN is {list(edges)}: give at least one short edge in pixels"
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        yield (
+            f"SOLVER.CHECKPOINT_PERIOD is {cfg.SOLVER.CHECKPOINT_PERIOD}: choose at least 1 "
+            "iteration"
+        )
+    if cfg.TUNING.WARMUP_CHECKPOINT and cfg.MODEL.WEIGHTS:
+        yield (
+            f"TUNING.WARMUP_CHECKPOINT {cfg.TUNING.WARMUP_CHECKPOINT} and MODEL.WEIGHTS "
+            f"{cfg.MODEL.WEIGHTS} both say where training starts: leave one of them empty"
+        )
 
 
 def _batches(cfg: CfgNode, processes: int) -> Iterator[str]:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from fishertune_d2.modeling.heads import require_divisors
+
 # SOLVER.AMP.PRECISION: what autocast computes in.
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # FISHER.PRECISION: what autocast computes the estimate's losses and gradients in. Never float16,
@@ -33,14 +35,16 @@ class StepTrainer(SimpleTrainer):
 
     Args:
         model: returns losses by name, each a sum over something divided by its number. With more
-            than one part, it must say those numbers, see ``VFMSegmentor.loss_divisors``.
+            than one part, it must say those numbers: see ``VFMSegmentor.loss_divisors`` and
+            ``require_splittable``.
         data_loader: yields batches, lists of images.
         dtype: what autocast computes in; None for no autocast. float16 gets a GradScaler.
         parts: how many parts a batch is passed through the model in. The gradients add up to those
             of the whole batch, and activations are kept for one part at a time.
 
     Raises:
-        ValueError: if ``parts`` is not positive.
+        ValueError: if ``parts`` is not positive, or the model does not say what one of its losses
+            is divided by.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class StepTrainer(SimpleTrainer):
     ):
         if parts < 1:
             raise ValueError(f"SOLVER.ACCUMULATE is {parts}: choose 1, or how many parts")
+        if parts > 1:
+            model.require_splittable()
         super().__init__(model, data_loader, optimizer=None)
         self.dtype = dtype
         self.parts = parts
@@ -159,5 +165,6 @@ def _split(batch: list, parts: int) -> list[list]:
 
 def _as_shares(losses: dict, own: dict, whole: dict) -> dict:
     """Makes losses of a part, which divide by its own numbers, shares of the whole batch's."""
+    require_divisors(losses, whole)
     kinds = {name: re.sub(r"_\d+$", "", name) for name in losses}  # loss_ce_3: of prediction 3
     return {name: loss * (own[kinds[name]] / whole[kinds[name]]) for name, loss in losses.items()}

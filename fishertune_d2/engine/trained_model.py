@@ -19,6 +19,7 @@ from fishertune_d2.tuning import build_tuning_method
 
 from .checkpoint import WholeCheckpointer
 from .run_record import RunRecord
+from .start_check import require_file
 
 
 def build_trained(
@@ -43,8 +44,7 @@ def build_trained(
             change predictions, or the checkpoint does not fill the model.
     """
     require_device(cfg.MODEL.DEVICE)
-    if "://" not in weights and not Path(weights).is_file():
-        raise FileNotFoundError(f"MODEL.WEIGHTS is {weights}, and there is no such file")
+    require_file("MODEL.WEIGHTS", weights)
     method = build_tuning_method(cfg)
     empty = cfg.clone()
     empty.defrost()
@@ -60,7 +60,7 @@ def build_trained(
     checkpointer = WholeCheckpointer(model, method=method, accept=accept, complete=True)
     try:
         checkpointer.load(weights, checkpointables=[])
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # an OSError of an address
         raise ValueError(f"MODEL.WEIGHTS {weights}: {error}") from error
     return model.eval()
 
@@ -95,7 +95,11 @@ def require_device(device: str) -> None:
     Raises:
         ValueError: with the remedy.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"MODEL.DEVICE is {device!r}: choose cuda, cuda:1 or cpu") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"MODEL.DEVICE is {device!r}, and PyTorch finds no GPU: add MODEL.DEVICE cpu to the "
             "command (--opts MODEL.DEVICE cpu for predict), or run python -m fishertune_d2.doctor"

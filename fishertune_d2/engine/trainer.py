@@ -20,15 +20,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fishertune_d2.compat import wrap_for_ranks
+from fishertune_d2.data import DatasetError
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
 from fishertune_d2.fisher import (
     FisherEstimate,
-    StatisticsPerturbation,
     estimate_fisher,
     find_candidates,
     tuned_share,
 )
 from fishertune_d2.tuning import build_tuning_method, require_same_shapes
+from fishertune_d2.unread_keys import warn_of_unread_keys
 
 from .checkpoint import OwnRun, WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
@@ -36,8 +37,9 @@ from .image_losses import SegmentationLoss
 from .loaders import class_names, file_names, scoring_loader, training_loader
 from .optimizer import build_optimizer, carry_state, is_backbone
 from .output_dir import require_unused, require_writable
+from .perturbation import build_perturbation, perturbation_of_training
 from .preemption import Preemption
-from .run_record import NOTE, RunRecord
+from .run_record import NOTE, RunRecord, fingerprint
 from .scoring import metrics_by_name, score_datasets
 from .sharing import check_estimate, load_warmup
 from .stages import prepare_stage
@@ -46,9 +48,6 @@ from .step import ESTIMATE_DTYPES, StepTrainer, autocast_dtype, set_matmul_preci
 from .vit import require_nothing_around
 
 logger = logging.getLogger(__name__)
-
-# TUNING.FEATURE_PERTURBATION: how often a batch is perturbed. DSU's.
-PERTURBED = 0.5
 
 
 class Trainer(DefaultTrainer):
@@ -75,6 +74,7 @@ class Trainer(DefaultTrainer):
                 TUNING.FEATURE_PERTURBATION is on and a process has one image a step.
             OSError: if OUTPUT_DIR cannot be written in.
         """
+        warn_of_unread_keys(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         require_possible(cfg, comm.get_world_size())
         require_writable(cfg.OUTPUT_DIR)
@@ -92,18 +92,21 @@ class Trainer(DefaultTrainer):
         dtype = autocast_dtype(cfg)
         self._trainer = StepTrainer(model, loader, dtype=dtype, parts=cfg.SOLVER.ACCUMULATE)
         require_fillable(cfg, self.method, model.backbone)
-        self._record = RunRecord.of_run(cfg, file_names(loader), class_names(cfg))
+        record = RunRecord.of_run(
+            cfg, file_names(loader), class_names(cfg), fingerprint(model.backbone)
+        )
+        self._run = OwnRun(record, cfg.OUTPUT_DIR)
         self._resumes = False
         self.checkpointer = WholeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             method=self.method,
-            run=OwnRun(self._record, cfg.OUTPUT_DIR),
+            run=self._run,
             trainer=weakref.proxy(self),
         )
         self._preemption = Preemption(self._save_and_leave)
         self._estimation = self._build_estimation()
-        self._perturbation = self._build_perturbation()
+        self._perturbation = perturbation_of_training(cfg, model.backbone, comm.get_world_size())
         self.stage = ""
         self.start_stage("warmup")
         self.register_hooks(self.build_hooks())
@@ -191,25 +194,6 @@ class Trainer(DefaultTrainer):
             schedule=self._schedule,
         )
 
-    def _build_perturbation(self) -> StatisticsPerturbation | None:
-        cfg, processes = self.cfg, comm.get_world_size()
-        if not cfg.TUNING.FEATURE_PERTURBATION:
-            return None
-        images = cfg.SOLVER.IMS_PER_BATCH // processes // cfg.SOLVER.ACCUMULATE
-        if images < 2:
-            raise ValueError(
-                "TUNING.FEATURE_PERTURBATION takes its statistics over what passes through the "
-                f"model at once, but SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over "
-                f"{processes} processes, in {cfg.SOLVER.ACCUMULATE} parts (SOLVER.ACCUMULATE), is "
-                f"{images} images: choose a batch of at least {2 * processes}, in fewer parts"
-            )
-        if cfg.MODEL.VFM.CHECKPOINT_BLOCKS:
-            raise ValueError(
-                "TUNING.FEATURE_PERTURBATION draws other numbers when a block is computed again: "
-                "set MODEL.VFM.CHECKPOINT_BLOCKS to False"
-            )
-        return build_perturbation(cfg, self.segmentor.backbone, p=PERTURBED)
-
     def _estimate(self) -> FisherEstimate | None:
         """F(x) and F(x') of the backbone, measured or from FISHER.ESTIMATE."""
         fisher, backbone = self.cfg.FISHER, self.segmentor.backbone
@@ -233,7 +217,7 @@ class Trainer(DefaultTrainer):
             progress=comm.is_main_process(),
             autocast=ESTIMATE_DTYPES[fisher.PRECISION],
         )
-        estimate.notes[NOTE] = self._record.to_note()
+        estimate.notes[NOTE] = self._run.record.to_note()
         return estimate
 
     def _estimation_batches(self) -> Iterator[list[dict]]:
@@ -280,16 +264,19 @@ class Trainer(DefaultTrainer):
                 model=self.segmentor,
                 method=self.method,
                 trainer=self,
-                record=self._record,
+                record=self._run.record,
                 iters=self.cfg.TUNING.WARMUP_ITERS,
             )
             self.start_iter = self.iter + 1
         else:
             require_file("MODEL.WEIGHTS", self.cfg.MODEL.WEIGHTS)
             super().resume_or_load(resume)
+            if self.cfg.MODEL.WEIGHTS:
+                start = fingerprint(self.segmentor)
+                self._run.record = self._run.record.starting_from(start)
         estimates = self.method.selects and self.method.estimates
         if fisher_estimate and estimates and self.start_iter <= self.cfg.TUNING.WARMUP_ITERS:
-            check_estimate(fisher_estimate, self._record)
+            check_estimate(fisher_estimate, self._run.record)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores a checkpoint's state, in the stage it was written in."""
@@ -424,20 +411,14 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> dict:
         done = min(self.iter + 1, self.max_iter)
-        self.segmentor.trained_by = self._record.after(done)
-        results = self.test(self.cfg, self.segmentor)
+        self.segmentor.trained_by = self._run.record.after(done)
+        try:
+            results = self.test(self.cfg, self.segmentor)
+        except DatasetError as error:
+            if done == self.max_iter:
+                raise
+            logger.error("Training goes on after a test set could not be scored: %s", error)
+            return {}
         # DefaultTrainer compares what has this name with TEST.EXPECTED_RESULTS.
         self._last_eval_results = metrics_by_name(results)
         return results
-
-
-def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> StatisticsPerturbation:
-    """Eq. 6 at FISHER.PERTURB.POINTS of the backbone, on a batch with probability ``p``."""
-    perturb, points = cfg.FISHER.PERTURB, backbone.perturbation_points()
-    return StatisticsPerturbation(
-        [points[i] for i in perturb.POINTS],
-        num_prefix_tokens=backbone.num_prefix_tokens,
-        strength=perturb.STRENGTH,
-        eps_mode=perturb.EPS_MODE,
-        p=p,
-    )

@@ -5,9 +5,10 @@ Each writes a folder. What a layout cannot hold is refused before anything is wr
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -32,11 +33,13 @@ class TunedModel:
         architecture: the backbone's.
         vit: its weights, by timm's names.
         decoder: the rest of the segmentation model, by its names in a checkpoint; may be empty.
+        record: of the run that trained it, as its checkpoint has it; empty if that is not known.
     """
 
     architecture: Architecture
     vit: StateDict
     decoder: StateDict = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 def empty_backbone(architecture: Architecture) -> VFMBackbone:
@@ -163,7 +166,7 @@ def write_detectron2(model: TunedModel, folder: Path) -> None:
     vit = {BACKBONE + name: tensor for name, tensor in model.vit.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "model.pth") as temporary:
-        torch.save({"model": vit | model.decoder}, temporary)
+        torch.save({"model": vit | model.decoder, **model.record}, temporary)
 
 
 def _is_dinov2(timm_name: str) -> bool:

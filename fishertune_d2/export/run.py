@@ -1,5 +1,6 @@
 """Reads what a run wrote, finds the public weights it started from, and puts deltas on them."""
 
+import json
 from pathlib import Path
 from textwrap import shorten
 
@@ -22,6 +23,8 @@ from .plain import BACKBONE, TunedModel, empty_backbone
 
 # What the names of the backbone's tensors, and of those added to it, begin with in a checkpoint.
 _OWN = "backbone."
+# What a checkpoint says of its run, and a delta with the decoder takes along.
+_RECORD = ("run", "iteration")
 
 
 def delta_of_run(
@@ -69,6 +72,8 @@ def delta_of_run(
         "weights": found.name if found.is_file() else backbone.weights,
         **(_facts(cfg, record) if record else {}),
     }
+    if decoder and record:
+        delta.notes |= {key: json.dumps(value) for key, value in tuned.record.items()}
     return delta
 
 
@@ -92,7 +97,8 @@ def read_tuned(
         return _read_run(source, config_file)[-1]
     delta = Delta.load(source)
     vit = tuned_backbone(delta, base).vit.state_dict()
-    return TunedModel(delta.architecture, vit, delta.decoder)
+    record = {key: json.loads(delta.notes[key]) for key in _RECORD if key in delta.notes}
+    return TunedModel(delta.architecture, vit, delta.decoder, record)
 
 
 def tuned_backbone(delta: Delta | str | Path, weights: str = "") -> VFMBackbone:
@@ -184,6 +190,7 @@ def _read_run(
         architecture,
         vit={n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)},
         decoder={n: t for n, t in state.items() if not n.startswith(BACKBONE)},
+        record={key: notes[key] for key in _RECORD if record is not None and key in notes},
     )
     try:
         empty_backbone(tuned.architecture).vit.load_state_dict(tuned.vit, assign=True)

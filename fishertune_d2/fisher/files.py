@@ -36,7 +36,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise FileNotFoundError(f"{path} could not be written: there is no such folder")
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        permissions = _usual_permissions(temporary)
+        permissions = _usual_permissions(path.with_name(f"{path.name}.{os.getpid()}"))
         yield temporary
         with open(temporary, "rb+") as file:
             os.fchmod(file.fileno(), permissions)

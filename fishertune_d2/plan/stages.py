@@ -11,9 +11,9 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.engine.image_losses import SegmentationLoss
+from fishertune_d2.engine.perturbation import build_perturbation
 from fishertune_d2.engine.stages import attach, prepare_stage
 from fishertune_d2.engine.step import ESTIMATE_DTYPES, autocast_dtype, largest_part
-from fishertune_d2.engine.trainer import build_perturbation
 from fishertune_d2.fisher import ESTIMATORS, find_candidates, keeping_activations
 from fishertune_d2.tuning import SelectedWeights, TuningMethod
 

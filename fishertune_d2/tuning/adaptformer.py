@@ -66,6 +66,7 @@ class AdaptFormer(TuningMethod):
         scale: factor on what they add.
     """
 
+    options = ("ADAPTFORMER",)
     adds = True
 
     def __init__(self, dim: int, scale: float):

@@ -9,6 +9,8 @@ from .registry import TUNING_REGISTRY, TuningMethod
 class Freeze(TuningMethod):
     """Trains nothing of the backbone."""
 
+    options = ()
+
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """No parameter."""
         return {}

@@ -9,6 +9,8 @@ from .registry import TUNING_REGISTRY, TuningMethod
 class Full(TuningMethod):
     """Trains every parameter that the backbone's forward pass uses."""
 
+    options = ()
+
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters, but for those that the forward pass does not reach."""
         unused = backbone.unused_parameters()

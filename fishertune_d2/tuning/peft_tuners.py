@@ -42,6 +42,7 @@ class PeftTuner(TuningMethod):
         ValueError: if there is no such tuner or option, or the tuner cannot work here.
     """
 
+    options = ("LORA", "PEFT")
     adds = True
 
     def __init__(self, tuner: str, targets: Sequence[str], options: Mapping[str, Any]):

@@ -20,6 +20,7 @@ class RandomChoice(SelectiveMethod):
         depth: which blocks to draw from: this part of them, (0.0, 0.5) being the first half.
     """
 
+    options = ("GROUP",)
     estimates = False
 
     def __init__(

@@ -30,6 +30,8 @@ class TuningMethod:
         schedule: how the share grows, if that is part of the method; else TUNING.SCHEDULE says.
         adds: whether the method adds parameters of its own. If so, :meth:`attach` is called once
             for each model.
+        options: the groups of keys below TUNING that the method reads, such as "LORA"; None if that
+            is not known. Other methods' groups are no part of a run's record.
     """
 
     selects = False
@@ -37,6 +39,7 @@ class TuningMethod:
     compares_domains = False
     schedule = ""
     adds = False
+    options: tuple[str, ...] | None = None
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
         """Adds what the method adds; only called if ``adds``.
@@ -92,6 +95,7 @@ class SelectiveMethod(TuningMethod):
     """Base class of the methods that choose among the candidates of Eq. 3."""
 
     selects = True
+    options = ()
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that hold a candidate: whole tensors, of which a selection moves."""

@@ -143,6 +143,7 @@ class Rein(TuningMethod):
         query_width: C, the head's.
     """
 
+    options = ("REIN",)
     adds = True
     # Where the tokens are in the backbone, and what they are.
     name = "rein"

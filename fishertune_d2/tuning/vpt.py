@@ -82,6 +82,7 @@ class VPT(TuningMethod):
         num_tokens: prompts in each block.
     """
 
+    options = ("VPT",)
     adds = True
 
     def __init__(self, num_tokens: int):

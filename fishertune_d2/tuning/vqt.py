@@ -88,6 +88,7 @@ class VQT(TuningMethod):
         num_tokens: queries in each block.
     """
 
+    options = ("VQT",)
     adds = True
 
     def __init__(self, num_tokens: int):

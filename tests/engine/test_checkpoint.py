@@ -101,12 +101,56 @@ def test_a_damaged_last_one_falls_back_to_the_one_before(checkpointer, tmp_path,
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_4.pth")
 
 
+def test_without_a_note_of_the_last_one_the_newest_is_taken(checkpointer, tmp_path, caplog):
+    (tmp_path / "last_checkpoint").unlink()
+    assert checkpointer.has_checkpoint()
+    with caplog.at_level(logging.WARNING):
+        assert _resumed(checkpointer) == 3
+    assert "model_3.pth" in caplog.text
+    for path in tmp_path.glob("*.pth"):
+        path.unlink()
+    assert not checkpointer.has_checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"plain text", "it is damaged, or holds more than tensors"),
+        ([1, 2], "holds no state dict|damaged"),
+        ({"model": None}, "holds no state dict|damaged"),
+    ],
+)
+def test_what_is_no_checkpoint_says_what_it_is(tmp_path, content, words):
+    file = tmp_path / "m.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=words) as refused:
+        WholeCheckpointer(nn.Linear(1, 1)).load(str(file))
+    assert str(file) in str(refused.value) and "weights_only" not in str(refused.value)
+
+
+def test_weights_of_which_none_or_some_fit_are_told_apart(tmp_path, caplog):
+    file = str(tmp_path / "m.pth")
+    torch.save({"state_dict": {"weight": torch.ones(1, 1)}}, file)
+    model = nn.Linear(1, 1)
+    with caplog.at_level(logging.WARNING):
+        WholeCheckpointer(model).load(file)
+    assert model.weight.item() == 1 and "fill 1 of the model's 2 tensors" in caplog.text
+    torch.save({"other": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="none of the weights fits the model, whose first tensor"):
+        WholeCheckpointer(model).load(file)
+
+
 def test_without_a_whole_one_there_is_no_resuming(checkpointer, tmp_path):
     for i in (1, 2, 3):
         os.truncate(tmp_path / f"model_{i}.pth", 1000)
     with pytest.raises(RuntimeError, match=r"model_3.pth, is damaged or gone, .* \(2\); start ag"):
         _resumed(checkpointer)
-    with pytest.raises(ValueError, match="model_1.pth cannot be read as a checkpoint: "):
+    with pytest.raises(ValueError, match="cannot read weights from .*model_1.pth: it is damaged"):
         WholeCheckpointer(nn.Linear(1, 1)).load(str(tmp_path / "model_1.pth"))
 
 

@@ -50,7 +50,7 @@ def _cfg(**keys):
     ],
 )
 def test_each_key_counts_for_what_depends_on_it(key, predictions, warmup, estimate):
-    assert key in _record().config
+    assert key in _record(TUNING__METHOD="lora").config
     counts = (changes_predictions(key), changes_warmup(key), changes_estimate(key))
     assert counts == (predictions, warmup, estimate)
 

@@ -4,7 +4,9 @@ import logging
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from fishertune_d2.engine import Trainer
 from fishertune_d2.fisher import FisherEstimate
@@ -55,6 +57,26 @@ def test_an_estimate_of_other_settings_is_refused_before_the_warm_up(tiny_cfg, r
     cfg = tiny_cfg("other", FISHER__ESTIMATE=file, **{key: value})
     name = key.replace("__", ".")
     with pytest.raises(ValueError, match=rf"FISHER.ESTIMATE {file} is of a run.*{name} was"):
+        Trainer(cfg).resume_or_load(resume=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("TUNING__WARMUP_CHECKPOINT", "model_warmup.pth"), ("FISHER__ESTIMATE", "fisher.safetensors")],
+)
+def test_what_started_from_other_public_weights_is_refused(tiny_cfg, run, tmp_path, key, name):
+    torch.manual_seed(5)
+    public = tmp_path / "public.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), public)
+    cfg = tiny_cfg("other", MODEL__VFM__WEIGHTS=str(public), **{key: str(run / name)})
+    with pytest.raises(ValueError, match="it started from other weights than MODEL.VFM.WEIGHTS"):
+        Trainer(cfg).resume_or_load(resume=False)
+
+
+def test_an_estimate_of_a_run_that_started_elsewhere_is_refused(tiny_cfg, run):
+    weights, file = str(run / "model_0000005.pth"), str(run / "fisher.safetensors")
+    cfg = tiny_cfg("other", MODEL__WEIGHTS=weights, FISHER__ESTIMATE=file)
+    with pytest.raises(ValueError, match="it started from other weights than MODEL.VFM.WEIGHTS"):
         Trainer(cfg).resume_or_load(resume=False)
 
 

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.step import _as_shares
 
 from .conftest import same
 
@@ -143,3 +146,32 @@ def test_the_losses_of_every_step_are_logged(tiny_cfg):
 def test_refuses(tiny_cfg, options, message):
     with pytest.raises(ValueError, match=message):
         Trainer(tiny_cfg(**options))
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class HeadOfTwoLosses(SemSegFPNHead):
+    def losses(self, predictions, targets):
+        return super().losses(predictions, targets) | {"loss_extra": predictions.square().mean()}
+
+
+def test_a_loss_that_no_part_of_a_batch_knows_is_refused_at_the_start(tiny_cfg):
+    options = {"MODEL__SEM_SEG_HEAD__NAME": "HeadOfTwoLosses"}
+    Trainer(tiny_cfg(**options))
+    with pytest.raises(ValueError, match="loss loss_extra .*: set SOLVER.ACCUMULATE 1"):
+        Trainer(tiny_cfg("parts", **options, SOLVER__ACCUMULATE=2))
+    hard = {"MODEL__SEM_SEG_HEAD__LOSS_TYPE": "hard_pixel_mining"}
+    deeplab = {
+        "MODEL__SEM_SEG_HEAD__NAME": "DeepLabV3PlusHead",
+        "MODEL__SEM_SEG_HEAD__IN_FEATURES": ["res2", "res5"],
+        "MODEL__SEM_SEG_HEAD__PROJECT_CHANNELS": [32],
+        "INPUT__CROP__SIZE": [64, 64],
+    }
+    with pytest.raises(ValueError, match="LOSS_TYPE hard_pixel_mining .*set SOLVER.ACCUMULATE 1"):
+        Trainer(tiny_cfg("hard", **hard, **deeplab, SOLVER__ACCUMULATE=2))
+
+
+def test_a_loss_whose_divisor_a_head_does_not_say_is_named():
+    one = torch.ones(())
+    assert _as_shares({"loss_ce_3": one}, {"loss_ce": 1.0}, {"loss_ce": 2.0}) == {"loss_ce_3": 0.5}
+    with pytest.raises(ValueError, match="loss loss_new_2 .*known: loss_ce.*ACCUMULATE 1"):
+        _as_shares({"loss_new_2": one}, {"loss_ce": 1.0}, {"loss_ce": 2.0})

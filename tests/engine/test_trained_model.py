@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from fishertune_d2.data import register_sem_seg
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.trained_model import build_trained, find_weights
+from fishertune_d2.fisher import tuned_share
 
 
 @pytest.fixture
@@ -40,7 +41,6 @@ def _without_record(checkpoint: str, change=lambda state: None) -> str:
         ("MODEL__PIXEL_MEAN", [0.0, 0.0, 0.0]),
         ("INPUT__FORMAT", "BGR"),
         ("TUNING__METHOD", "full"),
-        ("TUNING__LORA__RANK", 4),
     ],
 )
 def test_settings_that_change_predictions_are_refused(tiny_cfg, checkpoint, key, value):
@@ -51,6 +51,29 @@ def test_settings_that_change_predictions_are_refused(tiny_cfg, checkpoint, key,
         build_trained(tiny_cfg(**{key: value}), checkpoint)
 
 
+def test_the_options_of_the_method_are_its_own(tiny_cfg):
+    trainer = Trainer(tiny_cfg("run", TUNING__METHOD="lora"))
+    trainer.start_stage("tuning")
+    trainer.checkpointer.save("model_final", iteration=4)
+    file = str(Path(trainer.cfg.OUTPUT_DIR, "model_final.pth"))
+    with pytest.raises(ValueError, match="TUNING.LORA.RANK was 8 and is 4"):
+        build_trained(tiny_cfg(TUNING__METHOD="lora", TUNING__LORA__RANK=4), file)
+    build_trained(tiny_cfg(TUNING__METHOD="lora", TUNING__REIN__RANK=4), file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL__RETINANET__NUM_CLASSES", 3),
+        ("MODEL__SEM_SEG_HEAD__NORM", "BN"),
+        ("TUNING__LORA__RANK", 4),
+        ("MODEL__MASK_FORMER__DICE_WEIGHT", 1.0),
+    ],
+)
+def test_keys_that_change_nothing_are_not_refused(tiny_cfg, checkpoint, key, value):
+    build_trained(tiny_cfg(**{key: value}), checkpoint)
+
+
 def test_what_a_report_says_of_training_is_the_checkpoints(tiny_cfg, checkpoint):
     other = {"SEED": 1, "SOLVER__MAX_ITER": 9, "TUNING__WARMUP_ITERS": 0, "TUNING__D_MAX": 0.5}
     cfg = tiny_cfg("scored", **other, SOLVER__BASE_LR=0.5, TEST__PICTURES=0)
@@ -59,7 +82,16 @@ def test_what_a_report_says_of_training_is_the_checkpoints(tiny_cfg, checkpoint)
     facts = {"seed": 7, "iterations": 5, "warmup_iterations": 3, "method": "fishertune"}
     assert results["protocol"].items() >= facts.items()
     share = results["tuned_parameters"] / results["backbone_parameters"]
-    assert share == pytest.approx(0.05, rel=1e-3)
+    assert share == pytest.approx(tuned_share(1 / 3, 0.01, 0.05), rel=1e-3)  # 2 of 4 iterations
+
+
+def test_weights_of_the_warm_up_have_tuned_nothing(tiny_cfg, checkpoint):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "iteration": 2}, checkpoint)
+    cfg = tiny_cfg("scored", TEST__PICTURES=0)
+    Trainer.test(cfg, build_trained(cfg, checkpoint))
+    results = json.loads(Path(cfg.OUTPUT_DIR, "results.json").read_text())
+    assert results["tuned_parameters"] == 0 < results["backbone_parameters"]
 
 
 def test_another_training_set_decides_which_test_sets_are_unseen(tiny_cfg, checkpoint):
@@ -106,13 +138,13 @@ def test_weights_without_a_record_are_scored_and_say_nothing_of_their_training(
 def test_random_weights_are_not_scored(tiny_cfg, checkpoint):
     cfg = tiny_cfg("scored", TEST__PICTURES=0)
     model = Trainer.build_model(cfg)
-    with pytest.raises(ValueError, match=r"94 tensors .* sem_seg_head.*load a checkpoint"):
+    with pytest.raises(ValueError, match=r"as they were initialised \(94, .* sem_seg_head"):
         Trainer.test(cfg, model)
     assert not Path(cfg.OUTPUT_DIR, "results.json").exists()
     # Detectron2's own checkpointer fills a part and only warns.
     part = _without_record(checkpoint, lambda s: s.pop("sem_seg_head.class_predictor.bias"))
     DetectionCheckpointer(model).load(part)
-    with pytest.raises(ValueError, match=r"1 tensors .* sem_seg_head.class_predictor.bias"):
+    with pytest.raises(ValueError, match=r"initialised \(1, .* sem_seg_head.class_predictor.bias"):
         Trainer.test(cfg, model)
 
 

@@ -18,9 +18,11 @@ from torch.futures import Future
 from torch.multiprocessing import spawn
 
 from fishertune_d2.config import default_config
-from fishertune_d2.data import register_sem_seg
+from fishertune_d2.data import DatasetError, register_sem_seg
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.optimizer import is_backbone
+from fishertune_d2.engine.trained_model import build_trained
+from fishertune_d2.evaluation import DomainGeneralizationEvaluator
 from fishertune_d2.fisher import FisherEstimate
 
 from .conftest import CLASSES
@@ -68,6 +70,48 @@ def _register(root: Path) -> None:
     for name in ("tiny_day", "tiny_night", "tiny_sparse", "tiny_one"):
         if name not in DatasetCatalog:
             register_sem_seg(name, root / name / "images", root / name / "labels", CLASSES)
+
+
+class _Broken(DomainGeneralizationEvaluator):
+    """Cannot read an image of its share, in the second process."""
+
+    def process(self, inputs: list, outputs: list) -> None:
+        if comm.get_rank() == 1:
+            raise DatasetError("image 4 is gone")
+        super().process(inputs, outputs)
+
+
+def _score(rank: int, root: Path, folder: Path, cfg) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    comm.create_local_process_group(2)
+    _register(root)
+    model = Trainer.build_model(cfg)
+    model.load_state_dict(model.state_dict())
+    kinds = (_Broken, DomainGeneralizationEvaluator)
+    evaluators = [
+        kind(cfg, name, output_dir=cfg.OUTPUT_DIR)
+        for kind, name in zip(kinds, cfg.DATASETS.TEST, strict=True)
+    ]
+    try:
+        Trainer.test(cfg, model, evaluators)
+    except DatasetError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_what_stops_one_process_at_a_test_set_does_not_lose_the_others(
+    tiny_data, tiny_cfg, tmp_path
+):
+    cfg = tiny_cfg(TEST__PICTURES=0)
+    spawn(_score, (tiny_data, tmp_path, cfg), nprocs=2)
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.txt").read_text() == "image 4 is gone"
+    results = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
+    assert list(results["targets"]) == ["tiny_night"]
+    assert results["failed"] == {"tiny_day": "image 4 is gone"}
 
 
 def _process(rank: int, config: str, root: Path, folder: Path) -> None:
@@ -154,10 +198,7 @@ def test_replicas_stay_equal_and_send_little_and_results_are_those_of_one_proces
 
     # Evaluation: one process alone scores the same model the same.
     results = json.loads((out / "results.json").read_text())
-    model = Trainer.build_model(cfg)
-    final = torch.load(out / "model_final.pth", weights_only=True)["model"]
-    model.load_state_dict(final)
-    Trainer.test(cfg, model)
+    Trainer.test(cfg, build_trained(cfg, str(out / "model_final.pth")))
     assert json.loads((out / "results.json").read_text()) == results
 
     # Estimation: one process alone measures the same after the same warm-up.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fishertune_d2.engine.image_losses import SegmentationLoss
-from fishertune_d2.engine.trainer import build_perturbation
+from fishertune_d2.engine.perturbation import build_perturbation
 from fishertune_d2.fisher import ESTIMATORS, estimate_fisher, find_candidates
 from fishertune_d2.plan.memory import estimator_bytes, held_bytes, saved_bytes
 from fishertune_d2.plan.stages import count_activations, runs_of

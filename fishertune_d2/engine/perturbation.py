@@ -1,0 +1,52 @@
+"""Eq. 6 as a config asks for it: in the estimate, and on the features of training."""
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from fishertune_d2.fisher import StatisticsPerturbation
+
+# TUNING.FEATURE_PERTURBATION: how often a batch is perturbed. DSU's.
+PERTURBED = 0.5
+
+
+def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> StatisticsPerturbation:
+    """Eq. 6 at FISHER.PERTURB.POINTS of the backbone, on a batch with probability ``p``."""
+    perturb, points = cfg.FISHER.PERTURB, backbone.perturbation_points()
+    return StatisticsPerturbation(
+        [points[i] for i in perturb.POINTS],
+        num_prefix_tokens=backbone.num_prefix_tokens,
+        strength=perturb.STRENGTH,
+        eps_mode=perturb.EPS_MODE,
+        p=p,
+    )
+
+
+def perturbation_of_training(
+    cfg: CfgNode, backbone: nn.Module, processes: int
+) -> StatisticsPerturbation | None:
+    """Eq. 6 for the steps of training; None unless TUNING.FEATURE_PERTURBATION asks for it.
+
+    Args:
+        cfg: the run's config.
+        backbone: of the run's model.
+        processes: how many share a batch.
+
+    Raises:
+        ValueError: if a process has one image a step, or blocks are computed again.
+    """
+    if not cfg.TUNING.FEATURE_PERTURBATION:
+        return None
+    images = cfg.SOLVER.IMS_PER_BATCH // processes // cfg.SOLVER.ACCUMULATE
+    if images < 2:
+        raise ValueError(
+            "TUNING.FEATURE_PERTURBATION takes its statistics over what passes through the "
+            f"model at once, but SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over "
+            f"{processes} processes, in {cfg.SOLVER.ACCUMULATE} parts (SOLVER.ACCUMULATE), is "
+            f"{images} images: choose a batch of at least {2 * processes}, in fewer parts"
+        )
+    if cfg.MODEL.VFM.CHECKPOINT_BLOCKS:
+        raise ValueError(
+            "TUNING.FEATURE_PERTURBATION draws other numbers when a block is computed again: "
+            "set MODEL.VFM.CHECKPOINT_BLOCKS to False"
+        )
+    return build_perturbation(cfg, backbone, p=PERTURBED)
