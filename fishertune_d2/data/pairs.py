@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from glob import escape, glob
@@ -157,8 +157,12 @@ def load_pairs(row: SemSegDataset) -> list[dict]:
     """
     root = row.root()
     image_dir, label_dir = choose_dirs(row, root)
-    images = _find(folders(root, image_dir), row.image_suffixes, row.keep)
-    labels = _find(folders(root, label_dir), row.label_suffixes, row.keep)
+    shared = folders(root, image_dir) == folders(root, label_dir)
+    suffixes = row.image_suffixes, row.label_suffixes
+    images, labels = (
+        _find(folders(root, where), own, row.keep, others if shared else ())
+        for where, own, others in zip((image_dir, label_dir), suffixes, suffixes[::-1], strict=True)
+    )
     if row.image_list is not None:
         listed = _read_list(row, root, images)
         images = {stem: path for stem, path in images.items() if stem in listed}
@@ -258,12 +262,21 @@ def choose_dirs(row: SemSegDataset, root: Path) -> tuple[str, str]:
 
 
 def _find(
-    where: Sequence[str], suffixes: Sequence[str], keep: Callable[[str], bool] | None
+    where: Sequence[str],
+    suffixes: Sequence[str],
+    keep: Callable[[str], bool] | None,
+    others: Sequence[str],
 ) -> dict[str, str]:
-    """Maps the path below its folder, without suffix, to the file."""
+    """Maps the path below its folder, without suffix, to the file.
+
+    A file that ends in a longer one of ``others`` is of the other half of the pairs.
+    """
     found: dict[str, str] = {}
     for folder in where:
         for stem, path in _walk(folder, suffixes):
+            beyond = len(path) - len(os.path.join(folder, stem))
+            if any(len(s) > beyond and path.lower().endswith(s.lower()) for s in others):
+                continue
             if keep is not None and not keep(stem):
                 continue
             if stem in found:
@@ -305,6 +318,7 @@ def _tree(folder: str) -> Iterator[tuple[str, list[str]]]:
     inside = {folder: (os.path.realpath(folder),)}  # the real folders on the way to each
     for parent, below, names in os.walk(folder, followlinks=True, onerror=refuse):
         way = inside.pop(parent)
+        below[:] = [name for name in below if not name.startswith(".")]  # .ipynb_checkpoints
         for name in list(below):
             path = os.path.join(parent, name)
             real = os.path.realpath(path)
@@ -331,13 +345,15 @@ def _others(where: Sequence[str], suffixes: Sequence[str]) -> str:
 
 
 def _suffixes(name: str, key: str, given: str | Sequence[str]) -> tuple[str, ...]:
-    """Checks how files' names end, and gives mere file types the dot that they lack."""
+    """Checks how files' names end, and gives file types their dot; "*.png" is ".png"."""
     suffixes = []
-    for suffix in (given,) if isinstance(given, str) else tuple(given):
+    for suffix in given if isinstance(given, Iterable) and not isinstance(given, str) else (given,):
+        if isinstance(suffix, str):
+            suffix = suffix.removeprefix("*")
         bare = isinstance(suffix, str) and "." not in suffix  # else not asked: imports all plugins
         if bare and f".{suffix}".lower() in Image.registered_extensions():
             suffix = f".{suffix}"
-        if not isinstance(suffix, str) or not re.fullmatch(r".*\.\w+", suffix):
+        if not isinstance(suffix, str) or not re.fullmatch(r"[^*?/]*\.\w+", suffix):
             raise DatasetError(
                 f"{name}: {key} holds {suffix!r}, which is not how the names of files end: give "
                 "whole endings, such as ['_rgb.png'] or ['.jpg', '.png']."

@@ -1,9 +1,14 @@
+import os
+
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from fishertune_d2.data.check import check_datasets, reading
+from fishertune_d2.data.datasets import register
 from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.pairs import SemSegDataset
 
 NAMES = ["camvid_day_train", "camvid_dusk_dev"]
 
@@ -20,6 +25,40 @@ def test_good_files_are_read_once(camvid_tree, monkeypatch):
     Image.new("RGB", (16, 12)).save(folder / "train/a.jpg")
     check_datasets(NAMES)
     assert len(read) == 5  # only the data set of the changed file
+
+
+def test_a_file_that_was_rewritten_with_its_old_size_and_time_is_read_again(camvid_tree):
+    label = camvid_tree() / "trainannot/a.png"
+    Image.new("L", (16, 12), 3).save(label, compress_level=0)
+    check_datasets(NAMES[:1])
+    before = os.stat(label)
+    Image.new("L", (16, 12), 12).save(label, compress_level=0)
+    os.utime(label, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(label).st_size == before.st_size
+    with pytest.raises(DatasetError, match=r"a\.png: label 12 is out of range"):
+        check_datasets(NAMES[:1])
+
+
+@pytest.mark.parametrize("how", ["the same", "symlink_to", "hardlink_to"])
+def test_an_image_that_is_its_own_label_is_refused(tmp_path, monkeypatch, how):
+    monkeypatch.setenv("FISHERTUNE_CACHE", str(tmp_path / "cache"))
+    image = tmp_path / "i/a.png"
+    image.parent.mkdir()
+    Image.new("L", (4, 4)).save(image)
+    if how != "the same":
+        (tmp_path / "l").mkdir()
+        getattr(tmp_path / "l/a.png", how)(image)
+    register(
+        SemSegDataset(
+            "own_x", "i", "l" if how != "the same" else "i", "train_ids", "x", root=lambda: tmp_path
+        )
+    )
+    try:
+        with pytest.raises(DatasetError, match=r"own_x: .*a\.png is both an image and its label"):
+            check_datasets(["own_x"])
+    finally:
+        DatasetCatalog.remove("own_x")
+        MetadataCatalog.remove("own_x")
 
 
 def test_one_error_names_every_problem(camvid_tree):

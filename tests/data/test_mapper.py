@@ -276,5 +276,5 @@ def test_crops_of_unequal_sizes_are_refused():
 def test_a_row_of_test_sizes_that_is_no_name_and_pair_is_refused_at_the_start(size, is_train):
     cfg = make_cfg()
     cfg.TEST.SIZES = [["camvid_day_test", *size]]
-    with pytest.raises(ValueError, match=r"TEST\.SIZES holds \['camvid_day_test', .*whole pixels"):
+    with pytest.raises(ValueError, match=r"TEST\.SIZES holds \['camvid_day_test'.*whole pixels"):
         SegmentationMapper(cfg, is_train=is_train)

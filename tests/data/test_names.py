@@ -46,7 +46,9 @@ def test_a_list_of_images_may_name_them_in_another_case(tmp_path, row):
     assert ids(replace(row, image_list="list.txt")) == ["b"]
 
 
-@pytest.mark.parametrize("given", ["png", ".png", "PNG", ["png"], (".png",), ["jpg", "png"]])
+@pytest.mark.parametrize(
+    "given", ["png", ".png", "PNG", "*.png", ["png"], (".png",), ["jpg", "png"]]
+)
 def test_a_suffix_without_its_dot_or_alone_is_understood(tmp_path, row, given):
     write(tmp_path / "i/a.png", tmp_path / "l/a.png")
     assert ids(replace(row, image_suffixes=given, label_suffixes=given)) == ["a"]
@@ -63,11 +65,36 @@ def test_a_suffix_without_its_dot_or_alone_is_understood(tmp_path, row, given):
         (".", "holds '.', which is not"),
         ((), "is empty: give the endings"),
         ([None], "holds None, which is not"),
+        (None, "holds None, which is not"),
+        ("a*.png", r"holds 'a\*\.png', which is not"),
+        ("/.png", "holds '/.png', which is not"),
     ],
 )
 def test_what_cannot_be_an_ending_is_refused(row, key, given, message):
     with pytest.raises(DatasetError, match=f"x: {key} {message}"):
         replace(row, **{key: given})
+
+
+def test_images_and_labels_may_share_a_folder(tmp_path, row):
+    write(tmp_path / "i/a.png", tmp_path / "i/a_mask.png", tmp_path / "i/s/b.png")
+    write(tmp_path / "i/s/b_Mask.PNG")
+    assert ids(replace(row, label_dir="i", label_suffixes="_mask.png")) == ["a", "s/b"]
+    write(tmp_path / "j/a_rgb.png", tmp_path / "j/a.png")
+    assert ids(replace(row, image_dir="j", label_dir="j", image_suffixes="_rgb.png")) == ["a"]
+
+
+def test_in_a_folder_of_their_own_images_may_end_as_labels_do(tmp_path, row):
+    write(tmp_path / "i/a_mask.png", tmp_path / "l/a_mask_mask.png")
+    assert ids(replace(row, label_suffixes="_mask.png")) == ["a_mask"]
+
+
+def test_hidden_folders_are_passed_over(tmp_path, row):
+    write(tmp_path / "i/a.png", tmp_path / "l/a.png", tmp_path / "i/.ipynb_checkpoints/a-1.png")
+    write(tmp_path / "l/s/.thumbs/b.png")
+    assert ids(row) == ["a"]
+    hidden = tmp_path / ".data"
+    write(hidden / "i/a.png", hidden / "l/a.png")  # the folder itself may be hidden
+    assert ids(replace(row, root=lambda: hidden)) == ["a"]
 
 
 def test_where_no_image_is_found_the_error_lists_what_is_there(tmp_path, row):

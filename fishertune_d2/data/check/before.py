@@ -19,7 +19,7 @@ def check_datasets(names: Sequence[str], num_classes: int | None = None) -> None
 
     Warns, once for each data set, of classes that no label holds. What the labels hold is kept in
     the cache folder (FISHERTUNE_CACHE), so that the next start with unchanged files (path, size,
-    time) only looks at the folders. In a run of several processes the first one checks, and the
+    times) only looks at the folders. In a run of several processes the first one checks, and the
     others wait.
 
     Args:

@@ -163,16 +163,27 @@ def _path(name: str) -> Path:
 def state_of_files(dicts: Sequence[dict[str, Any]]) -> str:
     """Identifies the state of all files without reading them.
 
+    The time of the last change (ctime) tells a file that was rewritten with its old size and got
+    its old time back.
+
     Raises:
-        DatasetError: if one is not there.
+        DatasetError: if one is not there, or is both an image and its label.
     """
     digest = hashlib.sha256(_READING.encode())
     for item in dicts:
+        files = []
         for path in (item["file_name"], item["sem_seg_file_name"]):
             try:
                 status = os.stat(path)
             except OSError as error:
                 raise DatasetError(f"{path}: {error.strerror}. Restore the file.") from error
-            digest.update(f"{path}|{status.st_size}|{status.st_mtime_ns}|".encode())
+            files.append((status.st_dev, status.st_ino))
+            times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"
+            digest.update(f"{path}|{status.st_size}|{times}|".encode())
+        if files[0] == files[1]:
+            raise DatasetError(
+                f"{item['dataset_name']}: {path} is both an image and its label. Name the folder "
+                "and the ending of the label files, which hold the class of each pixel."
+            )
         digest.update(item["label_map"].encode())
     return digest.hexdigest()
