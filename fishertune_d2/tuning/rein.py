@@ -150,7 +150,7 @@ class Rein(TuningMethod):
     module = ReinTokens
 
     def __init__(self, *, num_tokens: int, rank: int, query_width: int):
-        self.options = {"num_tokens": num_tokens, "rank": rank, "query_width": query_width}
+        self.token_sizes = {"num_tokens": num_tokens, "rank": rank, "query_width": query_width}
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
         """Adds the tokens to the backbone, and makes them the queries of the head.
@@ -171,7 +171,7 @@ class Rein(TuningMethod):
             width=vit.embed_dim,
             patch_size=backbone.patch_size,
             like=next(vit.parameters()),
-            **self.options,
+            **self.token_sizes,
         )
         if head is not None:
             link(tokens, head)
