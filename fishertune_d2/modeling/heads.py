@@ -5,7 +5,8 @@ Shapes:
     h, w: the map that a head predicts
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +18,10 @@ from .targets import SegmentationTargets
 
 # Heads that need no adapter, by the names of MODEL.SEM_SEG_HEAD.NAME.
 _OWN_HEADS = ("Mask2FormerHead",)
+WORKING_HEADS = (
+    f"These heads work: {', '.join((*_OWN_HEADS, *DETECTRON2_HEADS))}, and heads of your own with "
+    "the methods of fishertune_d2.modeling.heads.SegmentationHead"
+)
 
 
 @runtime_checkable
@@ -104,13 +109,55 @@ def require_drivable(head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibil
         ValueError: if the head cannot be driven; says why, and which heads can.
     """
     driven = segmentation_head(head, shapes, divisibility)
-    if driven is head:
-        return
+    if driven is not head:
+        _try_out(head, driven)
+
+
+def require_splittable(head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibility: int) -> None:
+    """Refuses one of Detectron2's heads whose loss of a batch is no sum over parts of it.
+
+    Args:
+        head: as in `segmentation_head`.
+        shapes: as in `segmentation_head`.
+        divisibility: as in `segmentation_head`.
+
+    Raises:
+        ValueError: if the head does not say what one of its losses is divided by.
+    """
+    driven = segmentation_head(head, shapes, divisibility)
+    if driven is not head:
+        label = torch.zeros(1, 1, dtype=torch.int64)
+        require_divisors(_try_out(head, driven), driven.loss_divisors([label]))
+
+
+def require_divisors(losses: Iterable[str], divisors: Iterable[str]) -> None:
+    """Refuses losses of which it is not known what they are divided by.
+
+    Args:
+        losses: their names, those of single predictions with a number at the end.
+        divisors: the names that ``loss_divisors`` gives.
+
+    Raises:
+        ValueError: names the loss and the remedy.
+    """
+    known = set(divisors)
+    for name in losses:
+        if re.sub(r"_\d+$", "", name) not in known:  # loss_ce_3: of prediction 3
+            raise ValueError(
+                f"the head's loss {name} of a batch cannot be put together from its parts, because "
+                f"nothing says what it is divided by (known: {', '.join(sorted(known))}): set "
+                "SOLVER.ACCUMULATE 1, or give the head the method loss_divisors of "
+                "fishertune_d2.modeling.heads.SegmentationHead"
+            )
+
+
+def _try_out(head: nn.Module, driven: PixelHead) -> dict[str, Tensor]:
+    """Losses of maps of zeros, by name; leaves modes and random numbers as they are."""
     modes = {module: module.training for module in head.modules()}
     try:
         head.eval()  # no dropout, which would draw random numbers, and no statistics
         with torch.no_grad():
-            driven.try_out()
+            return driven.try_out()
     except Exception as error:  # of a kind that only the head knows
         raise ValueError(_refusal(head, str(error))) from error
     finally:
@@ -119,8 +166,10 @@ def require_drivable(head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibil
 
 
 def _refusal(head: nn.Module, why: str) -> str:
+    name = type(head).__name__
+    if name in DETECTRON2_HEADS:
+        return f"MODEL.SEM_SEG_HEAD.NAME {name} cannot work with its keys: {why}"
     return (
-        f"MODEL.SEM_SEG_HEAD.NAME is {type(head).__name__}, which VFMSegmentor cannot drive: {why}."
-        f" These heads work: {', '.join((*_OWN_HEADS, *DETECTRON2_HEADS))}, and heads of your own "
-        "with the methods of fishertune_d2.modeling.heads.SegmentationHead"
+        f"MODEL.SEM_SEG_HEAD.NAME is {name}, which VFMSegmentor cannot drive: {why}. "
+        f"{WORKING_HEADS}"
     )

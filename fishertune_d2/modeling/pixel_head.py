@@ -117,12 +117,16 @@ class PixelHead:
         count = sum(int((label != self.ignore_value).sum()) for label in labels)
         return {"loss_sem_seg": float(max(1, count))}
 
-    def try_out(self) -> None:
+    def try_out(self) -> dict[str, Tensor]:
         """Computes scores and losses of zeros.
 
+        Returns:
+            The losses by name.
+
         Raises:
-            ValueError: if the head's map has another size than ``common_stride`` says, or the
-                padded training crop is not what the head pools over.
+            ValueError: if the head's map has another size than ``common_stride`` says, its maps do
+                not meet at that stride, or the padded training crop is not what the head pools
+                over.
         """
         size, largest = self._multiple(), max(shape.stride for shape in self.shapes.values())
         if _pooled_cells(self.head):
@@ -142,16 +146,29 @@ class PixelHead:
             )
             for name, shape in self.shapes.items()
         }
-        logits = self.predict(features)
+        smallest = min(shape.stride for shape in self.shapes.values())
+        remedy = (
+            f"set MODEL.SEM_SEG_HEAD.COMMON_STRIDE {smallest}, the smallest stride of IN_FEATURES "
+            f"{list(self.shapes)}"
+        )
+        try:
+            logits = self.predict(features)
+        except RuntimeError as error:  # it adds up maps of different sizes
+            if self.stride == smallest:
+                raise
+            raise ValueError(
+                f"at MODEL.SEM_SEG_HEAD.COMMON_STRIDE {self.stride} its maps do not meet "
+                f"({error}): {remedy}"
+            ) from error
         wanted = (1, self.num_classes, *(side // self.stride for side in size))
         if tuple(logits.shape) != wanted:
             raise ValueError(
                 f"of an image of {size[0]} x {size[1]} pixels it predicts {tuple(logits.shape)}, "
-                f"where MODEL.SEM_SEG_HEAD.COMMON_STRIDE {self.stride} makes {wanted}: set "
-                "COMMON_STRIDE to the stride of the first of IN_FEATURES"
+                f"where MODEL.SEM_SEG_HEAD.COMMON_STRIDE {self.stride} makes {wanted}: {remedy}"
             )
         pixels = torch.zeros(1, *size, dtype=torch.int64, device=device)
-        self._losses(logits, SegmentationTargets(pixels, [torch.zeros(1, dtype=torch.int64)]))
+        targets = SegmentationTargets(pixels, [torch.zeros(1, dtype=torch.int64)])
+        return self._losses(logits, targets)
 
     def _multiple(self) -> tuple[int, int]:
         """What the area that all maps cover is a multiple of, in pixels."""

@@ -6,6 +6,7 @@ Shapes:
 """
 
 import logging
+from collections.abc import Sequence
 from math import isfinite
 
 import torch
@@ -17,7 +18,14 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn import functional as F
 
-from fishertune_d2.modeling.heads import SegmentationHead, require_drivable, segmentation_head
+from fishertune_d2.modeling.head_errors import why_not_built
+from fishertune_d2.modeling.heads import (
+    WORKING_HEADS,
+    SegmentationHead,
+    require_drivable,
+    require_splittable,
+    segmentation_head,
+)
 from fishertune_d2.modeling.sliding import sliding_average
 from fishertune_d2.modeling.targets import SegmentationTargets, present_classes
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
@@ -71,12 +79,25 @@ class VFMSegmentor(nn.Module):
             windows_per_batch: how many windows of an image pass through the model at once.
 
         Raises:
-            ValueError: if `test_mode` is unknown, the windows would leave gaps,
-                `windows_per_batch` is not positive, or the head cannot be driven.
+            ValueError: if the pixels' statistics are not three numbers, `test_mode` is unknown, the
+                windows would leave gaps, `windows_per_batch` is not positive, or the head cannot be
+                driven.
         """
         super().__init__()
+        _require_three("MODEL.PIXEL_MEAN", pixel_mean)
+        _require_three("MODEL.PIXEL_STD", pixel_std)
+        if min(pixel_std) <= 0:
+            raise ValueError(
+                f"MODEL.PIXEL_STD is {list(pixel_std)}: choose numbers above 0, for images are "
+                "divided by them"
+            )
         if test_mode not in TEST_MODES:
             raise ValueError(f"TEST.MODE is {test_mode!r}; use one of {', '.join(TEST_MODES)}")
+        if len(stride) != 2 or len(crop_size) != 2:
+            raise ValueError(
+                f"TEST.STRIDE is {list(stride)} and TEST.CROP_SIZE {list(crop_size)}: give a "
+                "height and a width in each"
+            )
         if any(not 0 < s <= c for s, c in zip(stride, crop_size, strict=True)):
             raise ValueError(
                 f"TEST.STRIDE = {list(stride)} must lie between 1 and TEST.CROP_SIZE = "
@@ -200,6 +221,18 @@ class VFMSegmentor(nn.Module):
             Numbers or scalars by the losses' names, without the number of the prediction.
         """
         return self.head.loss_divisors([inputs["sem_seg"] for inputs in batched_inputs])
+
+    def require_splittable(self) -> None:
+        """Tries whether `loss_divisors` says what each of the head's losses is divided by.
+
+        A head with a ``loss_divisors`` of its own is taken at its word.
+
+        Raises:
+            ValueError: if it does not; names the loss and the remedy.
+        """
+        backbone = self.backbone
+        shapes, divisibility = backbone.output_shape(), backbone.size_divisibility
+        require_splittable(self.sem_seg_head, shapes, divisibility)
 
     def features_and_targets(
         self, batched_inputs: list[dict]
@@ -332,14 +365,28 @@ def _build_head(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module:
             f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {', '.join(unknown)}, which "
             f"{cfg.MODEL.BACKBONE.NAME} has not got: it has {', '.join(shapes)}"
         )
+    if keys.COMMON_STRIDE < 1:
+        smallest = min((shapes[name].stride for name in keys.IN_FEATURES), default=4)
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {keys.COMMON_STRIDE}: choose the smallest stride "
+            f"of IN_FEATURES, {smallest} pixels"
+        )
     try:
         return build_sem_seg_head(cfg, shapes)
     # Detectron2's heads name no key; those of its projects read keys that are not there.
     except (AssertionError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.NAME {keys.NAME} cannot be built from the keys of "
-            f"MODEL.SEM_SEG_HEAD: {error}"
+            f"MODEL.SEM_SEG_HEAD.NAME {keys.NAME} cannot be built from the config: "
+            f"{why_not_built(keys, error, WORKING_HEADS)}"
         ) from error
+
+
+def _require_three(key: str, values: Sequence[float]) -> None:
+    if len(values) != 3:
+        raise ValueError(
+            f"{key} is {list(values)}: give three numbers, one for each channel in the order of "
+            "INPUT.FORMAT"
+        )
 
 
 def _require_finite(losses: dict[str, torch.Tensor]) -> None:

@@ -235,11 +235,30 @@ class HeadOfOneMap(nn.Module):
     ("keys", "message"),
     [
         ((HEAD + "NAME", "HeadOfOneMap"), f"is HeadOfOneMap, which .* no attribute .*{WORKING}"),
-        ((*FPN, HEAD + "COMMON_STRIDE", 8), f"is SemSegFPNHead, which VFMSegmentor.*{WORKING}"),
-        ((*DEEPLAB, HEAD + "COMMON_STRIDE", 8), "set COMMON_STRIDE to the stride of the first"),
+        (
+            (*FPN, HEAD + "COMMON_STRIDE", 8),
+            "COMMON_STRIDE 8 its maps do .*COMMON_STRIDE 4, the sm",
+        ),
+        ((*FPN, HEAD + "COMMON_STRIDE", 0), "COMMON_STRIDE is 0: choose .* 4 pixels"),
+        (
+            (*FPN, HEAD + "CONVS_DIM", 48, HEAD + "NORM", "GN"),
+            "48 .*multiples of 32 for CONVS_D.*NORM BN",
+        ),
+        ((*FPN, HEAD + "NORM", "XX"), "NORM is 'XX': choose GN"),
+        ((*FPN, HEAD + "IN_FEATURES", []), "IN_FEATURES is empty"),
+        ((HEAD + "NAME", "PointRendSemSegHead"), f"not have .POINT_HEAD.*{WORKING}"),
+        ((HEAD + "NAME", "SemSegFPN"), f"no head of this name is registered. {WORKING}"),
+        ((*DEEPLAB, HEAD + "ASPP_DILATIONS", [1, 2]), "ASPP_DILATIONS has the length 2: set three"),
+        ((*DEEPLAB, HEAD + "LOSS_TYPE", "focal"), "LOSS_TYPE is focal: set cross_entropy"),
+        ((*DEEPLAB, HEAD + "NAME", "DeepLabV3Head"), r"takes one map.* IN_FEATURES \['res5'\]"),
+        (
+            ("MODEL.MASK_FORMER.NHEADS", 7),
+            "HIDDEN_DIM .* no multiple of MODEL.MASK_FORMER.NHEADS 7",
+        ),
+        ((*DEEPLAB, HEAD + "COMMON_STRIDE", 8), "set MODEL.SEM_SEG_HEAD.COMMON_STRIDE 4"),
         (
             (*DEEPLAB, HEAD + "PROJECT_CHANNELS", [8, 8]),
-            "PlusHead cannot be built.*Expected 1 proj",
+            r"PROJECT_CHANNELS has the length 2, .* set PROJECT_CHANNELS \[32\]",
         ),
         ((HEAD + "IN_FEATURES", ["p2", "res3"]), "IN_FEATURES names p2, .* has res2, res3, res4"),
         ((*FPN, HEAD + "IN_FEATURES", ["res2", "p3"]), "IN_FEATURES names p3, .* has res2, res3"),

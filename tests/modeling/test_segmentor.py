@@ -257,3 +257,17 @@ def test_images_are_normalised_as_the_config_or_the_authors_say():
     assert authors.pixel_std.flatten().tolist() == pytest.approx([68.501, 66.632, 70.323])
     with pytest.raises(ValueError, match="MODEL.VFM.PIXELS is 'mine'"):
         build(*vfm, "MODEL.VFM.PIXELS", "mine")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (("MODEL.PIXEL_MEAN", [1.0]), r"MODEL.PIXEL_MEAN is \[1.0\]: give three numbers"),
+        (("MODEL.PIXEL_STD", [1.0, 2.0]), r"MODEL.PIXEL_STD is \[1.0, 2.0\]: give three numbers"),
+        (("MODEL.PIXEL_STD", [1.0, 0.0, 1.0]), "MODEL.PIXEL_STD .* choose numbers above 0"),
+        (("TEST.CROP_SIZE", [64], "TEST.STRIDE", [43]), "give a height and a width in each"),
+    ],
+)
+def test_lists_of_another_length_are_named(keys, message):
+    with pytest.raises(ValueError, match=message):
+        build(*keys)
