@@ -6,7 +6,7 @@ loaded, below the folder that the environment variable DETECTRON2_DATASETS names
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +154,13 @@ def _load(name: str) -> list[dict[str, Any]]:
             f"{error}. Put the files where it looks for them; Detectron2's own data sets lie below "
             "the folder that DETECTRON2_DATASETS names."
         ) from error
-    if not items:
-        raise DatasetError(f"{name}: the function that was registered for it returns no image.")
-    unlabelled = [item["file_name"] for item in items if "sem_seg_file_name" not in item]
-    if unlabelled:
+    if not isinstance(items, Iterable):
         raise DatasetError(
-            f"{name}: {len(unlabelled)} of {len(items)} images have no sem_seg_file_name, a file "
-            f"with the class of each pixel, the first of them {unlabelled[0]}. A data set of "
-            "instances or of panoptic segments alone cannot be used; coco_..._separated and "
-            "coco_..._stuffonly have such files."
+            f"{name}: the function that was registered for it returns {items!r}, and not a list of "
+            "dicts."
         )
+    items = list(items)
+    _require_pairs(name, items)
     known = dataset_metadata(name)
     return [
         {
@@ -177,6 +174,33 @@ def _load(name: str) -> list[dict[str, Any]]:
         }
         for item in items
     ]
+
+
+def _require_pairs(name: str, items: Sequence[Any]) -> None:
+    """Refuses what others' functions return if it is not a dict with two files for each image."""
+    if not items:
+        raise DatasetError(f"{name}: the function that was registered for it returns no image.")
+    others = [item for item in items if not isinstance(item, Mapping)]
+    if others:
+        raise DatasetError(
+            f"{name}: an entry is {others[0]!r}, and not a dict with a file_name and a "
+            "sem_seg_file_name, the paths of an image and its label. Correct the function that was "
+            "registered for it."
+        )
+    nameless = sum(not item.get("file_name") for item in items)
+    if nameless:
+        raise DatasetError(
+            f"{name}: {nameless} of {len(items)} entries have no file_name, the path of an image. "
+            "Correct the function that was registered for it; images in memory cannot be used."
+        )
+    unlabelled = [item["file_name"] for item in items if not item.get("sem_seg_file_name")]
+    if unlabelled:
+        raise DatasetError(
+            f"{name}: {len(unlabelled)} of {len(items)} images have no sem_seg_file_name, a file "
+            f"with the class of each pixel, the first of them {unlabelled[0]}. A data set of "
+            "instances or of panoptic segments alone cannot be used; coco_..._separated and "
+            "coco_..._stuffonly have such files."
+        )
 
 
 def _stated_or_read_size(item: dict[str, Any]) -> dict[str, int]:

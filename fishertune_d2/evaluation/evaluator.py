@@ -157,14 +157,13 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
             label = self._collapse[label]
             prediction = self._collapse[best_classes(scores)]
             self.confusion += confusion_matrix(label, prediction, len(self.space.classes))
-            if item["image_id"] in self._pictures:
+            picture = self._pictures.get(_files(item))
+            if picture is not None:
                 image = read_image(item["file_name"])
                 if image.shape[:2] != label.shape:  # scored on halved labels
                     size = label.shape[::-1]
                     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-                draw_comparison(
-                    image, label, prediction, self.space, self._pictures[item["image_id"]]
-                )
+                draw_comparison(image, label, prediction, self.space, picture)
 
     def evaluate(self) -> OrderedDict | None:
         """Sums the counts of all ranks and scores them.
@@ -193,11 +192,15 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
         _log.info("%s: mIoU %.2f", self.dataset_name, result["mIoU"])
         return OrderedDict(sem_seg=result)
 
-    def _choose_pictures(self, count: int) -> dict[str, Path]:
-        """Maps the image ids to draw, evenly spread, to picture files."""
+    def _choose_pictures(self, count: int) -> dict[tuple[str, str], Path]:
+        """Maps the pairs to draw, evenly spread, to picture files; ids may be those of several."""
         if count < 1:
             return {}
-        ids = [item["image_id"] for item in load_datasets([self.dataset_name])]
-        chosen = np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)
+        pairs = [_files(item) for item in load_datasets([self.dataset_name])]
+        chosen = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)
         folder = Path(self.output_dir) / "pictures"
-        return {ids[i]: folder / f"{self.dataset_name}_{k}.png" for k, i in enumerate(chosen)}
+        return {pairs[i]: folder / f"{self.dataset_name}_{k}.png" for k, i in enumerate(chosen)}
+
+
+def _files(item: dict[str, Any]) -> tuple[str, str]:
+    return item.get("file_name", ""), item["sem_seg_file_name"]

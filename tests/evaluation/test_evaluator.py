@@ -209,6 +209,16 @@ def test_pictures_are_spread_over_the_data_set(scored, tmp_path):
     assert [Image.open(f).getpixel((0, 0))[0] for f in files] == [0, 2, 5]
 
 
+def test_images_of_one_id_are_told_apart_by_their_files(scored, tmp_path, monkeypatch):
+    """Detectron2's own functions may give every entry the same image_id."""
+    dicts, scores, labels = scored
+    dicts = [{**item, "image_id": 0} for item in dicts]
+    monkeypatch.setattr("fishertune_d2.evaluation.evaluator.load_datasets", lambda names: dicts)
+    evaluate((dicts, scores, labels), output_dir=str(tmp_path / "out"), num_pictures=3)
+    files = sorted((tmp_path / "out/pictures").iterdir())
+    assert [Image.open(f).getpixel((0, 0))[0] for f in files] == [0, 2, 5]
+
+
 def _rank(rank, address, dicts, scores, folder, results):
     torch.set_num_threads(1)  # OpenMP's threads are not there after a fork, and are waited for
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)

@@ -1,7 +1,9 @@
 """The check before training: every file is there, can be read, and holds labels of its map."""
 
 import logging
+import os
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.utils import comm
 
@@ -9,7 +11,12 @@ from fishertune_d2.data.check.judging import judge
 from fishertune_d2.data.check.reading import count_pixels
 from fishertune_d2.data.datasets import load_datasets
 from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.metadata import DatasetMetadata, dataset_metadata, require_same_classes
+from fishertune_d2.data.metadata import (
+    DatasetMetadata,
+    dataset_metadata,
+    registered_row,
+    require_same_classes,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +68,34 @@ def _check(known: DatasetMetadata) -> list[str]:
     """Returns what is wrong with the labels; warns of what may be right."""
     dicts = load_datasets([known.name])
     problems, warnings = judge(known, dicts, count_pixels(known.name, dicts))
+    if registered_row(known.name) is None:
+        warnings += _unlike_names(known.name, dicts)
     for warning in warnings if not problems else ():
         _log.warning(warning)
     return problems
+
+
+def _unlike_names(name: str, dicts: Sequence[dict[str, Any]]) -> list[str]:
+    """Warns of pairs whose files' names differ by more than an ending that all of them have."""
+    images, labels = (
+        _distinct_parts([item[key] for item in dicts]) for key in ("file_name", "sem_seg_file_name")
+    )
+    unlike = [k for k, image in enumerate(images) if image != labels[k]]
+    if not unlike:
+        return []
+    first = dicts[unlike[0]]
+    return [
+        f"{name}: in {len(unlike)} of {len(dicts)} pairs image and label have different names, "
+        f"first {first['file_name']} and {first['sem_seg_file_name']}. Does each label belong to "
+        "its image? Detectron2's load_sem_seg pairs files by their place in the sorted folders, so "
+        "that a missing file shifts all that follow."
+    ]
+
+
+def _distinct_parts(paths: Sequence[str]) -> list[str]:
+    """Returns the files' names without the beginning and the ending that all of them share."""
+    names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
+    for _ in range(2):  # forwards, and reversed
+        shared = len(os.path.commonprefix(names))
+        names = [name[shared:][::-1] for name in names]
+    return names
