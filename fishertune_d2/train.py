@@ -143,9 +143,9 @@ def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
     require_writable(cfg.OUTPUT_DIR)
     if args.eval_only:
         require_scorable(cfg)
+        find_weights(cfg, args.resume)
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST names no data set, so there is nothing to score")
-        find_weights(cfg, args.resume)
         return
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it: choose one")

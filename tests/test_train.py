@@ -98,7 +98,10 @@ def test_a_used_folder_is_refused_and_a_new_one_is_taken(command, used, tmp_path
         (["SOLVER.LR_SCHEDULER_NAME", "No"], "LR_SCHEDULER_NAME is 'No': choose from WarmupPolyLR"),
         (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "x"], "CLIP_TYPE is 'x': choose from full_model,"),
         (["INPUT.RANDOM_FLIP", "up"], "INPUT.RANDOM_FLIP is 'up': choose from horizontal"),
-        (["--eval-only", "DATASETS.TEST", "()"], "DATASETS.TEST names no data set"),
+        (
+            ["--eval-only", "DATASETS.TEST", "()", "MODEL.WEIGHTS", "w"],
+            "DATASETS.TEST names no data",
+        ),
         (["--eval-only"], "MODEL.WEIGHTS is empty, so random weights would be scored"),
         (
             ["TUNING.WARMUP_CHECKPOINT", "w.pth", "MODEL.WEIGHTS", "m.pth"],
