@@ -376,7 +376,7 @@ def _build_head(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module:
     # Detectron2's heads name no key; those of its projects read keys that are not there.
     except (AssertionError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.NAME {keys.NAME} cannot be built from the config: "
+            f"MODEL.SEM_SEG_HEAD.NAME {keys.NAME} cannot be built from the keys of the config: "
             f"{why_not_built(keys, error, WORKING_HEADS)}"
         ) from error
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fishertune_d2.command_line import sentence
-from fishertune_d2.data.files import DatasetError, read_image
+from fishertune_d2.data.files import read_image
 
 from .pictures import draw_prediction
 from .predictor import InputError, Predictor
@@ -42,13 +43,14 @@ def find_inputs(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if _is_readable(p) and p.is_file())
+            found = sorted(p for p in _listed(path) if _is_readable(p) and p.is_file())
             if not found:
                 raise InputError(
                     f"--input {name}: there is no image or video in this folder (none ends in "
                     f"{', '.join((*IMAGES, *VIDEOS))}; {_endings(path)}; folders inside are not "
                     "searched)"
                 )
+            _warn_of_others(path, found)
         elif path.is_file():
             found = [path]
         else:
@@ -74,7 +76,8 @@ def name_outputs(inputs: Sequence[Path], output: str | Path) -> list[Path]:
     Args:
         inputs: images and videos.
         output: the file to write, if there is one input and this has an ending (.mp4 of a video);
-            else a folder, in which pictures get the inputs' names, as .png or .mp4.
+            else a folder, in which pictures get the inputs' names, as .png or .mp4. Where two
+            inputs differ in their endings alone, the second keeps its own: ``a.jpg.png``.
 
     Raises:
         InputError: if two pictures would go to one file, or one to an input's place.
@@ -92,7 +95,7 @@ def name_outputs(inputs: Sequence[Path], output: str | Path) -> list[Path]:
             )
         targets = [output]
     else:
-        targets = [output / f"{p.stem}{'.mp4' if is_video(p) else '.png'}" for p in inputs]
+        targets = _names_in(output, inputs)
     owners: dict[Path, Path] = {}
     read = {path.resolve() for path in inputs}
     for source, target in zip(inputs, targets, strict=True):
@@ -105,6 +108,20 @@ def name_outputs(inputs: Sequence[Path], output: str | Path) -> list[Path]:
             )
         owners[target] = source
     return targets
+
+
+def _names_in(folder: Path, inputs: Sequence[Path]) -> list[Path]:
+    """The files in a folder for the pictures of inputs."""
+    targets: dict[Path, Path] = {}
+    names = []
+    for path in inputs:
+        ending = ".mp4" if is_video(path) else ".png"
+        target = folder / f"{path.stem}{ending}"
+        if target in targets and targets[target].name != path.name:
+            target = folder / f"{path.name}{ending}"
+        targets.setdefault(target, path)
+        names.append(target)
+    return names
 
 
 def is_video(path: Path) -> bool:
@@ -132,13 +149,15 @@ def draw_files(
         InputError: if some files could not be drawn, when all others are; each has a line of its
             own on stderr by then. Of a single one, that file's own error.
         OSError: if the picture of a single one cannot be written.
+        RuntimeError: of the model, on a single one.
     """
     single, failed = len(inputs) == 1, []
     pairs = list(zip(inputs, targets, strict=True))
     for source, target in tqdm(pairs, unit="file", disable=single):
         try:
             draw_file(predictor, source, target, confidence=confidence)
-        except (DatasetError, InputError, OSError) as error:
+        # Of one image; the network and OpenCV have no errors of their own for it.
+        except (OSError, RuntimeError, ValueError, cv2.error) as error:
             if single:
                 raise
             failed.append(source)
@@ -245,5 +264,32 @@ def _endings(folder: Path) -> str:
     return f"its files end in {', '.join(endings)}" if endings else "it holds no file"
 
 
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, without hidden files."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _warn_of_others(folder: Path, found: Sequence[Path]) -> None:
+    """Says in one line what of a folder is not drawn."""
+    others = [path for path in _listed(folder) if path not in set(found)]
+    broken = [path.name for path in others if path.is_symlink() and not path.exists()]
+    folders = [path for path in others if path.is_dir()]
+    files = Counter(path.suffix.lower() for path in others if path.is_file())
+    parts = [f"{len(folders)} folder{'s' * (len(folders) > 1)}"] if folders else []
+    if broken:
+        names = f"{broken[0]}{', ...' * (len(broken) > 1)}"
+        parts += [f"{len(broken)} broken link{'s' * (len(broken) > 1)} ({names})"]
+    # The files without an ending last.
+    for ending, count in sorted(files.items(), key=lambda item: (not item[0], item[0])):
+        parts += [f"{count} {ending or 'without an ending'}"]
+    if parts:
+        logger.warning(
+            "--input %s: left out are %s. Images that can be drawn end in %s",
+            folder,
+            ", ".join(parts),
+            ", ".join(IMAGES),
+        )
+
+
 def _is_readable(path: Path) -> bool:
-    return path.suffix.lower() in (*IMAGES, *VIDEOS) and not path.name.startswith(".")
+    return path.suffix.lower() in (*IMAGES, *VIDEOS)

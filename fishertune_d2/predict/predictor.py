@@ -93,7 +93,8 @@ class Predictor:
         picture = Image.fromarray(image)
         fitted = fit_into(picture, self.size) if self.size else picture
         self._warn_of_size(*fitted.size)
-        pixels = to_tensor(to_array(fitted, self._format))
+        # Pillow's memory is read-only.
+        pixels = to_tensor(to_array(fitted, self._format).copy())
         inputs = {"image": pixels, "height": height, "width": width}
         try:
             with scoring_autocast(self._cfg, self.model.device):

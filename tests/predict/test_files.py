@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fishertune_d2.data import DatasetError
@@ -19,6 +20,7 @@ from fishertune_d2.predict import (
     find_inputs,
     name_outputs,
 )
+from fishertune_d2.predict.files import IMAGES
 from fishertune_d2.predict.predictor import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,12 +92,38 @@ def test_one_input_to_a_file_several_to_a_folder():
         (["a.mp4"], "seen.png", "a.mp4 is written as .mp4"),
         (["a.png"], "seen.mp4", "a.png is written as .bmp"),
         (["in/a.png"], "in", "would replace an input"),
-        (["x/a.png", "y/a.jpg"], "seen", "x/a.png and y/a.jpg would both go to seen/a.png"),
+        (["x/a.png", "y/a.png"], "seen", "x/a.png and y/a.png would both go to seen/a.png"),
     ],
 )
 def test_no_picture_is_lost(inputs, output, message):
     with pytest.raises(InputError, match=message):
         name_outputs([Path(name) for name in inputs], output)
+
+
+def test_a_second_input_of_one_name_keeps_its_ending():
+    inputs = [Path(name) for name in ("a.jpg", "a.png", "a.mp4", "a.avi", "y/a.tif", "a.png.png")]
+    names = ["a.png", "a.png.png", "a.mp4", "a.avi.mp4", "a.tif.png", "a.png.png.png"]
+    assert name_outputs(inputs, "seen") == [Path("seen") / name for name in names]
+
+
+def test_what_is_left_out_of_a_folder_is_counted_in_one_line(tmp_path, caplog):
+    folder = tmp_path / "a"
+    _touch(folder, "1.png", "2.gif", "3.GIF", "4.jp2", "5.avif", "notes", "._6.png")
+    (folder / "inside.png").mkdir()
+    (folder / "gone.png").symlink_to("nowhere.png")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "linked.jpg").symlink_to("1.png")
+    found = find_inputs([str(folder)])
+    assert [path.name for path in found] == ["1.png", "linked.jpg"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"--input {folder}: left out are 1 folder, 2 broken links (gone.png, ...), 1 .avif, "
+        f"2 .gif, 1 .jp2, 1 without an ending. Images that can be drawn end in {', '.join(IMAGES)}"
+    )
+    caplog.clear()
+    _touch(tmp_path / "b", "1.png", ".hidden")
+    find_inputs([str(tmp_path / "b")])
+    assert not caplog.records
 
 
 def test_an_image_lies_as_its_camera_was_held(predictor, image, tmp_path):
@@ -146,6 +174,36 @@ def test_files_that_cannot_be_read_do_not_stop_the_others(predictor, image, tmp_
     assert [path.name for path in sorted((tmp_path / "seen").iterdir())] == ["a.png", "e.png"]
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert [line.split(": ")[1] for line in said] == [str(path) for path in inputs[1:4]]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_an_error_of_one_image_does_not_stop_the_others(error, image, tmp_path, capsys):
+    def predict(pixels: np.ndarray) -> None:
+        raise error("shape of one pixel" if pixels.shape[0] == 1 else "of the rest")
+
+    inputs = [tmp_path / name for name in ("a.png", "b.png")]
+    Image.fromarray(image[:1, :1]).save(inputs[0])
+    Image.fromarray(image).save(inputs[1])
+    predictor = predict
+    predict.space = None
+    with pytest.raises(InputError, match="^2 of 2 files could not be drawn"):
+        draw_files(predictor, inputs, [tmp_path / "x.png", tmp_path / "y.png"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.split(": ")[1] for line in said] == [str(path) for path in inputs]
+    with pytest.raises(error, match="shape of one pixel"):
+        draw_files(predictor, inputs[:1], [tmp_path / "x.png"])
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_an_image_of_one_pixel_warns_of_nothing(predictor, image, monkeypatch):
+    predictor.size = None
+    scores = [{"sem_seg": torch.rand(3, 1, 1)}]  # the tiny head's norms need two cells
+    monkeypatch.setattr(predictor.model, "forward", lambda inputs: scores)
+    torch.set_warn_always(True)  # else torch says it once a process
+    try:
+        assert predictor(image[:1, :1]).classes.shape == (1, 1)
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_a_single_file_that_cannot_be_read_is_said_once(predictor, tmp_path, capsys):
