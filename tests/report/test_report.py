@@ -183,6 +183,20 @@ def test_without_a_selection_its_section_is_left_out(tmp_path, method):
     assert ("no weight of the backbone's" in page.text) == (method == "freeze")
 
 
+def test_what_is_said_of_training_is_what_the_checkpoint_recorded(tmp_path):
+    recorded = {"method": "lora", "train": ["other_town"], "seed": 7, "iterations": 30}
+    protocol = {**RESULTS["protocol"], **recorded}
+    folder = _write_run(tmp_path / "run", {**RESULTS, "protocol": protocol})
+    text = _report(folder).text
+    assert "lora on dinov2_vitl" in text and "trained on other_town" in text and "seed 7" in text
+
+    unknown = dict.fromkeys(recorded)
+    results = {**RESULTS, "tuned_parameters": None, "protocol": {**protocol, **unknown}}
+    text = _report(_write_run(tmp_path / "unknown", results)).text
+    assert "how the weights were trained is not recorded" in text
+    assert "not recorded on dinov2_vitl" in text and "seed not recorded" in text
+
+
 def test_a_run_that_was_cut_off(tmp_path):
     folder = _write_run(tmp_path / "run", None)
     (folder / "metrics.json").write_text(_metrics(19, 29) + '{"iteration": 39, "total_')
