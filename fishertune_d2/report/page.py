@@ -52,7 +52,7 @@ def write_report(run: Run, path: str | Path) -> None:
     )
     page = environment.get_template("page.html").render(
         run=run,
-        method=_recorded(run, "method", "TUNING.METHOD"),
+        method=_recorded(run, "method", "TUNING.METHOD") or "unknown method",
         vfm=run.config["MODEL.VFM.NAME"],
         warmup_of=run.config["TUNING.WARMUP_CHECKPOINT"],
         done=_iterations_done(run),
@@ -69,7 +69,7 @@ def write_report(run: Run, path: str | Path) -> None:
 def _recorded(run: Run, fact: str, key: str) -> Any:
     """A fact of the training: of results.json, which has it from the checkpoint, or the config."""
     recorded = run.results["protocol"] if run.results else {}
-    return _text(recorded[fact]) if fact in recorded else run.config[key]
+    return recorded[fact] if fact in recorded else run.config[key]
 
 
 def _iterations_done(run: Run) -> int:

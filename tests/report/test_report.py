@@ -194,7 +194,7 @@ def test_what_is_said_of_training_is_what_the_checkpoint_recorded(tmp_path):
     results = {**RESULTS, "tuned_parameters": None, "protocol": {**protocol, **unknown}}
     text = _report(_write_run(tmp_path / "unknown", results)).text
     assert "how the weights were trained is not recorded" in text
-    assert "not recorded on dinov2_vitl" in text and "seed not recorded" in text
+    assert "unknown method on dinov2_vitl" in text and "seed not recorded" in text
 
 
 def test_a_run_that_was_cut_off(tmp_path):
