@@ -146,8 +146,8 @@ def require_divisors(losses: Iterable[str], divisors: Iterable[str]) -> None:
             raise ValueError(
                 f"the head's loss {name} of a batch cannot be put together from its parts, because "
                 f"nothing says what it is divided by (known: {', '.join(sorted(known))}): set "
-                "SOLVER.ACCUMULATE 1, or give the head the method loss_divisors of "
-                "fishertune_d2.modeling.heads.SegmentationHead"
+                "SOLVER.ACCUMULATE 1, or give the head all methods of "
+                "fishertune_d2.modeling.heads.SegmentationHead, loss_divisors among them"
             )
 
 
