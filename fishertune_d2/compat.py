@@ -36,7 +36,7 @@ def require_versions(*packages: str) -> None:
     for package in packages:
         with suppress(metadata.PackageNotFoundError):
             version = metadata.version(package)
-            if _numbers(version) < _numbers(OLDEST[package]):
+            if _order(version) < _order(OLDEST[package]):
                 old.append((package, version))
     if old:
         needed = " and ".join(f"{package} {OLDEST[package]} or newer" for package, _ in old)
@@ -49,9 +49,16 @@ def require_versions(*packages: str) -> None:
         )
 
 
-def _numbers(version: str) -> list[int]:
-    """The leading numbers of a version: "2.15.0+cu128" is [2, 15, 0]."""
-    return [int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number]
+def _order(version: str) -> tuple[list[int], bool]:
+    """What sorts versions: "2.15.0+cu128" is ([2, 15], True), "2.15.0a0" ([2, 15], False).
+
+    By hand, as pip and PyTorch bring no package for it that is sure to be there.
+    """
+    numbers, rest = re.match(r"((?:\d+\.?)*)(.*)", version).groups()
+    release = [int(number) for number in numbers.split(".") if number]
+    while release and not release[-1]:  # 2.6 is 2.6.0
+        release.pop()
+    return release, not re.match(r"[._-]?(a|b|c|rc|alpha|beta|pre|dev)", rest)
 
 
 def has_detectron2() -> bool:

@@ -1,6 +1,7 @@
 """Packages that are too old end the import in one sentence, not in an error of theirs."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -37,20 +38,27 @@ def test_what_is_installed_here_is_new_enough():
         ("1.0.19", False),
         ("0.9.16", False),
         ("1.0.20", True),
-        ("1.0.20.dev0", True),
+        ("1.0.20.dev0", False),
+        ("1.0.20a0+git1234", False),
+        ("1.0.20rc1", False),
+        ("1.0.20.post1", True),
+        ("1.0.20+cu128", True),
         ("1.0.100", True),
         ("1.1.0rc1", True),
         ("2.0+local.3", True),
     ],
 )
-def test_versions_are_compared_number_by_number(tmp_path, monkeypatch, version, fits):
+def test_versions_are_compared_number_by_number_and_pre_releases_are_older(
+    tmp_path, monkeypatch, version, fits
+):
     install(tmp_path, "timm", version)
     monkeypatch.syspath_prepend(tmp_path)
     assert metadata.version("timm") == version
     if fits:
         require_versions("timm")
         return
-    with pytest.raises(ImportError, match=f"needs timm 1.0.20 or newer, and timm {version} is in"):
+    message = re.escape(f"needs timm 1.0.20 or newer, and timm {version} is installed")
+    with pytest.raises(ImportError, match=message):
         require_versions("timm")
 
 

@@ -9,10 +9,12 @@ file per storage: these are read here, by an unpickler that knows a handful of n
 empty shell where the pickle asks for a class of the program.
 """
 
+import logging
 import pickle
 import re
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -23,8 +25,22 @@ from torch import Tensor
 
 StateDict = dict[str, Tensor]
 
-# Where the weights lie: MAE, DINO and EVA's ("model"), DeepSpeed's ("module"), DINO's ("teacher").
-NESTS = ("model", "module", "state_dict", "teacher")
+logger = logging.getLogger(__name__)
+
+# Where the weights lie: MAE, DINO and EVA's ("model"), DeepSpeed's ("module"), DINO's ("teacher"),
+# many scripts' of their own. The first that is there is taken, a student only without its teacher.
+NESTS = (
+    "model",
+    "module",
+    "state_dict",
+    "teacher",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "student",
+)
+# An average of the weights over training, as timm ("state_dict_ema") keeps it beside them.
+_AVERAGE = re.compile(r"(?:.*[_.])?ema(?:_.*)?")
 DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -84,8 +100,9 @@ def read_with_notes(path: Path) -> tuple[StateDict, dict[str, Any]]:
             # that MAE and DINO save beside their models.
             with open(path, "rb") as file, torch.serialization.safe_globals([Namespace]):
                 state = notes = torch.load(file, map_location="cpu", weights_only=True)
-            for nest in NESTS:
-                state = state.get(nest, state)
+            state = _unnest(state, path)
+            if not isinstance(state, Mapping):
+                raise TypeError(f"it holds a {type(state).__name__}, and no tensors by name")
     # Each format has errors of its own: pickle's, zip's, safetensors'.
     except Exception as error:
         raise ValueError(
@@ -96,6 +113,32 @@ def read_with_notes(path: Path) -> tuple[StateDict, dict[str, Any]]:
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: {', '.join(map(str, list(state)[:5]))}")
     return state, notes
+
+
+def _unnest(content: Any, path: Path) -> Any:
+    """The state dict inside of what a file holds, however deep it lies under ``NESTS``."""
+    while isinstance(content, Mapping):
+        nest = next((nest for nest in NESTS if isinstance(content.get(nest), Mapping)), None)
+        if nest is None:
+            break
+        mention_averages([name for name in content if name != nest], f"{path}: {nest!r}")
+        content = content[nest]
+    return content
+
+
+def mention_averages(names: Iterable[Any], taken: str) -> None:
+    """Warns of averages that lie beside the weights that are taken, and may be the better ones.
+
+    Args:
+        names: of what lies beside them.
+        taken: says what is taken, and from where.
+    """
+    found = sorted(name for name in names if isinstance(name, str) and _AVERAGE.fullmatch(name))
+    if found:
+        logger.warning(
+            f"{taken} is taken; the file also holds {' and '.join(map(repr, found))}, a moving "
+            "average of the weights, which is not taken. Save it in a file of its own to use it"
+        )
 
 
 def _require_weights(path: Path) -> None:

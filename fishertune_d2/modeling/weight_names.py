@@ -7,6 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import mention_averages
+
 StateDict = dict[str, Tensor]
 
 # What the encoder's names begin with in files that hold more than it: SAM's; CLIP's and EVA-CLIP's.
@@ -31,6 +33,8 @@ WRAPPERS = frozenset(
     "module _orig_mod model backbone encoder teacher vision_model vision_encoder vit dinov2 "
     "dinov2_with_registers dinov3_vit".split()
 )
+# What wraps it in files that hold it once: beside another encoder, it is not clear which is meant.
+ALONE = frozenset("student net base_model ema ema_model model_ema body trunk 0".split())
 OURS = "backbone.vit.patch_embed.proj.weight"
 # In this order: the names that transformers gives DINOv2, DINOv3, CLIP, MAE and SAM, those of the
 # versions before 5 too, which it still writes; and timm's or DINOv2's authors'.
@@ -105,8 +109,10 @@ def to_timm_names(state: StateDict, vit: nn.Module) -> tuple[StateDict, list[str
 
 def _unwrap(state: StateDict) -> tuple[StateDict, list[str]]:
     """Takes off the names what wraps the encoder, and leaves out what lies outside of that."""
-    found = {match[1] for name in state if (match := PATCH_EMBEDDING.fullmatch(name))}
-    found = {outer for outer in found if set(outer.split(".")[:-1]) <= WRAPPERS}
+    every = {match[1] for name in state if (match := PATCH_EMBEDDING.fullmatch(name))}
+    found = {outer for outer in every if set(outer.split(".")[:-1]) <= WRAPPERS}
+    if not found and len(every) == 1:
+        found = {o for o in every if set(o.split(".")[:-1]) <= WRAPPERS | ALONE}
     if len(found) > 1:  # a teacher is what self-distillation trains for
         found = {outer for outer in found if "teacher" in outer.split(".")} or found
     if len(found) > 1:
@@ -118,6 +124,7 @@ def _unwrap(state: StateDict) -> tuple[StateDict, list[str]]:
     # FisherTune's own checkpoints are refused, as they hold more than public weights.
     if not outer or any(name.endswith(OURS) for name in state):
         return state, []
+    mention_averages({o.split(".")[0] for o in every - {outer}}, repr(outer.removesuffix(".")))
     inside = {n.removeprefix(outer): v for n, v in state.items() if n.startswith(outer)}
     return inside, [name for name in state if not name.startswith(outer)]
 

@@ -74,10 +74,28 @@ def load_vfm_weights(
         return weights
     state, found = _read(weights) if weights else _find(name, vit, fallback, source)
     state, ignored = to_timm_names(state, vit)
-    state = {key: value.float() for key, value in state.items()}
+    state = _require_numbers(state, f"{name} from {found}")
     _resize(state, vit, patch_resize)
     _load(vit, state, ignored, f"{name} from {found}")
     return found
+
+
+def _require_numbers(state: StateDict, title: str) -> StateDict:
+    """Returns all as float32, and refuses what no training can start from."""
+    for key, value in state.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"weights cannot be used: {title}. {key} holds {value.dtype}, as quantised models "
+                f"do; a backbone needs floating-point weights. {REMEDY}"
+            )
+    state = {key: value.float() for key, value in state.items()}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"weights cannot be used: {key} holds NaN or infinity in {title}, as after a "
+                f"training that diverged. {REMEDY}"
+            )
+    return state
 
 
 def _read(path: str | Path) -> tuple[StateDict, str]:
