@@ -6,12 +6,14 @@ seed and the position, so that a run that resumes at a position goes on as if it
 Shapes: N entries, C classes. Class counts are (N, C + 1) pixels by class, the ignored ones last.
 """
 
+import logging
 from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 from torch.utils.data import Sampler
 
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RareClassSampler")
@@ -21,6 +23,10 @@ SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RareClassSampler"
 # needs to be drawn for it.
 RARE_CLASS_TEMPERATURE = 0.01
 RARE_CLASS_PIXELS = 3000
+# Beyond these, rare class sampling trains on something else than the data set: on one class, or on
+# fewer images of a class than this.
+_MOST_OF_ONE_CLASS = 0.9
+_FEW_IMAGES = 3
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
@@ -177,6 +183,35 @@ class RareClassSampler(ResumableSampler):
         weights = np.exp(weights - weights.max())
         self.probabilities = weights / weights.sum()
         self._images = [_images_with(pixels[:, c], min_pixels) for c in self.classes]
+        self._mention_narrow_draws(100 * totals[self.classes] / totals.sum(), min_pixels)
+
+    def _mention_narrow_draws(self, shares: np.ndarray, min_pixels: int) -> None:
+        """Warns, once in a run, where training sees little but one class or a few images of one."""
+        texts = []
+        k = int(self.probabilities.argmax())
+        if len(self.classes) > 1 and self.probabilities[k] > _MOST_OF_ONE_CLASS:
+            texts.append(
+                f"the class {self.classes[k]} is drawn for {100 * self.probabilities[k]:.0f} % of "
+                f"the images, as it has {shares[k]:.1f} % of the labelled pixels and every other "
+                "class more"
+            )
+        k = min(range(len(self.classes)), key=lambda c: len(self._images[c]))
+        few = len(self._images[k])
+        if few < min(_FEW_IMAGES, self.size):
+            texts.append(
+                f"it draws only {few} image{'s' * (few > 1)} for the class {self.classes[k]} "
+                f"({100 * self.probabilities[k]:.1f} % of the draws): only images with "
+                f"{min_pixels} pixels of a class are drawn for it, or all that hold it where none "
+                "has as many"
+            )
+        if texts and comm.is_main_process():
+            log_first_n(
+                logging.WARNING,
+                f"DATALOADER.SAMPLER_TRAIN is RareClassSampler: {'; '.join(texts)}. If that is not "
+                "meant, take RepeatFactorTrainingSampler or TrainingSampler.",
+                name=__name__,
+                key="message",
+            )
 
     def entry(self, position: int) -> int:
         """Returns the entry at a position, which depends on no other.

@@ -172,3 +172,30 @@ def test_the_loader_draws_by_the_sampler(name):
     )
     got = [item["k"] for batch in islice(loader, 10) for item in batch]
     assert got == [index for _, index in drawn(build(name), 20)]
+
+
+def warnings_of(caplog, counts):
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="fishertune_d2"):
+        for _ in range(2):  # a run builds a loader more than once
+            build_sampler("RareClassSampler", len(counts), seed=0, block=1, class_counts=counts)
+    return caplog.messages
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_rare_class_that_takes_nearly_all_draws_is_one_warning(caplog, monkeypatch, main):
+    monkeypatch.setattr(comm, "is_main_process", lambda: main)
+    counts = np.array([[80_000, 16_000, 4_000, 0]] * 3)
+    texts = warnings_of(caplog, counts)
+    assert len(texts) == main
+    if main:
+        assert "the class 2 is drawn for 100 % of the images, as it has 4.0 % of the la" in texts[0]
+        assert "take RepeatFactorTrainingSampler or TrainingSampler" in texts[0]
+
+
+def test_a_class_of_few_images_is_one_warning(caplog):
+    counts = np.array([[30_000, 30_000, 0, 0]] * 8 + [[10_000, 9_000, 240_000, 0]] * 2)
+    counts[0, 2] = 10  # too few pixels to be drawn for the class
+    (text,) = warnings_of(caplog, counts)
+    assert "it draws only 2 images for the class 2 (" in text and "3000 pixels" in text
+    assert warnings_of(caplog, np.full((3, 4), 5_000)) == []
