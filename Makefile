@@ -5,7 +5,7 @@ export PYTHON
 .PHONY: demo test notebooks lint docs setup clean
 
 demo: .venv/ready
-	.venv/bin/python train_net.py --config-file configs/demo.yaml
+	.venv/bin/python train_net.py --config-file configs/demo.yaml --resume
 
 test: .venv/ready
 	.venv/bin/python -m pytest
