@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.config import equal_values
+from fishertune_d2.data.labels import same_class
 from fishertune_d2.tuning import build_tuning_method
 from fishertune_d2.unread_keys import why_unread
 
@@ -344,15 +345,12 @@ def _other_classes(
     then: Sequence[str] | None, now: Sequence[str] | None, name: str
 ) -> Iterator[str]:
     """Says where two lists of classes differ, unless one is not known."""
-    if then is None or now is None or [*map(_spelt, then)] == [*map(_spelt, now)]:
+    if then is None or now is None:
         return
     if len(then) != len(now):
         yield f"{len(then)} classes were trained and {name} has {len(now)}"
         return
-    k = next(k for k in range(len(then)) if _spelt(then[k]) != _spelt(now[k]))
-    yield f"class {k} was {then[k]!r} in training and is {now[k]!r} in {name}"
-
-
-def _spelt(name: str) -> str:
-    """A class name without what spellings of the same name differ in."""
-    return name.casefold().replace("_", " ").replace("-", " ").strip()
+    for k, (before, after) in enumerate(zip(then, now, strict=True)):
+        if not same_class(before, after):
+            yield f"class {k} was {before!r} in training and is {after!r} in {name}"
+            return
