@@ -96,7 +96,10 @@ def test_a_used_folder_is_refused_and_a_new_one_is_taken(command, used, tmp_path
         (["INPUT.CROP.SIZE", "[0,64]"], "INPUT.CROP.SIZE is [0, 64]: give a height and a width"),
         (["INPUT.MIN_SIZE_TRAIN", "[]"], "INPUT.MIN_SIZE_TRAIN is []: give at least one"),
         (["SOLVER.LR_SCHEDULER_NAME", "No"], "LR_SCHEDULER_NAME is 'No': choose from WarmupPolyLR"),
-        (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "x"], "CLIP_TYPE is 'x': choose from full_model,"),
+        (
+            ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "x"],
+            "CLIP_TYPE is 'x': choose from full_model, norm, value",
+        ),
         (["INPUT.RANDOM_FLIP", "up"], "INPUT.RANDOM_FLIP is 'up': choose from horizontal"),
         (
             ["--eval-only", "DATASETS.TEST", "()", "MODEL.WEIGHTS", "w"],

@@ -63,8 +63,8 @@ _ONLY_IN_TRAINING = (
 BACKBONE_RATE = "SOLVER.BACKBONE_MULTIPLIER"
 # How a score is made of an estimate; the estimate itself does not depend on it.
 _SCORE_KEYS = ("FISHER.FORM", "FISHER.RHO", "FISHER.GAMMA", "FISHER.TAU", "FISHER.EPS")
-# A warm-up of other values serves, but is not the one that this run would make.
-_UNUSUAL = ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
+# A warm-up of other values serves, but is not, to the bit, the one that this run would make.
+_UNUSUAL = ("SOLVER.ACCUMULATE", "SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER")
 
 # The name of the record among the notes of a Fisher estimate.
 NOTE = "run"

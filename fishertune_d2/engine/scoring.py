@@ -88,6 +88,7 @@ def score_datasets(
     if comm.is_main_process() and results:
         _write(cfg, model, results, failed)
     if failed:
+        comm.synchronize()  # a process that leaves must not take the first one with it
         raise DatasetError("\n\n".join(failed.values()))
     return results if comm.is_main_process() else OrderedDict()
 

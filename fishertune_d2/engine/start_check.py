@@ -151,17 +151,17 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
         ("FISHER.PRECISION", fisher.PRECISION, ESTIMATE_DTYPES),
         ("FISHER.PERTURB.EPS_MODE", fisher.PERTURB.EPS_MODE, EPS_MODES),
         ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("horizontal", "vertical", "none")),
-        (
-            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
-            cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE,
-            ("full_model", "norm", "value"),
-        ),
         ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, _SCHEDULES),
         ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("ADAMW", "SGD")),
         ("SOLVER.WARMUP_METHOD", cfg.SOLVER.WARMUP_METHOD, ("constant", "linear")),
     ):
         if value not in known:
             yield f"{key} is {value!r}: choose from {', '.join(known)}"
+    clip, ways = cfg.SOLVER.CLIP_GRADIENTS, ("full_model", "norm", "value")
+    if clip.ENABLED and clip.CLIP_TYPE not in ways:
+        yield (
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}: choose from {', '.join(ways)}"
+        )
     points = fisher.PERTURB.POINTS
     if not points or not set(points) <= set(range(_POINTS)):
         yield f"FISHER.PERTURB.POINTS is {list(points)}: choose from 0 to {_POINTS - 1}"

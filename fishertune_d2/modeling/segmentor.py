@@ -26,6 +26,7 @@ from fishertune_d2.modeling.heads import (
     require_splittable,
     segmentation_head,
 )
+from fishertune_d2.modeling.pixel_head import DETECTRON2_HEADS
 from fishertune_d2.modeling.sliding import sliding_average
 from fishertune_d2.modeling.targets import SegmentationTargets, present_classes
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
@@ -365,7 +366,7 @@ def _build_head(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module:
             f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {', '.join(unknown)}, which "
             f"{cfg.MODEL.BACKBONE.NAME} has not got: it has {', '.join(shapes)}"
         )
-    if keys.COMMON_STRIDE < 1:
+    if keys.NAME in DETECTRON2_HEADS and keys.COMMON_STRIDE < 1:
         smallest = min((shapes[name].stride for name in keys.IN_FEATURES), default=4)
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {keys.COMMON_STRIDE}: choose the smallest stride "
