@@ -69,10 +69,9 @@ def main(args: argparse.Namespace) -> dict | None:
 def _score(cfg: CfgNode, args: argparse.Namespace) -> dict:
     """Scores a checkpoint on the test sets."""
     warn_of_unread_keys(cfg)
-    weights = find_weights(cfg, args.resume)
-    require_own_weights(cfg.OUTPUT_DIR, weights)
+    require_own_weights(cfg.OUTPUT_DIR, args.weights)
     check_datasets(cfg.DATASETS.TEST, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
-    model = build_trained(cfg, weights, build=Trainer.build_model)
+    model = build_trained(cfg, args.weights, build=Trainer.build_model)
     record = Path(cfg.OUTPUT_DIR, "config.yaml")
     if (
         comm.is_main_process()
@@ -90,8 +89,7 @@ def _score(cfg: CfgNode, args: argparse.Namespace) -> dict:
 def _train(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
     """Trains a model, and scores it."""
     log_plan(cfg)
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    check_datasets(names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+    _check_data(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if comm.is_main_process():
@@ -102,6 +100,11 @@ def _train(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
         if picture is not None:
             logging.getLogger("fishertune_d2").info("Map of the selected weights: %s", picture)
     return results
+
+
+def _check_data(cfg: CfgNode) -> None:
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    check_datasets(names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
 
 
 def run() -> None:
@@ -143,7 +146,7 @@ def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
     require_writable(cfg.OUTPUT_DIR)
     if args.eval_only:
         require_scorable(cfg)
-        find_weights(cfg, args.resume)
+        args.weights = find_weights(cfg, args.resume)  # --resume reads the checkpoint to its end
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST names no data set, so there is nothing to score")
         return
@@ -181,9 +184,7 @@ def _require_startable(cfg: CfgNode) -> None:
             require_file(key, file)
     logging.disable(logging.WARNING)  # the run itself says them
     try:
-        check_datasets(
-            [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-        )
+        _check_data(cfg)
     finally:
         logging.disable(logging.NOTSET)
 

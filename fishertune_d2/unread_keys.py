@@ -57,7 +57,7 @@ _POLY, _STEPS, _COSINE = "WarmupPolyLR", "WarmupMultiStepLR", "WarmupCosineLR"
 _GAMMA = "WarmupStepWithFixedGammaLR"
 _OTHER_SCHEDULE = "SOLVER.LR_SCHEDULER_NAME {} reads it"
 
-# tests/test_unread_keys.py records what a training reads, and compares it with these rows.
+# tests/engine/test_unread_keys.py records what a training reads, and compares it with these rows.
 UNREAD = (
     Unread(
         ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"),

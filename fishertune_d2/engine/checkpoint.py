@@ -173,18 +173,22 @@ def _require_complete(incompatible: Any) -> None:
     if wrong:
         name, theirs, ours = wrong[0]
         trouble = f"{name} has the shape {tuple(theirs)}, in the model {tuple(ours)}"
-    left = {*incompatible.missing_keys, *(name for name, *_ in wrong)}
     raise ValueError(
-        f"the weights do not fill the model ({len(left)} of its tensors are left): {trouble}. Take "
-        "the config.yaml that lies beside the weights, or weights of the whole segmentation model"
+        f"the weights do not fill the model ({len(_left(incompatible))} of its tensors are left): "
+        f"{trouble}. Take the config.yaml that lies beside the weights, or weights of the whole "
+        "segmentation model"
     )
+
+
+def _left(incompatible: Any) -> set[str]:
+    """Names of the model's tensors that a load has not filled."""
+    return {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
 
 
 def _require_some(model: nn.Module, incompatible: Any) -> None:
     """Refuses weights of which none fits; says how many fit if not all do."""
     names = model.state_dict().keys()
-    left = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
-    filled = len(names) - len(left & names)
+    filled = len(names) - len(_left(incompatible) & names)
     if not filled:
         raise ValueError(
             f"none of the weights fits the model, whose first tensor is {next(iter(names))}: name "

@@ -3,14 +3,14 @@
 Shapes: B images, C classes, (h, w) the map at the head's stride.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fishertune_d2.fisher import image_seeds, sampled_nll, seeded
+from fishertune_d2.modeling.heads import in_eval_mode
 
 
 class SegmentationLoss:
@@ -60,17 +60,5 @@ def _predict(model: nn.Module, features: dict[str, Tensor]) -> Any:
 
     Some heads call dropout as a function, which `estimate_fisher` cannot switch off.
     """
-    with _in_eval_mode(model.sem_seg_head):
+    with in_eval_mode(model.sem_seg_head):
         return model.head.predict(features)
-
-
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

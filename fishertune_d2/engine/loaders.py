@@ -52,8 +52,7 @@ def file_names(loader: object) -> list[str] | None:
 
 def class_names(cfg: CfgNode) -> tuple[str, ...] | None:
     """The names of the classes that are trained on; None if no such data set is registered."""
-    known = set(DatasetCatalog.list())
-    names = [name for name in cfg.DATASETS.TRAIN if name in known]
+    names = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog]
     return dataset_metadata(names[0]).classes if names else None
 
 

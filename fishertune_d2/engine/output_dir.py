@@ -1,7 +1,6 @@
 """An OUTPUT_DIR holds one run: a second run is refused, or the first one's files go first."""
 
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from fishertune_d2.config import read_config
+from fishertune_d2.evaluation.pictures import find_pictures
 
 from .run_record import as_words, defining_keys, differing_keys
 
@@ -77,8 +77,8 @@ def require_resumable(cfg: CfgNode) -> None:
 
 def remove_pictures(folder: str | Path, names: Sequence[str]) -> None:
     """Deletes the pictures that an earlier evaluation drew of these data sets."""
-    for path in (Path(folder) / "pictures").glob("*.png"):
-        if any(re.fullmatch(re.escape(name) + r"_\d+", path.stem) for name in names):
+    for name in names:
+        for path in find_pictures(folder, name):
             path.unlink()
 
 

@@ -1,6 +1,5 @@
 """One training step: autocast, a batch passed through the model in parts, and the log of losses."""
 
-import re
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from fishertune_d2.modeling.heads import require_divisors
+from fishertune_d2.modeling.heads import kind_of_loss, require_divisors
 
 # SOLVER.AMP.PRECISION: what autocast computes in.
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -166,5 +165,5 @@ def _split(batch: list, parts: int) -> list[list]:
 def _as_shares(losses: dict, own: dict, whole: dict) -> dict:
     """Makes losses of a part, which divide by its own numbers, shares of the whole batch's."""
     require_divisors(losses, whole)
-    kinds = {name: re.sub(r"_\d+$", "", name) for name in losses}  # loss_ce_3: of prediction 3
+    kinds = {name: kind_of_loss(name) for name in losses}
     return {name: loss * (own[kinds[name]] / whole[kinds[name]]) for name, loss in losses.items()}

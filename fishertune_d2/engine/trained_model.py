@@ -108,8 +108,8 @@ def require_device(device: str) -> None:
 
 def _classes_of(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
     """The names of the classes of the test sets, where a test set is registered here."""
-    known = set(DatasetCatalog.list())
-    return {name: dataset_metadata(name).classes for name in cfg.DATASETS.TEST if name in known}
+    names = [name for name in cfg.DATASETS.TEST if name in DatasetCatalog]
+    return {name: dataset_metadata(name).classes for name in names}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Side-by-side pictures: image, label, prediction, and the names of the colours."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,22 @@ from fishertune_d2.data.labels import IGNORE_LABEL, LabelSpace
 
 _TEXT = 13  # size of the legend's names, in pixels
 _MAX_HEIGHT = 512  # of a panel; larger images are scaled down
+
+
+def find_pictures(output_dir: str | Path, data_set: str) -> list[Path]:
+    """The pictures that an evaluator drew of a data set, in their order.
+
+    Args:
+        output_dir: pictures are in its subfolder ``pictures``.
+        data_set: its name.
+    """
+    found = {}
+    for path in (Path(output_dir) / "pictures").glob("*.png"):
+        # Not by the beginning alone, for that may be another data set's whole name.
+        match = re.fullmatch(re.escape(data_set) + r"_(\d+)", path.stem)
+        if match:
+            found[int(match[1])] = path
+    return [found[k] for k in sorted(found)]
 
 
 def colorize(labels: np.ndarray, space: LabelSpace) -> np.ndarray:

@@ -45,8 +45,7 @@ def summarize(
         size (width, height; None is the file's size) and the classes scored of each data set, and
         the data sets scored on halved labels.
     """
-    known = set(DatasetCatalog.list())
-    train_domains = [dataset_metadata(n).domain if n in known else n for n in train_names]
+    train_domains = [dataset_metadata(n).domain if n in DatasetCatalog else n for n in train_names]
     metadata = {name: dataset_metadata(name) for name in results}
     source, targets, per_class = {}, {}, {}
     for name, result in results.items():

@@ -6,7 +6,8 @@ Shapes:
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -142,7 +143,7 @@ def require_divisors(losses: Iterable[str], divisors: Iterable[str]) -> None:
     """
     known = set(divisors)
     for name in losses:
-        if re.sub(r"_\d+$", "", name) not in known:  # loss_ce_3: of prediction 3
+        if kind_of_loss(name) not in known:
             raise ValueError(
                 f"the head's loss {name} of a batch cannot be put together from its parts, because "
                 f"nothing says what it is divided by (known: {', '.join(sorted(known))}): set "
@@ -151,18 +152,32 @@ def require_divisors(losses: Iterable[str], divisors: Iterable[str]) -> None:
             )
 
 
+def kind_of_loss(name: str) -> str:
+    """A loss's name without the number of its prediction: loss_ce of loss_ce_3."""
+    return re.sub(r"_\d+$", "", name)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every part has its own mode again afterwards."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def _try_out(head: nn.Module, driven: PixelHead) -> dict[str, Tensor]:
     """Losses of maps of zeros, by name; leaves modes and random numbers as they are."""
-    modes = {module: module.training for module in head.modules()}
     try:
-        head.eval()  # no dropout, which would draw random numbers, and no statistics
-        with torch.no_grad():
+        # No dropout, which would draw random numbers, and no statistics.
+        with in_eval_mode(head), torch.no_grad():
             return driven.try_out()
     except Exception as error:  # of a kind that only the head knows
         raise ValueError(_refusal(head, str(error))) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _refusal(head: nn.Module, why: str) -> str:

@@ -35,8 +35,7 @@ def registered_space(cfg: CfgNode) -> tuple[LabelSpace, Size | None] | None:
         ValueError: if it has another number of classes than the model.
     """
     count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    known = set(DatasetCatalog.list())
-    for name in (name for name in _names(cfg) if name in known):
+    for name in (name for name in _names(cfg) if name in DatasetCatalog):
         try:
             data = dataset_metadata(name)
         except DatasetError as error:

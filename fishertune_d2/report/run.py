@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fishertune_d2.config import default_config
+from fishertune_d2.evaluation.pictures import find_pictures
 
 # Of what Detectron2 logs about the environment; lines about GPUs are taken too.
 _VERSIONS = ("Python", "PyTorch", "torchvision", "detectron2", "numpy", "fvcore", "Pillow", "cv2")
@@ -77,13 +78,7 @@ class Run:
 
     def pictures(self, data_set: str) -> list[Path]:
         """The pictures of a data set, in their order."""
-        found = {}
-        for path in (self.folder / "pictures").glob("*.png"):
-            # Not by the beginning alone, for that may be another data set's whole name.
-            match = re.fullmatch(re.escape(data_set) + r"_(\d+)", path.stem)
-            if match:
-                found[int(match[1])] = path
-        return [found[k] for k in sorted(found)]
+        return find_pictures(self.folder, data_set)
 
 
 def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -53,7 +53,7 @@ def judge(
     scaled = _scaled(known, dicts, counts)
     problems = [converted] if converted else []
     if not converted and known.published is not None and len(dicts) == known.published.pairs:
-        problems = differences(known, pixels)
+        problems = _differences(known, pixels)
     absent = _absent(known, pixels)
     if absent and scaled and pixels[0] == pixels[:-1].sum():
         absent += f" {scaled}"
@@ -175,7 +175,7 @@ def _own_ids(dicts: Sequence[dict[str, Any]], among: np.ndarray) -> dict[int, se
     }
 
 
-def differences(known: DatasetMetadata, pixels: np.ndarray) -> list[str]:
+def _differences(known: DatasetMetadata, pixels: np.ndarray) -> list[str]:
     """Compares the classes of a complete data set with the published ones.
 
     Args:
