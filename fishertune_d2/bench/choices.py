@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fishertune_d2.evaluation import all_scores
-from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.files import whole_file
 
 from .cells import Cell
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import detectron2
 
 from fishertune_d2.engine.preemption import EXIT_CODE, handling
-from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.files import whole_file
 from fishertune_d2.version import commit
 
 from .cells import Cell, makers

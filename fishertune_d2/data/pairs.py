@@ -23,24 +23,18 @@ from fishertune_d2.data.labels import (
     Color,
     LabelSpace,
 )
+from fishertune_d2.files import first_names
 
 _log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # Label files that other tools write beside the ones the authors ship.
 _CONVERTED = "_labelTrainIds.png"
-# Files named in one error; more would bury the remedy.
-_MAX_NAMED = 5
 
 
 def datasets_root() -> Path:
     """The folder that holds the data sets, read from the environment at every call."""
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-
-
-def cache_root() -> Path:
-    """The folder for what FisherTune itself writes and can write again."""
-    return Path(os.environ.get("FISHERTUNE_CACHE", "~/.cache/fishertune_d2")).expanduser()
 
 
 @dataclass(frozen=True)
@@ -184,7 +178,7 @@ def load_pairs(row: SemSegDataset) -> list[dict]:
     if mismatched and not row.drop_mismatched:
         stem = next(s for s, a, b in zip(stems, sizes, label_sizes, strict=True) if a != b)
         remedy = size_remedy(images[stem], labels[stem])
-        raise DatasetError(f"{row.name}: {some(mismatched)}. {remedy}")
+        raise DatasetError(f"{row.name}: {first_names(mismatched)}. {remedy}")
     _mention_turned(row, image_headers)
     if mismatched:
         _log.warning("%s: dropped %d pairs of unequal size", row.name, len(mismatched))
@@ -341,7 +335,7 @@ def _others(where: Sequence[str], suffixes: Sequence[str]) -> str:
                     counts[ending] += 1
                     example.setdefault(ending, name)
     found = [f"{count} {ending} ({example[ending]})" for ending, count in counts.most_common()]
-    return f" Files of other names are there: {some(found)}." if found else ""
+    return f" Files of other names are there: {first_names(found)}." if found else ""
 
 
 def _suffixes(name: str, key: str, given: str | Sequence[str]) -> tuple[str, ...]:
@@ -386,7 +380,7 @@ def _read_list(row: SemSegDataset, root: Path, images: Mapping[str, str]) -> set
     if absent:
         raise DatasetError(
             f"{row.name}: {path} names {len(absent)} of {len(lines)} images that are not there: "
-            f"{some(absent)}. Restore them, or the list as its authors ship it."
+            f"{first_names(absent)}. Restore them, or the list as its authors ship it."
         )
     return listed
 
@@ -407,7 +401,7 @@ def _check_pairs(
     if no_label:
         raise DatasetError(
             f"{row.name}: {len(no_label)} of {len(images)} images have no label. Missing: "
-            f"{some(no_label)}{_or_others(row.label_suffixes)}."
+            f"{first_names(no_label)}{_or_others(row.label_suffixes)}."
             f"{_others(folders(root, label_dir), row.label_suffixes)} Restore the labels, or "
             "remove those images."
         )
@@ -418,7 +412,7 @@ def _check_pairs(
     if no_image:
         raise DatasetError(
             f"{row.name}: {len(no_image)} of {len(labels)} labels have no image. Missing: "
-            f"{some(no_image)}{_or_others(row.image_suffixes)}."
+            f"{first_names(no_image)}{_or_others(row.image_suffixes)}."
             f"{_others(folders(root, image_dir), row.image_suffixes)} Restore the images, or "
             "remove those labels."
         )
@@ -435,9 +429,3 @@ def _headers(paths: Sequence[str]) -> list[Header]:
     with ThreadPoolExecutor(max_workers=8) as pool:
         read = pool.map(lambda part: [image_header(path) for path in part], chunks)
         return [header for part in read for header in part]
-
-
-def some(items: Sequence[str]) -> str:
-    """Joins the first items of a long list, and counts the others."""
-    more = f" and {len(items) - _MAX_NAMED} more" if len(items) > _MAX_NAMED else ""
-    return "; ".join(items[:_MAX_NAMED]) + more

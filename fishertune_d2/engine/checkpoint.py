@@ -11,7 +11,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.files import whole_file
 from fishertune_d2.modeling.checkpoints import read_with_notes
 from fishertune_d2.tuning import TuningMethod
 

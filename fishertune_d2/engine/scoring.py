@@ -17,7 +17,7 @@ from torch import nn
 
 from fishertune_d2.data import DatasetError, SegmentationMapper
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table, summarize
-from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.files import whole_file
 from fishertune_d2.version import commit
 
 from .loaders import scoring_loader

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.files import first_names, whole_file
 
 from .gaps import decode_positions, encode_positions
 
@@ -107,8 +107,9 @@ class Delta:
         if base.keys() != tuned.keys():
             lacking, besides = base.keys() - tuned.keys(), tuned.keys() - base.keys()
             raise ValueError(
-                f"the tuned weights do not fit {architecture}: they lack {_some(lacking)}, and "
-                f"have {_some(besides)} besides"
+                f"the tuned weights do not fit {architecture}: they lack "
+                f"{first_names(sorted(lacking), 3)}, and have "
+                f"{first_names(sorted(besides), 3)} besides"
             )
         delta = cls(architecture, base={})
         for name, before in base.items():
@@ -147,7 +148,8 @@ class Delta:
         missing = [name for name in {**self.base, **self.whole} if name not in state]
         if missing:
             raise ValueError(
-                f"{self.title} is for {self.architecture}; the model lacks {_some(missing)}"
+                f"{self.title} is for {self.architecture}; the model lacks "
+                f"{first_names(sorted(missing), 3)}"
             )
         for name, tensor in self.whole.items():
             if tensor.shape != state[name].shape:
@@ -159,8 +161,9 @@ class Delta:
         if other:
             raise ValueError(
                 f"{self.title} is a difference to other weights than the model holds: "
-                f"{len(other)} of {len(self.base)} tensors differ, {_some(other)}. It was made for "
-                f"{self.architecture}, with the weights of {self.notes.get('weights', 'its run')}: "
+                f"{len(other)} of {len(self.base)} tensors differ, "
+                f"{first_names(sorted(other), 3)}. It was made for {self.architecture}, "
+                f"with the weights of {self.notes.get('weights', 'its run')}: "
                 "load these, in the same precision, and apply it once"
             )
         tuned = dict(state)
@@ -271,13 +274,6 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _layout(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _some(names: Collection[str]) -> str:
-    """The first three names and how many there are besides."""
-    names = sorted(names)
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) + rest) or "none"
 
 
 def _require_format(path: str | Path, found: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.files import whole_file
 from fishertune_d2.modeling import VFMS, VFMBackbone
 from fishertune_d2.modeling.weight_names import to_transformers
 

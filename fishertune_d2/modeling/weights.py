@@ -15,6 +15,8 @@ from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, res
 from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
+from fishertune_d2.files import first_names
+
 from .checkpoints import StateDict
 from .weight_files import read_weights
 from .weight_names import to_timm_names
@@ -199,8 +201,8 @@ def _load(vit: nn.Module, state: StateDict, ignored: list[str], title: str) -> N
     ]
     if missing or unexpected or misshapen:
         raise ValueError(
-            f"weights do not fit: {title}. Missing: {_some(missing)}. Unexpected: "
-            f"{_some(unexpected)}. Wrong shape: {_some(misshapen)}. {REMEDY} "
+            f"weights do not fit: {title}. Missing: {first_names(missing, 8)}. Unexpected: "
+            f"{first_names(unexpected, 8)}. Wrong shape: {first_names(misshapen, 8)}. {REMEDY} "
             "(A checkpoint of the whole segmentor belongs in MODEL.WEIGHTS.)"
         )
     vit.load_state_dict(state)
@@ -218,9 +220,3 @@ def _by_group(names: list[str]) -> str:
     )
     groups = ", ".join(f"{group} {count}" for group, count in counts.items())
     return f"{len(names)} ({groups})" if names else "0"
-
-
-def _some(names: list[str]) -> str:
-    """The first eight names and how many there are in all."""
-    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return (", ".join(names[:8]) + rest) or "none"

@@ -9,8 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fishertune_d2.analysis.selection_map import draw_selection_map
 from fishertune_d2.analysis.sensitivity_map import draw_sensitivity_map
+from fishertune_d2.files import whole_file
 from fishertune_d2.fisher import FisherEstimate, Selection
-from fishertune_d2.fisher.files import whole_file
 
 from .figures import draw_curves, draw_map, shrink
 from .run import Run

@@ -70,7 +70,7 @@ def test_all_classes_labelled_is_no_warning(own, caplog):
 def test_many_absent_classes_are_counted(own, caplog):
     own([[3]], classes=[f"c{k}" for k in range(40)])
     (text,) = warnings_of(caplog)
-    assert "c0, c1, c2, c4" in text and " and 19 others (39 of 40 classes)" in text
+    assert "c0, c1, c2, c4" in text and " and 19 more (39 of 40 classes)" in text
 
 
 @pytest.mark.parametrize(

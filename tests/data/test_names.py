@@ -103,7 +103,7 @@ def test_where_no_image_is_found_the_error_lists_what_is_there(tmp_path, row):
         (tmp_path / "i" / name).write_text("")
     with pytest.raises(DatasetError, match=r"x: no image found\. Files of other names") as error:
         load_pairs(row)
-    assert "there: 12 .tif (0.tif); 2 .txt (i.txt); 1 without an ending (README). It" in str(
+    assert "there: 12 .tif (0.tif), 2 .txt (i.txt), 1 without an ending (README). It" in str(
         error.value
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 from fishertune_d2.data.files import read_label
 from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS, UNKNOWN_ID
 from fishertune_d2.data.metadata import DatasetMetadata
+from fishertune_d2.files import first_names
 
 _MAX_NAMED = 20
 # Files whose own ids are looked at where their classes seem odd.
@@ -71,9 +72,8 @@ def _absent(known: DatasetMetadata, pixels: np.ndarray) -> str | None:
     absent = [name for name in never_labelled(known, pixels) if name not in (expected or ())]
     if not absent:
         return None
-    more = f" and {len(absent) - _MAX_NAMED} others" if len(absent) > _MAX_NAMED else ""
     return (
-        f"{known.name}: none of its labels holds {', '.join(absent[:_MAX_NAMED])}{more} "
+        f"{known.name}: none of its labels holds {first_names(absent, _MAX_NAMED)} "
         f"({len(absent)} of {len(known.classes)} classes). A model cannot learn such a class from "
         "these labels, nor can they tell how well it knows it."
     )

@@ -19,7 +19,7 @@ from fishertune_d2.data.datasets import load_datasets
 from fishertune_d2.data.files import DatasetError, read_image, read_label, size_remedy
 from fishertune_d2.data.labels import IGNORE_LABEL
 from fishertune_d2.data.metadata import dataset_metadata
-from fishertune_d2.data.pairs import cache_root, some
+from fishertune_d2.files import cache_root, first_names
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -126,7 +126,7 @@ def for_each_pair(
 
 def bad_files(name: str, problems: Sequence[str]) -> str:
     """Formats what is wrong with files of a data set."""
-    return f"{name}: {len(problems)} bad files. {some(problems)}"
+    return f"{name}: {len(problems)} bad files. {first_names(problems, separator='; ')}"
 
 
 def keep(name: str, state: str, counts: np.ndarray) -> None:

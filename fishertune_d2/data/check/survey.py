@@ -28,6 +28,7 @@ from fishertune_d2.data.pairs import (
     load_pairs,
 )
 from fishertune_d2.data.rows import DATASETS
+from fishertune_d2.files import first_names
 
 # Data sets beside each other in the table of classes; more do not fit a terminal.
 _COLUMNS = 5
@@ -154,8 +155,7 @@ def _format_sizes(sizes: dict[tuple[int, int], int | None]) -> str:
         f"{width}x{height}" + (f" ({count})" if count is not None and len(sizes) > 1 else "")
         for (width, height), count in sorted(sizes.items(), key=lambda s: (-(s[1] or 0), s[0]))
     ]
-    more = f" and {len(shown) - 2} others" if len(shown) > 2 else ""
-    return ", ".join(shown[:2]) + more
+    return first_names(shown, 2) if shown else ""
 
 
 def format_surveys(surveys: Sequence[Survey]) -> str:

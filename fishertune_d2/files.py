@@ -1,10 +1,10 @@
-"""Files that are written whole or not at all, and refused by name if they are not what they say."""
+"""Where files lie, how they are written whole, and how long lists of them are named in messages."""
 
 import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _MIB = 2**20
+
+
+def cache_root() -> Path:
+    """The folder for files that FisherTune writes and can write again (FISHERTUNE_CACHE)."""
+    return Path(os.environ.get("FISHERTUNE_CACHE") or "~/.cache/fishertune_d2").expanduser()
+
+
+def first_names(names: Collection[object], most: int = 5, separator: str = ", ") -> str:
+    """Joins the first names of a long list and counts the rest, as in "a, b and 3 more".
+
+    Args:
+        names: in the order in which they are shown.
+        most: how many are shown.
+        separator: stands between two names.
+
+    Returns:
+        The text; "none" if there are no names.
+    """
+    shown = separator.join(str(name) for name in list(names)[:most]) or "none"
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fishertune_d2.files import first_names, whole_file
 from fishertune_d2.fisher import FisherEstimate, Selection
-from fishertune_d2.fisher.files import whole_file
 
 SHAPES = {"blocks.0.mlp.fc1.weight": [3, 4], "blocks.0.mlp.fc1.bias": [3]}
 WEIGHT, BIAS = SHAPES
@@ -239,3 +239,9 @@ def test_a_full_disk_names_file_and_space_and_leaves_the_older_file(selection):
     assert [file.name for file in selection.parent.iterdir()] == [selection.name]
     with pytest.raises(OSError, match="gone/selection.safetensors could not be written"):
         loaded.save(selection.parent / "gone" / selection.name)
+
+
+def test_a_long_list_names_its_first_and_counts_the_rest():
+    assert first_names([]) == "none"
+    assert first_names(["a", "b"], 2) == "a, b"
+    assert first_names(["a", "b", "c", "d"], 2, separator="; ") == "a; b and 2 more"
