@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from fishertune_d2.files import whole_file
-from fishertune_d2.modeling.checkpoints import read_with_notes
+from fishertune_d2.modeling.weight_files import read_with_notes
 from fishertune_d2.tuning import TuningMethod
 
 from .optimizer import is_backbone

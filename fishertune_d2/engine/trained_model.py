@@ -115,7 +115,7 @@ def _classes_of(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
 @contextmanager
 def _without_word_of_random_weights() -> Iterator[None]:
     """Silences the warning about random weights: the checkpoint replaces all of them."""
-    log = logging.getLogger("fishertune_d2.modeling.weights")
+    log = logging.getLogger("fishertune_d2.modeling.public_weights")
     level = log.level
     log.setLevel(logging.ERROR)
     try:

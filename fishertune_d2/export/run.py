@@ -11,10 +11,10 @@ from detectron2.modeling import build_model
 from yaml import YAMLError
 
 from fishertune_d2.config import read_config
-from fishertune_d2.engine.plan import build_empty, count_parameters
+from fishertune_d2.engine.parameter_counts import build_empty, count_parameters
 from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.modeling import VFM, VFMS, VFMBackbone
-from fishertune_d2.modeling.checkpoints import read_with_notes
+from fishertune_d2.modeling.weight_files import read_with_notes
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
 

@@ -14,7 +14,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from .pixel_head import DETECTRON2_HEADS, PixelHead
+from .detectron2_heads import DETECTRON2_HEADS, PixelHead
 from .targets import SegmentationTargets
 
 # Heads that need no adapter, by the names of MODEL.SEM_SEG_HEAD.NAME.

@@ -18,7 +18,8 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn import functional as F
 
-from fishertune_d2.modeling.head_errors import why_not_built
+from fishertune_d2.modeling.build_head import why_not_built
+from fishertune_d2.modeling.detectron2_heads import DETECTRON2_HEADS
 from fishertune_d2.modeling.heads import (
     WORKING_HEADS,
     SegmentationHead,
@@ -26,7 +27,6 @@ from fishertune_d2.modeling.heads import (
     require_splittable,
     segmentation_head,
 )
-from fishertune_d2.modeling.pixel_head import DETECTRON2_HEADS
 from fishertune_d2.modeling.sliding import sliding_average
 from fishertune_d2.modeling.targets import SegmentationTargets, present_classes
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics

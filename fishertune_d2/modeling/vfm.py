@@ -14,9 +14,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from .public_weights import load_vfm_weights
 from .pyramid import STRIDES, build_pyramid
 from .vfm_table import VFM, VFMS
-from .weights import load_vfm_weights
 
 __all__ = ["VFM", "VFMS", "VFMBackbone"]
 

@@ -1,17 +1,57 @@
-"""Finds the files that hold the weights which a person names, whole or in parts.
+"""Reads the tensors of weights files, and runs nothing that the files hold.
 
-transformers and its hub cut large models into parts, ``model-00001-of-00002.safetensors`` and so
-on, with an index beside them that names the part of each tensor.
+A name may lead to one file, to a folder, or to a model in parts: transformers and its hub cut large
+models into ``model-00001-of-00002.safetensors`` and so on, with an index that names each tensor's
+part. safetensors files hold only tensors. PyTorch's files are pickles, which torch.load unpickles
+with weights_only. The content of a file decides its format, not its name.
 """
 
 import json
+import logging
 import re
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from .checkpoints import StateDict, read_checkpoint
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-# What a folder of timm's or transformers' holds, the preferred first.
-IN_A_FOLDER = (
+from fishertune_d2.files import first_names
+
+from .torchscript import is_torchscript, read_torchscript
+
+StateDict = dict[str, Tensor]
+
+logger = logging.getLogger(__name__)
+
+# The keys under which files keep the weights: MAE's, DINO's and EVA's ("model"), DeepSpeed's
+# ("module"), DINO's ("teacher"), those of many scripts. The first key that a file has is read, so
+# a student only without its teacher.
+NESTS = (
+    "model",
+    "module",
+    "state_dict",
+    "teacher",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "student",
+)
+# An average of the weights over training, as timm ("state_dict_ema") keeps it beside them.
+_AVERAGE = re.compile(r"(?:.*[_.])?ema(?:_.*)?")
+# Files that people mistake for weights, by their first bytes.
+_NO_WEIGHTS = {
+    b"version https://git-lfs": "it is a Git LFS pointer, not the file itself: run `git lfs pull` "
+    "in its repository, or download the file",
+    b"<": "it is a web page, not a file of weights: download the file that the page links to",
+    b"{": "it is a text in JSON: name the file with the weights that lies beside it",
+    b"\x89HDF": "it is an HDF5 file of Keras: name PyTorch's or a safetensors file",
+    b"GGUF": "it is a GGUF file of llama.cpp: name PyTorch's or a safetensors file",
+}
+# The files of a timm or transformers folder, the preferred one first.
+_IN_A_FOLDER = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -23,18 +63,18 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
 def read_weights(place: str) -> StateDict:
-    """Reads the tensors of a file, of all the parts of a model, or of a folder.
+    """Reads the tensors of a file, of all parts of a model, or of a folder.
 
     Args:
-        place: a file, see ``read_checkpoint``; one part of several, or their index, which read all
-            parts; a folder as timm and transformers write it, or with one such file in it.
+        place: a file, see `read_checkpoint`; a part of a model or its index, from which all parts
+            are read; a folder of timm or transformers, or one with a single weights file.
 
     Returns:
         Tensors by name, on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is an address, a folder without weights, or a file that cannot be read.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is an address, a folder without weights, or a file that cannot be read.
     """
     if _ADDRESS.match(place):
         file = place.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
@@ -59,26 +99,26 @@ def read_weights(place: str) -> StateDict:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The file in a folder that holds its weights, or their index."""
-    snapshots = folder / "snapshots"  # as the cache of Hugging Face's hub keeps a model
+    """Finds the file in a folder that holds its weights, or their index."""
+    snapshots = folder / "snapshots"  # in the cache of Hugging Face's hub
     if snapshots.is_dir() and len(list(snapshots.iterdir())) == 1:
         folder = next(snapshots.iterdir())
-    for name in IN_A_FOLDER:
+    for name in _IN_A_FOLDER:
         if (folder / name).is_file():
             return folder / name
     files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
-    parts = {_PART.sub(r"\1\4", path.name) for path in files}
-    if len(parts) == 1:
+    models = {_PART.sub(r"\1\4", path.name) for path in files}
+    if len(models) == 1:
         return files[0]
-    found = ", ".join(path.name for path in files[:8])
+    found = first_names([path.name for path in files], 8) if files else "no weights"
     raise ValueError(
-        f"{folder} is a folder with {found if files else 'no weights'} in it: set "
+        f"{folder} is a folder with {found} in it: set "
         f"MODEL.VFM.WEIGHTS to one file (*{', *'.join(_SUFFIXES)})"
     )
 
 
 def _parts_of_index(path: Path) -> list[str]:
-    """The names of the files that an index names."""
+    """Reads the names of a model's parts from its index."""
     try:
         return sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -89,14 +129,121 @@ def _parts_of_index(path: Path) -> list[str]:
 
 
 def _read_parts(path: Path, names: list[str]) -> StateDict:
-    """Reads all parts of a model, which lie beside ``path``."""
+    """Reads all parts of a model from the folder of ``path``."""
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise ValueError(
-            f"{path} needs all of the {len(names)} parts of its model beside it, and "
-            f"{', '.join(missing[:8])} of them cannot be found: download these, too"
+            f"{path} needs all of the {len(names)} parts of its model beside it, and these cannot "
+            f"be found: {first_names(missing, 8)}. Download them, too"
         )
     state: StateDict = {}
     for name in names:
         state |= read_checkpoint(path.parent / name)
     return state
+
+
+def read_checkpoint(path: Path) -> StateDict:
+    """Reads the tensors of one file, see `read_with_notes`."""
+    return read_with_notes(path)[0]
+
+
+def read_with_notes(path: Path) -> tuple[StateDict, dict[str, Any]]:
+    """Reads the tensors of one file, and the other content of a PyTorch file.
+
+    Args:
+        path: a safetensors file, a PyTorch file or a TorchScript archive, of any name. A PyTorch
+            file holds a state dict, bare or under one of ``NESTS``.
+
+    Returns:
+        Tensors by name, on the CPU, and the whole content of a PyTorch file (else an empty dict).
+
+    Raises:
+        ValueError: if the file is damaged, or holds more than tensors.
+    """
+    path = Path(path)
+    _require_weights(path)
+    notes: dict[str, Any] = {}
+    state: Any
+    try:
+        if _is_safetensors(path):
+            state = load_file(path)
+        elif is_torchscript(path):
+            state = read_torchscript(path)
+        else:
+            # Opened here, because torch.load trusts the ending of a path. A Namespace holds the
+            # options that MAE and DINO save beside their models.
+            with open(path, "rb") as file, torch.serialization.safe_globals([Namespace]):
+                notes = torch.load(file, map_location="cpu", weights_only=True)
+            state = _unnest(notes, path)
+    # Each format has its own errors: pickle's, zip's, safetensors'.
+    except Exception as error:
+        text = _unreadable(path, f"{type(error).__name__}: {_reason(error)}")
+        raise ValueError(text) from error
+    if not isinstance(state, Mapping):
+        text = _unreadable(path, f"it holds a {type(state).__name__}, and no tensors by name")
+        raise ValueError(text)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: {first_names(state)}")
+    return dict(state), notes
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    return (
+        f"cannot read weights from {path}: it is damaged, or holds more than tensors (such files "
+        f"are refused, as they can run code): {reason}. Download it again, or save the tensors "
+        "alone, with safetensors, where it was made"
+    )
+
+
+def _unnest(content: Any, path: Path) -> Any:
+    """Returns the state dict in a file's content, under as many ``NESTS`` as there are."""
+    while isinstance(content, Mapping):
+        nest = next((nest for nest in NESTS if isinstance(content.get(nest), Mapping)), None)
+        if nest is None:
+            break
+        mention_averages([name for name in content if name != nest], f"{path}: {nest!r}")
+        content = content[nest]
+    return content
+
+
+def mention_averages(names: Iterable[Any], taken: str) -> None:
+    """Warns of moving averages beside the weights that are read, as they may be the better ones.
+
+    Args:
+        names: the other names in the file.
+        taken: names the weights that are read, and their file.
+    """
+    found = sorted(name for name in names if isinstance(name, str) and _AVERAGE.fullmatch(name))
+    if found:
+        logger.warning(
+            f"{taken} is taken; the file also holds {' and '.join(map(repr, found))}, a moving "
+            "average of the weights, which is not taken. Save it in a file of its own to use it"
+        )
+
+
+def _require_weights(path: Path) -> None:
+    """Refuses a file that is empty or of another known kind."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    if not start:
+        raise ValueError(f"cannot read weights from {path}: it is empty: download it again")
+    for first, words in _NO_WEIGHTS.items():
+        if start.startswith(first):
+            raise ValueError(f"cannot read weights from {path}: {words}")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file starts with the length of a JSON header, and then the header."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and start[5:8] == bytes(3)
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of an error, for torch.load's the cause without the advice."""
+    text = str(error)
+    found = re.search(r"GLOBAL (\S+)", text)
+    if found:
+        return f"the pickle asks for {found[1]}"
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    return (text.strip().splitlines() or [""])[0]

@@ -5,11 +5,9 @@ from importlib import import_module
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .checkpoints import mention_averages
-
-StateDict = dict[str, Tensor]
+from .weight_files import StateDict, mention_averages
 
 # What the encoder's names begin with in files that hold more than it: SAM's; CLIP's and EVA-CLIP's.
 ENCODERS = ("image_encoder.", "visual.")

@@ -25,8 +25,8 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from fishertune_d2.modeling import weights as weights_module
-from fishertune_d2.modeling.checkpoints import _TensorUnpickler
+from fishertune_d2.modeling import public_weights
+from fishertune_d2.modeling.torchscript import TensorUnpickler
 
 
 def rename(state, *swaps):
@@ -157,7 +157,7 @@ def assert_same_features(got, expected, **tolerance):
 def test_the_authors_file_gives_timms_features(name, small, tmp_path, caplog):
     backbone = small(name)
     torch.save(LAYOUTS[name](backbone.vit), tmp_path / "public.pth")
-    with caplog.at_level(logging.INFO, weights_module.__name__):
+    with caplog.at_level(logging.INFO, public_weights.__name__):
         got = small(name, tmp_path / "public.pth", seed=1)
     assert_same_features(got, backbone)
     assert f"loaded {len(got.vit.state_dict())} (" in caplog.messages[-1]
@@ -181,7 +181,7 @@ def test_timms_safetensors_give_the_same_features(name, small, tmp_path):
 
 def test_the_report_counts_what_is_not_the_encoder(small, tmp_path, caplog):
     torch.save(sam(small("sam_vith").vit), tmp_path / "sam.pth")
-    with caplog.at_level(logging.INFO, weights_module.__name__):
+    with caplog.at_level(logging.INFO, public_weights.__name__):
         small("sam_vith", tmp_path / "sam.pth")
     assert caplog.messages[-1].endswith(
         "loaded 87 (tokens 1, patch_embed 2, blocks 84); missing 0; unexpected 0; "
@@ -348,7 +348,7 @@ def test_an_archive_whose_pickle_runs_code_is_refused(archive, small, tmp_path):
 
 @mark.parametrize("name", ["system", "eval", "_rebuild_tensor_v2", "__torch__"])
 def test_an_archives_names_are_refused_but_for_a_handful(name):
-    unpickler = _TensorUnpickler(io.BytesIO(), None, None)
+    unpickler = TensorUnpickler(io.BytesIO(), None, None)
     with raises(pickle.UnpicklingError, match=f"the pickle asks for torch.{name}"):
         unpickler.find_class("torch", name)
 

@@ -23,7 +23,7 @@ from transformers import (
     ViTMAEModel,
 )
 
-from fishertune_d2.modeling import weights as weights_module
+from fishertune_d2.modeling import public_weights
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2}
 
@@ -185,7 +185,7 @@ def test_dinov3s_biases_of_query_and_value_are_not_dropped(small, tmp_path):
 def test_a_head_beside_the_encoder_is_left_out_and_reported(small, tmp_path, caplog):
     config = Dinov2Config(**SIZES, image_size=70, patch_size=14)
     build(Dinov2ForImageClassification, config).save_pretrained(tmp_path)
-    with caplog.at_level(logging.INFO, weights_module.__name__):
+    with caplog.at_level(logging.INFO, public_weights.__name__):
         got = small("dinov2_vitl", tmp_path / "model.safetensors")
     assert "missing 0; unexpected 0; ignored 3 (classifier 2, mask_token 1)" in caplog.messages[-1]
     saved = load_file(tmp_path / "model.safetensors")

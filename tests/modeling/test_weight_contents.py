@@ -7,7 +7,7 @@ import torch
 from pytest import fixture, mark, raises
 from safetensors.torch import save_file
 
-from fishertune_d2.modeling.weights import load_vfm_weights
+from fishertune_d2.modeling.public_weights import load_vfm_weights
 
 
 def tiny_vit(seed=0):

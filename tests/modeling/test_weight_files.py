@@ -9,8 +9,8 @@ import torch
 from pytest import fixture, mark, raises
 from safetensors.torch import save, save_file
 
-from fishertune_d2.modeling import weights as weights_module
-from fishertune_d2.modeling.weights import load_vfm_weights
+from fishertune_d2.modeling import public_weights
+from fishertune_d2.modeling.public_weights import load_vfm_weights
 
 
 def tiny_vit(seed=0):
@@ -58,7 +58,7 @@ def test_a_missing_part_is_named(parts, state):
     second = next(parts.glob("*-00002-of-*"))
     second.unlink()
     for place in (next(parts.glob("*-00001-of-*")), next(parts.glob("*.index.json")), parts):
-        with raises(ValueError, match=f"all of the 3 parts .*, and {second.name} of them cannot"):
+        with raises(ValueError, match=f"all of the 3 parts .* cannot be found: {second.name}"):
             assert_loads(place, state)
 
 
@@ -201,7 +201,7 @@ def test_what_wraps_a_model_is_taken_off_its_names(tmp_path, prefix, state, capl
     save_file(wrap(state, prefix), tmp_path / "x.safetensors")
     assert_loads(tmp_path / "x.safetensors", state)
     torch.save({"state_dict": wrap(state, prefix)}, tmp_path / "x.pth")
-    with caplog.at_level(logging.INFO, weights_module.__name__):
+    with caplog.at_level(logging.INFO, public_weights.__name__):
         assert_loads(tmp_path / "x.pth", state)
     assert caplog.messages[-1].endswith("missing 0; unexpected 0; ignored 0")
 
@@ -210,7 +210,7 @@ def test_what_lies_outside_of_the_wrapping_is_left_out_and_reported(tmp_path, st
     """DINOv2's training saves a teacher with heads, mmsegmentation a decoder."""
     heads = {"dino_head.mlp.weight": torch.zeros(2), "norm.weight": torch.zeros(3)}
     torch.save({"teacher": wrap(state, "backbone.") | heads}, tmp_path / "x.pth")
-    with caplog.at_level(logging.INFO, weights_module.__name__):
+    with caplog.at_level(logging.INFO, public_weights.__name__):
         assert_loads(tmp_path / "x.pth", state)
     assert caplog.messages[-1].endswith("unexpected 0; ignored 2 (dino_head 1, norm 1)")
 

@@ -10,9 +10,9 @@ from pytest import approx, mark, raises
 from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from fishertune_d2.modeling import weights as weights_module
+from fishertune_d2.modeling import public_weights
+from fishertune_d2.modeling.public_weights import load_vfm_weights
 from fishertune_d2.modeling.vfm import VFMBackbone
-from fishertune_d2.modeling.weights import load_vfm_weights
 
 
 def tiny_vit(seed=0, **kwargs):
@@ -46,8 +46,8 @@ def no_network(monkeypatch):
         def model_info(self, repo, timeout):
             raise ConnectionError("no route to the hub")
 
-    monkeypatch.setattr(weights_module, "HfApi", Unreachable)
-    monkeypatch.setattr(weights_module, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr(public_weights, "HfApi", Unreachable)
+    monkeypatch.setattr(public_weights, "try_to_load_from_cache", lambda *args: None)
 
 
 @mark.parametrize("nest", [None, "model", "state_dict", "teacher"])
@@ -75,7 +75,7 @@ def test_metas_extras_are_ignored_and_reported(tmp_path, caplog):
     state = tiny_vit(img_size=160).state_dict()
     extras = {"mask_token": torch.zeros(1, 64), "head.weight": torch.zeros(10, 64)}
     torch.save(state | extras, tmp_path / "meta.pth")
-    with caplog.at_level(logging.INFO, weights_module.__name__):
+    with caplog.at_level(logging.INFO, public_weights.__name__):
         assert_same(backbone(tmp_path / "meta.pth").vit.state_dict(), state)
     report = caplog.messages[-1]
     assert "loaded 78 (tokens 2, patch_embed 2, blocks 72, norm 2); missing 0; unexp" in report
@@ -163,8 +163,8 @@ def test_the_hub_comes_before_the_fallback(monkeypatch, no_network):
         def model_info(self, repo, timeout):
             assert repo == "timm/test_vit.r160_in1k"
 
-    monkeypatch.setattr(weights_module, "HfApi", Reachable)
-    monkeypatch.setattr(weights_module, "load_state_dict_from_hf", lambda repo: dict(state))
+    monkeypatch.setattr(public_weights, "HfApi", Reachable)
+    monkeypatch.setattr(public_weights, "load_state_dict_from_hf", lambda repo: dict(state))
     vit = tiny_vit(seed=1)
     load_vfm_weights(vit, "", fallback=lambda: pytest.fail("asked without need"))
     assert_same(vit.state_dict(), state)
@@ -174,7 +174,7 @@ def test_the_hubs_cache_needs_no_network(monkeypatch, no_network, tmp_path):
     state = tiny_vit().state_dict()
     save_file(state, tmp_path / "model.safetensors")
     cached = str(tmp_path / "model.safetensors")
-    monkeypatch.setattr(weights_module, "try_to_load_from_cache", lambda repo, name: cached)
+    monkeypatch.setattr(public_weights, "try_to_load_from_cache", lambda repo, name: cached)
     vit = tiny_vit(seed=1)
     load_vfm_weights(vit, "")
     assert_same(vit.state_dict(), state)

@@ -191,7 +191,7 @@ def carry_weights(source: Path, target: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from fishertune_d2.modeling.checkpoints import read_checkpoint
+    from fishertune_d2.modeling.weight_files import read_checkpoint
 
     state = {name: value.half().contiguous() for name, value in read_checkpoint(source).items()}
     save_file(state, str(target))
@@ -212,7 +212,7 @@ def carry_scenes(root: Path, toy: bool) -> None:
         root: the folder of the data set.
         toy: small ones, for a dry run.
     """
-    from fishertune_d2.data.streets import DOMAINS, write_streets
+    from fishertune_d2.streets import DOMAINS, write_streets
 
     trained, tested, size = (4, 1, (192, 96)) if toy else (TRAINED, TESTED, (512, 256))
     counts = {("train", "day"): trained, **{("val", domain): tested for domain in DOMAINS}}

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from fishertune_d2.files import first_names
 
-from .checkpoints import StateDict
-from .weight_files import read_weights
+from .weight_files import StateDict, read_weights
 from .weight_names import to_timm_names
 
 GROUPS = {
