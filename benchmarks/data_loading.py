@@ -41,7 +41,7 @@ from fishertune_d2.config import default_config  # noqa: E402 - the package need
 from fishertune_d2.data import SegmentationMapper, mapper  # noqa: E402
 from fishertune_d2.data.files import load_image, read_image  # noqa: E402
 from fishertune_d2.data.labels import LABEL_MAPS  # noqa: E402
-from fishertune_d2.data.streets import render_scene  # noqa: E402
+from fishertune_d2.streets import render_scene  # noqa: E402
 
 SIZES = {"GTAV": (1914, 1052), "Cityscapes": (2048, 1024)}
 DETECTRON2, OURS = "Detectron2's reader and transforms", "SegmentationMapper"

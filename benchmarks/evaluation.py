@@ -44,10 +44,10 @@ from fishertune_d2.config import default_config  # noqa: E402 - the package need
 from fishertune_d2.data import load_datasets, mapper  # noqa: E402
 from fishertune_d2.data.files import read_label  # noqa: E402
 from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS  # noqa: E402
-from fishertune_d2.data.streets import render_scene  # noqa: E402
 from fishertune_d2.engine.scoring import score_datasets  # noqa: E402
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, evaluator  # noqa: E402
 from fishertune_d2.modeling import segmentor  # noqa: E402
+from fishertune_d2.streets import render_scene  # noqa: E402
 
 NAME = "cityscapes_val"
 SIZE = (2048, 1024)

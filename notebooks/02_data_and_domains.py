@@ -34,9 +34,9 @@ from fishertune_d2.config import read_config
 from fishertune_d2.data import DatasetError, check_datasets, register_sem_seg
 from fishertune_d2.data.files import read_image, read_label
 from fishertune_d2.data.rows import DATASETS
-from fishertune_d2.data.streets.dataset import render_scene
 from fishertune_d2.engine import Trainer
 from fishertune_d2.evaluation.pictures import colorize
+from fishertune_d2.streets.dataset import render_scene
 
 # %matplotlib inline
 

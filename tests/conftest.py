@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from fishertune_d2.data.streets.dataset import DOMAINS, GENERATOR_VERSION, VERSION_FILE
 from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
+from fishertune_d2.streets.dataset import DOMAINS, GENERATOR_VERSION, VERSION_FILE
 
 CLASSES = 3
 # Where the tests' models are: "cpu", or "cuda" on a machine with a GPU.

@@ -68,7 +68,7 @@ CASES = [
     ("fishertune_d2.bench", "table1 --methods full", "data are missing"),
     ("fishertune_d2.data.check", "cityscapes", "cityscapes_val"),
     ("fishertune_d2.data.check", "--all", "no data set below"),
-    ("fishertune_d2.data.streets", "--output .", "holds no built-in streets"),
+    ("fishertune_d2.streets", "--output .", "holds no built-in streets"),
     ("fishertune_d2.doctor", "gone", "unrecognized arguments: gone"),
     ("fishertune_d2.analysis.compare", "gone", "gone/results.json"),
     ("fishertune_d2.analysis.rows", "gone", "gone"),

@@ -56,7 +56,7 @@ def quick_environment(folder: Path) -> dict[str, str]:
     Returns:
         Environment variables.
     """
-    from fishertune_d2.data.streets.dataset import DOMAINS, write_streets  # seconds, only for this
+    from fishertune_d2.streets.dataset import DOMAINS, write_streets  # seconds, only for this
 
     counts = {("train", "day"): 4, **{("val", domain): 2 for domain in DOMAINS}}
     write_streets(folder / "streets", progress=False, size=(128, 64), counts=counts, workers=1)

@@ -24,7 +24,7 @@ _HD = ((1920, 1080),)
 
 def _streets_root() -> Path:
     """Draws the built-in scenes if they are not there yet, and returns their folder."""
-    from fishertune_d2.data.streets import ensure_streets  # costs only those who use it
+    from fishertune_d2.streets import ensure_streets  # costs only those who use it
 
     root = datasets_root() / "streets"
     try:

@@ -142,7 +142,7 @@ def test_names_are_a_list():
 def test_built_in_data_go_to_the_data_folder_or_to_the_cache(tmp_path, monkeypatch, writable):
     drawn = []
     monkeypatch.setattr(
-        "fishertune_d2.data.streets.ensure_streets", lambda root: drawn.append(root) or root
+        "fishertune_d2.streets.ensure_streets", lambda root: drawn.append(root) or root
     )
     data = tmp_path / "data"
     if not writable:

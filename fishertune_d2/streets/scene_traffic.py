@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from fishertune_d2.data.streets.world import ROAD, Scene, Strip, grey
+from fishertune_d2.streets.world import ROAD, Scene, Strip, grey
 
 # Length, width, height in metres. A van counts as a car, as in Cityscapes.
 VEHICLES = {

@@ -4,15 +4,15 @@ import math
 
 import numpy as np
 
-from fishertune_d2.data.streets.canvas import Canvas
-from fishertune_d2.data.streets.vehicles import (
+from fishertune_d2.streets.canvas import Canvas
+from fishertune_d2.streets.vehicles import (
     HEADLIGHT,
     PAINT_SHARES,
     PAINTS,
     TAILLIGHT,
     oval,
 )
-from fishertune_d2.data.streets.world import (
+from fishertune_d2.streets.world import (
     BICYCLE,
     MOTORCYCLE,
     PERSON,

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from fishertune_d2.data.streets.canvas import Canvas
-from fishertune_d2.data.streets.world import BUS, CAR, TRAIN, TRUCK, Thing
+from fishertune_d2.streets.canvas import Canvas
+from fishertune_d2.streets.world import BUS, CAR, TRAIN, TRUCK, Thing
 
 PAINTS = np.array(
     [

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from fishertune_d2.data.streets.canvas import Canvas
-from fishertune_d2.data.streets.world import BUILDING, Colour, Thing
+from fishertune_d2.streets.canvas import Canvas
+from fishertune_d2.streets.world import BUILDING, Colour, Thing
 
 WARM, COLD = (255, 206, 132), (226, 236, 255)  # light of lamps and rooms
 MATERIALS = np.array(

@@ -4,7 +4,7 @@
 of Cityscapes with a domain in the place of a city, and ``ensure_streets`` the one that the project
 trains and tests on. By hand::
 
-    python -m fishertune_d2.data.streets --output datasets/streets
+    python -m fishertune_d2.streets --output datasets/streets
 
 The source is the day; only it has a training split. All domains have a validation split of the same
 seeds, none of which is used for training: what a model loses from day to night is lost on the same
@@ -27,8 +27,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from fishertune_d2.data.streets.scene import draw_scene
-from fishertune_d2.data.streets.weather import LOOKS, render_domain
+from fishertune_d2.streets.scene import draw_scene
+from fishertune_d2.streets.weather import LOOKS, render_domain
 
 DOMAINS = ("day", "dusk", "night", "fog", "rain", "snow")
 

@@ -7,9 +7,9 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from fishertune_d2.data.streets.canvas import Canvas, Painting, Projection
-from fishertune_d2.data.streets.models import MODELS, SHADOWLESS
-from fishertune_d2.data.streets.world import (
+from fishertune_d2.streets.canvas import Canvas, Painting, Projection
+from fishertune_d2.streets.models import MODELS, SHADOWLESS
+from fishertune_d2.streets.world import (
     BUILDING,
     FENCE,
     POLE,

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from fishertune_d2.data.streets.canvas import Canvas
-from fishertune_d2.data.streets.houses import (
+from fishertune_d2.streets.canvas import Canvas
+from fishertune_d2.streets.houses import (
     MATERIALS,
     WARM,
     facing,
@@ -13,15 +13,15 @@ from fishertune_d2.data.streets.houses import (
     rectangles,
     upright,
 )
-from fishertune_d2.data.streets.people import (
+from fishertune_d2.streets.people import (
     paint_bicycle,
     paint_cyclist,
     paint_motorcycle,
     paint_motorcyclist,
     paint_person,
 )
-from fishertune_d2.data.streets.vehicles import paint_vehicle
-from fishertune_d2.data.streets.world import (
+from fishertune_d2.streets.vehicles import paint_vehicle
+from fishertune_d2.streets.world import (
     FENCE,
     POLE,
     TRAFFIC_LIGHT,

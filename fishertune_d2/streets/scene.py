@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from fishertune_d2.data.streets.scene_traffic import add_junction, add_parked, add_traffic
-from fishertune_d2.data.streets.world import (
+from fishertune_d2.streets.scene_traffic import add_junction, add_parked, add_traffic
+from fishertune_d2.streets.world import (
     ROAD,
     SIDEWALK,
     TERRAIN,

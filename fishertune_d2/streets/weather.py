@@ -9,9 +9,9 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from fishertune_d2.data.streets.models import WARM, lamp_heads
-from fishertune_d2.data.streets.render import Look, Painting, noise_tile, paint, paint_reflection
-from fishertune_d2.data.streets.world import ROAD, SIDEWALK, SKY, TERRAIN, Scene
+from fishertune_d2.streets.models import WARM, lamp_heads
+from fishertune_d2.streets.render import Look, Painting, noise_tile, paint, paint_reflection
+from fishertune_d2.streets.world import ROAD, SIDEWALK, SKY, TERRAIN, Scene
 
 LOOKS = {
     "day": Look(True, (96, 150, 222), (206, 220, 236), (240, 241, 244), 0.0),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from fishertune_d2.data.streets.world import (
+from fishertune_d2.streets.world import (
     ROAD,
     SIDEWALK,
     SKY,

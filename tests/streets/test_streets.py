@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 import pytest
 
-from fishertune_d2.data.streets import DOMAINS, ensure_streets, render_scene, write_streets
-from fishertune_d2.data.streets import dataset as streets
-from fishertune_d2.data.streets.canvas import Canvas, Projection, clip_near
-from fishertune_d2.data.streets.render import paint
-from fishertune_d2.data.streets.scene import draw_scene
-from fishertune_d2.data.streets.weather import LOOKS, airlight
-from fishertune_d2.data.streets.world import (
+from fishertune_d2.streets import DOMAINS, ensure_streets, render_scene, write_streets
+from fishertune_d2.streets import dataset as streets
+from fishertune_d2.streets.canvas import Canvas, Projection, clip_near
+from fishertune_d2.streets.render import paint
+from fishertune_d2.streets.scene import draw_scene
+from fishertune_d2.streets.weather import LOOKS, airlight
+from fishertune_d2.streets.world import (
     CAR,
     PERSON,
     ROAD,
