@@ -4,7 +4,7 @@ The keys under MODEL.MASK_FORMER, MODEL.SEM_SEG_HEAD and INPUT keep the names of
 Mask2Former project, so that a config written for it reads the same here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,22 @@ def equal_values(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(equal_values, one, other))
     return one == other
+
+
+def require_choice(key: str, value: Any, known: Iterable[str]) -> None:
+    """Refuses a value that is not among those that a key can have.
+
+    Args:
+        key: the key, for the message.
+        value: its value.
+        known: the values that it can have.
+
+    Raises:
+        ValueError: names the key, the value and the choices.
+    """
+    choices = list(known)
+    if value not in choices:
+        raise ValueError(f"{key} is {value!r}: choose from {', '.join(choices)}")
 
 
 def _add_backbone(cfg: CN) -> None:

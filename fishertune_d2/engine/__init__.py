@@ -1,11 +1,11 @@
 """Training: the trainer, its stages as hooks, the optimizer."""
 
-from .apply import apply_fishertune
 from .checkpoint import WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
-from .launch import launch
 from .optimizer import build_optimizer
-from .plan import count_parameters, log_plan
+from .other_trainers import apply_fishertune
+from .parameter_counts import count_parameters, log_plan
+from .processes import launch
 from .trainer import Trainer
 
 __all__ = [

@@ -4,12 +4,10 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.utils import comm
@@ -22,9 +20,9 @@ from fishertune_d2.version import commit
 
 from .loaders import scoring_loader
 from .output_dir import remove_pictures
-from .plan import plan
+from .parameter_counts import count_parameters
+from .precision import scoring_autocast, set_matmul_precision
 from .run_record import RunRecord
-from .step import autocast_dtype, set_matmul_precision
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +200,7 @@ def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping
     mapper = SegmentationMapper(cfg, is_train=False)
     summary = summarize(ours, trained.DATASETS.TRAIN, _protocol(cfg, record), mapper)
     # Not of the model, which may hold vectors of selected weights beside them.
-    counts = plan(trained, record.iterations if record else None)
+    counts = count_parameters(trained, iterations=record.iterations if record else None)
     summary |= counts if record else counts | {"tuned_parameters": None}
     if failed:
         summary["failed"] = dict(failed)
@@ -214,17 +212,6 @@ def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping
         logger.info("Pictures of image, label and prediction: %s", path.parent / "pictures")
     if summary["target_average"] is not None:
         results["unseen"] = {"mIoU": summary["target_average"]}
-
-
-def scoring_autocast(cfg: CfgNode, device: torch.device) -> AbstractContextManager:
-    """The autocast that a model is scored, and predicts, under: that of its training.
-
-    Args:
-        cfg: SOLVER.AMP is read.
-        device: where the model lies.
-    """
-    dtype = autocast_dtype(cfg)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def _protocol(cfg: CfgNode, record: RunRecord | None) -> dict:

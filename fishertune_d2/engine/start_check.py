@@ -17,9 +17,9 @@ from fishertune_d2.fisher.perturb import EPS_MODES
 from fishertune_d2.fisher.score import FORMS
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
-from .plan import build_empty
+from .parameter_counts import build_empty
+from .precision import ESTIMATE_DTYPES
 from .stages import attach
-from .step import ESTIMATE_DTYPES
 
 # Of Detectron2 and its DeepLab project.
 _SCHEDULES = (

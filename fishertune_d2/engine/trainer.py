@@ -38,13 +38,14 @@ from .loaders import class_names, file_names, scoring_loader, training_loader
 from .optimizer import build_optimizer, carry_state, is_backbone
 from .output_dir import require_unused, require_writable
 from .perturbation import build_perturbation, perturbation_of_training
+from .precision import ESTIMATE_DTYPES, autocast_dtype, set_matmul_precision
 from .preemption import Preemption
 from .run_record import NOTE, RunRecord, fingerprint
 from .scoring import metrics_by_name, score_datasets
 from .sharing import check_estimate, load_warmup
 from .stages import prepare_stage
 from .start_check import require_attachable, require_file, require_fillable, require_possible
-from .step import ESTIMATE_DTYPES, StepTrainer, autocast_dtype, set_matmul_precision
+from .step_trainer import StepTrainer
 from .vit import require_nothing_around
 
 logger = logging.getLogger(__name__)

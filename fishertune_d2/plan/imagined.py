@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fishertune_d2.engine.plan import build_empty, count_tuned
+from fishertune_d2.engine.parameter_counts import build_empty, count_tuned
 from fishertune_d2.fisher import Selection
 from fishertune_d2.modeling.targets import SegmentationTargets
 from fishertune_d2.tuning import TuningMethod

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 from torch import nn
 
-from fishertune_d2.engine.plan import count_parameters, count_tuned
+from fishertune_d2.engine.parameter_counts import count_parameters, count_tuned
 from fishertune_d2.engine.stages import attach
 from fishertune_d2.engine.start_check import require_possible
 from fishertune_d2.fisher import KINDS, Cost, find_candidates

@@ -12,8 +12,9 @@ from torch import nn
 
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.perturbation import build_perturbation
+from fishertune_d2.engine.precision import ESTIMATE_DTYPES, autocast_dtype
 from fishertune_d2.engine.stages import attach, prepare_stage
-from fishertune_d2.engine.step import ESTIMATE_DTYPES, autocast_dtype, largest_part
+from fishertune_d2.engine.step_trainer import largest_part
 from fishertune_d2.fisher import ESTIMATORS, find_candidates, keeping_activations
 from fishertune_d2.tuning import SelectedWeights, TuningMethod
 

@@ -18,7 +18,7 @@ from PIL import Image
 from fishertune_d2.config import read_config
 from fishertune_d2.data.files import to_array
 from fishertune_d2.data.mapper import fit_into, to_tensor
-from fishertune_d2.engine.scoring import scoring_autocast
+from fishertune_d2.engine.precision import scoring_autocast
 from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.evaluation import best_classes
 

@@ -9,7 +9,7 @@ from detectron2.modeling import build_backbone
 from fishertune_d2.bench.cells import ESTIMATE, WARMUP, make_cells, makers
 from fishertune_d2.bench.tables import FREEZE, PROFILES, TABLES, find_row
 from fishertune_d2.config import read_config
-from fishertune_d2.engine.plan import build_empty
+from fishertune_d2.engine.parameter_counts import build_empty
 from fishertune_d2.fisher import count_of_share, find_candidates
 from fishertune_d2.tuning import TUNING_REGISTRY
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from fishertune_d2.config import default_config
 from fishertune_d2.engine import Trainer, WholeCheckpointer
-from fishertune_d2.engine.plan import plan
+from fishertune_d2.engine.parameter_counts import count_parameters
 from fishertune_d2.export import delta_of_run, read_tuned, tuned_backbone
 from fishertune_d2.plan import make_plan
 from fishertune_d2.tuning import TUNING_REGISTRY, build_tuning_method
@@ -105,7 +105,7 @@ def test_trains_what_it_adds_and_nothing_of_the_backbones_own(adding_cfg):
 def test_costs_what_was_planned(adding_cfg):
     cfg = adding_cfg()
     tuning = adding_cfg("planned", TUNING__WARMUP_CHECKPOINT="another run's")
-    counts, costs = plan(cfg), make_plan(tuning)
+    counts, costs = count_parameters(cfg), make_plan(tuning)
     planned = costs.stages[-1].memory
     trainer, _ = _train(cfg)
     added = trainer.method.parameters(trainer.segmentor.backbone)

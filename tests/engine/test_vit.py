@@ -90,7 +90,7 @@ def test_what_is_around_the_vit_trains_as_before(make, named, path, tmp_path, ca
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = SimpleTrainer(model, cycle(_data()), torch.optim.AdamW(model.parameters(), 1e-3))
     options = {"max_iter": STEPS, "warmup": WARMUP, "batches": 1, "backbone": named}
-    with caplog.at_level(logging.INFO, logger="fishertune_d2.engine.apply"):
+    with caplog.at_level(logging.INFO, logger="fishertune_d2.engine.other_trainers"):
         estimation = apply_fishertune(trainer, _data(), output_dir=tmp_path, **options)
     trainer.train(0, STEPS)
     masks = {f"{path}.{n}": mask for n, mask in estimation.selection.masks(0.05).items()}
@@ -105,7 +105,7 @@ def test_what_is_around_the_vit_trains_as_before(make, named, path, tmp_path, ca
     moved = sum(int((p != start[n]).sum()) for n, p in model.named_parameters() if n in masks)
     assert moved == int(0.05 * inside)
     # The counts in the log are those of the model.
-    records = [record for record in caplog.records if record.name.endswith("engine.apply")]
+    records = [record for record in caplog.records if record.name.endswith("engine.other_trainers")]
     (text,) = [record.getMessage() for record in records]
     numbers = [int(word.replace(",", "")) for word in text.split() if word[0].isdigit()]
     assert f"FisherTune on {path} " in text and sum(numbers) == sum(
@@ -228,7 +228,7 @@ def test_a_neck_in_the_class_of_the_vit_trains_as_before(tmp_path, caplog):
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = SimpleTrainer(model, cycle(_data()), torch.optim.AdamW(model.parameters(), 1e-3))
     options = {"max_iter": STEPS, "warmup": WARMUP, "batches": 1}
-    with caplog.at_level(logging.INFO, logger="fishertune_d2.engine.apply"):
+    with caplog.at_level(logging.INFO, logger="fishertune_d2.engine.other_trainers"):
         estimation = apply_fishertune(trainer, _data(), output_dir=tmp_path, **options)
     trainer.train(0, STEPS)
     masks = {f"backbone.{name}": mask for name, mask in estimation.selection.masks(0.05).items()}
@@ -241,7 +241,7 @@ def test_a_neck_in_the_class_of_the_vit_trains_as_before(tmp_path, caplog):
             assert moved.any(), name
     sizes = {name: value.numel() for name, value in start.items()}
     assert estimation.base == sum(n for name, n in sizes.items() if name.startswith(vit))
-    (text,) = [r.getMessage() for r in caplog.records if r.name.endswith("engine.apply")]
+    (text,) = [r.getMessage() for r in caplog.records if r.name.endswith("engine.other_trainers")]
     for part in ("fpn1", "neck", "scale", "decode"):
         count = sum(n for name, n in sizes.items() if name.startswith(f"backbone.{part}"))
         assert f"{count:,} of backbone.{part}" in text

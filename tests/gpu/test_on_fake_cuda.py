@@ -22,7 +22,7 @@ CORE = {
         "tests/tuning/test_selected_weights.py::test_trains_as_a_dense_mask_does[vit]",
         "tests/engine/test_trainer.py::test_three_stages_write_what_they_promise",
         "tests/engine/test_trainer.py::test_resume_gives_the_same_weights[5]",
-        "tests/engine/test_step.py::test_autocast_trains_float32_weights_and_resumes[float16]",
+        "tests/engine/test_step_trainer.py::test_autocast_trains_float32_weights_and_resumes[float16]",
     ],
     # Its config trains in bfloat16.
     "what a step costs": ["tests/gpu/on_device/test_step_cost.py"],

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from pytest import mark
 
 from fishertune_d2.config import default_config
-from fishertune_d2.engine.plan import plan
+from fishertune_d2.engine.parameter_counts import count_parameters
 from fishertune_d2.modeling.vfm import VFMS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -53,7 +53,7 @@ def _stated_tuned(text: str) -> str:
 
 
 def _tuned(cfg: CfgNode) -> str:
-    counts = plan(cfg)
+    counts = count_parameters(cfg)
     tuned, total = (counts[f"{key}_parameters"] / 1e6 for key in ("tuned", "backbone"))
     return f"{tuned:.2f} M of {total:.2f} M"
 

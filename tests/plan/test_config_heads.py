@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fishertune_d2.config import read_config
-from fishertune_d2.engine.plan import plan
+from fishertune_d2.engine.parameter_counts import count_parameters
 from fishertune_d2.plan import make_plan, summary
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -55,6 +55,6 @@ def test_full_costs_more_than_fishertune_and_freeze_less():
     "path", [path for path in PATHS if "\n# Adds: " in path.read_text()], ids=lambda path: path.stem
 )
 def test_says_how_many_weights_are_added(path):
-    counts = plan(read_config(str(path)))
+    counts = count_parameters(read_config(str(path)))
     added, own = (counts[f"{key}_parameters"] / 1e6 for key in ("tuned", "backbone"))
     assert f"\n# Adds: {added:.2f} M to {own:.2f} M backbone weights.\n" in path.read_text()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fishertune_d2.config import default_config
-from fishertune_d2.engine.plan import count_tuned
+from fishertune_d2.engine.parameter_counts import count_tuned
 from fishertune_d2.fisher import FisherEstimate, estimate_fisher, find_candidates
 from fishertune_d2.tuning import build_tuning_method
 

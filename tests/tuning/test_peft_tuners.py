@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fishertune_d2.config import default_config
-from fishertune_d2.engine.plan import plan
+from fishertune_d2.engine.parameter_counts import count_parameters
 from fishertune_d2.fisher import find_candidates
 from fishertune_d2.modeling import VFMS, VFMBackbone
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
@@ -182,7 +182,7 @@ def test_splitting_takes_no_memory_and_joining_undoes_it(family, backbone):
 
 
 def test_the_papers_count_on_vit_l():
-    counts = plan(_cfg(METHOD="lora"))  # on DINOv2 ViT-L, as the config's default is
+    counts = count_parameters(_cfg(METHOD="lora"))  # on DINOv2 ViT-L, as the config's default is
     assert counts == {"tuned_parameters": 786_432, "backbone_parameters": 304_199_680 - 1024}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fishertune_d2.config import default_config, read_config
-from fishertune_d2.engine.plan import build_empty
+from fishertune_d2.engine.parameter_counts import build_empty
 from fishertune_d2.tuning import build_tuning_method
 
 from ..conftest import DEVICE

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_backbone
 
 from fishertune_d2.config import default_config
-from fishertune_d2.engine.plan import build_empty
+from fishertune_d2.engine.parameter_counts import build_empty
 from fishertune_d2.modeling.pyramid import build_pyramid
 
 IMAGES = torch.randn(2, 3, 42, 56, generator=torch.Generator().manual_seed(2))

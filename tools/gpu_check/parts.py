@@ -27,7 +27,7 @@ TESTS = (
     "tests/gpu",
     "tests/fisher",
     "tests/tuning/test_selected_weights.py",
-    "tests/engine/test_step.py",
+    "tests/engine/test_step_trainer.py",
     "tests/engine/test_trainer.py",
 )
 PREEMPTED = 75  # the exit code of fishertune_d2/engine/preemption.py

@@ -1,4 +1,4 @@
-"""What a config will train, said before any data or weights are needed."""
+"""Counts the weights that a config trains, before any data or pretrained weights are needed."""
 
 import logging
 from collections.abc import Callable
@@ -17,15 +17,20 @@ logger = logging.getLogger(__name__)
 
 
 def count_parameters(
-    cfg: CfgNode, backbone: nn.Module, iterations: int | None = None
+    cfg: CfgNode, backbone: nn.Module | None = None, iterations: int | None = None
 ) -> dict[str, int]:
-    """How many weights the backbone has of its own, and how many have trained.
+    """Counts the backbone's own weights and those that have trained.
 
     Args:
-        cfg: SOLVER.MAX_ITER and TUNING are read.
-        backbone: as the config builds it.
-        iterations: how many are done; None for all.
+        cfg: MODEL, SOLVER.MAX_ITER and TUNING are read.
+        backbone: the backbone of this config; by default it is built without its weights.
+        iterations: how many iterations are done; None for all.
+
+    Returns:
+        ``tuned_parameters`` and ``backbone_parameters``.
     """
+    if backbone is None:
+        backbone = build_empty(cfg, build_backbone)
     first, last = cfg.TUNING.WARMUP_ITERS, cfg.SOLVER.MAX_ITER - 1
     latest = last if iterations is None else iterations - 1
     progress = min(1.0, max(0, latest - first) / max(1, last - first))
@@ -38,13 +43,18 @@ def count_parameters(
 
 
 def count_tuned(cfg: CfgNode, backbone: nn.Module, progress: float) -> int:
-    """How many weights of the backbone train at a point of the tuning stage, from 0 to 1.
+    """Counts the weights that train at a point of the tuning stage.
 
-    Of a method that adds weights, those.
+    Args:
+        cfg: MODEL and TUNING are read.
+        backbone: the backbone of this config; stays as it is.
+        progress: the point, from 0 (start of the stage) to 1 (its end).
+
+    Returns:
+        The number of tuned backbone weights, or of added weights if the method adds some.
     """
     method = build_tuning_method(cfg)
-    if method.adds:
-        # To a model of its own: ``backbone`` stays as it is, and what is added may need the head.
+    if method.adds:  # to another model, because what is added may need the head
         model = build_empty(cfg, build_model)
         attach(model, method)
         backbone = model.backbone
@@ -57,11 +67,14 @@ def count_tuned(cfg: CfgNode, backbone: nn.Module, progress: float) -> int:
 
 
 def build_empty(cfg: CfgNode, build: Callable[[CfgNode], nn.Module]) -> nn.Module:
-    """What ``build(cfg)`` builds, on the meta device: shapes without numbers, and no weights file.
+    """Builds a module on the meta device: shapes without numbers, and no weights file is read.
 
     Args:
         cfg: stays as it is.
         build: Detectron2's ``build_model`` or ``build_backbone``.
+
+    Returns:
+        The module.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -71,14 +84,9 @@ def build_empty(cfg: CfgNode, build: Callable[[CfgNode], nn.Module]) -> nn.Modul
         return build(cfg)
 
 
-def plan(cfg: CfgNode, iterations: int | None = None) -> dict[str, int]:
-    """:func:`count_parameters` of the config's backbone, without its weights."""
-    return count_parameters(cfg, build_empty(cfg, build_backbone), iterations)
-
-
 def log_plan(cfg: CfgNode) -> dict[str, int]:
-    """Logs and returns :func:`plan`."""
-    counts = plan(cfg)
+    """Logs and returns :func:`count_parameters` of a config."""
+    counts = count_parameters(cfg)
     adds = build_tuning_method(cfg).adds
     logger.info(
         "%s on %s: %.2f M weights will be added to the backbone's %.2f M (%s to %s)"

@@ -9,7 +9,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 
 from fishertune_d2.engine import Trainer
-from fishertune_d2.engine.step import _as_shares
+from fishertune_d2.engine.step_trainer import _as_shares
 
 from .conftest import same
 

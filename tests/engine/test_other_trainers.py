@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fishertune_d2 import apply_fishertune
 from fishertune_d2.engine import FisherEstimation
-from fishertune_d2.engine.apply import loss_of_one_image
+from fishertune_d2.engine.other_trainers import loss_of_one_image
 from fishertune_d2.fisher import (
     KINDS,
     FisherEstimate,

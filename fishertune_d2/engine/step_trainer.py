@@ -5,7 +5,6 @@ from collections import Counter
 from contextlib import nullcontext
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,13 +12,6 @@ from torch.utils.data import DataLoader
 
 from fishertune_d2.modeling.heads import kind_of_loss, require_divisors
 
-# SOLVER.AMP.PRECISION: what autocast computes in.
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# FISHER.PRECISION: what autocast computes the estimate's losses and gradients in. Never float16,
-# in which squares of gradients underflow.
-ESTIMATE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-# SOLVER.MATMUL_PRECISION, as torch calls them.
-_MATMUL_PRECISIONS = ("highest", "high", "medium")
 # Steps between downloads of the losses, for which the host waits for a GPU: as often as Detectron2
 # writes metrics.
 LOG_PERIOD = 20
@@ -123,32 +115,6 @@ class StepTrainer(SimpleTrainer):
         super().load_state_dict(state_dict)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
-    """What SOLVER.AMP has autocast compute in; None if it is off.
-
-    Raises:
-        ValueError: if SOLVER.AMP.PRECISION is unknown.
-    """
-    precision = cfg.SOLVER.AMP.PRECISION
-    if precision not in _DTYPES:
-        raise ValueError(f"SOLVER.AMP.PRECISION is {precision!r}: choose from {', '.join(_DTYPES)}")
-    return _DTYPES[precision] if cfg.SOLVER.AMP.ENABLED else None
-
-
-def set_matmul_precision(cfg: CfgNode) -> None:
-    """Sets what SOLVER.MATMUL_PRECISION says for float32 matrix products, in the whole process.
-
-    Raises:
-        ValueError: if SOLVER.MATMUL_PRECISION is unknown.
-    """
-    precision = cfg.SOLVER.MATMUL_PRECISION
-    if precision not in _MATMUL_PRECISIONS:
-        raise ValueError(
-            f"SOLVER.MATMUL_PRECISION is {precision!r}: choose from {', '.join(_MATMUL_PRECISIONS)}"
-        )
-    torch.set_float32_matmul_precision(precision)
 
 
 def largest_part(images: int, parts: int) -> int:

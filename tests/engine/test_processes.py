@@ -10,7 +10,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
 from fishertune_d2.engine import launch
-from fishertune_d2.engine.launch import _run
+from fishertune_d2.engine.processes import _run
 
 MODULE = sys.modules[_run.__module__]  # the package has a function of that name
 
