@@ -23,7 +23,7 @@ setup(
     package_data={
         "fishertune_d2.bench": ["paper.csv"],
         "fishertune_d2.configs": ["**/*.yaml"],
-        "fishertune_d2.report": ["page.html"],
+        "fishertune_d2.analysis": ["page.html"],
     },
     install_requires=[
         "torch>=2.6",  # before, a file could get round torch.load(weights_only=True)

@@ -28,7 +28,7 @@ def test_a_real_run(tiny_cfg):
     np.testing.assert_array_equal(seen.classes, output["sem_seg"].argmax(0).cpu().numpy())
     assert predictor.space.classes == ("ground", "wall", "sky")
 
-    run = Run.read(folder)
+    run = Run(folder)
     assert run.trained and run.series("total_loss")[-1][0] == 6
     assert [path.name for path in run.pictures("tiny_night")] == ["tiny_night_0.png"]
     write_report(run, folder / "report.html")

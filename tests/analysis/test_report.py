@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fishertune_d2.analysis.page_figures import draw_curves
 from fishertune_d2.config import default_config
 from fishertune_d2.fisher import FisherEstimate, Selection
-from fishertune_d2.report import Run, RunError, write_report
-from fishertune_d2.report.__main__ import main
-from fishertune_d2.report.figures import draw_curves
+from fishertune_d2.report import Run, RunError, main, write_report
 
 DAY, NIGHT = "town_day", "town_night"
 RESULTS = {
@@ -112,7 +111,7 @@ def _add_fisher(folder: Path) -> None:
 
 def _report(folder: Path) -> _Page:
     path = folder / "report.html"
-    write_report(Run.read(folder), path)
+    write_report(Run(folder), path)
     return _Page(path)
 
 
@@ -236,14 +235,14 @@ def test_of_a_resumed_iteration_the_later_numbers_count(tmp_path):
     folder = _write_run(tmp_path / "run")
     lines = _metrics(9, 19, 29) + _metrics(19, 29, total_loss=8.0)
     (folder / "metrics.json").write_text(lines)
-    assert Run.read(folder).series("total_loss") == [(9, 9.0), (19, 8.0), (29, 8.0)]
+    assert Run(folder).series("total_loss") == [(9, 9.0), (19, 8.0), (29, 8.0)]
 
 
 def test_curves_are_drawn_of_what_was_logged(tmp_path):
     folder = _write_run(tmp_path / "run")
     numbers = {"fisher/tuned_share": 0.05, "lr_backbone": 1e-5, f"{DAY}/sem_seg/mIoU": 50.0}
     (folder / "metrics.json").write_text(_metrics(9, 19) + _metrics(29, 39, **numbers))
-    titles = [curve.title.split(",")[0] for curve in draw_curves(Run.read(folder))]
+    titles = [curve.title.split(",")[0] for curve in draw_curves(Run(folder))]
     assert titles == [
         "Loss",
         "Learning rate",
@@ -251,21 +250,21 @@ def test_curves_are_drawn_of_what_was_logged(tmp_path):
         "mIoU during training",
     ]
     (folder / "metrics.json").write_text(_metrics(39, total_loss=float("nan")))
-    assert len(draw_curves(Run.read(folder))) == 2
+    assert len(draw_curves(Run(folder))) == 2
 
 
 def test_pictures_are_those_of_their_data_set(tmp_path):
     folder = _write_run(tmp_path / "run")
     for name in (f"{DAY}_extra_0", f"{DAY}_10", f"{DAY}_x"):
         Image.new("RGB", (4000, 50)).save(folder / "pictures" / f"{name}.png")
-    names = [path.stem for path in Run.read(folder).pictures(DAY)]
+    names = [path.stem for path in Run(folder).pictures(DAY)]
     assert names == [f"{DAY}_0", f"{DAY}_1", f"{DAY}_2", f"{DAY}_10"]
     _report(folder)
     assert len((folder / "report.html").read_text()) < 300_000
 
 
 def test_the_config_shows_what_differs_from_the_defaults(tmp_path):
-    run = Run.read(_write_run(tmp_path / "run", **{"FISHER.EPS": 1e-6}))
+    run = Run(_write_run(tmp_path / "run", **{"FISHER.EPS": 1e-6}))
     assert run.changed == {
         "DATASETS.TRAIN": [DAY],
         "DATASETS.TEST": [DAY, NIGHT],
@@ -292,8 +291,8 @@ def test_a_damaged_estimate_costs_its_map_alone(tmp_path):
         ("config.yaml", "just text", "config.yaml is no config of a run"),
         ("config.yaml", "SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER is 'many', no number"),
         ("config.yaml", "x: !!python/object/apply:os.getcwd []", "is no config of a run"),
-        ("results.json", "{", "results.json is not what an evaluation writes .*--eval-only"),
-        ("results.json", '{"source": {"a": 1}, "targets": {}}', "is not what an evaluation"),
+        ("results.json", "{", "results.json is not a file that an evaluation wrote .*--eval-only"),
+        ("results.json", '{"source": {"a": 1}, "targets": {}}', "is not a file that an evaluation"),
         ("results.json", json.dumps({**RESULTS, "target_average": "40"}), "a score is no number"),
     ],
 )
@@ -301,7 +300,7 @@ def test_files_that_are_not_of_a_run(tmp_path, capsys, file, content, message):
     folder = _write_run(tmp_path / "run")
     (folder / file).unlink() if content is None else (folder / file).write_text(content)
     with pytest.raises(RunError, match=message):
-        Run.read(folder)
+        Run(folder)
     with pytest.raises(SystemExit, match="1"):
         main([str(folder)])
     assert capsys.readouterr().err.startswith("error: ")

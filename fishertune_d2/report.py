@@ -11,10 +11,11 @@ from fishertune_d2.compat import require_detectron2
 
 require_detectron2()
 
+from fishertune_d2.analysis.page import write_report  # noqa: E402
 from fishertune_d2.command_line import ending_in_a_sentence  # noqa: E402
+from fishertune_d2.run import Run, RunError  # noqa: E402
 
-from .page import write_report  # noqa: E402
-from .run import Run  # noqa: E402
+__all__ = ["Run", "RunError", "write_report"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m fishertune_d2.report", description=__doc__.splitlines()[0]
     )
     parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of a run, finished or not")
-    parser.add_argument("--output", type=Path, help="default: report.html in it")
+    parser.add_argument("--output", type=Path, help="default: report.html in OUTPUT_DIR")
     options = parser.parse_args(arguments)
     page = options.output or options.output_dir / "report.html"
     with ending_in_a_sentence():
-        write_report(Run.read(options.output_dir), page)
+        write_report(Run(options.output_dir), page)
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
 
 

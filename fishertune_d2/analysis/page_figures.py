@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .run import Run
+from fishertune_d2.run import Run
 
 _GREY = "#7d7d7d"
 _LINES = ("#2f7fc1", "#d9771c", "#2f9e6e", "#a45fc8")

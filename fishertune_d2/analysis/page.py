@@ -10,10 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fishertune_d2.analysis.selection_map import draw_selection_map
 from fishertune_d2.analysis.sensitivity_map import draw_sensitivity_map
 from fishertune_d2.files import whole_file
-from fishertune_d2.fisher import FisherEstimate, Selection
+from fishertune_d2.run import Run
 
-from .figures import draw_curves, draw_map, shrink
-from .run import Run
+from .page_figures import draw_curves, draw_map, shrink
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,14 @@ def write_report(run: Run, path: str | Path) -> None:
     """Writes the page.
 
     Args:
-        run: what :meth:`Run.read` returned.
+        run: finished or not.
         path: the HTML file; it needs no other one, and no network.
 
     Raises:
         OSError: if it cannot be written.
     """
     environment = Environment(
-        loader=PackageLoader("fishertune_d2.report", ""),
+        loader=PackageLoader("fishertune_d2.analysis", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -68,7 +67,7 @@ def write_report(run: Run, path: str | Path) -> None:
 
 def _recorded(run: Run, fact: str, key: str) -> Any:
     """A fact of the training: of results.json, which has it from the checkpoint, or the config."""
-    recorded = run.results["protocol"] if run.results else {}
+    recorded = run.results.protocol if run.results else {}
     return recorded[fact] if fact in recorded else run.config[key]
 
 
@@ -82,17 +81,16 @@ def _scores(run: Run) -> dict[str, Any] | None:
     results = run.results
     if results is None:
         return None
-    scores = results["source"] | results["targets"]
-    protocol, per_class = results["protocol"], results["per_class"]
-    classes = dict.fromkeys(label for name in scores for label in protocol["classes"][name])
-    source = list(results["source"].values())
+    scores, per_class = results.scores, results.per_class
+    classes = dict.fromkeys(label for name in scores for label in results.protocol["classes"][name])
+    source = list(results.source.values())
     return {
-        "columns": [(name, name in results["source"]) for name in scores],
+        "columns": [(name, name in results.source) for name in scores],
         "miou": list(scores.values()),
         "classes": [(label, [per_class[name].get(label) for name in scores]) for label in classes],
         "source": sum(source) / len(source) if source else None,
-        "unseen": results["target_average"],
-        "unseen_count": len(results["targets"]),
+        "unseen": results.target_average,
+        "unseen_count": len(results.targets),
     }
 
 
@@ -104,26 +102,23 @@ def _pictures(run: Run) -> list[tuple[str, list[str]]]:
 
 def _maps(run: Run) -> list[Map]:
     """The maps of what was measured and selected, as far as the run's method does either."""
-    estimate, selection = run.folder / "fisher.safetensors", run.folder / "selection.safetensors"
     maps = []
-    if estimate.is_file():
+    if run.estimate_file.is_file():
         maps.append(
             _draw(
                 "Sensitivity",
                 "The mean Fisher information of each group of weights over that of all candidates, "
                 "on the source images (F) and weighed by how it reacts to a simulated shift (DRF). "
                 "1 is average.",
-                lambda path: draw_sensitivity_map(
-                    [(run.name, FisherEstimate.load(estimate))], path
-                ),
+                lambda path: draw_sensitivity_map([(run.name, run.load_estimate())], path),
             )
         )
-    if selection.is_file():
+    if run.selection_file.is_file():
         maps.append(
             _draw(
                 "Selection",
                 "The share of each group's weights that is tuned by the end, in percent.",
-                lambda path: draw_selection_map(Selection.load(selection), path),
+                lambda path: draw_selection_map(run.load_selection(), path),
             )
         )
     return maps
@@ -139,7 +134,7 @@ def _draw(title: str, text: str, draw: Callable[[Path], None]) -> Map:
 def _protocol(run: Run) -> dict[str, str]:
     """How the run was trained and scored: what results.json records, before that the config."""
     config = run.config
-    recorded = dict(run.results["protocol"]) if run.results else {}
+    recorded = dict(run.results.protocol) if run.results else {}
     sizes = recorded.pop("test_size", {})
     for listed in ("classes", "method", "vfm", "train"):
         recorded.pop(listed, None)
