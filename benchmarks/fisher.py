@@ -41,14 +41,14 @@ from fishertune_d2.fisher import (  # noqa: E402 - the package need not be insta
     Selection,
     StatisticsPerturbation,
     Variational,
-    diagonal,
     domain_related_fisher,
     estimate_fisher,
     find_candidates,
     overlap,
     relative_change,
 )
-from fishertune_d2.fisher.linear_calls import LinearCalls  # noqa: E402
+from fishertune_d2.fisher.estimators import diagonal  # noqa: E402
+from fishertune_d2.fisher.estimators.linear_calls import LinearCalls  # noqa: E402
 
 BATCH = 8  # images
 REFERENCE_IMAGES = 320

@@ -1,22 +1,33 @@
-"""Which weights of a vision foundation model to tune. Pure PyTorch: knows nothing of Detectron2."""
+"""Which weights of a vision foundation model to tune. Pure PyTorch, without Detectron2.
+
+:func:`select` is the short way: from a model, batches and a loss to the selected weights. Its parts
+are :func:`find_candidates`, :func:`estimate_fisher`, :func:`domain_related_fisher` and
+:meth:`Selection.from_scores`.
+"""
 
 from .activations import keeping_activations
 from .batch_losses import image_seeds, seeded
-from .batch_mean import BatchMean
 from .candidates import KINDS, Candidate, find_candidates
-from .closed_form import ClosedForm
-from .cost import Cost
-from .diagonal import Diagonal, DiagonalLoop
-from .estimate import ESTIMATORS, LABELS, Estimator, FisherEstimate, estimate_fisher
-from .free_energy import FreeEnergy
+from .estimate import LABELS, estimate_fisher
+from .estimators import (
+    ESTIMATORS,
+    BatchMean,
+    ClosedForm,
+    Cost,
+    Diagonal,
+    DiagonalLoop,
+    Estimator,
+    FreeEnergy,
+    Natural,
+    Smoothed,
+    Variational,
+)
+from .fisher_estimate import FisherEstimate
 from .likelihood import SoftmaxLikelihood, sampled_nll
-from .natural import Natural
 from .perturb import StatisticsPerturbation
 from .schedule import tuned_share
 from .score import domain_related_fisher, relative_change
 from .selection import Selection, count_of_share, entries_within, overlap
-from .smoothed import Smoothed
-from .variational import Variational
 
 __all__ = [
     "ESTIMATORS",

@@ -11,10 +11,10 @@ from fishertune_d2.fisher import (
     Candidate,
     SoftmaxLikelihood,
     StatisticsPerturbation,
-    diagonal,
     estimate_fisher,
     find_candidates,
 )
+from fishertune_d2.fisher.estimators import diagonal
 
 WAYS = ["diagonal", "diagonal_loop"]
 

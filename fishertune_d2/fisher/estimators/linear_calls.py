@@ -1,10 +1,10 @@
-"""Where a forward pass multiplies by a candidate: every ``F.linear`` that uses one.
+"""Catches every ``F.linear`` of a forward pass that multiplies by a candidate.
 
-Caught by the weight's identity, not by module, so that functional calls count too (timm's EVA puts
-its fused projection together from a matrix and separate biases).
+A call is recognised by its weight, not by its module, so that functional calls count too (timm's
+EVA joins its fused projection from a matrix and separate biases).
 
 Shapes: x (B', ..., in), weight (out, in), bias (out,), y (B', ..., out). B' is B images, or B times
-the windows of each, image by image, as window attention folds them.
+the windows of an image, one image after the other, as window attention folds them.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,14 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass
 class LinearCall:
-    """One call of ``F.linear`` in which at least one tensor is, or is joined from, candidates.
+    """One call of ``F.linear`` whose weight or bias is a candidate, or a bias joined from several.
 
     Attributes:
         x: its input.
         weight: the matrix.
         bias: the bias, or None.
-        weight_name: the candidate that the matrix is, or None.
-        bias_names: the candidates that the bias is made of, with the outputs that each is added to.
+        weight_name: the name of the candidate if the matrix is one, else None.
+        bias_names: the names of the candidates in the bias, each with its slice of the outputs.
     """
 
     x: Tensor
@@ -34,22 +34,26 @@ class LinearCall:
     weight_name: str | None
     bias_names: list[tuple[str, slice]] = field(default_factory=list)
 
+    def output(self) -> Tensor:
+        """The plain result of the call, (B', ..., out)."""
+        return F.linear(self.x, self.weight, self.bias)
+
     @property
     def names(self) -> list[str]:
-        """All candidates of the call."""
+        """The names of all candidates of the call."""
         own = [] if self.weight_name is None else [self.weight_name]
         return own + [name for name, _ in self.bias_names]
 
 
 class LinearCalls(TorchFunctionMode):
-    """While entered, hands every ``F.linear`` on a candidate to ``run``, which returns its output.
+    """A context in which ``run`` computes every ``F.linear`` on a candidate.
 
     Args:
         parameters: the candidates' parameters by name.
         run: from the call to its output, (B', ..., out).
 
     Attributes:
-        seen: names of the parameters that were used so far.
+        seen: names of the parameters that the calls have used so far.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], run: Callable[[LinearCall], Tensor]):
@@ -57,8 +61,8 @@ class LinearCalls(TorchFunctionMode):
         self.run = run
         self.seen: set[str] = set()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        # Biases that were joined from several parameters; the tensor is kept, or its id would be
-        # given to another.
+        # Biases that torch.cat joined from several parameters. Keeping the tensor keeps its id from
+        # being given to another one.
         self._joined: dict[int, tuple[Tensor, list[tuple[str, slice]]]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -72,13 +76,14 @@ class LinearCalls(TorchFunctionMode):
         return result
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if id(bias) in self._names:
+        bias_names: list[tuple[str, slice]] = []
+        if bias is not None and id(bias) in self._names:
             bias_names = [(self._names[id(bias)], slice(0, len(bias)))]
-        else:
-            bias_names = self._joined.get(id(bias), (None, []))[1]
+        elif id(bias) in self._joined:
+            bias_names = self._joined[id(bias)][1]
         call = LinearCall(input, weight, bias, self._names.get(id(weight)), bias_names)
         if not call.names:
-            return F.linear(input, weight, bias)
+            return call.output()
         if not torch.is_grad_enabled():
             raise ValueError(
                 f"{call.names[0]} is used where no graph is kept, by torch.no_grad or an "

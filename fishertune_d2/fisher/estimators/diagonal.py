@@ -17,48 +17,35 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .activations import gradients_of
-from .batch_losses import BatchLosses
-from .candidates import Candidate
-from .cost import Cost
+from ..activations import gradients_of
+from ..batch_losses import BatchLosses
+from .estimator import Cost, Estimator, mean_over_images, zeros_like_parameters
 from .linear_calls import LinearCall, LinearCalls
-from .processes import sum_over_processes
 
-# What the products of the batched way may take beside what a backward pass takes, in bytes; or
-# one weight's size, if that is more.
+# Memory in bytes for the per-image products of :class:`Diagonal`, beside that of a backward pass;
+# more only if one matrix is larger.
 CHUNK_BYTES = 64 * 2**20
 
 
-class DiagonalLoop:
+class DiagonalLoop(Estimator):
     """The reference: one forward and one backward pass for each image.
 
     Works for any loss and any model. Memory: the gradients of one image and one number per weight.
-
-    Args:
-        candidates: whose squares to sum.
     """
 
     cost = Cost(extra=1, images=1)  # the gradients of the image before
 
-    def __init__(self, candidates: Sequence[Candidate]):
-        self.candidates = candidates
-        self.parameters = {c.name: c.parameter for c in candidates}
-        self.rows = row_ranges(candidates)
-        self.sums = zeros_like_parameters(self.parameters)
+    def reset(self) -> None:
+        """Sets the sums of squares to 0."""
         self.images = 0
-
-    def fresh(self) -> "DiagonalLoop":
-        """Another one that has seen nothing."""
-        return type(self)(self.candidates)
+        self.sums = zeros_like_parameters(self.parameters)
 
     def update(self, losses: BatchLosses) -> None:
         """Adds the squares of a batch.
 
-        Raises:
-            FloatingPointError: if a gradient is not finite, with the parameter's name and the
-                image.
+        A gradient that is not finite raises a FloatingPointError, which names the parameter and the
+        image.
         """
         self.images += losses.size
         for image in range(losses.size):
@@ -82,15 +69,15 @@ class DiagonalLoop:
 
 
 class Diagonal(DiagonalLoop):
-    """The same from one forward and one backward pass for each batch.
+    """The same squares from one forward and one backward pass for each batch.
 
     The gradient of image i in a linear layer is g_i^T x_i, with x the layer's input and g the
-    gradient of its output, so both are caught in one pass over the batch. It costs the
-    multiplications of the loop, without its many small passes. Extra memory: the inputs of the
-    candidate layers, which a backward pass keeps anyway, and :data:`CHUNK_BYTES`.
+    gradient of its output. One pass over the batch catches both. It costs the multiplications of
+    the loop, without its many small passes. Extra memory: the inputs of the candidate layers, which
+    a backward pass keeps anyway, and :data:`CHUNK_BYTES`.
 
     Needs a ``loss_fn`` that passes the whole batch through the model at once, and a model in which
-    images do not meet (no batch statistics) and every candidate is used by one linear layer, once.
+    images do not mix (no batch statistics) and one linear layer uses each candidate once.
     """
 
     cost = Cost()
@@ -98,48 +85,44 @@ class Diagonal(DiagonalLoop):
     def update(self, losses: BatchLosses) -> None:
         """Adds the squares of a batch.
 
-        Raises:
-            ValueError: if the model does not fit; says what to use instead.
-            FloatingPointError: if a gradient is not finite, with the parameter's name and the
-                image.
+        A model that does not fit raises a ValueError, which says which estimator to use. A gradient
+        that is not finite raises a FloatingPointError, which names the parameter and the image.
         """
         self.images += losses.size
-        add_squares(self.sums, self.parameters, self.rows, losses)
+        add_squares(self, self.sums, losses)
 
 
 def add_squares(
+    estimator: Estimator,
     sums: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    rows: Mapping[str, Sequence[slice]],
     losses: BatchLosses,
-    linear: Callable[[LinearCall], Tensor] | None = None,
+    linear: Callable[[LinearCall], Tensor] = LinearCall.output,
 ) -> Tensor:
     """Adds each image's squared gradients to ``sums``, from one pass over the batch.
 
     Args:
+        estimator: its parameters and their candidate rows are measured.
         sums: by name, in the parameter's shape.
-        parameters: by name.
-        rows: which rows of each to add to.
         losses: the batch.
-        linear: computes a layer's output; by default ``F.linear``.
+        linear: computes a layer's output.
 
     Returns:
         The losses, (B,).
     """
+    parameters = estimator.parameters
     device = next(iter(parameters.values())).device
-    # Only this is differentiated with respect to, so that no gradient of a weight is computed,
-    # and every layer is reached, whichever weights require a gradient.
+    # The backward pass differentiates with respect to this scalar alone. So it computes no gradient
+    # of a weight, and reaches every layer, whichever weights require a gradient.
     anchor = torch.zeros((), device=device, requires_grad=True)
     finite: list[tuple[LinearCall, Tensor]] = []
 
     def catch(call: LinearCall, x: Tensor, g: Tensor) -> None:
         x, g = (_by_image(tensor, losses.size, call) for tensor in (x.to(g.dtype), g))
         finite.append((call, g.isfinite().flatten(1).all(1)))
-        _add_products(sums, rows, call, x, g)
+        _add_products(sums, estimator.rows, call, x, g)
 
     def run(call: LinearCall) -> Tensor:
-        y = linear(call) if linear else F.linear(call.x, call.weight, call.bias)
-        return _Caught.apply(y, anchor, call.x.detach(), partial(catch, call))
+        return _Caught.apply(linear(call), anchor, call.x.detach(), partial(catch, call))
 
     with torch.enable_grad(), LinearCalls(parameters, run) as calls:
         values = losses.together()
@@ -151,7 +134,7 @@ def add_squares(
 
 
 class _Caught(torch.autograd.Function):
-    """The identity on y; in the backward pass it hands x and the gradient of y to a function."""
+    """The identity on y; its backward pass gives x and the gradient of y to a function."""
 
     @staticmethod
     def forward(ctx, y: Tensor, anchor: Tensor, x: Tensor, catch: Callable) -> Tensor:
@@ -168,7 +151,7 @@ class _Caught(torch.autograd.Function):
 
 
 def _by_image(tensor: Tensor, images: int, call: LinearCall) -> Tensor:
-    # Windows folded into the first dimension lie image by image.
+    # Window attention folds windows into the first dimension, one image after the other.
     if tensor.shape[0] % images:
         raise ValueError(
             f"{call.names[0]} sees {tuple(tensor.shape)} in a batch of {images} images, which does "
@@ -184,13 +167,14 @@ def _add_products(
     x: Tensor,
     g: Tensor,
 ) -> None:
-    for part in rows[call.weight_name] if call.weight_name else ():
-        total = sums[call.weight_name][part]
-        chunk = max(1, CHUNK_BYTES // (total.numel() * total.element_size()))
-        for start in range(0, len(x), chunk):
-            some = slice(start, start + chunk)
-            products = torch.bmm(g[some, :, part].mT, x[some]).to(total.dtype)
-            total.add_(products.square_().sum(0))  # Eq. 9, squares per image
+    if call.weight_name is not None:
+        for part in rows[call.weight_name]:
+            total = sums[call.weight_name][part]
+            chunk = max(1, CHUNK_BYTES // (total.numel() * total.element_size()))
+            for start in range(0, len(x), chunk):
+                some = slice(start, start + chunk)
+                products = torch.bmm(g[some, :, part].mT, x[some]).to(total.dtype)
+                total.add_(products.square_().sum(0))  # Eq. 9, squares per image
     for name, outputs in call.bias_names:
         for part in rows[name]:
             products = g[:, :, outputs][:, :, part].sum(1).to(sums[name].dtype)
@@ -200,15 +184,15 @@ def _add_products(
 def require_all_caught(
     losses: Tensor, parameters: Mapping[str, nn.Parameter], seen: Set[str]
 ) -> None:
-    """Refuses parameters that the loss reaches in another way than by a linear layer.
+    """Refuses parameters that reach the loss in another way than by a linear layer.
 
     Args:
-        losses: (B,), with their graph, which is kept.
-        parameters: the candidates' by name.
-        seen: names of those that linear layers were caught using.
+        losses: (B,), with their graph, which stays.
+        parameters: the candidates' parameters by name.
+        seen: names of the parameters that the caught linear layers use.
 
     Raises:
-        ValueError: if the loss depends on one of the others.
+        ValueError: if the loss depends on another parameter.
     """
     missed = {name: p for name, p in parameters.items() if name not in seen}
     if not missed or not losses.requires_grad:
@@ -225,41 +209,11 @@ def require_all_caught(
 
 
 def _require_finite(finite: Sequence[tuple[LinearCall, Tensor]], losses: BatchLosses) -> None:
-    if not finite or torch.stack([each for _, each in finite]).all():  # one wait for the device
+    # One stack, so that the host waits for the device once.
+    if not finite or torch.stack([each for _, each in finite]).all():
         return
     call, each = next((call, each) for call, each in finite if not each.all())
     image = int((~each).nonzero()[0])
     raise FloatingPointError(
         f"the gradient of {call.names[0]} is not finite on {losses.place(image)}"
     )
-
-
-def row_ranges(candidates: Sequence[Candidate]) -> dict[str, list[slice]]:
-    """The candidate rows of each parameter, neighbouring ranges joined."""
-    ranges: dict[str, list[slice]] = {}
-    for candidate in candidates:
-        rows, known = candidate.rows, ranges.setdefault(candidate.name, [])
-        if known and known[-1].stop == rows.start:
-            known[-1] = slice(known[-1].start, rows.stop)
-        else:
-            known.append(rows)
-    return ranges
-
-
-def zeros_like_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Zeros in each parameter's shape, in float32 at least."""
-    return {
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        for name, p in parameters.items()
-    }
-
-
-def mean_over_images(sums: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
-    """The sums of all processes, divided by the images of all processes; leaves ``sums`` alone."""
-    first = next(iter(sums.values()))
-    # float64: counts exactly.
-    count = torch.tensor(float(images), dtype=torch.float64, device=first.device)
-    total = {name: value.clone() for name, value in sums.items()}
-    sum_over_processes([count, *total.values()])
-    divisor = count.item()
-    return {name: value.div_(divisor) for name, value in total.items()}

@@ -1,11 +1,11 @@
 """Lambda by natural-gradient steps on the free energy (Eq. 11).
 
 For a Gaussian q the natural-gradient step is an exponential average of the curvature at weights
-drawn from q: Lambda <- (1 - beta) Lambda + beta (F(theta) / gamma + tau^-2), theta ~ q, with
-F(theta) from squared gradients, as in the Vadam of Khan et al. 2018 (there the square of the
-batch's mean gradient; here the mean of squares per image). Squares at perturbed weights also hold
-the gradient that the perturbation itself causes, so the fixed point is the closed form where the
-residuals outweigh the perturbation, that is for a small gamma.
+drawn from q: Lambda <- (1 - beta) Lambda + beta (F(theta) / gamma + tau^-2), theta ~ q. F(theta)
+comes from squared gradients, as in the Vadam of Khan et al. 2018. (They square the batch's mean
+gradient; **reduction** here: the mean of squares per image.) Squares at perturbed weights include
+the gradient that the perturbation itself causes. So the fixed point is the closed form only where
+the residuals outweigh the perturbation, which a small gamma ensures.
 """
 
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .batch_losses import BatchLosses
-from .candidates import Candidate
-from .cost import Cost
-from .diagonal import add_squares, mean_over_images, row_ranges, zeros_like_parameters
-from .free_energy import FreeEnergy
+from ..batch_losses import BatchLosses
+from ..candidates import Candidate
+from .diagonal import add_squares
+from .estimator import Cost, mean_over_images, zeros_like_parameters
+from .free_energy import FreeEnergy, PrecisionEstimator
 from .linear_calls import LinearCall
 
 
-class Natural:
-    """The exponential average, from a plain average over the first batches.
+class Natural(PrecisionEstimator):
+    """An exponential average, which begins as a plain average over the first batches.
 
-    The first batch is seen with unperturbed weights. Memory: three numbers per weight, and the
-    perturbed weights during a pass. Processes make each step together, so two processes do what
-    one with batches twice as large does, but for the perturbations drawn.
+    The first batch meets unperturbed weights. Memory: three numbers per weight, and the perturbed
+    weights during a pass. Processes make each step together: two of them equal one process with
+    batches twice as large, except for the perturbations drawn.
 
     Args:
-        candidates: whose Lambda to find.
-        free_energy: gamma and tau.
-        beta: weight of a batch in the average, once 1 / beta batches were seen.
+        candidates: the weights to measure.
+        free_energy: gamma and tau; by default derived from the first batch.
+        beta: weight of a batch in the average, after the first 1 / beta batches.
 
     Raises:
         ValueError: if ``beta`` is out of (0, 1].
@@ -48,20 +48,16 @@ class Natural:
     ):
         if not 0.0 < beta <= 1.0:
             raise ValueError(f"beta must be in (0, 1]: got {beta}")
-        self.candidates = candidates
-        self.parameters = {c.name: c.parameter for c in candidates}
-        self.rows = row_ranges(candidates)
-        self.free_energy = free_energy or FreeEnergy()
+        super().__init__(candidates, free_energy)
         self.beta = beta
+
+    def reset(self) -> None:
+        """Forgets Lambda."""
         self.steps = 0
         self._precision: dict[str, Tensor] = {}
 
-    def fresh(self) -> "Natural":
-        """Another one that has seen nothing, with the same constants."""
-        return Natural(self.candidates, self.free_energy, self.beta)
-
     def update(self, losses: BatchLosses) -> None:
-        """Makes one step; raises as :class:`Diagonal` does."""
+        """Makes one step; raises the errors of :class:`Diagonal`."""
         device = next(iter(self.parameters.values())).device
         generator = torch.Generator(device).manual_seed(losses.seed)
 
@@ -69,14 +65,15 @@ class Natural:
             weight, bias = call.weight, call.bias
             if call.weight_name is not None:
                 weight = weight + self._deviation(call.weight_name, generator)
-            for name, outputs in call.bias_names:
+            if bias is not None and call.bias_names:
                 bias = bias.clone()
-                bias[outputs] += self._deviation(name, generator)
+                for name, outputs in call.bias_names:
+                    bias[outputs] += self._deviation(name, generator)
             return F.linear(call.x, weight, bias)
 
         sums = zeros_like_parameters(self.parameters)
-        linear = perturbed if self._precision else None
-        values = add_squares(sums, self.parameters, self.rows, losses, linear)
+        linear = perturbed if self._precision else LinearCall.output
+        values = add_squares(self, sums, losses, linear)
         self.free_energy.calibrate(self.parameters, self.rows, values)
         f = mean_over_images(sums, losses.size)
         self.steps += 1
@@ -96,9 +93,5 @@ class Natural:
         return deviation.to(self.parameters[name].dtype)
 
     def precision(self) -> dict[str, Tensor]:
-        """Lambda by parameter name; tau^-2 for what is no candidate."""
+        """Lambda by parameter name; tau^-2 where there is no candidate."""
         return dict(self._precision)
-
-    def fisher(self) -> dict[str, Tensor]:
-        """F by parameter name (Eq. 14)."""
-        return {name: self.free_energy.fisher(value) for name, value in self._precision.items()}

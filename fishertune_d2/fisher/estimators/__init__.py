@@ -1,0 +1,34 @@
+"""The estimators of F, one file each, and their names in ``FISHER.ESTIMATOR``."""
+
+from .batch_mean import BatchMean
+from .closed_form import ClosedForm
+from .diagonal import Diagonal, DiagonalLoop
+from .estimator import Cost, Estimator
+from .free_energy import FreeEnergy
+from .natural import Natural
+from .smoothed import Smoothed
+from .variational import Variational
+
+__all__ = [
+    "ESTIMATORS",
+    "BatchMean",
+    "ClosedForm",
+    "Cost",
+    "Diagonal",
+    "DiagonalLoop",
+    "Estimator",
+    "FreeEnergy",
+    "Natural",
+    "Smoothed",
+    "Variational",
+]
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "diagonal": Diagonal,
+    "diagonal_loop": DiagonalLoop,
+    "smoothed": Smoothed,
+    "closed_form": ClosedForm,
+    "variational": Variational,
+    "natural": Natural,
+    "batch_mean": BatchMean,
+}
