@@ -6,6 +6,7 @@ Shapes:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from math import ceil, lcm
 
 import torch
@@ -19,33 +20,41 @@ from .targets import SegmentationTargets, present_classes
 DETECTRON2_HEADS = ("SemSegFPNHead", "DeepLabV3PlusHead", "DeepLabV3Head")
 
 
+class Detectron2Head(nn.Module):
+    """The parts of Detectron2's heads that `PixelHead` needs, for annotations only."""
+
+    predictor: nn.Conv2d
+    losses: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    layers: Callable[[dict[str, Tensor]], Tensor]
+    in_features: list[str]
+    common_stride: int
+    ignore_value: int
+
+
 class PixelHead:
     """Drives a head of Detectron2 as a `SegmentationHead`.
 
-    A plain object beside the head, so that the head's parameters keep their names. It calls the
-    head's ``losses``, so a loss is the head's own, with its LOSS_WEIGHT and LOSS_TYPE. The scores
-    are probabilities, the softmax of the logits that are brought to the image's size. So averages
-    over sliding windows are averages of probabilities, where Detectron2 takes logits.
+    It is a plain object beside the head, so that the head's parameters keep their names. It calls
+    the head's ``losses``, so LOSS_WEIGHT and LOSS_TYPE hold. The scores are probabilities: the
+    softmax of the logits at the image's size. So averages over sliding windows are averages of
+    probabilities, while Detectron2 averages logits.
 
-    The heads double maps in size, so all maps have to cover one area. Maps of a ViT's pyramid, of
-    which the last cell may stick out of the image, are continued at the bottom and the right. Where
-    a head pools over windows of the training crop, that goes on to a multiple of the crop.
+    The heads double maps in size, so all maps must cover the same area. The last cell of a map of a
+    ViT's pyramid may extend beyond the image, so maps are extended at the bottom and the right. For
+    a head that pools over windows of the training crop, they are extended to a multiple of it.
 
     Args:
-        head: has ``predictor``, ``losses``, ``common_stride``, ``ignore_value``, ``in_features``
-            and ``layers``.
+        head: has the parts of `Detectron2Head`. A missing part raises an AttributeError that names
+            it.
         shapes: the backbone's ``output_shape()``.
-        divisibility: what the sides of the padded images are multiples of, in pixels.
-
-    Raises:
-        AttributeError: if the head has not got these; names the first that is missing.
+        divisibility: the sides of padded images are multiples of this number of pixels.
     """
 
-    def __init__(self, head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibility: int):
+    def __init__(self, head: Detectron2Head, shapes: Mapping[str, ShapeSpec], divisibility: int):
         self.head = head
-        self.num_classes: int = head.predictor.out_channels
-        self.ignore_value: int = head.ignore_value
-        self.stride: int = head.common_stride
+        self.num_classes = head.predictor.out_channels
+        self.ignore_value = head.ignore_value
+        self.stride = head.common_stride
         self.losses_of_logits = head.losses
         self.layers = _layers(head)
         self.shapes = {name: shapes[name] for name in head.in_features}
@@ -74,17 +83,17 @@ class PixelHead:
 
     def predict(self, features: dict[str, Tensor]) -> Tensor:
         """Computes the logits (B, C, h, w) float32; they may cover more than the images."""
-        multiple = self._multiple()
         strides = {name: shape.stride for name, shape in self.shapes.items()}
         covered = [
             max(features[name].shape[axis] * stride for name, stride in strides.items())
             for axis in (-2, -1)
         ]
         wanted = [
-            ceil(extent / unit) * unit for extent, unit in zip(covered, multiple, strict=True)
+            ceil(extent / unit) * unit
+            for extent, unit in zip(covered, self._multiple(), strict=True)
         ]
         maps = {
-            name: _continued(features[name], [extent // stride for extent in wanted])
+            name: _extended(features[name], [extent // stride for extent in wanted])
             for name, stride in strides.items()
         }
         return self.layers(maps).float()
@@ -92,16 +101,22 @@ class PixelHead:
     def loss_of_image(
         self, predictions: Tensor, targets: SegmentationTargets, image: int
     ) -> Tensor:
-        """The head's loss on one image, as if it were a batch of its own; scalar."""
+        """Computes the head's loss on one image, as if it were a batch of its own; scalar."""
         own = self._losses(predictions[image : image + 1], targets.of_image(image))
-        return sum(own.values())
+        return reduce(torch.add, own.values())
 
     def log_probabilities(self, predictions: Tensor) -> Tensor:
-        """(B, C, h, w): the logarithm of the softmax of the logits."""
+        """Returns (B, C, h, w): the logarithm of the softmax of the logits."""
         return predictions.log_softmax(1)
 
     def loss_divisors(self, labels: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Counts the labelled pixels, over which ``loss_sem_seg`` is a mean; at least 1.
+
+        Args:
+            labels: for each image (height, width), of any integer type.
+
+        Returns:
+            The count, by the loss's name.
 
         Raises:
             ValueError: if a label is no class, or the loss takes a batch's hardest pixels.
@@ -118,15 +133,16 @@ class PixelHead:
         return {"loss_sem_seg": float(max(1, count))}
 
     def try_out(self) -> dict[str, Tensor]:
-        """Computes scores and losses of zeros.
+        """Computes the scores and losses of zeros.
+
+        An error of the head itself passes through, if no other COMMON_STRIDE would help.
 
         Returns:
             The losses by name.
 
         Raises:
-            ValueError: if the head's map has another size than ``common_stride`` says, its maps do
-                not meet at that stride, or the padded training crop is not what the head pools
-                over.
+            ValueError: if the padded training crop is not the window that the head pools over, or
+                the head does not predict maps of zeros.
         """
         size, largest = self._multiple(), max(shape.stride for shape in self.shapes.values())
         if _pooled_cells(self.head):
@@ -138,8 +154,15 @@ class PixelHead:
                     "INPUT.CROP.ENABLED False"
                 )
         else:
-            size = tuple(2 * side for side in size)  # norms refuse a map of one cell
+            size = (2 * size[0], 2 * size[1])  # norms refuse a map of one cell
         device = next(self.head.parameters()).device
+        logits = self._predict_zeros(size, device)
+        pixels = torch.zeros(1, *size, dtype=torch.int64, device=device)
+        targets = SegmentationTargets(pixels, [torch.zeros(1, dtype=torch.int64)])
+        return self._losses(logits, targets)
+
+    def _predict_zeros(self, size: tuple[int, int], device: torch.device) -> Tensor:
+        """Predicts maps of zeros, and refuses a COMMON_STRIDE that the head's maps do not have."""
         features = {
             name: torch.zeros(
                 1, shape.channels, *(side // shape.stride for side in size), device=device
@@ -153,28 +176,27 @@ class PixelHead:
         )
         try:
             logits = self.predict(features)
-        except RuntimeError as error:  # it adds up maps of different sizes
+        except RuntimeError as error:  # the head adds maps of different sizes
             if self.stride == smallest:
                 raise
             raise ValueError(
-                f"at MODEL.SEM_SEG_HEAD.COMMON_STRIDE {self.stride} its maps do not meet "
+                f"at MODEL.SEM_SEG_HEAD.COMMON_STRIDE {self.stride} its maps differ in size "
                 f"({error}): {remedy}"
             ) from error
         wanted = (1, self.num_classes, *(side // self.stride for side in size))
         if tuple(logits.shape) != wanted:
             raise ValueError(
-                f"of an image of {size[0]} x {size[1]} pixels it predicts {tuple(logits.shape)}, "
-                f"where MODEL.SEM_SEG_HEAD.COMMON_STRIDE {self.stride} makes {wanted}: {remedy}"
+                f"for an image of {size[0]} x {size[1]} pixels it predicts {tuple(logits.shape)}, "
+                f"but MODEL.SEM_SEG_HEAD.COMMON_STRIDE {self.stride} asks for {wanted}: {remedy}"
             )
-        pixels = torch.zeros(1, *size, dtype=torch.int64, device=device)
-        targets = SegmentationTargets(pixels, [torch.zeros(1, dtype=torch.int64)])
-        return self._losses(logits, targets)
+        return logits
 
     def _multiple(self) -> tuple[int, int]:
-        """What the area that all maps cover is a multiple of, in pixels."""
+        """Returns the height and width in pixels whose multiples all maps can cover."""
         strides = [shape.stride for shape in self.shapes.values()]
-        unit, cells = lcm(self.stride, *strides), _pooled_cells(self.head) or (1, 1)
-        return tuple(lcm(unit, cells_along * max(strides)) for cells_along in cells)
+        unit, largest = lcm(self.stride, *strides), max(strides)
+        rows, columns = _pooled_cells(self.head) or (1, 1)
+        return lcm(unit, rows * largest), lcm(unit, columns * largest)
 
     def _losses(self, logits: Tensor, targets: SegmentationTargets) -> dict[str, Tensor]:
         lack = [
@@ -189,20 +211,20 @@ class PixelHead:
         return {name: 0.0 * logits.sum() for name in losses}
 
 
-def _layers(head: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
-    """What computes a head's logits from the maps."""
-    if isinstance(head, DeepLabV3Head):  # the one that has no method for it
+def _layers(head: Detectron2Head) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Returns the function that computes a head's logits from the maps."""
+    if isinstance(head, DeepLabV3Head):  # the only head without a method for it
         return lambda maps: head.predictor(head.aspp(maps[head.in_features[0]]))
     return head.layers
 
 
 def _pooled_cells(head: nn.Module) -> tuple[int, int] | None:
-    """The window, in cells of the coarsest map, that the head averages over; None for all."""
+    """Returns the window, in cells of the coarsest map, over which the head pools, if any."""
     sizes = (part.pool_kernel_size for part in head.modules() if isinstance(part, ASPP))
     return next(sizes, None)
 
 
-def _continued(features: Tensor, size: Sequence[int]) -> Tensor:
+def _extended(features: Tensor, size: Sequence[int]) -> Tensor:
     """Repeats the last cells at the bottom and the right up to a size."""
     bottom, right = (wanted - own for wanted, own in zip(size, features.shape[-2:], strict=True))
     if not bottom and not right:

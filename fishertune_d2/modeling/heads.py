@@ -1,4 +1,4 @@
-"""What the segmentor and the Fisher information need of a segmentation head, and which heads work.
+"""The contract between the segmentor, the Fisher information and a segmentation head.
 
 Shapes:
     B: images in the batch; C: classes; H, W: the padded images, in pixels
@@ -6,15 +6,15 @@ Shapes:
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from .detectron2_heads import DETECTRON2_HEADS, PixelHead
+from .detectron2_heads import DETECTRON2_HEADS, Detectron2Head, PixelHead
 from .targets import SegmentationTargets
 
 # Heads that need no adapter, by the names of MODEL.SEM_SEG_HEAD.NAME.
@@ -56,36 +56,40 @@ class SegmentationHead(Protocol):
             With targets (None, weighted losses of the batch by name), else (scores (B, C, H, W)
             that are not negative, {}).
         """
+        ...
 
     def predict(self, features: dict[str, Tensor]) -> Any:
-        """Computes what the next two methods take, of a whole batch."""
+        """Computes the predictions of a whole batch, from which the next two methods start."""
 
     def loss_of_image(self, predictions: Any, targets: SegmentationTargets, image: int) -> Tensor:
-        """The sum of the weighted losses of one image, as if it were a batch of its own; scalar."""
+        """Sums the weighted losses of one image, as if it were a batch of its own; scalar."""
+        ...
 
     def log_probabilities(self, predictions: Any) -> Tensor:
-        """(B, C, h, w): the logarithm of each class's probability, at `stride`."""
+        """Returns (B, C, h, w): the logarithm of each class's probability, at `stride`."""
+        ...
 
     def loss_divisors(self, labels: Sequence[Tensor]) -> dict[str, Tensor | float]:
-        """What each loss of a batch is divided by, so that those of its parts can be put together.
+        """Returns the divisor of each loss, with which the losses of a batch's parts add up.
 
         Args:
-            labels: of each image (height, width), of any integer type.
+            labels: for each image (height, width), of any integer type.
 
         Returns:
             Numbers or scalars by the losses' names.
         """
+        ...
 
 
-def segmentation_head(
-    head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibility: int
-) -> SegmentationHead:
-    """A head as the segmentor drives it: itself, or one of Detectron2's in an adapter.
+def segmentation_head(head: nn.Module, backbone: Backbone) -> SegmentationHead:
+    """Returns the head that the segmentor calls: the head itself, or an adapter of Detectron2's.
 
     Args:
-        head: what MODEL.SEM_SEG_HEAD.NAME built. Its parameters stay where they are.
-        shapes: the backbone's ``output_shape()``.
-        divisibility: the backbone's ``size_divisibility``, in pixels.
+        head: the head that MODEL.SEM_SEG_HEAD.NAME built. Its parameters stay where they are.
+        backbone: the backbone whose maps the head reads.
+
+    Returns:
+        ``head`` if it has the contract, else a `PixelHead` of it.
 
     Raises:
         ValueError: if the head has neither the contract nor the methods of Detectron2's heads.
@@ -93,46 +97,44 @@ def segmentation_head(
     if isinstance(head, SegmentationHead):
         return head
     try:
-        return PixelHead(head, shapes, divisibility)
+        return PixelHead(
+            cast(Detectron2Head, head), backbone.output_shape(), backbone.size_divisibility
+        )
     except AttributeError as error:
         raise ValueError(_refusal(head, str(error))) from error
 
 
-def require_drivable(head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibility: int) -> None:
-    """Tries one of Detectron2's heads on maps of zeros, so that it does not fail after training.
+def require_drivable(head: nn.Module, backbone: Backbone) -> None:
+    """Tries one of Detectron2's heads on maps of zeros, so that it cannot fail after training.
+
+    A head that cannot be driven raises a ValueError with the reason and the heads that work.
 
     Args:
-        head: as in `segmentation_head`.
-        shapes: as in `segmentation_head`.
-        divisibility: as in `segmentation_head`.
-
-    Raises:
-        ValueError: if the head cannot be driven; says why, and which heads can.
+        head: see `segmentation_head`.
+        backbone: see `segmentation_head`.
     """
-    driven = segmentation_head(head, shapes, divisibility)
-    if driven is not head:
-        _try_out(head, driven)
+    driven = segmentation_head(head, backbone)
+    if isinstance(driven, PixelHead):
+        _try_out(driven)
 
 
-def require_splittable(head: nn.Module, shapes: Mapping[str, ShapeSpec], divisibility: int) -> None:
-    """Refuses one of Detectron2's heads whose loss of a batch is no sum over parts of it.
+def require_splittable(head: nn.Module, backbone: Backbone) -> None:
+    """Refuses one of Detectron2's heads if the losses of a batch's parts do not add up.
+
+    A loss without a known divisor raises a ValueError, see `require_divisors`.
 
     Args:
-        head: as in `segmentation_head`.
-        shapes: as in `segmentation_head`.
-        divisibility: as in `segmentation_head`.
-
-    Raises:
-        ValueError: if the head does not say what one of its losses is divided by.
+        head: see `segmentation_head`.
+        backbone: see `segmentation_head`.
     """
-    driven = segmentation_head(head, shapes, divisibility)
-    if driven is not head:
+    driven = segmentation_head(head, backbone)
+    if isinstance(driven, PixelHead):
         label = torch.zeros(1, 1, dtype=torch.int64)
-        require_divisors(_try_out(head, driven), driven.loss_divisors([label]))
+        require_divisors(_try_out(driven), driven.loss_divisors([label]))
 
 
 def require_divisors(losses: Iterable[str], divisors: Iterable[str]) -> None:
-    """Refuses losses of which it is not known what they are divided by.
+    """Refuses losses without a known divisor.
 
     Args:
         losses: their names, those of single predictions with a number at the end.
@@ -146,20 +148,20 @@ def require_divisors(losses: Iterable[str], divisors: Iterable[str]) -> None:
         if kind_of_loss(name) not in known:
             raise ValueError(
                 f"the head's loss {name} of a batch cannot be put together from its parts, because "
-                f"nothing says what it is divided by (known: {', '.join(sorted(known))}): set "
+                f"its divisor is not known (known: {', '.join(sorted(known))}): set "
                 "SOLVER.ACCUMULATE 1, or give the head all methods of "
                 "fishertune_d2.modeling.heads.SegmentationHead, loss_divisors among them"
             )
 
 
 def kind_of_loss(name: str) -> str:
-    """A loss's name without the number of its prediction: loss_ce of loss_ce_3."""
+    """Returns a loss's name without the number of its prediction: loss_ce of loss_ce_3."""
     return re.sub(r"_\d+$", "", name)
 
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every part has its own mode again afterwards."""
+    """Puts a module in evaluation mode for a while, then each part back in its own mode."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -170,14 +172,14 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _try_out(head: nn.Module, driven: PixelHead) -> dict[str, Tensor]:
-    """Losses of maps of zeros, by name; leaves modes and random numbers as they are."""
+def _try_out(driven: PixelHead) -> dict[str, Tensor]:
+    """Returns the losses of maps of zeros; leaves modes and random numbers as they are."""
     try:
-        # No dropout, which would draw random numbers, and no statistics.
-        with in_eval_mode(head), torch.no_grad():
+        # Evaluation mode: dropout would draw random numbers, and norms would update statistics.
+        with in_eval_mode(driven.head), torch.no_grad():
             return driven.try_out()
-    except Exception as error:  # of a kind that only the head knows
-        raise ValueError(_refusal(head, str(error))) from error
+    except Exception as error:  # each head has its own kinds of errors
+        raise ValueError(_refusal(driven.head, str(error))) from error
 
 
 def _refusal(head: nn.Module, why: str) -> str:

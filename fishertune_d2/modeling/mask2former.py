@@ -1,4 +1,4 @@
-"""Mask2Former's head on transformers' bricks, as a Detectron2 semantic segmentation head.
+"""Mask2Former's head, built from transformers' bricks, as a Detectron2 segmentation head.
 
 Shapes:
     B: images in the batch; Q: queries; C: classes; P: predictions made (DEC_LAYERS)
@@ -7,6 +7,7 @@ Shapes:
 
 import copy
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -32,14 +33,14 @@ LOSS_NAMES = {
     "loss_dice": "loss_dice",
 }
 FEATURE_STRIDES = [4, 8, 16, 32]
-_MIN_SCORE = 1e-6  # where every query says "no object", all classes are equally likely
+_MIN_SCORE = 1e-6  # makes all classes equally likely where every query says "no object"
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class Mask2FormerHead(nn.Module):
     """Pixel decoder, masked-attention decoder and losses of Mask2Former.
 
-    Works on four maps of any one channel count at strides 4, 8, 16 and 32.
+    It reads four maps at strides 4, 8, 16 and 32, with any number of channels.
     """
 
     stride = FEATURE_STRIDES[0]  # of the masks, in pixels
@@ -56,18 +57,16 @@ class Mask2FormerHead(nn.Module):
         Args:
             input_shape: channels and stride of each feature map that is used.
             config: transformers' configuration. ``num_labels`` is C, ``decoder_layers`` is P, and
-                ``dropout`` concerns the pixel decoder only, as in the published code.
-            loss_weight: a factor of all losses. What is matched does not depend on it.
-
-        Raises:
-            ValueError: if a value does not fit the architecture.
+                ``dropout`` applies to the pixel decoder only, as in the published code. A value
+                that does not fit the architecture raises a ValueError.
+            loss_weight: a factor of all losses. The matching does not depend on it.
         """
         super().__init__()
         names = sorted(input_shape, key=lambda name: input_shape[name].stride)
         _check(config, [input_shape[name].stride for name in names])
         self.in_features = names
         self.num_classes = config.num_labels
-        self.ignore_value = config.ignore_value
+        self.ignore_value: int = config.ignore_value
         self.num_queries = config.num_queries
         self.deep_supervision = config.use_auxiliary_loss
         self.loss_weights = {
@@ -78,8 +77,8 @@ class Mask2FormerHead(nn.Module):
 
         channels = [input_shape[name].channels for name in names]
         self.pixel_decoder = Mask2FormerPixelDecoder(config, feature_channels=channels)
-        # transformers also skips whole decoder layers with probability `dropout`; the published
-        # decoder has neither that nor dropout inside its layers.
+        # transformers also skips whole decoder layers with probability `dropout`. The published
+        # decoder skips no layer, and has no dropout inside its layers.
         decoder_config = copy.deepcopy(config)
         decoder_config.dropout = 0.0
         self.transformer = Mask2FormerTransformerModule(config.feature_size, decoder_config)
@@ -106,7 +105,7 @@ class Mask2FormerHead(nn.Module):
             "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
             "loss_weight": float(head.LOSS_WEIGHT),
             "config": Mask2FormerConfig(
-                num_labels=head.NUM_CLASSES,
+                num_labels=head.NUM_CLASSES,  # type: ignore[call-arg]  # of PretrainedConfig
                 ignore_value=head.IGNORE_VALUE,
                 feature_size=head.CONVS_DIM,
                 mask_feature_size=head.MASK_DIM,
@@ -131,10 +130,16 @@ class Mask2FormerHead(nn.Module):
         }
 
     def train(self, mode: bool = True) -> "Mask2FormerHead":
-        """Sets the mode, but for the pixel decoder's layers if they have no dropout.
+        """Sets the mode, except in the pixel decoder's layers if they have no dropout.
 
-        In training they look for infinities, for which the host waits for a GPU in each. Nothing
-        else in them depends on the mode, and `losses` refuses what is not finite.
+        In training mode each of these layers looks for infinities, and the host waits for a GPU.
+        Nothing else in them depends on the mode, and `losses` refuses values that are not finite.
+
+        Args:
+            mode: True for training.
+
+        Returns:
+            The head itself.
         """
         super().train(mode)
         if not self.dropout:
@@ -152,16 +157,13 @@ class Mask2FormerHead(nn.Module):
         Args:
             features: maps (B, channels, H / stride, W / stride) by name.
             targets: class of each pixel, (B, H, W) of any integer type; `ignore_value` where there
-                is none. Of a tensor on a GPU the host has to download the classes first.
-            image_size: (H, W) of the scores. The mask logits are brought there before the sigmoid,
-                as the published code does. None leaves them at the size of the stride-4 map.
+                is none. The host has to download the classes of a tensor on a GPU first.
+            image_size: (H, W) of the scores. The mask logits are resized before the sigmoid, as in
+                the published code. None leaves them at the size of the stride-4 map.
 
         Returns:
-            With targets (None, weighted losses by name), else (scores (B, C, H, W), {}).
-
-        Raises:
-            ValueError: if a target is neither a class nor `ignore_value`.
-            FloatingPointError: with targets, if a prediction is not finite.
+            With targets (None, weighted losses by name, see `losses`), else
+            (scores (B, C, H, W), {}).
         """
         predictions = self.predict(features)
         if targets is None:
@@ -176,9 +178,9 @@ class Mask2FormerHead(nn.Module):
 
         Returns:
             P pairs of class logits (B, Q, C + 1), the last one "no object", and mask logits
-            (B, Q, h, w). The first is made on the queries alone, the last is the final one.
+            (B, Q, h, w). The first pair depends on the queries alone, the last one is final.
         """
-        # As published: the sampling positions of the deformable attention need float32.
+        # As published, because the sampling positions of the deformable attention need float32.
         maps = [features[name] for name in self.in_features]
         maps = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
         device = maps[0].device
@@ -198,37 +200,37 @@ class Mask2FormerHead(nn.Module):
         targets: SegmentationTargets,
         image: int,
     ) -> torch.Tensor:
-        """The sum of the weighted losses of one image, as if it were a batch of its own.
+        """Sums the weighted losses of one image, as if it were a batch of its own.
 
-        The losses of a batch divide by numbers of the whole batch (of masks, of class weights), so
-        they are no sum over images.
+        The losses of a batch are divided by counts and class weights of the whole batch, so they
+        are no sum over images.
 
         Args:
-            predictions: what `predict` returns for the batch.
+            predictions: the result of `predict` for the batch.
             targets: the labels of the batch.
             image: its index in the batch.
 
         Returns:
-            A scalar. Raises as `losses` does.
+            A scalar. Errors are those of `losses`.
         """
         one = slice(image, image + 1)
         self.criterion.across_processes = False
         try:
             own = [(classes[one], masks[one]) for classes, masks in predictions]
-            return sum(self.losses(own, targets.of_image(image)).values())
+            return reduce(torch.add, self.losses(own, targets.of_image(image)).values())
         finally:
             self.criterion.across_processes = True
 
     def log_probabilities(
         self, predictions: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.Tensor:
-        """The logarithm of each class's probability, of the final prediction.
+        """Computes the logarithm of each class's probability from the final prediction.
 
         Mask2Former has no normalised p(y | x). Its semantic scores, divided by their sum over
-        classes, make one for each pixel.
+        classes, give one for each pixel.
 
         Args:
-            predictions: what `predict` returns.
+            predictions: the result of `predict`.
 
         Returns:
             (B, C, h, w) float32.
@@ -237,15 +239,15 @@ class Mask2FormerHead(nn.Module):
         return scores.log() - scores.sum(1, keepdim=True).log()
 
     def loss_divisors(self, targets: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | float]:
-        """What the losses of a batch divide by, so that those of its parts can be put together.
+        """Returns the divisor of each loss, with which the losses of a batch's parts add up.
 
         Args:
-            targets: of each image (H, W), of any integer type.
+            targets: for each image (H, W), of any integer type.
 
         Returns:
-            For ``loss_ce`` the weights of all queries' classes, which is known before they are
-            matched; for ``loss_mask`` and ``loss_dice`` the masks per process, at least 1. Numbers
-            or scalars.
+            Numbers or scalars. ``loss_ce`` is divided by the sum of the class weights of all
+            queries, which is known before the matching; ``loss_mask`` and ``loss_dice`` by the
+            number of masks per process, at least 1.
         """
         labels = present_classes(targets, self.num_classes, self.ignore_value)
         queries, nothing = self.num_queries, self.criterion.eos_coef
@@ -259,23 +261,22 @@ class Mask2FormerHead(nn.Module):
         predictions: list[tuple[torch.Tensor, torch.Tensor]],
         targets: torch.Tensor | SegmentationTargets,
     ) -> dict[str, torch.Tensor]:
-        """Matches each prediction with the targets and weighs the losses.
+        """Matches each prediction with the targets and weights the losses.
+
+        A target that is neither a class nor `ignore_value` raises a ValueError, and a prediction
+        that is not finite a FloatingPointError.
 
         Args:
-            predictions: what `predict` returns.
+            predictions: the result of `predict`.
             targets: as in `forward`.
 
         Returns:
             ``loss_ce``, ``loss_mask`` and ``loss_dice`` of the final prediction, then (under deep
             supervision) the same of prediction k as ``loss_ce_k`` and so on, k = 0 .. P - 2. A
             batch without any label has mask losses of 0, connected to every parameter.
-
-        Raises:
-            ValueError: if a target is neither a class nor `ignore_value`.
-            FloatingPointError: if a prediction is not finite.
         """
         if not isinstance(targets, SegmentationTargets):
-            classes = present_classes(targets, self.num_classes, self.ignore_value)
+            classes = present_classes(list(targets), self.num_classes, self.ignore_value)
             targets = SegmentationTargets(targets, classes)
         masks, labels = semantic_masks(targets)
         supervised = {"": predictions[-1]}
@@ -295,21 +296,21 @@ class Mask2FormerHead(nn.Module):
 def semantic_scores(
     class_logits: torch.Tensor, mask_logits: torch.Tensor, size: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Marginalises the queries: sum over q of p(class | q) * sigmoid(mask of q).
+    """Sums over the queries q: p(class | q) * sigmoid(mask of q).
 
     Args:
         class_logits: (B, Q, C + 1), the last one "no object".
         mask_logits: (B, Q, h, w).
-        size: (H, W) the mask logits are brought to first; None for (h, w).
+        size: (H, W), to which the mask logits are resized first; None for (h, w).
 
     Returns:
-        (B, C, H, W) float32 scores: not negative, not normalised (up to Q).
+        (B, C, H, W) float32 scores from 0 to Q, which are not normalised.
     """
     mask_logits = mask_logits.float()
     if size is not None:
         mask_logits = F.interpolate(mask_logits, size, mode="bilinear", align_corners=False)
     probabilities = class_logits.float().softmax(-1)[..., :-1]
-    with without_autocast(mask_logits.device):  # or the products would have 8 bits
+    with without_autocast(mask_logits.device):  # bfloat16 products would have 8 bits
         return torch.einsum("bqc,bqhw->bchw", probabilities, mask_logits.sigmoid())
 
 

@@ -1,15 +1,16 @@
-"""Matching and losses of Mask2Former, for which the host waits for a GPU once.
+"""Matching and losses of Mask2Former, for which the host waits for a GPU only once.
 
-transformers matches each image with each prediction by itself, and waits for the GPU each time: 40
-times in a step with four images. Here the costs of all of them are downloaded together.
+transformers matches each image with each prediction separately, and waits for the GPU each time: 40
+times in a step with four images. This criterion downloads the costs of all of them together.
 
 Shapes:
     B: images in the batch; Q: queries; C: classes; P: predictions; N: points that are compared
-    n: classes that an image holds; m: matched pairs of an image, min(Q, n)
+    n: classes in an image; m: matched pairs of an image, min(Q, n)
     H, W: the padded images, in pixels; h, w: the map at stride 4
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from detectron2.utils import comm
@@ -21,44 +22,44 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 # Class logits (B, Q, C + 1), the last one "no object", and mask logits (B, Q, h, w).
 Prediction = tuple[Tensor, Tensor]
-# For each image the queries (m,) and the masks (m,) that belong together, int64.
+# For each image the matched queries (m,) and masks (m,), int64.
 Matches = list[tuple[Tensor, Tensor]]
 
 
 class Mask2FormerCriterion(Mask2FormerLoss):
-    """transformers' losses on matches that are found for all predictions at once.
+    """transformers' losses, with the matches of all predictions found at once.
 
-    transformers asks accelerate for the number of processes, which knows nothing of a group that
-    Detectron2's launcher made: each process would divide by its own count of masks. Here the count
-    is averaged over Detectron2's processes.
+    transformers asks accelerate for the number of processes. accelerate does not know the group of
+    Detectron2's launcher, so each process would divide by its own count of masks. This criterion
+    averages the count over Detectron2's processes.
 
     Attributes:
-        across_processes: False to count this process's masks only, as the loss of a single image
-            must, or it would depend on what other processes hold.
+        across_processes: False counts only the masks of this process. The loss of a single image
+            needs this, or it would depend on the images of other processes.
     """
 
     across_processes = True
 
     def __init__(self, config: Mask2FormerConfig, weight_dict: dict[str, float]):
-        """Makes the classes' weights a constant of the config, which no checkpoint holds.
+        """Keeps the weights of the classes out of checkpoints, as they are constants of the config.
 
         Args:
-            config: as transformers' criterion takes it.
+            config: the configuration of transformers' criterion.
             weight_dict: weights of the losses, by transformers' names.
         """
         super().__init__(config, weight_dict)
         self.register_buffer("empty_weight", self.empty_weight, persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """Leaves out the constant that older checkpoints hold."""
+        """Ignores the constant that older checkpoints hold."""
         state_dict.pop(f"{prefix}empty_weight", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(
+    def forward(  # type: ignore[override]  # it takes all predictions, transformers' the last
         self,
         predictions: dict[str, Prediction],
-        masks: Sequence[Tensor],
-        labels: Sequence[Tensor],
+        masks: list[Tensor],
+        labels: list[Tensor],
     ) -> dict[str, dict[str, Tensor]]:
         """Computes the losses of each prediction.
 
@@ -68,17 +69,16 @@ class Mask2FormerCriterion(Mask2FormerLoss):
             labels: for each image the masks' classes, (n,) int64.
 
         Returns:
-            By the prediction's name the losses by transformers' names, not weighted.
-
-        Raises:
-            FloatingPointError: if a prediction is not finite; names the predictions.
+            The losses without weights, by the name of the prediction and transformers' name of the
+            loss. A prediction that is not finite raises a FloatingPointError, see `match`.
         """
         matched = self.match(predictions, masks, labels)
         count = self.get_num_masks(labels, masks[0].device)
+        # transformers annotates the matches as numpy arrays and the count as an int.
         return {
             name: {
-                **self.loss_masks(mask_logits, masks, matches, count),
-                **self.loss_labels(class_logits, labels, matches),
+                **self.loss_masks(mask_logits, masks, matches, count),  # type: ignore[arg-type]
+                **self.loss_labels(class_logits, labels, matches),  # type: ignore[arg-type]
             }
             for (name, (class_logits, mask_logits)), matches in zip(
                 predictions.items(), matched, strict=True
@@ -92,7 +92,7 @@ class Mask2FormerCriterion(Mask2FormerLoss):
         masks: Sequence[Tensor],
         labels: Sequence[Tensor],
     ) -> list[Matches]:
-        """Finds the cheapest pairs of queries and masks, for each prediction and image.
+        """Finds the cheapest pairs of queries and masks for each prediction and image.
 
         Args:
             predictions: as in :meth:`forward`.
@@ -100,13 +100,11 @@ class Mask2FormerCriterion(Mask2FormerLoss):
             labels: as in :meth:`forward`.
 
         Returns:
-            The matches of each prediction, where the predictions are.
-
-        Raises:
-            FloatingPointError: if a prediction is not finite; names the predictions.
+            The matches of each prediction, on the device of the predictions. A prediction that is
+            not finite raises a FloatingPointError that names it.
         """
-        costs = self.costs(predictions.values(), masks, labels)
-        # A sum is finite if all of its terms are, and reads them once.
+        costs = self.costs(list(predictions.values()), masks, labels)
+        # A sum of finite terms is finite, and reads each term once.
         sums = torch.stack([logits.sum() for pair in predictions.values() for logits in pair])
         downloaded = torch.cat([sums, *(cost.flatten() for cost in costs)]).cpu()  # the one wait
         _require_finite(list(predictions), downloaded[: len(sums)])
@@ -124,10 +122,10 @@ class Mask2FormerCriterion(Mask2FormerLoss):
         masks: Sequence[Tensor],
         labels: Sequence[Tensor],
     ) -> list[Tensor]:
-        """What it costs to match each query with each mask, at N random points of each image.
+        """Computes the cost of each pair of query and mask, at N random points of each image.
 
-        The costs are those of the published matcher: the probability that is missing for the mask's
-        class, binary cross entropy (mean over points) and Dice loss, each with its weight.
+        The costs are those of the published matcher: minus the probability of the mask's class,
+        binary cross entropy (mean over points) and Dice loss, each with its weight.
 
         Args:
             predictions: P class logits and mask logits.
@@ -147,7 +145,7 @@ class Mask2FormerCriterion(Mask2FormerLoss):
         costs = []
         for image, (mask, label) in enumerate(zip(masks, labels, strict=True)):
             x = sampled[:, image]
-            # The masks are the same for all predictions, so all points are in one row.
+            # All predictions share the masks, so one call samples all their points:
             # (1, n, P * N) -> (P, N, n)
             wanted = _sample(mask[None], points[:, image].reshape(1, -1, 2))
             wanted = wanted.view(len(mask), len(x), matcher.num_points).permute(1, 2, 0)
@@ -164,12 +162,14 @@ class Mask2FormerCriterion(Mask2FormerLoss):
             )
         return costs
 
-    def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
+    def get_num_masks(  # type: ignore[override]  # transformers passes a list, not a Tensor
+        self, class_labels: Sequence[Tensor], device: torch.device
+    ) -> Tensor:
         """Counts the target masks.
 
         Args:
             class_labels: for each image of this process, the classes of its masks.
-            device: where the count is wanted.
+            device: the device of the result.
 
         Returns:
             Scalar: masks per process, averaged over processes, and at least 1.
@@ -183,27 +183,33 @@ class Mask2FormerCriterion(Mask2FormerLoss):
 
 
 def _sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Maps (B, K, h, w) at points (B, N, 2) in -1 .. 1, bilinearly; 0 outside; (B, K, N)."""
+    """Samples maps (B, K, h, w) bilinearly at points (B, N, 2) in -1 .. 1, 0 outside: (B, K, N)."""
     return F.grid_sample(maps, points[:, None], align_corners=False)[:, :, 0]
 
 
 def _upload(pairs: list[list[tuple]], device: torch.device) -> list[Matches]:
-    """Brings the indices of all matches to a device by one copy."""
-    both = [torch.stack([torch.as_tensor(each) for each in pair]) for of in pairs for pair in of]
+    """Copies the indices of all matches to a device at once."""
+    both = [
+        torch.stack([torch.as_tensor(indices) for indices in pair])
+        for of_prediction in pairs
+        for pair in of_prediction
+    ]
     uploaded = torch.cat(both, dim=1).to(device, non_blocking=True)
-    parts = iter(uploaded.split([each.shape[1] for each in both], dim=1))
-    return [[tuple(next(parts)) for _ in of] for of in pairs]
+    parts = iter(uploaded.split([pair.shape[1] for pair in both], dim=1))
+    return [[(pair[0], pair[1]) for pair in islice(parts, len(images))] for images in pairs]
 
 
 def _require_finite(names: Sequence[str], sums: Tensor) -> None:
-    """Refuses predictions of which a logit is NaN or infinite.
+    """Refuses predictions with a logit that is NaN or infinite.
 
-    transformers' matcher replaces what is not finite by a large cost and goes on: the run would
-    diverge in silence.
+    transformers' matcher replaces such values by a large cost, so the run would diverge silently.
 
     Args:
-        names: of the predictions.
-        sums: of each prediction's class logits and mask logits, on the CPU.
+        names: the names of the predictions.
+        sums: the sum of each prediction's class logits and that of its mask logits, on the CPU.
+
+    Raises:
+        FloatingPointError: names the predictions.
     """
     if sums.isfinite().all():
         return

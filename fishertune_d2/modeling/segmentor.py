@@ -11,30 +11,22 @@ from math import isfinite
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishertune_d2.modeling.build_head import why_not_built
-from fishertune_d2.modeling.detectron2_heads import DETECTRON2_HEADS
-from fishertune_d2.modeling.heads import (
-    WORKING_HEADS,
-    SegmentationHead,
-    require_drivable,
-    require_splittable,
-    segmentation_head,
-)
-from fishertune_d2.modeling.sliding import sliding_average
-from fishertune_d2.modeling.targets import SegmentationTargets, present_classes
-from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
+from .build_head import build_head
+from .heads import SegmentationHead, require_drivable, require_splittable, segmentation_head
+from .sliding import sliding_average
+from .targets import SegmentationTargets, present_classes
+from .vfm_table import Pixels, pixel_statistics
 
 logger = logging.getLogger(__name__)
 
 TEST_MODES = ("whole", "slide")
-# The parts that hold the weights. A load may bring what lies beside them, such as pixel_mean.
+# The parts that hold the weights. A checkpoint may hold other tensors, such as pixel_mean.
 _PARTS = ("backbone.", "sem_seg_head.")
 
 
@@ -43,15 +35,17 @@ class VFMSegmentor(nn.Module):
     """Losses in training; class scores of whole images, or of sliding windows, in evaluation.
 
     Attributes:
-        untrained: names of the state dict's tensors that are still as they were initialised. At
-            first these are the tensors of the decoder, because a backbone comes with weights of
-            its own. After weights have been loaded, they are all tensors that no load has filled,
-            of the backbone too. It is empty once a training step has been computed.
+        untrained: names of the state dict's tensors that no load has filled, of the backbone too.
+            Before the first load these are the tensors of the head, because a backbone comes with
+            its own weights. A training step empties it.
         unplaced: names of tensors of the backbone or the head that a load has brought and the model
-            has no place for, such as the prompts of a tuning method that is not attached. It is
-            empty again once a load has filled the whole model and left nothing over, or a training
-            step has been computed.
+            has no place for, such as the prompts of a tuning method that is not attached. A load
+            that fills the whole model and leaves nothing over empties it, and so does a training
+            step.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     @configurable
     def __init__(
@@ -59,62 +53,35 @@ class VFMSegmentor(nn.Module):
         *,
         backbone: Backbone,
         sem_seg_head: nn.Module,
-        pixel_mean: list[float],
-        pixel_std: list[float],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
         test_mode: str,
-        crop_size: tuple[int, int],
-        stride: tuple[int, int],
+        crop_size: Sequence[int],
+        stride: Sequence[int],
         windows_per_batch: int = 1,
     ):
-        """Puts the parts together.
+        """Puts the parts together. A value or a head that cannot work raises a ValueError.
 
         Args:
             backbone: images (B, 3, H, W) -> dict of feature maps.
-            sem_seg_head: has what `SegmentationHead` lists, or is one of Detectron2's heads that
-                predict a logit for each class and pixel, see `PixelHead`.
+            sem_seg_head: has the methods of `SegmentationHead`, or is one of Detectron2's heads
+                that predict a logit for each class and pixel, see `PixelHead`.
             pixel_mean: mean of each channel, on the images' scale.
             pixel_std: standard deviation of each channel, on the images' scale.
             test_mode: "whole" or "slide".
             crop_size: height and width of a sliding window, in pixels.
             stride: pixels between windows, vertically and horizontally.
             windows_per_batch: how many windows of an image pass through the model at once.
-
-        Raises:
-            ValueError: if the pixels' statistics are not three numbers, `test_mode` is unknown, the
-                windows would leave gaps, `windows_per_batch` is not positive, or the head cannot be
-                driven.
         """
         super().__init__()
-        _require_three("MODEL.PIXEL_MEAN", pixel_mean)
-        _require_three("MODEL.PIXEL_STD", pixel_std)
-        if min(pixel_std) <= 0:
-            raise ValueError(
-                f"MODEL.PIXEL_STD is {list(pixel_std)}: choose numbers above 0, for images are "
-                "divided by them"
-            )
-        if test_mode not in TEST_MODES:
-            raise ValueError(f"TEST.MODE is {test_mode!r}; use one of {', '.join(TEST_MODES)}")
-        if len(stride) != 2 or len(crop_size) != 2:
-            raise ValueError(
-                f"TEST.STRIDE is {list(stride)} and TEST.CROP_SIZE {list(crop_size)}: give a "
-                "height and a width in each"
-            )
-        if any(not 0 < s <= c for s, c in zip(stride, crop_size, strict=True)):
-            raise ValueError(
-                f"TEST.STRIDE = {list(stride)} must lie between 1 and TEST.CROP_SIZE = "
-                f"{list(crop_size)}: windows would leave pixels without a score"
-            )
-        if windows_per_batch < 1:
-            raise ValueError(
-                f"TEST.WINDOWS_PER_BATCH is {windows_per_batch}: choose at least 1 window, or as "
-                "many as fit the device's memory"
-            )
-        require_drivable(sem_seg_head, backbone.output_shape(), backbone.size_divisibility)
+        _check_pixels(pixel_mean, pixel_std)
+        _check_test(test_mode, crop_size, stride, windows_per_batch)
+        require_drivable(sem_seg_head, backbone)
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.test_mode = test_mode
-        self.crop_size = tuple(crop_size)
-        self.stride = tuple(stride)
+        self.crop_size = (crop_size[0], crop_size[1])
+        self.stride = (stride[0], stride[1])
         self.windows_per_batch = windows_per_batch
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
@@ -133,16 +100,13 @@ class VFMSegmentor(nn.Module):
 
         Returns:
             The arguments of ``__init__``.
-
-        Raises:
-            ValueError: if the backbone lacks one of IN_FEATURES, or the head cannot be built.
         """
         backbone = build_backbone(cfg)
         vfm, configured = cfg.MODEL.VFM, Pixels(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
         pixels = pixel_statistics(vfm.NAME, vfm.PIXELS, configured)
         return {
             "backbone": backbone,
-            "sem_seg_head": _build_head(cfg, backbone.output_shape()),
+            "sem_seg_head": build_head(cfg, backbone.output_shape()),
             "pixel_mean": pixels.mean,
             "pixel_std": pixels.std,
             "test_mode": cfg.TEST.MODE,
@@ -153,20 +117,16 @@ class VFMSegmentor(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model's tensors."""
         return self.pixel_mean.device
 
     @property
     def head(self) -> SegmentationHead:
-        """``sem_seg_head``, as whatever computes losses or scores drives it."""
-        backbone = self.backbone
-        shapes, divisibility = backbone.output_shape(), backbone.size_divisibility
-        return segmentation_head(self.sem_seg_head, shapes, divisibility)
+        """``sem_seg_head`` with the methods that compute losses and scores."""
+        return segmentation_head(self.sem_seg_head, self.backbone)
 
-    def forward(
-        self, batched_inputs: list[dict]
-    ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
-        """Trains or predicts, as ``self.training`` says.
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Trains or predicts, depending on ``self.training``.
 
         Args:
             batched_inputs: for each image a dict with ``image`` (3, H, W) in RGB, 0 .. 255; in
@@ -176,31 +136,25 @@ class VFMSegmentor(nn.Module):
         Returns:
             In training the weighted losses by name, else for each image
             ``{"sem_seg": (C, height, width) float scores}``, computed without gradients.
-
-        Raises:
-            KeyError: in training, if an image comes without ``sem_seg``.
-            ValueError: in training, if ``sem_seg`` has another size than its image.
-            FloatingPointError: in training, if a prediction or a loss is not finite.
         """
         if self.training:
             return self.losses(batched_inputs)
         return self.inference(batched_inputs)
 
-    def losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
-        """Computes the losses of a batch; see `forward`.
+    def losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """Computes the losses of a batch.
 
         Args:
-            batched_inputs: dicts with ``image`` and ``sem_seg``.
+            batched_inputs: dicts with ``image`` and ``sem_seg``, see `forward` and
+                `features_and_targets`, which checks them.
 
         Returns:
             The weighted losses by name.
 
         Raises:
-            KeyError: if an image comes without ``sem_seg``.
-            ValueError: if ``sem_seg`` has another size than its image.
             FloatingPointError: if a prediction or a loss is not finite; names the images.
         """
-        # An estimate that needs no graph of this method, or a look at losses, trains nothing.
+        # Without a graph nothing is trained, for example in an estimate or a look at the losses.
         if self.training and torch.is_grad_enabled():
             self.untrained = self.unplaced = frozenset()
         features, targets = self.features_and_targets(batched_inputs)
@@ -212,8 +166,8 @@ class VFMSegmentor(nn.Module):
             raise FloatingPointError(f"on {images}: {error}") from error
         return losses
 
-    def loss_divisors(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor | float]:
-        """What each of a batch's losses is divided by, for a trainer that passes it in parts.
+    def loss_divisors(self, batched_inputs: list[dict]) -> dict[str, Tensor | float]:
+        """Returns the divisor of each loss, for a trainer that passes a batch in parts.
 
         Args:
             batched_inputs: dicts with ``sem_seg``.
@@ -224,33 +178,27 @@ class VFMSegmentor(nn.Module):
         return self.head.loss_divisors([inputs["sem_seg"] for inputs in batched_inputs])
 
     def require_splittable(self) -> None:
-        """Tries whether `loss_divisors` says what each of the head's losses is divided by.
+        """Tries whether `loss_divisors` knows the divisor of each loss; else raises a ValueError.
 
-        A head with a ``loss_divisors`` of its own is taken at its word.
-
-        Raises:
-            ValueError: if it does not; names the loss and the remedy.
+        A head with its own ``loss_divisors`` is not tried.
         """
-        backbone = self.backbone
-        shapes, divisibility = backbone.output_shape(), backbone.size_divisibility
-        require_splittable(self.sem_seg_head, shapes, divisibility)
+        require_splittable(self.sem_seg_head, self.backbone)
 
     def features_and_targets(
         self, batched_inputs: list[dict]
-    ) -> tuple[dict[str, torch.Tensor], SegmentationTargets]:
-        """Checks and stacks a batch, and passes it through the backbone.
+    ) -> tuple[dict[str, Tensor], SegmentationTargets]:
+        """Checks and stacks a batch, and computes its feature maps.
 
         Args:
             batched_inputs: dicts with ``image`` and ``sem_seg``.
 
         Returns:
-            The backbone's maps, and the labels, with the head's ``ignore_value`` where images were
-            padded.
+            The backbone's maps, and the labels, padded with the head's ``ignore_value``.
 
         Raises:
             KeyError: if an image comes without ``sem_seg``.
-            ValueError: if ``sem_seg`` has another size than its image, or holds a value that is
-                neither a class nor ``ignore_value``.
+            ValueError: if ``sem_seg`` has another size than its image. A value that is neither a
+                class nor ``ignore_value`` raises one, too.
         """
         for inputs in batched_inputs:
             if "sem_seg" not in inputs:
@@ -266,8 +214,8 @@ class VFMSegmentor(nn.Module):
                     f"{tuple(inputs['sem_seg'].shape)}; the mapper must transform both alike"
                 )
         divisor, head = self.backbone.size_divisibility, self.head
-        images = self._normalised([inputs["image"] for inputs in batched_inputs])
-        images = ImageList.from_tensors(images, divisor)
+        normalised = self._normalised([inputs["image"] for inputs in batched_inputs])
+        images = ImageList.from_tensors(normalised, divisor)
         labels = [inputs["sem_seg"] for inputs in batched_inputs]
         # Before the upload, so that the host does not wait for a GPU.
         classes = present_classes(labels, head.num_classes, head.ignore_value)
@@ -279,11 +227,11 @@ class VFMSegmentor(nn.Module):
         return self.backbone(images.tensor), SegmentationTargets(pixels.tensor, classes)
 
     @torch.no_grad()
-    def inference(self, batched_inputs: list[dict]) -> list[dict[str, torch.Tensor]]:
+    def inference(self, batched_inputs: list[dict]) -> list[dict[str, Tensor]]:
         """Scores each image by itself, so that a result does not depend on its batch.
 
-        What is averaged over windows, and resized to the wanted size, are the head's scores (for
-        Mask2Former sums of probabilities, for Detectron2's heads probabilities), not logits.
+        The head's scores are averaged over windows and resized to the wanted size, not the logits.
+        For Mask2Former they are sums of probabilities, for Detectron2's heads probabilities.
 
         Args:
             batched_inputs: dicts with ``image`` and maybe ``height`` and ``width``.
@@ -307,15 +255,15 @@ class VFMSegmentor(nn.Module):
         return results
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """Notes which tensors a load fills, and which it has left over.
+        """Notes which tensors a load fills, and which it leaves over.
 
-        torch calls it for whichever parent is loaded. A checkpointer removes what has another shape
-        before it loads, so that counts as missing.
+        torch calls this method whichever parent is loaded. A checkpointer removes tensors of
+        another shape before it loads, so these count as missing.
         """
         super()._load_from_state_dict(state_dict, prefix, *args)
         names = frozenset(self.state_dict().keys())
         brought = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        # A buffer that is not in the state dict is a constant of the config: older files hold some.
+        # A buffer outside the state dict is a constant of the config, which older files hold.
         constants = {name for name, _ in self.named_buffers()}
         over = {name for name in brought - names - constants if name.startswith(_PARTS)}
         self._loaded |= names & brought
@@ -323,7 +271,7 @@ class VFMSegmentor(nn.Module):
         self.unplaced = frozenset(over | (set() if names <= brought else self.unplaced - names))
 
     def _warn_of_other_weights(self) -> None:
-        """Says once that what is predicted is not what a training has made."""
+        """Warns once if the predictions are not those of a trained model."""
         if self._warned or torch.compiler.is_compiling():
             return
         if not (self.untrained or self.unplaced) or not comm.is_main_process():
@@ -336,61 +284,64 @@ class VFMSegmentor(nn.Module):
         logger.warning(
             "The model %s (%d, the first is %s), so its predictions are not those of a trained "
             "model: build it by fishertune_d2.engine.trained_model.build_trained(cfg, weights), "
-            "which fills all of it",
+            "which fills every tensor",
             trouble,
             len(names),
             min(names),
         )
 
-    def _normalised(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _normalised(self, images: list[Tensor]) -> list[Tensor]:
         uploaded = [image.to(self.device, non_blocking=True) for image in images]
         return [(image - self.pixel_mean) / self.pixel_std for image in uploaded]
 
-    def _scores(self, images: torch.Tensor) -> torch.Tensor:
+    def _scores(self, images: Tensor) -> Tensor:
         """Scores normalised images or windows of one size (B, 3, H, W) -> (B, C, H, W) float32."""
-        # Not an ImageList, which computes sizes on tensors: torch.export needs to know them.
+        # An ImageList would compute sizes on tensors, and torch.export needs known sizes.
         divisor = max(1, self.backbone.size_divisibility)
         bottom, right = (-side % divisor for side in images.shape[-2:])
         padded = F.pad(images, (0, right, 0, bottom))
         features = self.backbone(padded)
-        scores, _ = self.head(features, image_size=padded.shape[-2:])
-        # Autocast may give half precision, in which averages over windows would be rounded again.
+        scores, _ = self.head(features, image_size=(padded.shape[-2], padded.shape[-1]))
+        assert scores is not None  # a head without targets returns scores
+        # Under autocast they may have half precision, which would round averages over windows.
         return scores[..., : images.shape[2], : images.shape[3]].float()
 
 
-def _build_head(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module:
-    keys = cfg.MODEL.SEM_SEG_HEAD
-    unknown = [name for name in keys.IN_FEATURES if name not in shapes]
-    if unknown:  # some of Detectron2's heads go on without them
+def _check_pixels(mean: Sequence[float], std: Sequence[float]) -> None:
+    for key, values in (("MODEL.PIXEL_MEAN", mean), ("MODEL.PIXEL_STD", std)):
+        if len(values) != 3:
+            raise ValueError(
+                f"{key} is {list(values)}: give three numbers, one for each channel in the order "
+                "of INPUT.FORMAT"
+            )
+    if min(std) <= 0:
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {', '.join(unknown)}, which "
-            f"{cfg.MODEL.BACKBONE.NAME} has not got: it has {', '.join(shapes)}"
-        )
-    if keys.NAME in DETECTRON2_HEADS and keys.COMMON_STRIDE < 1:
-        smallest = min((shapes[name].stride for name in keys.IN_FEATURES), default=4)
-        raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {keys.COMMON_STRIDE}: choose the smallest stride "
-            f"of IN_FEATURES, {smallest} pixels"
-        )
-    try:
-        return build_sem_seg_head(cfg, shapes)
-    # Detectron2's heads name no key; those of its projects read keys that are not there.
-    except (AssertionError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.NAME {keys.NAME} cannot be built from the keys of the config: "
-            f"{why_not_built(keys, error, WORKING_HEADS)}"
-        ) from error
-
-
-def _require_three(key: str, values: Sequence[float]) -> None:
-    if len(values) != 3:
-        raise ValueError(
-            f"{key} is {list(values)}: give three numbers, one for each channel in the order of "
-            "INPUT.FORMAT"
+            f"MODEL.PIXEL_STD is {list(std)}: choose numbers above 0, because images are divided "
+            "by them"
         )
 
 
-def _require_finite(losses: dict[str, torch.Tensor]) -> None:
+def _check_test(mode: str, crop: Sequence[int], stride: Sequence[int], batch: int) -> None:
+    if mode not in TEST_MODES:
+        raise ValueError(f"TEST.MODE is {mode!r}; use one of {', '.join(TEST_MODES)}")
+    if len(stride) != 2 or len(crop) != 2:
+        raise ValueError(
+            f"TEST.STRIDE is {list(stride)} and TEST.CROP_SIZE {list(crop)}: give a height and a "
+            "width in each"
+        )
+    if any(not 0 < s <= c for s, c in zip(stride, crop, strict=True)):
+        raise ValueError(
+            f"TEST.STRIDE = {list(stride)} must lie between 1 and TEST.CROP_SIZE = {list(crop)}: "
+            "windows would leave pixels without a score"
+        )
+    if batch < 1:
+        raise ValueError(
+            f"TEST.WINDOWS_PER_BATCH is {batch}: choose at least 1 window, or as many as fit the "
+            "device's memory"
+        )
+
+
+def _require_finite(losses: dict[str, Tensor]) -> None:
     values = torch.stack([loss.detach() for loss in losses.values()])
     # One sum, so that the host waits for a GPU once.
     if isfinite(values.sum()):

@@ -237,7 +237,7 @@ class HeadOfOneMap(nn.Module):
         ((HEAD + "NAME", "HeadOfOneMap"), f"is HeadOfOneMap, which .* no attribute .*{WORKING}"),
         (
             (*FPN, HEAD + "COMMON_STRIDE", 8),
-            "COMMON_STRIDE 8 its maps do .*COMMON_STRIDE 4, the sm",
+            "COMMON_STRIDE 8 its maps differ .*COMMON_STRIDE 4, the sm",
         ),
         ((*FPN, HEAD + "COMMON_STRIDE", 0), "COMMON_STRIDE is 0: choose .* 4 pixels"),
         (
