@@ -1,4 +1,4 @@
-"""Puts the page together. All text is escaped by the template, whatever the run's files hold."""
+"""Writes the page about a run. The template escapes all text that comes from the run's files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fishertune_d2.analysis.sensitivity_map import draw_sensitivity_map
 from fishertune_d2.files import whole_file
 from fishertune_d2.run import Run
 
-from .page_figures import draw_curves, draw_map, shrink
+from .page_figures import Picture, draw_curves, draw_map, read_picture
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Map:
     """A map of the backbone's weights, block by kind.
 
     Attributes:
-        title: what it shows.
-        text: how to read it.
-        uri: the picture; empty if it could not be drawn.
-        trouble: why not.
+        title: The title.
+        text: How to read the map.
+        uri: The map as PNG; empty if it could not be drawn.
+        trouble: The reason why it could not be drawn; empty if it was.
     """
 
     title: str
@@ -33,14 +33,11 @@ class Map:
 
 
 def write_report(run: Run, path: str | Path) -> None:
-    """Writes the page.
+    """Writes the page, which needs no other file and no network.
 
     Args:
-        run: finished or not.
-        path: the HTML file; it needs no other one, and no network.
-
-    Raises:
-        OSError: if it cannot be written.
+        run: The run, finished or not.
+        path: The HTML file. An OSError names it if it cannot be written.
     """
     environment = Environment(
         loader=PackageLoader("fishertune_d2.analysis", ""),
@@ -66,18 +63,18 @@ def write_report(run: Run, path: str | Path) -> None:
 
 
 def _recorded(run: Run, fact: str, key: str) -> Any:
-    """A fact of the training: of results.json, which has it from the checkpoint, or the config."""
+    """Returns a fact of the training, from results.json if it is there, else from the config."""
     recorded = run.results.protocol if run.results else {}
     return recorded[fact] if fact in recorded else run.config[key]
 
 
 def _iterations_done(run: Run) -> int:
-    """How many iterations the log holds; what is written every 20th may fall short by 19."""
+    """Counts the logged iterations. Training logs every 20th, so the count may be 19 too low."""
     return max((i + 1 for i, numbers in run.metrics.items() if "total_loss" in numbers), default=0)
 
 
 def _scores(run: Run) -> dict[str, Any] | None:
-    """The results as rows of a table, source first; None if there are none."""
+    """Returns the numbers of the table of scores, source first; None if the run has no scores."""
     results = run.results
     if results is None:
         return None
@@ -94,22 +91,22 @@ def _scores(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _pictures(run: Run) -> list[tuple[str, list[str]]]:
-    """Data sets that pictures were drawn of, and these."""
+def _pictures(run: Run) -> list[tuple[str, list[Picture]]]:
+    """Returns each data set that has pictures, with them."""
     found = [(name, run.pictures(name)) for name in run.config["DATASETS.TEST"]]
-    return [(name, [shrink(path) for path in paths]) for name, paths in found if paths]
+    return [(name, [read_picture(path) for path in paths]) for name, paths in found if paths]
 
 
 def _maps(run: Run) -> list[Map]:
-    """The maps of what was measured and selected, as far as the run's method does either."""
+    """Draws the Fisher information and the selection, if the run's method has them."""
     maps = []
     if run.estimate_file.is_file():
         maps.append(
             _draw(
                 "Sensitivity",
-                "The mean Fisher information of each group of weights over that of all candidates, "
-                "on the source images (F) and weighed by how it reacts to a simulated shift (DRF). "
-                "1 is average.",
+                "The mean Fisher information of each group of weights, divided by the mean over "
+                "all candidate weights, so that 1 is average. F is measured on the source images; "
+                "DRF also counts how much F changes under a simulated shift.",
                 lambda path: draw_sensitivity_map([(run.name, run.load_estimate())], path),
             )
         )
@@ -117,7 +114,7 @@ def _maps(run: Run) -> list[Map]:
         maps.append(
             _draw(
                 "Selection",
-                "The share of each group's weights that is tuned by the end, in percent.",
+                "The percentage of each group's weights that trains at the end of the training.",
                 lambda path: draw_selection_map(run.load_selection(), path),
             )
         )
@@ -127,12 +124,12 @@ def _maps(run: Run) -> list[Map]:
 def _draw(title: str, text: str, draw: Callable[[Path], None]) -> Map:
     try:
         return Map(title, text, draw_map(draw), "")
-    except ValueError as error:  # damaged, or without F(x'); the rest of the page is none the worse
+    except ValueError as error:  # the file is damaged or has no F(x'); the page shows the rest
         return Map(title, text, "", str(error))
 
 
 def _protocol(run: Run) -> dict[str, str]:
-    """How the run was trained and scored: what results.json records, before that the config."""
+    """Returns how the run was trained and scored, from results.json if it exists, else planned."""
     config = run.config
     recorded = dict(run.results.protocol) if run.results else {}
     sizes = recorded.pop("test_size", {})

@@ -1,6 +1,6 @@
-"""The figures of the page, each as a data URI, so that the page needs no other file.
+"""Draws the figures of the page as data URIs, so that the page needs no other file.
 
-The curves are drawn on nothing, in colours that can be read on a light and on a dark page.
+Curves have no background; their colours are readable on light and on dark pages.
 """
 
 from base64 import b64encode
@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -19,26 +20,45 @@ from fishertune_d2.run import Run
 
 _GREY = "#7d7d7d"
 _LINES = ("#2f7fc1", "#d9771c", "#2f9e6e", "#a45fc8")
-_WIDTH = 1600  # of a picture; wider ones are scaled down
+_WIDTH = 1600  # of a picture in pixels; wider ones are scaled down
+_PANELS = ("image", "label", "prediction")
+_MARGIN = 3  # pixels left of a legend's names, which are white
 
 Series = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure of the page.
+    """A curve of the page.
 
     Attributes:
-        title: what it shows.
-        uri: the figure.
+        title: The title.
+        uri: The curve as SVG.
     """
 
     title: str
     uri: str
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture that an evaluation drew, taken apart so that a phone can show it.
+
+    Attributes:
+        panels: Each panel's title and its image.
+        legend: The names of the colours; empty if the picture has none.
+    """
+
+    panels: Sequence[tuple[str, str]]
+    legend: str
+
+
 def draw_curves(run: Run) -> list[Curve]:
-    """Draws what training logged: losses, learning rates, the share tuned, scores on the way."""
+    """Draws losses, learning rates, the tuned share and the scores that training logged.
+
+    Args:
+        run: The run; curves without any logged number are left out.
+    """
     losses = {"total": run.series("total_loss")} | {
         name: run.series(f"loss_{key}")
         for name, key in (("class", "ce"), ("mask", "mask"), ("dice", "dice"))
@@ -52,7 +72,7 @@ def draw_curves(run: Run) -> list[Curve]:
         ("Loss, and its parts for the final prediction", losses, True),
         ("Learning rate", rates, False),
         ("Tuned share of the backbone, in %", {"": share}, False),
-        # One score is in the table.
+        # A single score makes no curve, and the table of scores has it.
         ("mIoU during training", {k: v for k, v in scores.items() if len(v) > 1}, False),
     ]
     return [
@@ -65,7 +85,7 @@ def draw_curves(run: Run) -> list[Curve]:
 def _draw_lines(run: Run, lines: Mapping[str, Series], logarithmic: bool) -> str:
     warmup, end = run.config["TUNING.WARMUP_ITERS"], run.config["SOLVER.MAX_ITER"]
     first = min(run.metrics)
-    start = 0 if first < warmup else warmup  # else the warm-up was another run's
+    start = 0 if first < warmup else warmup  # a run that took another's warm-up logs none
     style = {
         "axes.edgecolor": _GREY,
         "axes.labelcolor": _GREY,
@@ -73,7 +93,7 @@ def _draw_lines(run: Run, lines: Mapping[str, Series], logarithmic: bool) -> str
         "axes.spines.top": False,
         "font.size": 9,
         "text.color": _GREY,
-        "text.parse_math": False,  # a name may hold a dollar
+        "text.parse_math": False,  # names may contain dollar signs
         "xtick.color": _GREY,
         "ytick.color": _GREY,
     }
@@ -118,10 +138,10 @@ def _draw_lines(run: Run, lines: Mapping[str, Series], logarithmic: bool) -> str
 
 
 def draw_map(draw: Callable[[Path], None]) -> str:
-    """Takes a picture of the analysis.
+    """Draws a map of the analysis.
 
     Args:
-        draw: writes a PNG to the path it is given.
+        draw: Writes the map as PNG to the path that it receives.
     """
     with TemporaryDirectory() as folder, matplotlib.rc_context({"text.parse_math": False}):
         path = Path(folder, "map.png")
@@ -129,15 +149,36 @@ def draw_map(draw: Callable[[Path], None]) -> str:
         return _uri(path.read_bytes(), "image/png")
 
 
-def shrink(path: Path) -> str:
-    """Reads a picture, for a page that is to be sent: at most 1600 pixels wide, as WebP."""
-    with Image.open(path) as picture:
-        picture = picture.convert("RGB")
-        if picture.width > _WIDTH:
-            height = round(picture.height * _WIDTH / picture.width)
-            picture = picture.resize((_WIDTH, height), Image.Resampling.LANCZOS)
-        file = BytesIO()
-        picture.save(file, "WEBP", quality=82)
+def read_picture(path: Path) -> Picture:
+    """Reads a picture of ``evaluation.pictures.draw_comparison``, and cuts it into its panels.
+
+    Args:
+        path: The PNG: image, label and prediction side by side, and below them a legend.
+    """
+    with Image.open(path) as file:
+        whole = file.convert("RGB")
+    width, bottom = whole.width // len(_PANELS), _top_of_legend(whole)
+    panels = [
+        (title, _webp(whole.crop((k * width, 0, (k + 1) * width, bottom)), _WIDTH // len(_PANELS)))
+        for k, title in enumerate(_PANELS)
+    ]
+    legend = whole.crop((0, bottom, whole.width, whole.height))
+    return Picture(panels, _webp(legend, _WIDTH) if legend.height else "")
+
+
+def _top_of_legend(picture: Image.Image) -> int:
+    """Finds the first line of the legend, whose left margin is white down to the last line."""
+    margin = np.asarray(picture)[:, :_MARGIN].min(axis=(1, 2))
+    panels = np.flatnonzero(margin < 255)
+    return int(panels[-1]) + 1 if len(panels) else picture.height
+
+
+def _webp(picture: Image.Image, width: int) -> str:
+    if picture.width > width:
+        height = max(1, round(picture.height * width / picture.width))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    file = BytesIO()
+    picture.save(file, "WEBP", quality=82)
     return _uri(file.getvalue(), "image/webp")
 
 

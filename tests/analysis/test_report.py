@@ -2,17 +2,22 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64decode
 from collections import Counter
 from html import escape
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fishertune_d2.analysis.page_figures import draw_curves
+from fishertune_d2.analysis.page_figures import draw_curves, read_picture
 from fishertune_d2.config import default_config
+from fishertune_d2.data.labels import LabelSpace
+from fishertune_d2.evaluation.pictures import draw_comparison
 from fishertune_d2.fisher import FisherEstimate, Selection
 from fishertune_d2.report import Run, RunError, main, write_report
 
@@ -44,7 +49,7 @@ PyTorch built with: nothing
 
 
 class _Page(HTMLParser):
-    """What a browser finds in a page: tags, attributes, text."""
+    """Collects the tags, attributes and text of a page, as a browser sees them."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -77,7 +82,7 @@ def _metrics(*iterations: int, **numbers: float) -> str:
 
 
 def _write_run(folder: Path, results: dict | None = RESULTS, **options) -> Path:
-    """A run of 40 iterations, 20 of them warm-up, as train_net.py leaves it."""
+    """Writes a run of 40 iterations, 20 of them warm-up, as train_net.py does."""
     folder.mkdir()
     cfg = default_config()
     tested = tuple(results["protocol"]["classes"]) if results else (DAY, NIGHT)
@@ -121,7 +126,7 @@ def test_a_finished_run(tmp_path):
     page = _report(folder)
     assert (
         "fishertune on dinov2_vitl: mIoU 61.23 on the source, 40.50 on the unseen domain; 1.50 M "
-        "weights tuned, as many as 5.0 % of the backbone's 30.00 M."
+        "weights tuned, equal to 5.0 % of the backbone's 30.00 M."
     ) in page.text
     assert "source town_day unseen town_night mIoU 61.23 40.50 road 90.00 40.50 sky 32.47 –" in (
         page.text
@@ -132,7 +137,7 @@ def test_a_finished_run(tmp_path):
     assert "test size, town_day 1024 x 512 test size, town_night as stored" in page.text
     assert "Python 3.11.7 PyTorch 2.15.0" in page.text and "someone" not in page.text
     assert "Unfinished" not in page.text and "Not drawn" not in page.text
-    assert page.tags["img"] == 2 * 3 + 2 + 2  # pictures, curves, maps
+    assert page.tags["img"] == 2 * 3 * 3 + 2 + 2  # panels of the pictures, curves, maps
 
 
 def test_the_page_needs_no_other_file(tmp_path):
@@ -164,7 +169,7 @@ def test_names_are_text_whatever_they_hold(tmp_path):
     _add_fisher(folder)
     page = _report(folder)
     assert not page.tags.keys() & {"script", "b", "i", "u"}
-    assert page.tags["img"] == 3 + 3 + 2
+    assert page.tags["img"] == 3 * 3 + 3 + 2
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     for name in (data_set, label, folder.name, "<i>full", "<u>3.11.7", "{{ 7 * 7 }}"):
         assert name in page.text
@@ -179,7 +184,7 @@ def test_without_a_selection_its_section_is_left_out(tmp_path, method):
     )
     page = _report(folder)
     assert "Selected weights" not in page.text
-    assert ("no weight of the backbone's" in page.text) == (method == "freeze")
+    assert ("none of the backbone's" in page.text) == (method == "freeze")
 
 
 def test_what_is_said_of_training_is_what_the_checkpoint_recorded(tmp_path):
@@ -210,7 +215,7 @@ def test_scores_of_an_unfinished_run_are_called_that(tmp_path):
     folder = _write_run(tmp_path / "run")
     (folder / "metrics.json").write_text(_metrics(19))
     text = _report(folder).text
-    assert "20 of 40 iterations, and the scores are of an evaluation on the way" in text
+    assert "20 of 40 iterations, and the scores are from an evaluation during training" in text
 
 
 def test_a_run_that_has_just_begun(tmp_path):
@@ -218,8 +223,8 @@ def test_a_run_that_has_just_begun(tmp_path):
     for name in ("metrics.json", "log.txt"):
         (folder / name).unlink()
     page = _report(folder)
-    assert "Unfinished. Nothing has been logged of the 40 iterations" in page.text
-    assert page.tags["img"] == 0 and "No log.txt says" in page.text
+    assert "Unfinished. None of the 40 iterations has been logged" in page.text
+    assert page.tags["img"] == 0 and "There is no log.txt" in page.text
 
 
 def test_trained_and_not_scored_and_the_other_way_round(tmp_path):
@@ -228,7 +233,7 @@ def test_trained_and_not_scored_and_the_other_way_round(tmp_path):
     assert f"--eval-only MODEL.WEIGHTS {trained}/model_final.pth" in _report(trained).text
     scored = _write_run(tmp_path / "scored")
     (scored / "metrics.json").unlink()
-    assert "An evaluation only." in _report(scored).text
+    assert "Only an evaluation." in _report(scored).text
 
 
 def test_of_a_resumed_iteration_the_later_numbers_count(tmp_path):
@@ -263,6 +268,32 @@ def test_pictures_are_those_of_their_data_set(tmp_path):
     assert len((folder / "report.html").read_text()) < 300_000
 
 
+def test_a_picture_is_cut_into_titled_panels_and_its_legend(tmp_path):
+    space = LabelSpace(
+        ("road", "sky", "car"), ((128, 64, 128), (70, 130, 180), (0, 0, 9)), (0, 1, 2)
+    )
+    image = np.full((40, 60, 3), 255, np.uint8)
+    image[-1, 0] = 200  # else the legend's margin would begin in a white image
+    label, prediction = np.zeros((40, 60), np.uint8), np.full((40, 60), 2, np.uint8)
+    draw_comparison(image, label, prediction, space, tmp_path / "picture.png")
+    picture = read_picture(tmp_path / "picture.png")
+    assert [title for title, _ in picture.panels] == ["image", "label", "prediction"]
+    colours = []
+    for _, uri in picture.panels:
+        panel = _decode(uri)
+        assert panel.shape == (40, 60, 3)
+        colours.append(panel[10, 30])
+    assert np.abs(np.subtract(colours, [(255, 255, 255), *space.colors[::2]])).max() < 10
+    legend = _decode(picture.legend)
+    assert legend.shape[1] == 180 and legend.mean() > 128
+
+
+def _decode(uri: str) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(b64decode(uri.partition(",")[2]))).convert("RGB")).astype(
+        float
+    )
+
+
 def test_the_config_shows_what_differs_from_the_defaults(tmp_path):
     run = Run(_write_run(tmp_path / "run", **{"FISHER.EPS": 1e-6}))
     assert run.changed == {
@@ -280,7 +311,7 @@ def test_a_damaged_estimate_costs_its_map_alone(tmp_path):
     (folder / "fisher.safetensors").write_bytes(b"no tensors")
     page = _report(folder)
     assert re.search("Not drawn: .*fisher.safetensors cannot be used", page.text)
-    assert page.tags["img"] == 2 * 3 + 2 + 1
+    assert page.tags["img"] == 2 * 3 * 3 + 2 + 1
 
 
 @pytest.mark.parametrize(
@@ -300,7 +331,7 @@ def test_files_that_are_not_of_a_run(tmp_path, capsys, file, content, message):
     folder = _write_run(tmp_path / "run")
     (folder / file).unlink() if content is None else (folder / file).write_text(content)
     with pytest.raises(RunError, match=message):
-        Run(folder)
+        write_report(Run(folder), folder / "report.html")
     with pytest.raises(SystemExit, match="1"):
         main([str(folder)])
     assert capsys.readouterr().err.startswith("error: ")
@@ -324,6 +355,8 @@ addEventListener("load", () => {{
     width: root.clientWidth, needed: root.scrollWidth, images: images.length,
     shown: images.filter((image) => image.complete && image.naturalWidth).length,
     scrolled: page.querySelector("table").parentElement.scrollWidth,
+    panels: Math.max(...[...page.querySelectorAll(".panels img")]
+      .map((image) => image.getBoundingClientRect().right)),
   }}) + "</p>";
 }});
 </script>"""
@@ -357,5 +390,6 @@ def test_on_a_phone_in_a_real_browser(tmp_path):
     assert 370 < found["width"] <= 390
     assert found["needed"] <= found["width"]
     assert found["scrolled"] > 390  # the table does, within its frame
-    assert found["shown"] == found["images"] == 7 * 3 + 2 + 2
+    assert found["shown"] == found["images"] == 7 * 3 * 3 + 2 + 2
+    assert found["panels"] <= found["width"]
     assert "CONSOLE" not in run.stderr
