@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from fishertune_d2.config import default_config  # noqa: E402 - the package need not be installed
 from fishertune_d2.data import SegmentationMapper, mapper  # noqa: E402
-from fishertune_d2.data.files import load_image, read_image  # noqa: E402
+from fishertune_d2.data.image_files import load_image, read_image  # noqa: E402
 from fishertune_d2.data.labels import LABEL_MAPS  # noqa: E402
 from fishertune_d2.streets import render_scene  # noqa: E402
 

@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 
 from fishertune_d2.config import default_config  # noqa: E402 - the package need not be installed
 from fishertune_d2.data import load_datasets, mapper  # noqa: E402
-from fishertune_d2.data.files import read_label  # noqa: E402
+from fishertune_d2.data.image_files import read_label  # noqa: E402
 from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS  # noqa: E402
 from fishertune_d2.engine.scoring import score_datasets  # noqa: E402
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, evaluator  # noqa: E402

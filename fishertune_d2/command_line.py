@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from yaml import YAMLError
 
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.image_files import DatasetError
 
 # Set it to anything, and the traceback stands above the sentence.
 TRACEBACK = "FISHERTUNE_TRACEBACK"

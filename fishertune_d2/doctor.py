@@ -259,8 +259,8 @@ def weights() -> Iterator[Finding]:
 
 def datasets() -> Iterator[Finding]:
     """The data sets that are there: their pairs and sizes against what is published."""
-    from fishertune_d2.data.check.survey import rows_on_disk, survey
-    from fishertune_d2.data.pairs import datasets_root
+    from fishertune_d2.data.check.survey import datasets_on_disk, survey
+    from fishertune_d2.data.dataset_description import datasets_root
 
     root, named = datasets_root().absolute(), "DETECTRON2_DATASETS" in os.environ
     remedy = "set DETECTRON2_DATASETS to the folder that holds your data sets"
@@ -268,7 +268,7 @@ def datasets() -> Iterator[Finding]:
         words = f"no folder {root}; only the built-in scenes can be used"
         yield Finding("data", words, WARNING if named else OK, remedy)
         return
-    rows = rows_on_disk()
+    rows = datasets_on_disk()
     where = f"{root} ({'' if named else 'the default of '}DETECTRON2_DATASETS)"
     yield Finding("data", f"{where}: {len(rows)} data sets beside the built-in scenes")
     for row in rows:

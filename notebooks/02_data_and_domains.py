@@ -32,8 +32,8 @@ from fishertune_d2.analysis.domains import distance, draw_distances, statistics_
 from fishertune_d2.analysis.features import patch_features, read_images
 from fishertune_d2.config import read_config
 from fishertune_d2.data import DatasetError, check_datasets, register_sem_seg
-from fishertune_d2.data.files import read_image, read_label
-from fishertune_d2.data.rows import DATASETS
+from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.data.image_files import read_image, read_label
 from fishertune_d2.engine import Trainer
 from fishertune_d2.evaluation.pictures import colorize
 from fishertune_d2.streets.dataset import render_scene

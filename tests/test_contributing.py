@@ -27,7 +27,7 @@ METHOD, VFM_ROW, DATASET_ROW, BENCH_ROW = BLOCKS
 TABLES = {
     VFM_ROW: ("fishertune_d2/modeling/vfm_table.py", "VFMS: dict[str, VFM] = {\n"),
     DATASET_ROW: (
-        "fishertune_d2/data/rows.py",
+        "fishertune_d2/data/dataset_table.py",
         "DATASETS: tuple[SemSegDataset, ...] = (\n",
     ),
     BENCH_ROW: ("fishertune_d2/bench/tables.py", "    for row in (\n"),

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
 from fishertune_d2.config import default_config
-from fishertune_d2.data.datasets import DATASETS
+from fishertune_d2.data.dataset_table import DATASETS
 from fishertune_d2.engine.parameter_counts import count_parameters
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

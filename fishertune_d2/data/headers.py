@@ -43,6 +43,11 @@ class Header(NamedTuple):
     width: int
     orientation: int
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width), upright."""
+        return self.height, self.width
+
 
 def read_header(path: str | Path) -> Header:
     """Reads size and orientation; raises what Pillow raises on files that it cannot read."""

@@ -9,7 +9,6 @@ Two kinds of tables:
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -194,11 +193,6 @@ def require_ignore_value(value: int) -> None:
             f"{value}), or MetadataCatalog.get(name).set(ignore_label={value}) for a data set "
             "that Detectron2's own functions register"
         )
-
-
-def repeated(classes: Sequence[str]) -> list[str]:
-    """Returns the names that several classes share, whose scores one could not tell apart."""
-    return [name for name, count in Counter(classes).items() if count > 1]
 
 
 def same_class(one: str, other: str) -> bool:

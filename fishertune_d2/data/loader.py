@@ -21,7 +21,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.data.samplers import build_sampler
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]

@@ -14,7 +14,7 @@ from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
 from PIL import Image
 
-from fishertune_d2.data.files import (
+from fishertune_d2.data.image_files import (
     DatasetError,
     load_image,
     read_label,

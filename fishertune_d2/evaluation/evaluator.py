@@ -16,8 +16,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from fishertune_d2.data.datasets import load_datasets
-from fishertune_d2.data.files import DatasetError, read_image, read_label
+from fishertune_d2.data.dataset_dicts import load_datasets
+from fishertune_d2.data.image_files import DatasetError, read_image, read_label
 from fishertune_d2.data.metadata import dataset_metadata
 from fishertune_d2.evaluation.pictures import draw_comparison
 

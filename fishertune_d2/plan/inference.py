@@ -6,7 +6,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from fishertune_d2.data.rows import DATASETS
+from fishertune_d2.data.dataset_table import DATASETS
 from fishertune_d2.modeling.sliding import window_starts
 
 from .flops import Flops, InferencePass, count_flops

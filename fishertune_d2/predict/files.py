@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fishertune_d2.command_line import sentence
-from fishertune_d2.data.files import read_image
+from fishertune_d2.data.image_files import read_image
 
 from .pictures import draw_prediction
 from .predictor import InputError, Predictor

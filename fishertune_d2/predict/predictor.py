@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from PIL import Image
 
 from fishertune_d2.config import read_config
-from fishertune_d2.data.files import to_array
+from fishertune_d2.data.image_files import to_array
 from fishertune_d2.data.mapper import fit_into, to_tensor
 from fishertune_d2.engine.precision import scoring_autocast
 from fishertune_d2.engine.trained_model import build_trained

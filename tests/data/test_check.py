@@ -5,10 +5,10 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from fishertune_d2.data.check import check_datasets, reading
-from fishertune_d2.data.datasets import register
-from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.pairs import SemSegDataset
+from fishertune_d2.data.check import check_datasets, pixel_counts
+from fishertune_d2.data.dataset_description import SemSegDataset
+from fishertune_d2.data.image_files import DatasetError
+from fishertune_d2.data.registration import register
 
 NAMES = ["camvid_day_train", "camvid_dusk_dev"]
 
@@ -16,8 +16,10 @@ NAMES = ["camvid_day_train", "camvid_dusk_dev"]
 def test_good_files_are_read_once(camvid_tree, monkeypatch):
     folder = camvid_tree()
     read = []
-    original = reading.read_image
-    monkeypatch.setattr(reading, "read_image", lambda path: read.append(path) or original(path))
+    original = pixel_counts.read_image
+    monkeypatch.setattr(
+        pixel_counts, "read_image", lambda path: read.append(path) or original(path)
+    )
     check_datasets([*NAMES, NAMES[0]], num_classes=19)
     assert len(read) == 3
     check_datasets(NAMES)
@@ -50,7 +52,12 @@ def test_an_image_that_is_its_own_label_is_refused(tmp_path, monkeypatch, how):
         getattr(tmp_path / "l/a.png", how)(image)
     register(
         SemSegDataset(
-            "own_x", "i", "l" if how != "the same" else "i", "train_ids", "x", root=lambda: tmp_path
+            name="own_x",
+            image_dir="i",
+            label_dir="l" if how != "the same" else "i",
+            label_map="train_ids",
+            domain="x",
+            root=lambda: tmp_path,
         )
     )
     try:

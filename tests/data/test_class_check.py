@@ -10,14 +10,15 @@ from detectron2.utils import comm
 from PIL import Image
 
 from fishertune_d2.data import class_counts, load_datasets, register_sem_seg
-from fishertune_d2.data.check import check_datasets, reading
-from fishertune_d2.data.datasets import DATASETS, register
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.check import check_datasets, pixel_counts
+from fishertune_d2.data.dataset_description import Published
+from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.data.labels import LabelSpace
-from fishertune_d2.data.pairs import Published
+from fishertune_d2.data.registration import register
 
 CLASSES = ["path", "grass", "bench"]
-ROWS = {row.name: row for row in DATASETS}
+BY_NAME = {dataset.name: dataset for dataset in DATASETS}
 
 
 def write_pairs(folder, labels):
@@ -58,7 +59,7 @@ def test_a_class_that_no_label_holds_is_named_once_at_every_start(own, caplog, m
     own([[0, 0, 255]], [[0, 0, 2]])
     (text,) = warnings_of(caplog, ["own_park", "own_park"])
     assert "own_park: none of its labels holds grass (1 of 3 classes)" in text
-    monkeypatch.setattr(reading, "read_image", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(pixel_counts, "read_image", lambda path: pytest.fail("read again"))
     assert warnings_of(caplog) == [text]
 
 
@@ -129,22 +130,22 @@ def test_labels_without_a_labelled_pixel_are_refused(own, ids, ignored):
 
 def test_labels_of_classes_that_are_not_scored_are_no_labels(camvid_tree):
     camvid_tree()
-    row = ROWS["camvid_day_train"]
-    collapse = [255 if name == "sky" else k for k, name in enumerate(row.classes)]
-    space = LabelSpace(row.classes, row.colors, tuple(collapse))
+    dataset = BY_NAME["camvid_day_train"]
+    collapse = [255 if name == "sky" else k for k, name in enumerate(dataset.classes)]
+    space = LabelSpace(dataset.classes, dataset.colors, tuple(collapse))
     folder = camvid_tree(("a", "b"), size=(1, 4))
     for ids, refused in (([[0, 0, 11, 11]], True), ([[0, 0, 1, 11]], False)):  # 0 is sky
         for stem in ("a", "b"):
             Image.fromarray(np.array(ids, dtype=np.uint8)).save(folder / f"trainannot/{stem}.png")
         try:
-            register(replace(row, label_space=space))
+            register(replace(dataset, label_space=space))
             if refused:
                 with pytest.raises(DatasetError, match="every pixel of its 2 labels is ignored"):
-                    check_datasets([row.name])
+                    check_datasets([dataset.name])
             else:
-                check_datasets([row.name])
+                check_datasets([dataset.name])
         finally:
-            register(row)
+            register(dataset)
 
 
 def test_an_image_without_a_labelled_pixel_is_no_error(own, caplog):
@@ -159,15 +160,15 @@ def test_absent_classes_that_are_published_are_no_warning(camvid_tree, caplog):
     for stem in ("a", "b"):
         Image.new("RGB", (4, 1)).save(folder / f"train/{stem}.jpg")
         Image.fromarray(ids).save(folder / f"trainannot/{stem}.png")
-    row = ROWS["camvid_day_train"]
-    names = [name for name in row.classes if name not in ("building", "car")]
+    dataset = BY_NAME["camvid_day_train"]
+    names = [name for name in dataset.classes if name not in ("building", "car")]
     try:
-        register(replace(row, published=Published(9, absent=tuple(names))))
-        assert warnings_of(caplog, [row.name])[1:] == []  # the first counts the pairs
-        register(replace(row, published=Published(9, absent=tuple(names[1:]))))
-        assert f"holds {names[0]} (1 of 19 classes)" in warnings_of(caplog, [row.name])[1]
+        register(replace(dataset, published=Published(9, absent=tuple(names))))
+        assert warnings_of(caplog, [dataset.name])[1:] == []  # the first counts the pairs
+        register(replace(dataset, published=Published(9, absent=tuple(names[1:]))))
+        assert f"holds {names[0]} (1 of 19 classes)" in warnings_of(caplog, [dataset.name])[1]
     finally:
-        register(row)
+        register(dataset)
 
 
 # Several data sets of one run.
@@ -235,13 +236,15 @@ def test_a_damaged_or_old_note_is_read_again(own, tmp_path, monkeypatch, damage)
     elif damage == "cut":
         file.write_bytes(whole[: len(whole) // 2])
     elif damage == "other data":
-        state = reading.state_of_files(DatasetCatalog.get("own_park"))
-        reading.keep("own_park", state, counts[:1])
+        state = pixel_counts.state_of_files(DatasetCatalog.get("own_park"))
+        pixel_counts.keep("own_park", state, counts[:1])
     else:
         file.unlink()
     read = []
-    original = reading.read_image
-    monkeypatch.setattr(reading, "read_image", lambda path: read.append(path) or original(path))
+    original = pixel_counts.read_image
+    monkeypatch.setattr(
+        pixel_counts, "read_image", lambda path: read.append(path) or original(path)
+    )
     assert class_counts(["own_park"]).tolist() == counts.tolist() and len(read) == 2
     assert class_counts(["own_park"]).tolist() == counts.tolist() and len(read) == 2
     assert [path.name for path in file.parent.iterdir()] == ["own_park.npz"]
@@ -260,5 +263,5 @@ def test_other_processes_get_the_counts_of_the_first(own, monkeypatch):
     own([[0, 1, 2]])
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     monkeypatch.setattr(comm, "all_gather", lambda data: ["of the first", data])
-    monkeypatch.setattr(reading, "read_image", lambda path: pytest.fail("read here"))
+    monkeypatch.setattr(pixel_counts, "read_image", lambda path: pytest.fail("read here"))
     assert class_counts(["own_park"]) == "of the first"

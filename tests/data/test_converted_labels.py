@@ -9,11 +9,12 @@ from PIL import Image
 
 from fishertune_d2.data.check import check_datasets
 from fishertune_d2.data.check.__main__ import main
-from fishertune_d2.data.datasets import DATASETS, register
-from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.pairs import Published
+from fishertune_d2.data.dataset_description import Published
+from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.data.image_files import DatasetError
+from fishertune_d2.data.registration import register
 
-ROWS = {row.name: row for row in DATASETS}
+BY_NAME = {dataset.name: dataset for dataset in DATASETS}
 
 
 def warnings_of(caplog, names):
@@ -108,12 +109,12 @@ def test_label_ids_that_may_be_train_ids_are_a_hint(cityscapes, caplog):
 )
 def test_complete_data_have_to_hold_what_is_published(cityscapes, published, message):
     cityscapes(STREET)
-    row = ROWS["cityscapes_val"]
+    dataset = BY_NAME["cityscapes_val"]
     try:
-        register(replace(row, published=Published(1, **published)))
+        register(replace(dataset, published=Published(1, **published)))
         with pytest.raises(DatasetError, match=message):
             check_datasets(["cityscapes_val"], 19)
-        register(replace(row, published=Published(2, **published)))  # then it is not complete
+        register(replace(dataset, published=Published(2, **published)))  # then it is not complete
         check_datasets(["cityscapes_val"], 19)
     finally:
-        register(row)
+        register(dataset)

@@ -8,10 +8,13 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from fishertune_d2.data import datasets
-from fishertune_d2.data.datasets import DATASETS, load_datasets, register, register_sem_seg
-from fishertune_d2.data.files import DatasetError, read_label
+from fishertune_d2.data import registration
+from fishertune_d2.data.dataset_description import SemSegDataset
+from fishertune_d2.data.dataset_dicts import load_datasets
+from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.data.image_files import DatasetError, read_label
 from fishertune_d2.data.labels import LABEL_MAPS
+from fishertune_d2.data.registration import register, register_sem_seg
 
 
 @pytest.fixture
@@ -46,23 +49,23 @@ def register_own(folder: Path, **kwargs):
 
 def test_importing_needs_no_data_and_works_twice():
     code = (
-        "import importlib, fishertune_d2.data.datasets as d\n"
+        "import importlib, fishertune_d2.data.registration as d\n"
         "importlib.reload(d)\n"
         "from detectron2.data import DatasetCatalog\n"
-        "assert {row.name for row in d.DATASETS} <= set(DatasetCatalog.list())\n"
+        "assert {dataset.name for dataset in d.DATASETS} <= set(DatasetCatalog.list())\n"
     )
     environment = {**os.environ, "DETECTRON2_DATASETS": "/nowhere/at/all"}
-    root = Path(datasets.__file__).parents[2]
+    root = Path(registration.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env=environment)
 
 
-def test_rows_are_sound():
-    names = [row.name for row in DATASETS]
+def test_the_table_is_sound():
+    names = [dataset.name for dataset in DATASETS]
     assert len(set(names)) == len(names)
-    for row in DATASETS:
-        assert row.label_map in LABEL_MAPS, row.name
-        assert len(row.label_space.collapse) == len(row.classes), row.name
-        assert MetadataCatalog.get(row.name).domain == row.domain
+    for dataset in DATASETS:
+        assert dataset.label_map in LABEL_MAPS, dataset.name
+        assert len(dataset.label_space.collapse) == len(dataset.classes), dataset.name
+        assert MetadataCatalog.get(dataset.name).domain == dataset.domain
 
 
 def test_registering_again_replaces(own_data):
@@ -154,14 +157,14 @@ def test_built_in_data_go_to_the_data_folder_or_to_the_cache(tmp_path, monkeypat
     assert drawn == [(data if writable else tmp_path / "cache") / "streets"]
 
 
-def test_a_new_row_is_all_a_data_set_needs(camvid_tree):
+def test_a_new_entry_of_the_table_is_all_a_data_set_needs(camvid_tree):
     camvid_tree()
-    row = datasets.SemSegDataset(
+    dataset = SemSegDataset(
         name="own_row",
         image_dir="CamVid/train",
         label_dir="CamVid/trainannot",
         label_map="camvid",
         domain="anywhere",
     )
-    register(row)
+    register(dataset)
     assert len(load_datasets(["own_row"])) == 3

@@ -1,4 +1,4 @@
-"""datasets/README.md says what the rows say."""
+"""datasets/README.md agrees with the table of data sets."""
 
 import inspect
 import re
@@ -10,7 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from fishertune_d2.data import class_counts, dataset_metadata, register_sem_seg
-from fishertune_d2.data.datasets import DATASETS, load_datasets
+from fishertune_d2.data.dataset_dicts import load_datasets
+from fishertune_d2.data.dataset_table import DATASETS
 
 README = (Path(__file__).resolve().parents[2] / "datasets/README.md").read_text()
 TABLE = {
@@ -23,35 +24,37 @@ TABLE = {
 }
 
 
-def test_the_readme_has_every_row_and_no_other():
-    assert list(TABLE) == [row.name for row in DATASETS]
+def test_the_readme_has_every_data_set_and_no_other():
+    assert list(TABLE) == [dataset.name for dataset in DATASETS]
 
 
-@pytest.mark.parametrize("row", DATASETS, ids=lambda row: row.name)
-def test_the_readmes_numbers_are_the_rows(row):
-    sizes = ", ".join(f"{width}x{height}" for width, height in row.published.sizes)
-    test_size = "x".join(map(str, row.test_size)) if row.test_size else "file"
-    assert TABLE[row.name] == [
-        f"{row.published.pairs:,}",
+@pytest.mark.parametrize("dataset", DATASETS, ids=lambda d: d.name)
+def test_the_readmes_numbers_are_the_tables(dataset):
+    sizes = ", ".join(f"{width}x{height}" for width, height in dataset.published.sizes)
+    test_size = "x".join(map(str, dataset.test_size)) if dataset.test_size else "file"
+    assert TABLE[dataset.name] == [
+        f"{dataset.published.pairs:,}",
         sizes or "varied",
         test_size,
-        row.label_map,
-        row.domain,
+        dataset.label_map,
+        dataset.domain,
     ]
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in DATASETS if "streets" not in row.name], ids=lambda row: row.name
+    "dataset",
+    [d for d in DATASETS if "streets" not in d.name],
+    ids=lambda d: d.name,
 )
-def test_the_readme_shows_every_tree(row):
-    top = row.image_dir.split("/")[0]
+def test_the_readme_shows_every_tree(dataset):
+    top = dataset.image_dir.split("/")[0]
     trees = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
     (tree,) = [text for text in trees if text.startswith(f"{top}/")]
     words = set(re.findall(r"\w+", tree))
-    for folder in (row.image_dir, row.label_dir):
+    for folder in (dataset.image_dir, dataset.label_dir):
         parts = [part.removesuffix("annot") for part in folder.split("/") if "*" not in part]
         assert set(parts) <= words
-    assert all(suffix in tree for suffix in row.label_suffixes)
+    assert all(suffix in tree for suffix in dataset.label_suffixes)
 
 
 def test_the_example_of_own_data_runs(tmp_path, monkeypatch):
@@ -99,9 +102,9 @@ def _run_example(about: str) -> None:
 
 
 def test_the_defaults_that_the_readme_names():
-    (row,) = re.findall(r"end in `(\S+)`, `(\S+)` or `(\S+)`, and labels in `(\S+)`\.", README)
+    (dataset,) = re.findall(r"end in `(\S+)`, `(\S+)` or `(\S+)`, and labels in `(\S+)`\.", README)
     signature = inspect.signature(register_sem_seg).parameters
-    assert row == (*signature["image_suffixes"].default, signature["label_suffix"].default)
+    assert dataset == (*signature["image_suffixes"].default, signature["label_suffix"].default)
     table = README.partition("| argument | for |\n|---|---|\n")[2].partition("\n\n")[0]
     cells = [line.split(" | ")[0] for line in table.splitlines()]
     named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fishertune_d2.data.files import DatasetError, image_size, read_image, read_label
+from fishertune_d2.data.image_files import DatasetError, image_header, read_image, read_label
 from fishertune_d2.data.labels import LABEL_MAPS, UNKNOWN_ID
 
 IDS = np.array([[0, 1, 2], [2, 255, 1]], dtype=np.uint8)
@@ -59,7 +59,7 @@ def test_a_truncated_file_is_named_with_the_remedy(tmp_path, suffix, read):
     Image.fromarray(np.random.default_rng(0).integers(0, 19, (64, 64), dtype=np.uint8)).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    assert image_size(path) == (64, 64)  # the header alone does not show it
+    assert image_header(path).size == (64, 64)  # the header alone does not show it
     with pytest.raises(DatasetError, match=rf"x\{suffix}: cannot be read.*again"):
         read(path)
 
@@ -67,7 +67,7 @@ def test_a_truncated_file_is_named_with_the_remedy(tmp_path, suffix, read):
 @pytest.mark.parametrize("content", [b"", b"not an image"])
 def test_a_file_that_is_no_image_is_named(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    for read in (image_size, read_image):
+    for read in (image_header, read_image):
         with pytest.raises(DatasetError, match=r"x\.png: cannot be read"):
             read(tmp_path / "x.png")
 
@@ -147,11 +147,11 @@ def test_halving_takes_the_pixels_that_pillow_takes(tmp_path, height, width):
 )
 def test_the_size_is_read_from_any_header(tmp_path, suffix, mode):
     Image.new(mode, (700, 3)).save(tmp_path / f"x{suffix}")
-    assert image_size(tmp_path / f"x{suffix}") == (3, 700)
+    assert image_header(tmp_path / f"x{suffix}").size == (3, 700)
 
 
 def test_a_png_that_ends_within_its_header_is_named(tmp_path):
     Image.new("L", (7, 3)).save(tmp_path / "x.png")
     (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:22])
     with pytest.raises(DatasetError, match=r"x\.png: cannot be read"):
-        image_size(tmp_path / "x.png")
+        image_header(tmp_path / "x.png")

@@ -10,7 +10,7 @@ import pytest
 from detectron2.data.detection_utils import read_image as detectron2s
 from PIL import Image
 
-from fishertune_d2.data.files import DatasetError, read_image, read_label
+from fishertune_d2.data.image_files import DatasetError, read_image, read_label
 
 
 def png(values, bits, palette=b""):

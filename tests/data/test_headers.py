@@ -12,8 +12,14 @@ from detectron2.data.detection_utils import read_image as detectron2s
 from PIL import Image
 
 from fishertune_d2.data import SegmentationMapper
-from fishertune_d2.data.files import DatasetError, image_header, image_size, read_image, read_label
-from fishertune_d2.data.pairs import SemSegDataset, load_pairs
+from fishertune_d2.data.dataset_description import SemSegDataset
+from fishertune_d2.data.image_files import (
+    DatasetError,
+    image_header,
+    read_image,
+    read_label,
+)
+from fishertune_d2.data.load_pairs import load_pairs
 
 ORIENTATION = 0x0112
 XMP = (
@@ -77,7 +83,7 @@ def test_an_image_is_read_as_detectron2_reads_it_whatever_its_tag(tmp_path, suff
     Image.fromarray(noise(6, 10, 3)).save(path, exif=tag(value))
     read = read_image(path)
     np.testing.assert_array_equal(read, detectron2s(str(path), "RGB"))
-    assert image_size(path) == read.shape[:2] == ((10, 6) if 5 <= value <= 8 else (6, 10))
+    assert image_header(path).size == read.shape[:2] == ((10, 6) if 5 <= value <= 8 else (6, 10))
     assert image_header(path).orientation == (value if 1 <= value <= 8 else 1)
 
 
@@ -91,7 +97,7 @@ def test_a_tiff_is_upright_too(tmp_path, compression, channels, value):
     read = read_image(path)
     expected = UPRIGHT.get(value, lambda same: same)(pixels)
     np.testing.assert_array_equal(read, np.broadcast_to(expected, read.shape))
-    assert image_size(path) == read.shape[:2]
+    assert image_header(path).size == read.shape[:2]
 
 
 @pytest.mark.parametrize("value", range(1, 9))
@@ -130,9 +136,9 @@ def test_a_pngs_tag_is_found_before_and_behind_its_pixels(tmp_path, place, chunk
     path = tmp_path / "x.png"
     cv2.imwrite(str(path), noise(300, 400, 3))
     assert len(png_chunks(path.read_bytes())) > 20  # many chunks of pixels
-    assert image_size(path) == (300, 400)
+    assert image_header(path).size == (300, 400)
     insert(path, place, *chunks)
-    assert image_size(path) == (400, 300) == read_image(path).shape[:2]
+    assert image_header(path).size == (400, 300) == read_image(path).shape[:2]
 
 
 @pytest.mark.parametrize("size", [1, 100, 8192, 10**6])
@@ -144,13 +150,15 @@ def test_a_pngs_size_does_not_hang_on_how_its_pixels_are_cut(tmp_path, size):
     end = exif_chunk(8) + chunk(b"IEND", b"")
     path = tmp_path / "x.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + b"".join(chunk(b"IDAT", c) for c in cut) + end)
-    assert image_size(path) == (70, 50) == read_image(path).shape[:2]
+    assert image_header(path).size == (70, 50) == read_image(path).shape[:2]
 
 
 @pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0nonsense"])
 def test_broken_metadata_turn_nothing_as_in_detectron2(tmp_path, broken):
     Image.new("RGB", (10, 6)).save(tmp_path / "x.jpg", exif=broken)
-    assert image_size(tmp_path / "x.jpg") == (6, 10) == read_image(tmp_path / "x.jpg").shape[:2]
+    assert (
+        image_header(tmp_path / "x.jpg").size == (6, 10) == read_image(tmp_path / "x.jpg").shape[:2]
+    )
     assert detectron2s(str(tmp_path / "x.jpg"), "RGB").shape[:2] == (6, 10)
 
 
@@ -164,7 +172,14 @@ def photos(tmp_path):
         for stem in "ab":
             Image.new("RGB", (64, 48)).save(tmp_path / f"i/{stem}.jpg", exif=tag(value))
             Image.new("L", label_size).save(tmp_path / f"l/{stem}.png")
-        return SemSegDataset("photos", "i", "l", "identity_2", "x", root=lambda: tmp_path)
+        return SemSegDataset(
+            name="photos",
+            image_dir="i",
+            label_dir="l",
+            label_map="identity_2",
+            domain="x",
+            root=lambda: tmp_path,
+        )
 
     return make
 
@@ -184,11 +199,11 @@ def test_labels_drawn_on_the_stored_pixels_are_refused_with_both_remedies(photos
 
 
 def test_a_label_with_a_tag_is_named_too(photos, tmp_path):
-    row = photos(1, (48, 64))
+    dataset = photos(1, (48, 64))
     Image.new("L", (64, 48)).save(tmp_path / "l/b.png", exif=tag(8))
     Image.new("L", (64, 48)).save(tmp_path / "l/a.png")
     with pytest.raises(DatasetError, match=r"b\.png are stored as 64x48, and an orientation tag"):
-        load_pairs(row)
+        load_pairs(dataset)
 
 
 def test_a_size_that_no_tag_explains_is_not_said_to_come_from_one(photos):
@@ -198,9 +213,9 @@ def test_a_size_that_no_tag_explains_is_not_said_to_come_from_one(photos):
 
 
 def test_turned_images_are_mentioned_once_and_sizes_are_upright(photos, caplog):
-    row = photos(8, (48, 64))
+    dataset = photos(8, (48, 64))
     with caplog.at_level(logging.WARNING):
-        pairs = [load_pairs(row) for _ in range(2)][0]
+        pairs = [load_pairs(dataset) for _ in range(2)][0]
     assert [(pair["height"], pair["width"]) for pair in pairs] == [(64, 48)] * 2
     said = [m for m in caplog.messages if "orientation tag" in m]
     assert len(said) == 1

@@ -8,12 +8,11 @@ import pytest
 from PIL import Image
 
 from fishertune_d2.data.check import check_datasets
-from fishertune_d2.data.datasets import DATASETS
-from fishertune_d2.data.files import DatasetError, read_label
-from fishertune_d2.data.pairs import load_pairs
-from fishertune_d2.data.rows import _ACDC_SEQUENCES, _streets_root
+from fishertune_d2.data.dataset_table import _ACDC_SEQUENCES, DATASETS, _streets_root
+from fishertune_d2.data.image_files import DatasetError, read_label
+from fishertune_d2.data.load_pairs import load_pairs
 
-ROWS = {row.name: row for row in DATASETS}
+BY_NAME = {dataset.name: dataset for dataset in DATASETS}
 ROAD = {
     "train_ids": 0,
     "label_ids": 7,
@@ -24,7 +23,7 @@ ROAD = {
 }
 """The id of road in the files of each label map."""
 
-# For each row two pairs of its tree below DETECTRON2_DATASETS, image and label.
+# For each data set two pairs of its tree below DETECTRON2_DATASETS, image and label.
 TREES: dict[str, list[tuple[str, str]]] = {
     "gtav_train": [(f"gta/images/0000{k}.png", f"gta/labels/0000{k}.png") for k in "12"],
     "synthia_train": [
@@ -148,19 +147,19 @@ def root(tmp_path, monkeypatch):
 
 
 def write(root: Path, name: str, pairs=None) -> list[tuple[str, str]]:
-    """Writes the pairs of a row, all road, with its list of images; returns their full paths."""
+    """Writes a data set's pairs, all road, and its list of images; returns their full paths."""
     pairs = TREES[name] if pairs is None else pairs
-    row = ROWS[name]
+    dataset = BY_NAME[name]
     full = [(root / image, root / label) for image, label in pairs]
     for image, label in full:
         image.parent.mkdir(parents=True, exist_ok=True)
         label.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 4)).save(image)
-        write_label(label, row.label_map, ROAD[row.label_map])
-    if row.image_list:
-        (root / row.image_list).parent.mkdir(parents=True, exist_ok=True)
-        lines = [str(Path(image).relative_to(Path(row.image_dir).parent)) for image, _ in pairs]
-        (root / row.image_list).write_text("\n".join(lines) + "\n")
+        write_label(label, dataset.label_map, ROAD[dataset.label_map])
+    if dataset.image_list:
+        (root / dataset.image_list).parent.mkdir(parents=True, exist_ok=True)
+        lines = [str(Path(image).relative_to(Path(dataset.image_dir).parent)) for image, _ in pairs]
+        (root / dataset.image_list).write_text("\n".join(lines) + "\n")
     return sorted((str(image), str(label)) for image, label in full)
 
 
@@ -178,11 +177,11 @@ def write_label(path: Path, label_map: str, value: int) -> None:
 
 
 def loaded(name: str) -> list[tuple[str, str]]:
-    return sorted((d["file_name"], d["sem_seg_file_name"]) for d in load_pairs(ROWS[name]))
+    return sorted((d["file_name"], d["sem_seg_file_name"]) for d in load_pairs(BY_NAME[name]))
 
 
 def test_every_row_has_its_fake_tree():
-    rows = {name for name, row in ROWS.items() if row.root is not _streets_root}
+    rows = {name for name, dataset in BY_NAME.items() if dataset.root is not _streets_root}
     assert rows == set(TREES)
 
 
@@ -193,11 +192,11 @@ def test_trees_as_their_authors_ship_them(root, name):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(b"")
     assert loaded(name) == written
-    for item in load_pairs(ROWS[name]):
-        assert (item["dataset_name"], item["test_size"]) == (name, ROWS[name].test_size)
+    for item in load_pairs(BY_NAME[name]):
+        assert (item["dataset_name"], item["test_size"]) == (name, BY_NAME[name].test_size)
         assert (item["height"], item["width"]) == (4, 6)
         assert (read_label(item["sem_seg_file_name"], item["label_map"]) == 0).all()
-    assert len({item["image_id"] for item in load_pairs(ROWS[name])}) == len(written)
+    assert len({item["image_id"] for item in load_pairs(BY_NAME[name])}) == len(written)
     check_datasets([name], num_classes=19)
 
 
@@ -207,14 +206,16 @@ def test_a_missing_half_of_a_pair_is_an_error_in_every_tree(root, name, missing)
     pair = write(root, name)[0]
     Path(pair[missing == "label"]).unlink()
     with pytest.raises(DatasetError, match=rf"^{name}: .*(have no {missing}|not there)"):
-        load_pairs(ROWS[name])
+        load_pairs(BY_NAME[name])
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_an_id_outside_the_map_is_an_error_in_every_tree(root, name):
     pair = write(root, name)[0]
-    write_label(Path(pair[1]), ROWS[name].label_map, 200)
-    with pytest.raises(DatasetError, match=f"label 200 is out of range .*{ROWS[name].label_map}"):
+    write_label(Path(pair[1]), BY_NAME[name].label_map, 200)
+    with pytest.raises(
+        DatasetError, match=f"label 200 is out of range .*{BY_NAME[name].label_map}"
+    ):
         check_datasets([name])
 
 
@@ -223,16 +224,16 @@ def test_unequal_sizes_are_an_error_in_every_tree_but_gtavs(root, name, caplog):
     image = write(root, name)[0][0]
     Image.new("RGB", (6, 5)).save(image)
     if name == "gtav_train":
-        assert len(load_pairs(ROWS[name])) == 1
+        assert len(load_pairs(BY_NAME[name])) == 1
         assert "gtav_train: dropped 1 pairs of unequal size" in caplog.text
     else:
         with pytest.raises(DatasetError, match=f"^{name}: .* has 6x5 pixels and .* 6x4"):
-            load_pairs(ROWS[name])
+            load_pairs(BY_NAME[name])
 
 
 def test_a_number_of_pairs_that_is_not_the_published_is_said(root, caplog):
     write(root, "dark_zurich_val")
-    load_pairs(ROWS["dark_zurich_val"])
+    load_pairs(BY_NAME["dark_zurich_val"])
     assert "dark_zurich_val: 2 pairs, 50 are published" in caplog.text
 
 
@@ -240,7 +241,7 @@ def test_a_number_of_pairs_that_is_not_the_published_is_said(root, caplog):
 
 
 def without(folders: tuple[str, ...], name: str) -> list[tuple[str, str]]:
-    """The tree of a row with some of its folders taken out."""
+    """The tree of a data set without some of its folders."""
 
     def flatten(path: str) -> str:
         return "/".join(part for part in path.split("/") if part not in folders)
@@ -311,15 +312,15 @@ def test_the_archive_of_version_2_holds_the_labels_of_1_2(root):
 @pytest.mark.parametrize("name", ["mapillary_val", "mapillary_val_hrda"])
 def test_labels_of_version_2_are_refused(root, name):
     label = Path(write(root, name)[1][1])
-    write_label(label, ROWS[name].label_map, 123)
+    write_label(label, BY_NAME[name].label_map, 123)
     with pytest.raises(DatasetError, match=r"label 123 is out of range.*mapillary_v1\.2.* 0-65\."):
         check_datasets([name])
 
 
 def test_mapillary_is_scored_on_halved_labels(root):
     write(root, "mapillary_val")
-    assert all(item["halve_label"] for item in load_pairs(ROWS["mapillary_val"]))
-    assert {row.name for row in DATASETS if row.halve_labels} == {
+    assert all(item["halve_label"] for item in load_pairs(BY_NAME["mapillary_val"]))
+    assert {dataset.name for dataset in DATASETS if dataset.halve_labels} == {
         f"mapillary_{split}" for split in ("train", "train_hrda", "val", "val_hrda")
     }
 
@@ -329,7 +330,7 @@ def test_mapillary_is_scored_on_halved_labels(root):
 
 def test_only_listed_images_are_used(root):
     written = write(root, "foggy_zurich")
-    path = root / ROWS["foggy_zurich"].image_list
+    path = root / BY_NAME["foggy_zurich"].image_list
     first = path.read_text().splitlines()[0]
     path.write_text(f"\n{first}  \r\n\n")  # blanks and Windows' ends of lines
     assert loaded("foggy_zurich") == [written[1]]
@@ -338,7 +339,7 @@ def test_only_listed_images_are_used(root):
 @pytest.mark.parametrize("line", ["RGB/GP010229/absent.png", "other/GOPR0119/1.png", "RGB/"])
 def test_a_list_that_names_a_missing_file_is_an_error(root, line):
     write(root, "foggy_zurich")
-    path = root / ROWS["foggy_zurich"].image_list
+    path = root / BY_NAME["foggy_zurich"].image_list
     path.write_text(path.read_text() + line)
     message = f"testv2_filenames.txt names 1 of 3 images that are not there: {line}"
     with pytest.raises(DatasetError, match=message):
@@ -347,7 +348,7 @@ def test_a_list_that_names_a_missing_file_is_an_error(root, line):
 
 def test_a_missing_or_empty_list_is_an_error(root):
     write(root, "foggy_zurich")
-    path = root / ROWS["foggy_zurich"].image_list
+    path = root / BY_NAME["foggy_zurich"].image_list
     path.write_text("")
     with pytest.raises(DatasetError, match="no image found.*") as error:
         loaded("foggy_zurich")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from detectron2.utils import comm
 
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.data.loader import (
     MOST_WORKERS,
     build_test_loader,

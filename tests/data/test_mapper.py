@@ -7,9 +7,9 @@ from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
 from PIL import Image
 
-import fishertune_d2.data.datasets  # noqa: F401  (registers the names)
+import fishertune_d2.data.registration  # noqa: F401  (registers the names)
 from fishertune_d2.config import default_config
-from fishertune_d2.data.files import DatasetError, read_image, read_label
+from fishertune_d2.data.image_files import DatasetError, read_image, read_label
 from fishertune_d2.data.labels import LABEL_MAPS
 from fishertune_d2.data.mapper import SegmentationMapper, fit_into
 

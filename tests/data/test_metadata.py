@@ -19,8 +19,8 @@ from fishertune_d2.data import (
     load_datasets,
     register_sem_seg,
 )
-from fishertune_d2.data.datasets import DATASETS
-from fishertune_d2.data.files import DatasetError, read_label
+from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.data.image_files import DatasetError, read_label
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, summarize
 
 CLASSES = ["sky", "path", "grass"]
@@ -112,11 +112,11 @@ def test_what_a_stock_data_set_says_is_taken(tmp_path):
 
 
 def test_every_row_says_the_same_through_the_accessor():
-    for row in DATASETS:
-        known = dataset_metadata(row.name)
+    for dataset in DATASETS:
+        known = dataset_metadata(dataset.name)
         for field in ("classes", "label_map", "label_space", "domain", "test_size", "published"):
-            assert getattr(known, field) == getattr(row, field), (row.name, field)
-        assert known.halve_labels == row.halve_labels
+            assert getattr(known, field) == getattr(dataset, field), (dataset.name, field)
+        assert known.halve_labels == dataset.halve_labels
 
 
 def test_the_semantic_part_of_a_panoptic_data_set_is_used(tmp_path):

@@ -9,17 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fishertune_d2.data.datasets import DATASETS, load_datasets
-from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.pairs import SemSegDataset, load_pairs
+from fishertune_d2.data.dataset_description import SemSegDataset
+from fishertune_d2.data.dataset_dicts import load_datasets
+from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.data.image_files import DatasetError
+from fishertune_d2.data.load_pairs import load_pairs
 
-ROWS = {row.name: row for row in DATASETS}
+BY_NAME = {dataset.name: dataset for dataset in DATASETS}
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_pairs_are_sorted_filtered_and_complete(camvid_tree, suffix):
     folder = camvid_tree(image_suffix=suffix)
-    day, dusk = load_pairs(ROWS["camvid_day_train"]), load_pairs(ROWS["camvid_dusk_dev"])
+    day, dusk = load_pairs(BY_NAME["camvid_day_train"]), load_pairs(BY_NAME["camvid_dusk_dev"])
     assert [item["image_id"] for item in day] == ["a", "b"]
     assert [item["image_id"] for item in dusk] == ["0001TP_c"]
     assert day[0] == {
@@ -38,14 +40,14 @@ def test_pairs_are_sorted_filtered_and_complete(camvid_tree, suffix):
 def test_a_missing_folder_shows_the_expected_tree(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
     with pytest.raises(DatasetError) as error:
-        load_pairs(ROWS["gtav_train"])
+        load_pairs(BY_NAME["gtav_train"])
     text = str(error.value)
     assert f"{tmp_path}/nowhere/gta/images/**/*.png" in text
     assert f"{tmp_path}/nowhere/gta/labels/**/*.png" in text
     assert "set DETECTRON2_DATASETS" in text
 
 
-@pytest.mark.parametrize("name", [n for n in ROWS if not n.startswith("streets")])
+@pytest.mark.parametrize("name", [n for n in BY_NAME if not n.startswith("streets")])
 def test_every_row_says_what_it_needs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     with pytest.raises(DatasetError, match=f"^{name}: no folder.*"):
@@ -64,7 +66,7 @@ def test_an_empty_folder_is_an_error(camvid_tree):
     for image in (folder / "train").iterdir():
         image.unlink()
     with pytest.raises(DatasetError, match="no image found"):
-        load_pairs(ROWS["camvid_day_train"])
+        load_pairs(BY_NAME["camvid_day_train"])
 
 
 @pytest.mark.parametrize(
@@ -77,8 +79,8 @@ def test_an_empty_folder_is_an_error(camvid_tree):
 def test_a_missing_half_of_a_pair_is_named(camvid_tree, removed, message):
     (camvid_tree() / removed).unlink()
     with pytest.raises(DatasetError, match=message):
-        load_pairs(ROWS["camvid_day_train"])
-    assert len(load_pairs(ROWS["camvid_dusk_dev"])) == 1  # another data set of the same folder
+        load_pairs(BY_NAME["camvid_day_train"])
+    assert len(load_pairs(BY_NAME["camvid_dusk_dev"])) == 1  # another data set of the same folder
 
 
 def test_a_long_list_of_missing_files_is_cut(camvid_tree):
@@ -86,26 +88,26 @@ def test_a_long_list_of_missing_files_is_cut(camvid_tree):
     for label in (folder / "trainannot").iterdir():
         label.unlink()
     with pytest.raises(DatasetError, match=r"9 of 9 .*x4\.png and 4 more"):
-        load_pairs(ROWS["camvid_day_train"])
+        load_pairs(BY_NAME["camvid_day_train"])
 
 
 def test_the_same_image_twice_is_an_error(camvid_tree):
     folder = camvid_tree()
     Image.open(folder / "train/a.jpg").save(folder / "train/a.png")
     with pytest.raises(DatasetError, match=r"a\.jpg and .*a\.png are the same image twice"):
-        load_pairs(ROWS["camvid_day_train"])
+        load_pairs(BY_NAME["camvid_day_train"])
 
 
 def test_unequal_sizes_are_an_error_or_dropped(camvid_tree, tmp_path, caplog):
     folder = camvid_tree()
     Image.new("RGB", (9, 9)).save(folder / "train/a.jpg")
     with pytest.raises(DatasetError, match=r"a\.jpg has 9x9 pixels and .*a\.png 16x12"):
-        load_pairs(ROWS["camvid_day_train"])
+        load_pairs(BY_NAME["camvid_day_train"])
 
     os.rename(folder, tmp_path / "gta")
     os.rename(tmp_path / "gta/train", tmp_path / "gta/images")
     os.rename(tmp_path / "gta/trainannot", tmp_path / "gta/labels")
-    pairs = load_pairs(ROWS["gtav_train"])
+    pairs = load_pairs(BY_NAME["gtav_train"])
     assert [item["image_id"] for item in pairs] == ["0001TP_c", "b"]
     assert "dropped 1 pairs of unequal size" in caplog.text
 
@@ -113,7 +115,7 @@ def test_unequal_sizes_are_an_error_or_dropped(camvid_tree, tmp_path, caplog):
 def test_an_unreadable_header_is_named(camvid_tree):
     (camvid_tree() / "train/a.jpg").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"a\.jpg: cannot be read"):
-        load_pairs(ROWS["camvid_day_train"])
+        load_pairs(BY_NAME["camvid_day_train"])
 
 
 def test_nested_folders_pair_by_path_and_suffix(tmp_path, monkeypatch):
@@ -127,7 +129,7 @@ def test_nested_folders_pair_by_path_and_suffix(tmp_path, monkeypatch):
         Image.new("RGB", (6, 4)).save(images / f"{place}_leftImg8bit.png")
         for kind in ("labelIds", "labelTrainIds", "color", "instanceIds"):
             ids.save(labels / f"{place}_gtFine_{kind}.png")
-    pairs = load_pairs(ROWS["cityscapes_val"])
+    pairs = load_pairs(BY_NAME["cityscapes_val"])
     assert [item["image_id"] for item in pairs] == ["bonn/bonn_1", "ulm/ulm_1"]
     assert pairs[1]["sem_seg_file_name"].endswith("ulm/ulm_1_gtFine_labelIds.png")
     assert pairs[0]["test_size"] == (1024, 512)
@@ -146,16 +148,23 @@ STEMS = st.lists(st.text("ab_", min_size=1, max_size=3), min_size=1, max_size=3)
 def test_any_tree_gives_all_its_pairs_or_an_error(images, labels):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        row = SemSegDataset("x", "i", "l", "train_ids", "x", root=lambda: root)
+        dataset = SemSegDataset(
+            name="x",
+            image_dir="i",
+            label_dir="l",
+            label_map="train_ids",
+            domain="x",
+            root=lambda: root,
+        )
         for part, stems in (("i", images), ("l", labels | images)):
             for stem in stems:
                 write_grey(root / part / f"{stem}.png")
         if labels <= images:
-            assert [item["image_id"] for item in load_pairs(row)] == sorted(images)
+            assert [item["image_id"] for item in load_pairs(dataset)] == sorted(images)
         else:
             extra, total = len(labels - images), len(labels | images)
             with pytest.raises(DatasetError, match=f"{extra} of {total} labels have no image"):
-                load_pairs(row)
+                load_pairs(dataset)
 
 
 def test_linked_folders_are_followed(camvid_tree, tmp_path):
@@ -163,7 +172,7 @@ def test_linked_folders_are_followed(camvid_tree, tmp_path):
     for part in ("train", "trainannot"):
         os.rename(folder / part / "x", tmp_path / f"{part}_elsewhere")
         (folder / part / "x").symlink_to(tmp_path / f"{part}_elsewhere")
-    pairs = load_pairs(ROWS["camvid_day_train"])
+    pairs = load_pairs(BY_NAME["camvid_day_train"])
     assert [item["image_id"] for item in pairs] == ["x/a", "x/b"]
 
 
@@ -171,25 +180,32 @@ def test_linked_folders_are_followed(camvid_tree, tmp_path):
 def test_brackets_in_paths_are_no_pattern(camvid_tree, tmp_path, monkeypatch, part):
     os.renames(camvid_tree(), tmp_path / "[a]/CamVid")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "[a]"))
-    row = replace(ROWS["camvid_day_train"], image_dir=f"CamVid/{part}")
-    assert len(load_pairs(row)) == 2
+    dataset = replace(BY_NAME["camvid_day_train"], image_dir=f"CamVid/{part}")
+    assert len(load_pairs(dataset)) == 2
 
 
 def test_folders_that_fit_a_pattern_are_read_as_one(tmp_path):
-    row = SemSegDataset("x", "x/*/i", "x/*/l", "train_ids", "x", root=lambda: tmp_path)
+    dataset = SemSegDataset(
+        name="x",
+        image_dir="x/*/i",
+        label_dir="x/*/l",
+        label_map="train_ids",
+        domain="x",
+        root=lambda: tmp_path,
+    )
     for path in ("one/i/a", "one/l/a", "two/i/d/b", "two/l/d/b"):
         write_grey(tmp_path / f"x/{path}.png")
-    assert [item["image_id"] for item in load_pairs(row)] == ["a", "d/b"]
+    assert [item["image_id"] for item in load_pairs(dataset)] == ["a", "d/b"]
     write_grey(tmp_path / "x/two/i/c.png")
     with pytest.raises(
         DatasetError, match=r"1 of 3 images have no label. Missing: .*/x/\*/l/c.png"
     ):
-        load_pairs(row)
+        load_pairs(dataset)
     (tmp_path / "x/two/i/c.png").rename(tmp_path / "x/two/i/a.png")
     with pytest.raises(
         DatasetError, match=r"one/i/a.png and .*two/i/a.png are the same image twice"
     ):
-        load_pairs(row)
+        load_pairs(dataset)
 
 
 def test_converted_labels_and_mac_notes_beside_the_originals_are_no_orphans(camvid_tree):
@@ -197,7 +213,7 @@ def test_converted_labels_and_mac_notes_beside_the_originals_are_no_orphans(camv
     (folder / "trainannot/a_labelTrainIds.png").write_bytes(b"")
     (folder / "trainannot/._a.png").write_bytes(b"")
     (folder / "train/._a.jpg").write_bytes(b"")
-    assert len(load_pairs(ROWS["camvid_day_train"])) == 2
+    assert len(load_pairs(BY_NAME["camvid_day_train"])) == 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from fishertune_d2.data import check_datasets, load_datasets
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.image_files import DatasetError
 
 
 @pytest.fixture

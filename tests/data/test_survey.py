@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 import fishertune_d2
-from fishertune_d2.data.check import check_datasets, reading
+from fishertune_d2.data.check import check_datasets, pixel_counts
 from fishertune_d2.data.check.__main__ import main
-from fishertune_d2.data.check.survey import format_surveys, rows_on_disk, survey
-from fishertune_d2.data.datasets import DATASETS
-from fishertune_d2.data.pairs import Published
+from fishertune_d2.data.check.survey import datasets_on_disk, format_surveys, survey
+from fishertune_d2.data.dataset_description import Published
+from fishertune_d2.data.dataset_table import DATASETS
 
-ROWS = {row.name: row for row in DATASETS}
+BY_NAME = {dataset.name: dataset for dataset in DATASETS}
 # Two labels with Cityscapes' ids: 12 pixels of road, 6 of car, 4 of sky, 2 ignored.
 LABELS = (
     [[7, 7, 7, 7], [7, 7, 26, 26], [23, 23, 26, 0]],
@@ -28,7 +28,7 @@ PUBLISHED = Published(2, sizes=((4, 3),), shares={"road": 50.0, "car": 25.0})
 
 @pytest.fixture
 def gta(tmp_path, monkeypatch):
-    """Points to a fake GTAV; returns a function that gives its row other published numbers."""
+    """Points to a fake GTAV; returns a function that gives it other published numbers."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setenv("FISHERTUNE_CACHE", str(tmp_path / "cache"))
     for folder in ("images", "labels"):
@@ -36,7 +36,7 @@ def gta(tmp_path, monkeypatch):
     for k, ids in enumerate(LABELS):
         Image.new("RGB", (4, 3)).save(tmp_path / f"gta/images/{k}.png")
         Image.fromarray(np.array(ids, dtype=np.uint8)).save(tmp_path / f"gta/labels/{k}.png")
-    return lambda **kwargs: replace(ROWS["gtav_train"], published=replace(PUBLISHED, **kwargs))
+    return lambda **kwargs: replace(BY_NAME["gtav_train"], published=replace(PUBLISHED, **kwargs))
 
 
 def test_what_is_as_published_is_no_problem(gta):
@@ -105,12 +105,12 @@ def test_bad_files_and_missing_folders_are_problems(gta, tmp_path):
     assert found.pixels.sum() == 12  # the other label still counts
     (tmp_path / "gta/labels/1.png").unlink()
     assert "have no label" in survey(gta()).problems[0]
-    assert "no folder" in survey(ROWS["cityscapes_val"]).problems[0]
+    assert "no folder" in survey(BY_NAME["cityscapes_val"]).problems[0]
 
 
 def test_what_passed_is_not_read_again_before_training(gta, monkeypatch):
     survey(gta())
-    monkeypatch.setattr(reading, "read_image", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(pixel_counts, "read_image", lambda path: pytest.fail("read again"))
     check_datasets(["gtav_train"])
 
 
@@ -122,7 +122,7 @@ def test_what_failed_is_read_again_before_training(gta, tmp_path):
 
 
 def test_the_tables_hold_what_was_found(gta):
-    text = format_surveys([survey(gta(pairs=3)), survey(ROWS["cityscapes_val"])])
+    text = format_surveys([survey(gta(pairs=3)), survey(BY_NAME["cityscapes_val"])])
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
     assert lines["gtav_train"][1:6] == ["2", "3", "4x3", "8.3", "sidewalk,"]
     assert lines["cityscapes_val"][1:] == ["0", "500", "-", "-", "-"]
@@ -132,7 +132,7 @@ def test_the_tables_hold_what_was_found(gta):
 
 def test_classes_that_a_map_cannot_reach_are_not_missed(camvid_tree):
     camvid_tree()  # its labels hold all 12 ids
-    found = survey(ROWS["camvid_day_train"])
+    found = survey(BY_NAME["camvid_day_train"])
     assert len(found.shares()) == 11 and found.absent() == []
     bus = next(x for x in format_surveys([found]).splitlines() if x.startswith("bus"))
     assert bus.split() == ["bus", "-"]
@@ -145,11 +145,11 @@ def test_many_data_sets_share_several_tables(gta):
 
 
 def test_published_classes_are_classes():
-    for row in DATASETS:
-        assert row.published is not None, row.name
-        named = {*(row.published.absent or ()), *row.published.shares}
-        assert named <= set(row.classes), row.name
-        assert sum(row.published.shares.values()) < 100
+    for dataset in DATASETS:
+        assert dataset.published is not None, dataset.name
+        named = {*(dataset.published.absent or ()), *dataset.published.shares}
+        assert named <= set(dataset.classes), dataset.name
+        assert sum(dataset.published.shares.values()) < 100
 
 
 def test_the_command_returns_1_for_a_problem(gta, capsys):
@@ -167,7 +167,7 @@ def test_the_command_returns_0_where_all_is_well(gta, monkeypatch, capsys):
 def test_all_means_what_is_there(gta, tmp_path):
     for folder in ("rgb_anon/val", "gt/val", "rgb_anon/fog/train"):  # labels of train are missing
         (tmp_path / "acdc" / folder).mkdir(parents=True)
-    names = [row.name for row in rows_on_disk()]
+    names = [dataset.name for dataset in datasets_on_disk()]
     conditions = ("fog", "night", "rain", "snow")
     assert names == ["gtav_train", "acdc_val", *(f"acdc_{c}_val" for c in conditions)]
     assert not (tmp_path / "streets").exists()  # nothing was drawn

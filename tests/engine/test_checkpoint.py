@@ -11,7 +11,7 @@ import torch
 from detectron2.engine import HookBase
 from torch import nn
 
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.checkpoint import WholeCheckpointer
 

@@ -10,7 +10,7 @@ from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import DatasetEvaluator
 
 from fishertune_d2.data import SegmentationMapper, load_datasets
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.engine import Trainer
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
 

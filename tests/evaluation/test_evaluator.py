@@ -11,9 +11,9 @@ from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from fishertune_d2.config import default_config
-from fishertune_d2.data.datasets import register_sem_seg
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.data.labels import LABEL_SPACES
+from fishertune_d2.data.registration import register_sem_seg
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
 from fishertune_d2.evaluation.evaluator import class_ious, confusion_matrix
 

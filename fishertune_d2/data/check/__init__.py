@@ -1,6 +1,6 @@
-"""Whether data sets are whole: before a run, and by hand with ``python -m``."""
+"""Checks data sets: before a training, and with ``python -m fishertune_d2.data.check``."""
 
-from .before import check_datasets
-from .reading import class_counts
+from .before_training import check_datasets
+from .pixel_counts import class_counts
 
 __all__ = ["check_datasets", "class_counts"]

@@ -1,8 +1,8 @@
-"""Checks data sets by hand: ``python -m fishertune_d2.data.check NAME ...`` or ``--all``.
+"""Checks data sets: ``python -m fishertune_d2.data.check NAME ...`` or ``--all``.
 
-Reads every file; prints the number of pairs, the sizes of images and the share of each class beside
-what is published, then what is wrong and how to mend it. Exits with 1 if something is. What passes
-is not read again by the check before training.
+Reads every file. Prints the number of pairs, the sizes of images and the share of each class beside
+the published numbers, then all problems with their remedies, then warnings. Exits with 1 if there
+is a problem. The check before training does not read again what passes here.
 """
 
 import argparse
@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from fishertune_d2.command_line import ending_in_a_sentence
-from fishertune_d2.data.check.survey import format_surveys, rows_on_disk, survey
-from fishertune_d2.data.pairs import datasets_root
-from fishertune_d2.data.rows import DATASETS
+from fishertune_d2.data.check.survey import datasets_on_disk, format_surveys, survey
+from fishertune_d2.data.dataset_description import datasets_root
+from fishertune_d2.data.dataset_table import DATASETS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,25 +22,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None takes the process's own.
 
     Returns:
-        0 if nothing is wrong, else 1. The process leaves with 2 if a folder cannot be read.
+        0 if nothing is wrong, else 1. The process exits with 2 if a folder cannot be read.
     """
-    rows = {row.name: row for row in DATASETS}
+    known = {dataset.name: dataset for dataset in DATASETS}
     parser = argparse.ArgumentParser(
         prog="python -m fishertune_d2.data.check",
-        description="Checks data sets against what is published of them.",
-        epilog=f"Data sets: {', '.join(rows)}.",
+        description="Compares data sets on disk with their published numbers.",
+        epilog=f"Data sets: {', '.join(known)}.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets to check")
     parser.add_argument(
-        "--all", action="store_true", help="every data set that is there, but for the built-in"
+        "--all", action="store_true", help="check every data set on disk, except the built-in one"
     )
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.names if name not in rows]
+    unknown = [name for name in options.names if name not in known]
     if unknown:
-        parser.error(f"no data set {unknown[0]!r}; choose from {', '.join(rows)}")
-    chosen = {name: rows[name] for name in options.names}
+        parser.error(f"no data set {unknown[0]!r}; choose from {', '.join(known)}")
+    chosen = {name: known[name] for name in options.names}
     if options.all:
-        chosen |= {row.name: row for row in rows_on_disk()}
+        chosen |= {dataset.name: dataset for dataset in datasets_on_disk()}
     if not chosen:
         where = datasets_root().absolute()
         parser.error(
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else "name a data set, or use --all"
         )
     with ending_in_a_sentence(code=2):
-        surveys = [survey(row) for row in chosen.values()]
+        surveys = [survey(dataset) for dataset in chosen.values()]
     print(format_surveys(surveys))
     return int(any(found.problems for found in surveys))
 

@@ -1,57 +1,45 @@
-"""What a data set on disk holds, against what is known of it: numbers, sizes, classes."""
+"""Surveys a data set on disk, and compares it with its published numbers, sizes and classes."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from fishertune_d2.data.check.judging import judge, never_labelled
-from fishertune_d2.data.check.reading import (
-    bad_files,
-    for_each_pair,
-    keep,
-    read_pair,
-    state_of_files,
-)
-from fishertune_d2.data.files import DatasetError
+from fishertune_d2.data.check.label_problems import judge, never_labelled
+from fishertune_d2.data.check.pixel_counts import read_pairs
+from fishertune_d2.data.dataset_description import Published, SemSegDataset, datasets_root
+from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.data.labels import LABEL_MAPS
-from fishertune_d2.data.metadata import metadata_of
-from fishertune_d2.data.pairs import (
-    Published,
-    SemSegDataset,
-    datasets_root,
-    folders,
-    load_pairs,
-)
-from fishertune_d2.data.rows import DATASETS
+from fishertune_d2.data.load_pairs import choose_dirs, load_pairs
 from fishertune_d2.files import first_names
 
-# Data sets beside each other in the table of classes; more do not fit a terminal.
+# Columns of the table of classes: more data sets side by side do not fit a terminal.
 _COLUMNS = 5
 _REMEDY = "datasets/README.md shows the tree and where the files come from."
 
 
 @dataclass
 class Survey:
-    """What was found of one data set.
+    """Findings about one data set.
 
     Attributes:
-        row: the data set.
-        pixels: (C + 1,) int64, label pixels by class; the last entry counts the ignored.
-        pairs: how many pairs of an image and a label there are.
-        sizes: how many of them have which (width, height).
-        problems: what is wrong, each with the remedy.
+        dataset: The data set.
+        pixels: (C + 1,) int64, label pixels by class, ignored pixels last.
+        pairs: Number of pairs of an image and a label.
+        sizes: Number of pairs of each (width, height).
+        problems: Problems, each with the remedy.
+        warnings: Unusual properties that may be right.
     """
 
-    row: SemSegDataset
+    dataset: SemSegDataset
     pixels: np.ndarray
     pairs: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def ignored(self) -> float | None:
         """Returns the percentage of ignored pixels; None where nothing was read."""
@@ -62,82 +50,69 @@ class Survey:
         """Returns the percentage of the labelled pixels of each class that the labels can hold."""
         labelled = self.pixels[:-1]
         total = max(int(labelled.sum()), 1)
-        reachable = set(LABEL_MAPS[self.row.label_map].tolist())
+        reachable = set(LABEL_MAPS[self.dataset.label_map].tolist())
         return {
             name: 100 * count / total
-            for k, (name, count) in enumerate(zip(self.row.classes, labelled.tolist(), strict=True))
+            for k, (name, count) in enumerate(
+                zip(self.dataset.classes, labelled.tolist(), strict=True)
+            )
             if k in reachable
         }
 
     def absent(self) -> list[str]:
         """Returns the classes that could occur and do not."""
-        return never_labelled(metadata_of(self.row), self.pixels)
+        return never_labelled(self.dataset, self.pixels)
 
 
-def rows_on_disk() -> list[SemSegDataset]:
-    """Returns the rows whose folders exist, but for the built-in data: asking would draw them."""
+def datasets_on_disk() -> list[SemSegDataset]:
+    """Returns the data sets whose folders exist, without the built-in one: asking would draw it."""
     return [
-        row
-        for row in DATASETS
-        if row.root is datasets_root
-        and any(
-            folders(row.root(), image_dir) and folders(row.root(), label_dir)
-            for image_dir, label_dir in row.dirs()
-        )
+        dataset
+        for dataset in DATASETS
+        if dataset.root is datasets_root and choose_dirs(dataset, dataset.root())
     ]
 
 
-def survey(row: SemSegDataset, pixels: bool = True) -> Survey:
-    """Loads a data set, reads all of its files, and compares it with what is published.
+def survey(dataset: SemSegDataset, pixels: bool = True) -> Survey:
+    """Loads a data set, reads all of its files, and compares it with the published numbers.
 
     Args:
-        row: the data set.
-        pixels: whether to; without, only names and headers are read, which is quick.
+        dataset: Its description.
+        pixels: False reads only names and headers, which is quick.
+
+    Returns:
+        The findings.
     """
-    found = Survey(row, np.zeros(len(row.classes) + 1, dtype=np.int64))
+    found = Survey(dataset, np.zeros(len(dataset.classes) + 1, dtype=np.int64))
     try:
-        dicts = load_pairs(row)
+        dicts = load_pairs(dataset)
     except DatasetError as error:
         found.problems.append(str(error))
         return found
     found.pairs = len(dicts)
     found.sizes = Counter((item["width"], item["height"]) for item in dicts)
-    if row.published is not None:
-        found.problems += _differences(found, row.published)
-    counts = _read_pixels(found, dicts) if pixels else None
-    if counts is not None:
-        found.problems += judge(metadata_of(row), dicts, counts)[0]
+    if dataset.published is not None:
+        found.problems += _differences(found, dataset.published)
+    if pixels:
+        counts, problem = read_pairs(dataset, dicts)
+        found.pixels = counts.sum(axis=0)
+        problems, warnings = ([problem], []) if problem else judge(dataset, dicts, counts)
+        found.problems += problems
+        found.warnings += warnings if not problems else []  # as before training
     return found
 
 
-def _read_pixels(found: Survey, dicts: list[dict[str, Any]]) -> np.ndarray | None:
-    """Reads every file, and returns the counts of each label if all of them can be read."""
-    state, read = state_of_files(dicts), partial(read_pair, num_classes=len(found.row.classes))
-    pairs = list(for_each_pair(found.row.name, dicts, read))
-    bad = [pair for pair in pairs if isinstance(pair, str)]
-    good = [pair for pair in pairs if not isinstance(pair, str)]
-    if good:
-        found.pixels = np.sum(good, axis=0)
-    if bad:
-        found.problems.append(bad_files(found.row.name, bad))
-        return None
-    counts = np.stack(good)
-    keep(found.row.name, state, counts)
-    return counts
-
-
 def _differences(found: Survey, published: Published) -> list[str]:
-    """Compares with the published numbers of pairs and of pixels."""
-    name, problems = found.row.name, []
-    if found.pairs < published.pairs:
-        problems.append(
-            f"{name}: {found.pairs} pairs, {published.pairs} are published. Download and unpack "
-            f"what is missing. {_REMEDY}"
+    """Compares with the published number of pairs and sizes."""
+    name, problems = found.dataset.name, []
+    if found.pairs != published.pairs:
+        remedy = (
+            "Download and unpack what is missing."
+            if found.pairs < published.pairs
+            else "Remove the files that came from another split or data set."
         )
-    if found.pairs > published.pairs:
         problems.append(
-            f"{name}: {found.pairs} pairs, {published.pairs} are published. Remove the files that "
-            f"came from another split or data set. {_REMEDY}"
+            f"{name}: {found.pairs} pairs, {published.pairs} are published. {remedy} {_REMEDY}"
         )
     others = {size: n for size, n in found.sizes.items() if size not in published.sizes}
     if published.sizes and others:
@@ -149,7 +124,7 @@ def _differences(found: Survey, published: Published) -> list[str]:
     return problems
 
 
-def _format_sizes(sizes: dict[tuple[int, int], int | None]) -> str:
+def _format_sizes(sizes: Mapping[tuple[int, int], int | None]) -> str:
     """Writes the most frequent sizes, and how many others there are."""
     shown = [
         f"{width}x{height}" + (f" ({count})" if count is not None and len(sizes) > 1 else "")
@@ -159,41 +134,42 @@ def _format_sizes(sizes: dict[tuple[int, int], int | None]) -> str:
 
 
 def format_surveys(surveys: Sequence[Survey]) -> str:
-    """Formats numbers, sizes and classes as tables, and below them all problems.
+    """Formats numbers, sizes and classes as tables, followed by all problems and warnings.
 
     Args:
-        surveys: what `survey` returned for each data set.
+        surveys: One for each data set.
 
     Returns:
         Lines of text. Shares are percentages; "-" where there is no number.
     """
     head = ["data set", "pairs", "published", "width x height", "ignored %", "never labelled"]
-    rows = [
+    numbers = [
         [
-            found.row.name,
+            found.dataset.name,
             found.pairs,
-            found.row.published.pairs if found.row.published else None,
+            found.dataset.published.pairs if found.dataset.published else None,
             _format_sizes(found.sizes) or None,
             found.ignored(),
             (", ".join(found.absent()) or "none") if found.pixels.any() else None,
         ]
         for found in surveys
     ]
-    parts = [tabulate(rows, head, floatfmt=".1f", missingval="-")]
+    parts = [tabulate(numbers, head, floatfmt=".1f", missingval="-")]
 
     read = [found for found in surveys if found.pixels.any()]
     parts += [_class_table(read[i : i + _COLUMNS]) for i in range(0, len(read), _COLUMNS)]
     problems = [problem for found in surveys for problem in found.problems]
     parts += [f"Problem: {problem}" for problem in problems] or ["No problem found."]
+    parts += [f"Warning: {warning}" for found in surveys for warning in found.warnings]
     return "\n\n".join(parts)
 
 
 def _class_table(surveys: Sequence[Survey]) -> str:
     shares = [found.shares() for found in surveys]
-    classes = dict.fromkeys(name for found in surveys for name in found.row.classes)
+    classes = dict.fromkeys(name for found in surveys for name in found.dataset.classes)
     return tabulate(
         [[name, *(share.get(name) for share in shares)] for name in classes],
-        ["% of labelled pixels", *(found.row.name for found in surveys)],
+        ["% of labelled pixels", *(found.dataset.name for found in surveys)],
         floatfmt=".3f",
         missingval="-",
     )

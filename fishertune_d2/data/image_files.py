@@ -204,11 +204,6 @@ def image_header(path: str | Path) -> Header:
         raise _unreadable(path, error) from error
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Reads (height, width) upright; see `image_header`, which also says when it raises."""
-    return image_header(path)[:2]
-
-
 def size_remedy(image: str | Path, label: str | Path) -> str:
     """Says what to do about an image and a label of unequal sizes.
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fishertune_d2.data.dataset_description import Published, SemSegDataset, datasets_root
 from fishertune_d2.data.labels import LABEL_SPACES
-from fishertune_d2.data.pairs import Published, SemSegDataset, datasets_root
 from fishertune_d2.files import cache_root
 
 _log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
-"""What the classes of a data set's labels tell: blank labels, foreign ids, classes never labelled.
+"""Judges a data set by its pixel counts: blank labels, foreign ids, classes that no label holds.
 
-Shapes: N labels, C classes of the data set. Counts are (N, C + 1) int64
-pixels by class, the ignored ones last; pixels are their sums over the labels.
+Shapes: N labels, C classes of the data set. ``counts`` are (N, C + 1) int64 pixels by class,
+ignored pixels last; ``pixels`` are their (C + 1,) sums over the labels.
 """
 
 from collections.abc import Sequence
@@ -9,35 +9,36 @@ from typing import Any
 
 import numpy as np
 
-from fishertune_d2.data.files import read_label
+from fishertune_d2.data.dataset_description import DatasetMetadata, Published
+from fishertune_d2.data.image_files import read_label
 from fishertune_d2.data.labels import IGNORE_LABEL, LABEL_MAPS, UNKNOWN_ID
-from fishertune_d2.data.metadata import DatasetMetadata
 from fishertune_d2.files import first_names
 
 _MAX_NAMED = 20
-# Files whose own ids are looked at where their classes seem odd.
+# If the classes seem odd, the ids of this many files are read again.
 _LOOKED_AT = 50
 _LAST_TRAIN_ID = 18
-# Train ids of road, building, vegetation, sky and car. As label ids they are unlabelled, an image's
-# border, sidewalk, rail track and fence: all of these, and in no image a plant, a car or the sky,
-# is not a street. Fewer of them may be a tunnel.
+# The train ids of road, building, vegetation, sky and car. As label ids they mean unlabelled, image
+# border, sidewalk, rail track and fence. A set with all five, but with no plant, car or sky in any
+# image, shows no streets. A set with fewer of them may show a tunnel.
 _TELLING = frozenset({0, 2, 8, 10, 13})
 _LIKELY = 4
+# The remedy for labels that hold train ids.
 _CONVERTED = "were these labels converted? Restore the files of the authors."
 
 
 def judge(
     known: DatasetMetadata, dicts: Sequence[dict[str, Any]], counts: np.ndarray
 ) -> tuple[list[str], list[str]]:
-    """Says what is wrong with labels, and what may be right but is unusual.
+    """Finds problems of the labels, and properties that are unusual but may be right.
 
     Args:
-        known: what is known of the data set.
-        dicts: all of its entries.
-        counts: (N, C + 1), of each of the N labels.
+        known: The data set's metadata.
+        dicts: All of its entries.
+        counts: (N, C + 1).
 
     Returns:
-        Why a model must not be trained or scored on these labels, each with the remedy; and
+        Problems that forbid training and scoring on these labels, each with the remedy; and
         warnings.
     """
     pixels = counts.sum(axis=0)
@@ -54,7 +55,7 @@ def judge(
     scaled = _scaled(known, dicts, counts)
     problems = [converted] if converted else []
     if not converted and known.published is not None and len(dicts) == known.published.pairs:
-        problems = _differences(known, pixels)
+        problems = _differences(known, known.published, pixels)
     absent = _absent(known, pixels)
     if absent and scaled and pixels[0] == pixels[:-1].sum():
         absent += f" {scaled}"
@@ -75,17 +76,12 @@ def _absent(known: DatasetMetadata, pixels: np.ndarray) -> str | None:
     return (
         f"{known.name}: none of its labels holds {first_names(absent, _MAX_NAMED)} "
         f"({len(absent)} of {len(known.classes)} classes). A model cannot learn such a class from "
-        "these labels, nor can they tell how well it knows it."
+        "these labels, and they cannot test it."
     )
 
 
 def never_labelled(known: DatasetMetadata, pixels: np.ndarray) -> list[str]:
-    """Returns the classes that the label map leads to and no label holds.
-
-    Args:
-        known: what is known of the data set.
-        pixels: (C + 1,), over all labels.
-    """
+    """Returns the classes that the label map leads to and no label holds; pixels are (C + 1,)."""
     reachable = set(LABEL_MAPS[known.label_map].tolist())
     return [n for k, n in enumerate(known.classes) if k in reachable and not pixels[k]]
 
@@ -95,7 +91,7 @@ def _scaled(
 ) -> str | None:
     """Counts the labels that look like masks of 0 and 1 whose 1 became 255.
 
-    Where there are more than two classes, single images that hold the class 0 alone are no wonder.
+    With more than two classes, single images may well hold the class 0 alone.
     """
     table = LABEL_MAPS[known.label_map]
     classes = np.setdiff1d(table, [IGNORE_LABEL, UNKNOWN_ID])
@@ -105,7 +101,7 @@ def _scaled(
     found = np.flatnonzero(nothing_else & (counts[:, 0] > 0) & (counts[:, -1] > 0))
     if not len(found) or (len(classes) > 2 and 2 * len(found) <= len(dicts)):
         return None
-    if len(np.flatnonzero(table == IGNORE_LABEL)) > 1:  # then not every ignored pixel is a 255
+    if (table == IGNORE_LABEL).sum() > 1:  # then an ignored pixel need not be 255
         kept = [k for k, ids in _own_ids(dicts, found).items() if ids == {0, IGNORE_LABEL}]
         if not kept:
             return None
@@ -122,7 +118,7 @@ def _scaled(
 def _converted(
     known: DatasetMetadata, dicts: Sequence[dict[str, Any]], counts: np.ndarray
 ) -> tuple[str | None, str | None]:
-    """Says which labels hold train ids in place of label ids: beyond doubt, and maybe."""
+    """Says which labels hold train ids instead of label ids: a certain problem, or a warning."""
     found = _without_later_ids(known, counts)
     if not len(found):
         return None, None
@@ -158,7 +154,7 @@ def _converted(
 
 
 def _without_later_ids(known: DatasetMetadata, counts: np.ndarray) -> np.ndarray:
-    """Returns which labels hold only classes whose label ids are train ids too."""
+    """Returns the indices of labels whose classes all have label ids that are train ids too."""
     if known.label_map != "label_ids":
         return np.empty(0, dtype=np.int64)
     above = LABEL_MAPS["label_ids"][_LAST_TRAIN_ID + 1 : IGNORE_LABEL]
@@ -167,7 +163,7 @@ def _without_later_ids(known: DatasetMetadata, counts: np.ndarray) -> np.ndarray
 
 
 def _own_ids(dicts: Sequence[dict[str, Any]], among: np.ndarray) -> dict[int, set[int]]:
-    """Reads the files' own ids, of at most `_LOOKED_AT` that are spread over ``among``."""
+    """Reads the ids in at most `_LOOKED_AT` files, evenly spread over ``among``."""
     places = np.linspace(0, len(among) - 1, min(len(among), _LOOKED_AT)).round().astype(int)
     return {
         k: set(np.unique(read_label(dicts[k]["sem_seg_file_name"], "identity_255")).tolist())
@@ -175,17 +171,9 @@ def _own_ids(dicts: Sequence[dict[str, Any]], among: np.ndarray) -> dict[int, se
     }
 
 
-def _differences(known: DatasetMetadata, pixels: np.ndarray) -> list[str]:
-    """Compares the classes of a complete data set with the published ones.
-
-    Args:
-        known: what is known of the data set, with published numbers.
-        pixels: (C + 1,), over all labels.
-
-    Returns:
-        What differs by more than copies of the same files can, each with the remedy.
-    """
-    published, problems = known.published, []
+def _differences(known: DatasetMetadata, published: Published, pixels: np.ndarray) -> list[str]:
+    """Says where classes and shares of a complete data set differ from the published numbers."""
+    problems = []
     remedy = f"The label map {known.label_map!r} needs the ids that the authors ship: {_CONVERTED}"
     absent = never_labelled(known, pixels)
     if published.absent is not None and set(absent) != set(published.absent):

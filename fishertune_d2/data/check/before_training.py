@@ -1,4 +1,4 @@
-"""The check before training: every file is there, can be read, and holds labels of its map."""
+"""The check before training: all files exist, can be read, and hold labels of their map."""
 
 import logging
 import os
@@ -7,16 +7,12 @@ from typing import Any
 
 from detectron2.utils import comm
 
-from fishertune_d2.data.check.judging import judge
-from fishertune_d2.data.check.reading import count_pixels
-from fishertune_d2.data.datasets import load_datasets
-from fishertune_d2.data.files import DatasetError
-from fishertune_d2.data.metadata import (
-    DatasetMetadata,
-    dataset_metadata,
-    registered_row,
-    require_same_classes,
-)
+from fishertune_d2.data.check.label_problems import judge
+from fishertune_d2.data.check.pixel_counts import count_pixels
+from fishertune_d2.data.dataset_description import DatasetMetadata, SemSegDataset
+from fishertune_d2.data.dataset_dicts import load_datasets
+from fishertune_d2.data.image_files import DatasetError
+from fishertune_d2.data.metadata import dataset_metadata, require_same_classes
 
 _log = logging.getLogger(__name__)
 
@@ -24,20 +20,19 @@ _log = logging.getLogger(__name__)
 def check_datasets(names: Sequence[str], num_classes: int | None = None) -> None:
     """Loads the data sets and reads each of their files once, before a run spends time on them.
 
-    Warns, once for each data set, of classes that no label holds. What the labels hold is kept in
-    the cache folder (FISHERTUNE_CACHE), so that the next start with unchanged files (path, size,
-    times) only looks at the folders. In a run of several processes the first one checks, and the
-    others wait.
+    Warns, once for each data set, of classes that no label holds. The pixel counts are kept in the
+    cache folder (FISHERTUNE_CACHE), so that the next start with unchanged files (path, size, times)
+    only lists the folders. In a run of several processes the first one checks, and the others wait.
 
     Args:
-        names: registered data sets, those of training first; a name may occur twice.
-        num_classes: classes of the model; None skips this comparison.
+        names: Registered data sets, training sets first; a name may occur twice.
+        num_classes: Classes of the model; None skips this comparison.
 
     Raises:
         DatasetError: one error for everything found: names that are not registered, missing
             folders and files, unreadable files, labels out of range, labels without a labelled
             pixel or with ids of another kind, data sets whose classes are not the model's or not
-            those of the first data set.
+            the first data set's.
     """
     if comm.is_main_process():
         problems, first = [], None
@@ -65,30 +60,30 @@ def _check_number(known: DatasetMetadata, num_classes: int | None) -> None:
 
 
 def _check(known: DatasetMetadata) -> list[str]:
-    """Returns what is wrong with the labels; warns of what may be right."""
+    """Returns the problems of a data set's labels; logs warnings if there are none."""
     dicts = load_datasets([known.name])
-    problems, warnings = judge(known, dicts, count_pixels(known.name, dicts))
-    if registered_row(known.name) is None:
-        warnings += _unlike_names(known.name, dicts)
+    problems, warnings = judge(known, dicts, count_pixels(known, dicts))
+    if not isinstance(known, SemSegDataset):
+        warnings += _different_names(known.name, dicts)
     for warning in warnings if not problems else ():
         _log.warning(warning)
     return problems
 
 
-def _unlike_names(name: str, dicts: Sequence[dict[str, Any]]) -> list[str]:
-    """Warns of pairs whose files' names differ by more than an ending that all of them have."""
+def _different_names(name: str, dicts: Sequence[dict[str, Any]]) -> list[str]:
+    """Warns of pairs whose file names differ by more than an ending that all of them have."""
     images, labels = (
         _distinct_parts([item[key] for item in dicts]) for key in ("file_name", "sem_seg_file_name")
     )
-    unlike = [k for k, image in enumerate(images) if image != labels[k]]
-    if not unlike:
+    different = [k for k, image in enumerate(images) if image != labels[k]]
+    if not different:
         return []
-    first = dicts[unlike[0]]
+    first = dicts[different[0]]
     return [
-        f"{name}: in {len(unlike)} of {len(dicts)} pairs image and label have different names, "
+        f"{name}: in {len(different)} of {len(dicts)} pairs image and label have different names, "
         f"first {first['file_name']} and {first['sem_seg_file_name']}. Does each label belong to "
         "its image? Detectron2's load_sem_seg pairs files by their place in the sorted folders, so "
-        "that a missing file shifts all that follow."
+        "a missing file shifts all files that follow."
     ]
 
 
