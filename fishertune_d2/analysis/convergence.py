@@ -1,10 +1,8 @@
-"""How fast each estimator's choice of weights settles, by images and by time.
+"""Draws how fast each estimator's choice of weights settles, over images and over time.
 
 python -m fishertune_d2.analysis.convergence convergence.json
 """
 
-import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,25 +10,23 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fishertune_d2.command_line import ending_in_a_sentence
-
-_MARKERS = "osD^vPX*"  # curves of estimators that agree lie on each other
+from fishertune_d2.analysis.figures import MARKERS, draw_json_file
 
 
 def draw_convergence(measured: Mapping[str, Any], path: Path) -> None:
     """Draws the overlap with the reference: by F and by DRF, against images and against time.
 
     Args:
-        measured: ``reference``, the plain loop, with its ``images`` and ``seconds_per_image``; and
-            ``curves``, each with its ``estimator`` and lists of the same length: ``images``,
-            ``seconds``, ``overlap`` and ``drf_overlap``, the share of what the reference selects
-            that the estimator selects too, in [0, 1].
+        measured: ``reference`` is the plain loop, with its ``images`` and ``seconds_per_image``.
+            ``curves`` each have their ``estimator`` and lists of the same length: ``images``,
+            ``seconds``, and ``overlap`` and ``drf_overlap``, the shares in [0, 1] of the weights
+            selected by the reference that the estimator selects too.
         path: the PNG to write.
     """
     reference = measured["reference"]
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey=True)
-    for curve, marker in zip(measured["curves"], _MARKERS * len(measured["curves"]), strict=False):
+    for curve, marker in zip(measured["curves"], MARKERS * len(measured["curves"]), strict=False):
         times = np.array(curve["seconds"]) / reference["seconds_per_image"]
         for row, key in zip(axes, ("overlap", "drf_overlap"), strict=True):
             for panel, costs in zip(row, (curve["images"], times), strict=True):
@@ -43,7 +39,7 @@ def draw_convergence(measured: Mapping[str, Any], path: Path) -> None:
                     label=curve["estimator"],
                 )
     for row, score in zip(axes, ("F", "DRF"), strict=True):
-        row[0].set_ylabel(f"% in common, selected by {score}")
+        row[0].set_ylabel(f"% of the selection by {score} in common")
     for panel in axes.flat:
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")
@@ -60,11 +56,4 @@ def draw_convergence(measured: Mapping[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="JSON that a benchmark wrote")
-    parser.add_argument("--output", type=Path, help="default: FILE with .png")
-    args = parser.parse_args()
-    picture = args.output or args.file.with_suffix(".png")
-    with ending_in_a_sentence():
-        draw_convergence(json.loads(args.file.read_text()), picture)
-    print(picture)
+    draw_json_file(__doc__, draw_convergence)

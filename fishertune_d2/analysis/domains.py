@@ -1,4 +1,4 @@
-"""How far domains lie apart in the statistics that Eq. 6 redraws.
+"""Measures and draws how far domains are apart in the statistics that Eq. 6 redraws.
 
 Shapes: n images, D channels (3 for pixels).
 """
@@ -14,10 +14,10 @@ from fishertune_d2.fisher.perturb import token_statistics
 
 
 def statistics_of(maps: Sequence[Tensor]) -> np.ndarray:
-    """Mean and standard deviation over space of each image and channel: mu and sigma of Eq. 6.
+    """Mu and sigma of Eq. 6: mean and standard deviation over space, by image and channel.
 
     Args:
-        maps: (h, w, D) each, of pixels or features.
+        maps: pixels or features, (h, w, D) each.
 
     Returns:
         (n, 2, D), mu before sigma.
@@ -31,10 +31,10 @@ def statistics_of(maps: Sequence[Tensor]) -> np.ndarray:
 
 
 def distance(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """How far a domain lies from the source, in the unit that Eq. 6 measures its shift in.
+    """The distance of a domain from the source, in the unit of Eq. 6's shift.
 
     The source's Sigma_mu and Sigma_sigma are the standard deviations of mu and sigma over its
-    images. Eq. 6 moves an image by eps of them, eps from N(0, 1).
+    images. Eq. 6 moves an image by eps times these, with eps from N(0, 1).
 
     Args:
         source: (n, 2, D), see :func:`statistics_of`.
@@ -44,29 +44,31 @@ def distance(source: np.ndarray, target: np.ndarray) -> np.ndarray:
         (2, D) not negative: the difference of the domains' means, in Sigmas; mu before sigma.
 
     Raises:
-        ValueError: if the source has fewer than two images, or a statistic that is the same in
-            all of them, so that there is no unit.
+        ValueError: if a statistic of the source is the same in all images, as with one image, so
+            that there is no unit.
     """
     spread = source.std(axis=0)  # as in Eq. 6, divisor n
     if not (spread > 0).all():
         raise ValueError(
             f"the {len(source)} images of the source do not differ in every statistic: "
-            "take more and different ones"
+            "use more and different images"
         )
     return np.abs(target.mean(axis=0) - source.mean(axis=0)) / spread
 
 
-def draw_distances(rows: Mapping[str, Mapping[str, float]], path: Path, *, source: str) -> None:
+def draw_distances(
+    distances: Mapping[str, Mapping[str, float]], path: Path, *, source: str
+) -> None:
     """Draws the distance of each domain from the source, by place in the model.
 
     Args:
-        rows: by domain and place, in Sigmas; every domain with the same places.
+        distances: in Sigmas, by domain and place; all domains have the same places.
         path: the PNG to write.
         source: the name of the source domain.
     """
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
-    for name, values in rows.items():
+    for name, values in distances.items():
         axes.plot(list(values), list(values.values()), marker="o", label=name)
     axes.axhline(
         np.sqrt(2 / np.pi), color="grey", linestyle=":", label="Eq. 6 at strength 1, mean |eps|"

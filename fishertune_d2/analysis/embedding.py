@@ -1,4 +1,4 @@
-"""Images of several domains by their features, in two dimensions, as the paper's Fig. 7.
+"""Draws images of several domains by their features in two dimensions, as the paper's Fig. 7.
 
 Shapes: n images, D channels.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-_MARKERS = "osD^vPX*"
+from fishertune_d2.analysis.figures import MARKERS
 
 
 def mean_features(maps: Sequence[Tensor]) -> np.ndarray:
@@ -26,13 +26,13 @@ def mean_features(maps: Sequence[Tensor]) -> np.ndarray:
 
 
 def domain_purity(features: Mapping[str, np.ndarray]) -> float:
-    """For how many images the most similar other image is of the same domain.
+    """The share of images whose most similar other image is of the same domain.
 
-    Similar by the cosine of their features. 1 where domains lie apart; where they mix, an image's
-    domain has only its share of the others.
+    The cosine of two features is their similarity. The share is 1 where domains are separate.
+    Where they mix, it falls to the domain's share of the other images.
 
     Args:
-        features: by domain, (n, D).
+        features: features by domain, (n, D).
 
     Returns:
         A share in [0, 1].
@@ -42,7 +42,7 @@ def domain_purity(features: Mapping[str, np.ndarray]) -> float:
     """
     values, domains = np.concatenate(list(features.values())), _domains(features)
     if len(values) < 2:
-        raise ValueError(f"{len(values)} images: there is no other one to compare with")
+        raise ValueError(f"{len(values)} images: give at least two to compare")
     values = values / np.linalg.norm(values, axis=1, keepdims=True)
     similarity = values @ values.T
     np.fill_diagonal(similarity, -np.inf)
@@ -50,14 +50,14 @@ def domain_purity(features: Mapping[str, np.ndarray]) -> float:
 
 
 def embed(features: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
-    """Embeds the images of all domains together by t-SNE, which keeps neighbours together.
+    """Embeds the images of all domains together by t-SNE, which preserves neighbours.
 
     Args:
-        features: by domain, (n, D).
-        seed: of the embedding.
+        features: features by domain, (n, D).
+        seed: the seed of the embedding.
 
     Returns:
-        By domain (n, 2). Neither axes nor distances between groups have a meaning.
+        Points by domain, (n, 2). Axes and distances between groups have no meaning.
 
     Raises:
         ImportError: if scikit-learn is missing.
@@ -69,7 +69,7 @@ def embed(features: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, np.nda
             "t-SNE needs scikit-learn: pip install 'fishertune-d2[notebooks]'"
         ) from error
     values = np.concatenate(list(features.values())).astype(np.float64)
-    perplexity = min(30.0, (len(values) - 1) / 3)  # scikit-learn's default, and its largest
+    perplexity = min(30.0, (len(values) - 1) / 3)  # scikit-learn's default, or its upper limit
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(values)
     domains = _domains(features)
     return {name: points[domains == i] for i, name in enumerate(features)}
@@ -79,13 +79,13 @@ def draw_embeddings(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) 
     """Draws :func:`embed` of several models beside each other.
 
     Args:
-        panels: by model, its features by domain, (n, D).
+        panels: features by model and domain, (n, D).
         path: the PNG to write.
     """
     figure = Figure(figsize=(1.2 + 3 * len(panels), 3.2), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)
     for axes, (model, features) in zip(row[0], panels.items(), strict=True):
-        for (domain, points), marker in zip(embed(features).items(), _MARKERS * 9, strict=False):
+        for (domain, points), marker in zip(embed(features).items(), MARKERS * 9, strict=False):
             axes.scatter(*points.T, s=22, marker=marker, alpha=0.8, linewidths=0, label=domain)
         axes.set_title(
             f"{model}: nearest image of the same domain {100 * domain_purity(features):.0f} %",

@@ -1,4 +1,4 @@
-"""A segmentor's patch features of a data set's images, and pictures of them.
+"""Computes a segmentor's patch features of images, and draws them.
 
 Shapes: D channels, (h, w) patches.
 """
@@ -15,15 +15,15 @@ from fishertune_d2.data import SegmentationMapper, load_datasets
 
 
 def read_images(cfg: CfgNode, name: str, count: int) -> list[dict]:
-    """Reads images as they are tested, evenly spread over a data set.
+    """Reads test images, evenly spread over a data set.
 
     Args:
         cfg: INPUT and TEST are read.
         name: a registered data set.
-        count: how many; all if it has fewer.
+        count: the number of images; a smaller data set gives all that it has.
 
     Returns:
-        What the segmentor takes; ``image`` is (3, H, W) uint8.
+        Inputs of the segmentor; ``image`` is (3, H, W) uint8.
     """
     items, mapper = load_datasets([name]), SegmentationMapper(cfg, is_train=False)
     chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
@@ -34,7 +34,7 @@ def read_images(cfg: CfgNode, name: str, count: int) -> list[dict]:
 def patch_features(
     model: nn.Module, images: Sequence[dict], module: nn.Module | None = None
 ) -> list[Tensor]:
-    """What a module of the backbone puts out at each patch.
+    """The output of a module of the backbone at each patch.
 
     Args:
         model: a ``VFMSegmentor``.
@@ -42,7 +42,7 @@ def patch_features(
         module: the patch embedding or a block; by default the last block.
 
     Returns:
-        For each image (h, w, D), without class token and registers.
+        Features of each image, (h, w, D), without class token and registers.
     """
     backbone, kept = model.backbone, []
     module = backbone.vit.blocks[-1] if module is None else module
@@ -52,7 +52,7 @@ def patch_features(
         for image in (item["image"].to(model.device) for item in images):
             backbone(((image - model.pixel_mean) / model.pixel_std)[None])
             height, width = (ceil(side / backbone.patch_size) for side in image.shape[-2:])
-            tokens = kept.pop()[0]  # (N, D), prefix first; or a map, as the patch embedding's
+            tokens = kept.pop()[0]  # (N, D) with prefix tokens first, or the patch embedding's map
             tokens = tokens.flatten(0, -2)[-height * width :]
             maps.append(tokens.reshape(height, width, -1))
     finally:
@@ -63,14 +63,14 @@ def patch_features(
 def pca_pictures(maps: Sequence[Tensor]) -> list[np.ndarray]:
     """The three directions in which features differ most, as red, green and blue.
 
-    The directions are those of all maps together, so that a colour means the same in each.
+    All maps share the directions, so that a colour has the same meaning in each picture.
 
     Args:
         maps: (h, w, D) each; h and w may differ.
 
     Returns:
-        For each (h, w, 3) float in 0..1. A direction's colour runs from its 1st to its 99th
-        percentile. Its sign has no meaning.
+        A picture for each map, (h, w, 3) float in 0..1. A direction's colour runs from its 1st to
+        its 99th percentile. Its sign has no meaning.
 
     Raises:
         ValueError: if there are fewer than three patches or channels.
@@ -78,7 +78,8 @@ def pca_pictures(maps: Sequence[Tensor]) -> list[np.ndarray]:
     patches = torch.cat([features.flatten(0, 1) for features in maps]).double().cpu().numpy()
     if min(patches.shape) < 3:
         raise ValueError(
-            f"{patches.shape[0]} patches of {patches.shape[1]} channels have no three directions"
+            f"{patches.shape[0]} patches of {patches.shape[1]} channels have no three directions: "
+            "give at least 3 of each"
         )
     patches = patches - patches.mean(axis=0)
     directions = np.linalg.eigh(patches.T @ patches)[1][:, :-4:-1]  # of the largest variance

@@ -1,4 +1,4 @@
-"""Where the selected weights are: block by kind, as the paper's Fig. 6 lays it out.
+"""Draws the share of selected weights by block and kind, in the layout of the paper's Fig. 6.
 
 python -m fishertune_d2.analysis.selection_map outputs/demo
 """
@@ -7,18 +7,21 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from fishertune_d2.analysis.figures import draw_groups
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import KINDS, Selection
 from fishertune_d2.fisher.candidates import groups_of
+from fishertune_d2.run import Run
 
 
 def shares_by_group(selection: Selection) -> np.ndarray:
-    """The share of each group's weights that is selected.
+    """The selected share of each group's weights.
 
     Returns:
-        (kinds, blocks) in percent, kinds in the order of ``KINDS``; NaN for a group that the
+        Percent, (kinds, blocks), with kinds in the order of ``KINDS``; NaN for a group that the
         model lacks.
     """
     totals: dict[tuple[str, int], int] = {}
@@ -41,20 +44,10 @@ def draw_selection_map(selection: Selection, path: Path) -> None:
         path: the PNG to write.
     """
     shares = shares_by_group(selection)
-    kinds, blocks = shares.shape
-    figure = Figure(figsize=(2.2 + 0.42 * blocks, 2.9), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.42 * shares.shape[1], 2.9), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="viridis", aspect="auto", vmin=0)
-    for kind in range(kinds):
-        for block in range(blocks):
-            value = shares[kind, block]
-            if np.isnan(value):
-                continue
-            color = "black" if value > 0.6 * np.nanmax(shares) else "white"
-            text = f"{value:.0f}" if value >= 9.5 else f"{value:.1f}"
-            axes.text(block, kind, text, ha="center", va="center", color=color, fontsize=7)
-    axes.set_xticks(range(blocks), range(blocks))
-    axes.set_yticks(range(kinds), KINDS)
+    norm = Normalize(0, np.nanmax(shares))
+    image = draw_groups(axes, shares, norm, lambda v: f"{v:.0f}" if v >= 9.5 else f"{v:.1f}")
     axes.set_xlabel("block")
     count = sum(len(indices) for indices in selection.indices.values())
     axes.set_title(
@@ -71,20 +64,18 @@ def draw_run(output_dir: str | Path) -> Path | None:
     Returns:
         The picture's path, ``selection.png``; None if the run selected nothing.
     """
-    file = Path(output_dir) / "selection.safetensors"
-    if not file.is_file():
+    run = Run(Path(output_dir))
+    if not run.selection_file.is_file():
         return None
-    picture = file.with_suffix(".png")
-    draw_selection_map(Selection.load(file), picture)
+    picture = run.selection_file.with_suffix(".png")
+    draw_selection_map(run.load_selection(), picture)
     return picture
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output_dir", help="OUTPUT_DIR of a run that selected weights")
-    output_dir = parser.parse_args().output_dir
+    parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of a run that selected weights")
+    run = Run(parser.parse_args().output_dir)
     with ending_in_a_sentence():
-        picture = draw_run(output_dir)
-    if picture is None:
-        parser.error(f"there is no selection.safetensors in {output_dir}: its run selected nothing")
-    print(picture)
+        run.load_selection()  # says so if the run selected nothing
+        print(draw_run(run.folder))

@@ -1,4 +1,4 @@
-"""How sensitive each group of weights is: F and DRF by block and kind, as the paper's Fig. 6.
+"""Draws how sensitive each group of weights is: F and DRF by block and kind, as the paper's Fig. 6.
 
 python -m fishertune_d2.analysis.sensitivity_map outputs/demo [outputs/another ...]
 """
@@ -9,25 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullLocator
 
+from fishertune_d2.analysis.figures import draw_groups
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import KINDS, FisherEstimate, domain_related_fisher
 from fishertune_d2.fisher.candidates import groups_of
+from fishertune_d2.run import Run
 
 
 def mean_by_group(scores: Mapping[str, torch.Tensor]) -> np.ndarray:
     """The mean score of each group's weights, over the mean of all candidates: 1 is average.
 
     Args:
-        scores: by parameter name, not negative.
+        scores: scores by parameter name, not negative.
 
     Returns:
-        (kinds, blocks), kinds in the order of ``KINDS``; NaN for a group that the model lacks.
+        Means, (kinds, blocks), with kinds in the order of ``KINDS``; NaN for a group that the
+        model lacks.
 
     Raises:
         ValueError: if no candidate scores above 0, so that there is no mean to divide by.
@@ -57,7 +58,7 @@ def draw_sensitivity_map(estimates: Sequence[tuple[str, FisherEstimate]], path: 
     """Draws :func:`mean_by_group` of F(x) and of DRF, two panels for each estimate.
 
     Args:
-        estimates: each with a name to print above its panels.
+        estimates: estimates, each after the name to print above its panels.
         path: the PNG to write.
 
     Raises:
@@ -77,9 +78,9 @@ def draw_sensitivity_map(estimates: Sequence[tuple[str, FisherEstimate]], path: 
     blocks = max(means.shape[1] for _, means in panels)
     figure = Figure(figsize=(2.2 + 0.43 * blocks, 0.3 + 1.7 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels))
-    # One below the other, so that a block is in the same place in all of them.
+    # Panels are stacked, so that a block has the same place in all of them.
     for panel, (title, means) in zip(axes, panels, strict=True):
-        image = _draw_panel(panel, means, norm)
+        image = draw_groups(panel, means, norm, _short)
         panel.set_title(title, fontsize=9)
     axes[-1].set_xlabel("block")
     bar = figure.colorbar(image, ax=axes, label="mean of the group / mean of all candidates")
@@ -87,22 +88,6 @@ def draw_sensitivity_map(estimates: Sequence[tuple[str, FisherEstimate]], path: 
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter("{x:g}")
     figure.savefig(path, dpi=150)
-
-
-def _draw_panel(axes: Axes, means: np.ndarray, norm: LogNorm) -> AxesImage:
-    image = axes.imshow(means, cmap="viridis", aspect="auto", norm=norm)
-    kinds, blocks = means.shape
-    for kind in range(kinds):
-        for block in range(blocks):
-            value = means[kind, block]
-            if np.isnan(value):
-                continue
-            # A mean of 0 has no colour on a log scale: black on the bare background.
-            color = "black" if value == 0 or norm(value) > 0.6 else "white"
-            axes.text(block, kind, _short(value), ha="center", va="center", color=color, fontsize=7)
-    axes.set_xticks(range(blocks), range(blocks))
-    axes.set_yticks(range(kinds), KINDS)
-    return image
 
 
 def _short(value: float) -> str:
@@ -114,14 +99,10 @@ def _short(value: float) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output_dirs", nargs="+", type=Path, help="OUTPUT_DIR of each run")
-    parser.add_argument("--output", type=Path, help="default: sensitivity.png in the first of them")
+    parser.add_argument("--output", type=Path, help="default: sensitivity.png in the first folder")
     args = parser.parse_args()
-    files = [folder / "fisher.safetensors" for folder in args.output_dirs]
-    for file in files:
-        if not file.is_file():
-            parser.error(f"there is no {file.name} in {file.parent}: its run estimated nothing")
     picture = args.output or args.output_dirs[0] / "sensitivity.png"
     with ending_in_a_sentence():
-        loaded = [(file.resolve().parent.name, FisherEstimate.load(file)) for file in files]
-        draw_sensitivity_map(loaded, picture)
+        runs = [Run(folder) for folder in args.output_dirs]
+        draw_sensitivity_map([(run.name, run.load_estimate()) for run in runs], picture)
     print(picture)

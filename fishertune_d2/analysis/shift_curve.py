@@ -1,10 +1,8 @@
-"""F against DRF as the simulated shift grows, as the paper's Fig. 4.
+"""Draws F against DRF as the simulated shift grows, as the paper's Fig. 4.
 
 python -m fishertune_d2.analysis.shift_curve shift.json
 """
 
-import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,20 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fishertune_d2.command_line import ending_in_a_sentence
+from fishertune_d2.analysis.figures import draw_json_file
 from fishertune_d2.fisher import KINDS
 
 
 def draw_shift_curve(measured: Mapping[str, Any], path: Path) -> None:
-    """Draws how the information, the choice and its kinds change with the shift.
+    """Draws how the information, the selection and its kinds change with the shift.
 
     Args:
-        measured: lists over ``strengths`` of the shift, each with an entry for each strength:
-            ``fisher``, mean F(x') over mean F(x); ``drf``, mean DRF over mean F(x);
-            ``overlap_fisher`` and ``overlap_change``, the share of what DRF selects that F(x) or
-            dF alone selects too, in [0, 1]; ``kinds``, for each kind the share of what DRF
-            selects that is of this kind, in [0, 1]. None where there is no value, such as for dF
-            at strength 0. And ``images`` and ``seed`` of the measurement.
+        measured: ``images`` and ``seed`` of the measurement, the ``strengths`` of the shift, and
+            lists with one number for each strength. ``fisher`` is mean F(x') over mean F(x), and
+            ``drf`` is mean DRF over mean F(x). ``overlap_fisher`` and ``overlap_change`` are the
+            shares in [0, 1] of DRF's selection that F(x) alone and dF alone select too. ``kinds``
+            holds the share in [0, 1] of each kind in DRF's selection. None marks a missing value,
+            such as that of dF at strength 0.
         path: the PNG to write.
     """
     strengths = measured["strengths"]
@@ -46,13 +44,13 @@ def draw_shift_curve(measured: Mapping[str, Any], path: Path) -> None:
     overlaps.plot(strengths, 100 * curve("overlap_change"), marker="^", label="with dF alone")
     overlaps.set_ylim(-3, 103)
     overlaps.set_ylabel("% of the selected weights")
-    overlaps.set_title("what DRF selects, in common", fontsize=9)
+    overlaps.set_title("DRF's selection, in common", fontsize=9)
 
     shares = [100 * np.array(measured["kinds"][kind], dtype=float) for kind in KINDS]
     kinds.stackplot(strengths, shares, labels=KINDS, alpha=0.8)
     kinds.set_ylim(0, 100)
     kinds.set_ylabel("% of the selected weights")
-    kinds.set_title("what DRF selects, by kind", fontsize=9)
+    kinds.set_title("DRF's selection, by kind", fontsize=9)
     kinds.margins(x=0)
 
     for panel in (values, overlaps, kinds):
@@ -66,11 +64,4 @@ def draw_shift_curve(measured: Mapping[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="JSON that a benchmark wrote")
-    parser.add_argument("--output", type=Path, help="default: FILE with .png")
-    args = parser.parse_args()
-    picture = args.output or args.file.with_suffix(".png")
-    with ending_in_a_sentence():
-        draw_shift_curve(json.loads(args.file.read_text()), picture)
-    print(picture)
+    draw_json_file(__doc__, draw_shift_curve)
