@@ -124,7 +124,7 @@ class Setting:
 
 def drf(estimate: FisherEstimate) -> dict[str, Tensor]:
     """DRF in its default form."""
-    return domain_related_fisher(estimate.f, estimate.shifted, estimate.shift_weight)
+    return domain_related_fisher(estimate)
 
 
 def sampled_values(scores: dict[str, Tensor], count: int = 200_000) -> np.ndarray:

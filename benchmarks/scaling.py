@@ -186,7 +186,8 @@ def sent(vfm: str) -> dict:
     cfg = _config("configs/fishertune_dinov2.yaml", {"MODEL.VFM.NAME": vfm, "MODEL.DEVICE": "meta"})
     with torch.device("meta"):
         model = Trainer.build_model(cfg)
-    share = tuned_share(1.0, cfg.TUNING.D_MIN, cfg.TUNING.D_MAX, form=cfg.TUNING.SCHEDULE)
+    tuning = cfg.TUNING
+    share = tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, schedule=tuning.SCHEDULE)
     base = sum(p.numel() for p in model.backbone.parameters())
     decoder = [p for name, p in model.named_parameters() if not is_backbone(name)]
     unused = model.backbone.unused_parameters()

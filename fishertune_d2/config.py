@@ -257,15 +257,15 @@ def _add_fisher(cfg: CN) -> None:
     cfg.FISHER.LABELS = "ground_truth"
     # "float32" or "bfloat16" (autocast; sums stay float32).
     cfg.FISHER.PRECISION = "float32"
-    # A fisher.safetensors that another run wrote after the same warm-up, to select from instead of
-    # estimating again. "": estimate here.
+    # The fisher.safetensors of another run with the same warm-up, to use it instead of estimating
+    # again. "": estimate here.
     cfg.FISHER.ESTIMATE = ""
-    # T2: batches drawn for the estimate, over all processes (ours; the paper's text gives no
-    # number), and the images in each, which stay in one process: Eq. 6 needs at least two.
+    # T2: batches of the estimate, summed over all processes (ours; the paper's text gives no number),
+    # and images in a batch, which one process measures: Eq. 6 needs at least two.
     cfg.FISHER.BATCHES = 500
     cfg.FISHER.IMS_PER_BATCH = 4
-    # How F and dF become one score: "balanced" (Eq. 15 with constants from the estimate itself),
-    # "eq7", "eq15" (both literal), or "rank" (sum of ranks).
+    # The form of the score: how F and dF become one number for each weight. "balanced" (Eq. 15 with
+    # constants from the estimate itself), "eq7", "eq15" (both literal), or "rank" (sum of ranks).
     cfg.FISHER.FORM = "balanced"
     # "balanced": gamma * tau^-2 as a share of the mean F over all candidates (ours).
     cfg.FISHER.RHO = 0.01
@@ -276,7 +276,7 @@ def _add_fisher(cfg: CN) -> None:
     cfg.FISHER.EPS = 1e-8
 
     cfg.FISHER.PERTURB = CN()
-    # Where Eq. 6 is applied: 0 is the patch embedding, 1, 2, 3 the blocks at 1/3, 1/2, 2/3 (ours).
+    # Points of Eq. 6: 0 is the patch embedding; 1, 2, 3 are the blocks at 1/3, 1/2, 2/3 (ours).
     cfg.FISHER.PERTURB.POINTS = [0, 1, 2, 3]
     # Factor on eps_mu and eps_sigma of Eq. 6; 0 switches the simulated shift off.
     cfg.FISHER.PERTURB.STRENGTH = 1.0
@@ -287,30 +287,30 @@ def _add_fisher(cfg: CN) -> None:
 
 def _add_tuning(cfg: CN) -> None:
     cfg.TUNING = CN()
-    # A name in fishertune_d2.tuning.TUNING_REGISTRY: what of the backbone is trained after warm-up.
+    # A name in fishertune_d2.tuning.TUNING_REGISTRY: the method that tunes the backbone after warm-up.
     cfg.TUNING.METHOD = "fishertune"
-    # Apply Eq. 6, as FISHER.PERTURB says, to the features of every second batch or so (DSU's
-    # probability) in the steps of T3, with any method: the paper's "+FP" rows.
+    # Apply Eq. 6, with the keys of FISHER.PERTURB, to the features of about every second batch (DSU's
+    # probability) in the steps of T3, with any method: the paper's "+FP".
     cfg.TUNING.FEATURE_PERTURBATION = False
     # T1: iterations with the backbone frozen.
     cfg.TUNING.WARMUP_ITERS = 5000
-    # A checkpoint that another run wrote at the end of its warm-up: training goes on from there,
-    # so that several methods share one warm-up. "": warm up here.
+    # A checkpoint that another run wrote at the end of its warm-up. Training continues from it, so
+    # that several methods share one warm-up. "": warm up here.
     cfg.TUNING.WARMUP_CHECKPOINT = ""
     # Share of the backbone's parameters that is tuned at the start and at the end of T3.
     cfg.TUNING.D_MIN = 0.01
     cfg.TUNING.D_MAX = 0.05
-    # How the share grows: "text", "eq16", "linear" or "constant", see fisher.tuned_share. (That of
-    # childtune does not.)
-    cfg.TUNING.SCHEDULE = "text"
+    # How the share grows: "growing" (once "text"), "eq16", "linear" or "constant", see
+    # fisher.tuned_share. childtune is always "constant".
+    cfg.TUNING.SCHEDULE = "growing"
 
     cfg.TUNING.LORA = CN()
-    # LoRA: B A x * ALPHA / RANK is added to q and v. As peft's defaults; the paper's row is RANK 8.
+    # LoRA adds B A x * ALPHA / RANK to q and v. The values are peft's defaults; RANK 8 is the paper's.
     cfg.TUNING.LORA.RANK = 8
     cfg.TUNING.LORA.ALPHA = 8
     cfg.TUNING.PEFT = CN()
-    # Method "peft": the tuner by peft's name (DORA, VERA, IA3, LOHA, ...), the layers that it tunes
-    # (q_proj, k_proj, v_proj, or timm's names), and its options: names and values in turn.
+    # Method "peft": peft's name of the tuner (DORA, VERA, IA3, LOHA, ...), the layers that it tunes
+    # (q_proj, k_proj, v_proj, or timm's names), and its options as alternating names and values.
     cfg.TUNING.PEFT.TYPE = "DORA"
     cfg.TUNING.PEFT.TARGETS = ["q_proj", "v_proj"]
     cfg.TUNING.PEFT.OPTIONS = []
@@ -320,17 +320,18 @@ def _add_tuning(cfg: CN) -> None:
     cfg.TUNING.VPT.NUM_TOKENS = 150
 
     cfg.TUNING.ADAPTFORMER = CN()
-    # Width of the bottleneck beside each MLP, and the factor on what it adds (the authors').
+    # Width of the bottleneck beside each MLP, and the factor on its output (the authors').
     cfg.TUNING.ADAPTFORMER.DIM = 64
     cfg.TUNING.ADAPTFORMER.SCALE = 0.1
 
     cfg.TUNING.VQT = CN()
-    # Queries in each block (ours: with the linear layer that reads them, the paper's 3.01 M on a
-    # ViT-L; the authors use 1 to 20).
+    # Queries in each block (ours: with the linear layer that reads them, 80 make the paper's 3.01 M
+    # on a ViT-L; the authors use 1 to 20).
     cfg.TUNING.VQT.NUM_TOKENS = 80
 
     cfg.TUNING.REIN = CN()
-    # Rank of Rein's and SET's tokens (theirs). There are as many tokens as the head has queries.
+    # Rank of Rein's and SET's tokens (the authors'). The number of tokens is the head's number of
+    # queries.
     cfg.TUNING.REIN.RANK = 16
 
     cfg.TUNING.GROUP = CN()

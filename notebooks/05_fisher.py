@@ -243,7 +243,7 @@ for strength in strengths:
     )
     e = estimate_fisher(model, batches[:3], loss, candidates, perturb=grown, progress=False)
     change = relative_change(e.f, e.shifted, eps=1e-8)
-    drf = domain_related_fisher(e.f, e.shifted, e.shift_weight)
+    drf = domain_related_fisher(e)
     by = [Selection.from_scores(scores, 0.05, base) for scores in (drf, e.f, change)]
     for name, other in zip(common, by[1:], strict=True):
         common[name].append(100 * overlap(by[0], other))
@@ -301,7 +301,7 @@ else:
         progress=False,
     )
     scores = [
-        domain_related_fisher(e.f, e.shifted, e.shift_weight) for e in (estimate, photographs)
+        domain_related_fisher(e) for e in (estimate, photographs)
     ]
     both = [Selection.from_scores(score, 0.05, base) for score in scores]
     print(f"{overlap(*both):.0%} of what DRF selects on streets it selects on CamVid too")

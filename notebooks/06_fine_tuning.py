@@ -62,12 +62,12 @@ OUTPUT = Path("../outputs/notebooks", "quick" * QUICK)
 progress = np.linspace(0, 1, 101)
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
 for form, bounds in {
-    "text": (0.01, 0.05),
+    "growing": (0.01, 0.05),
     "eq16": (0.95, 0.99),
     "linear": (0.01, 0.05),
     "constant": (0.01, 0.05),
 }.items():
-    axes.plot(progress, [100 * tuned_share(t, *bounds, form=form) for t in progress], label=form)
+    axes.plot(progress, [100 * tuned_share(t, *bounds, schedule=form) for t in progress], label=form)
 axes.set_xlabel("progress t / T of the tuning stage")
 axes.set_ylabel("% of the backbone that is tuned")
 axes.set_ylim(bottom=0)

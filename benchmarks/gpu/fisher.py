@@ -119,13 +119,13 @@ def ranking(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> 
             for k in range(24)
         }
 
-    f, shifted = draw(), draw()
+    estimate = FisherEstimate(draw(), draw(), 0.3, images=1)
     held = 4 * count / GIB
     for form in ("balanced", "rank"):
         release()
         reset_peak(cuda)
         start = now(cuda)
-        scores = domain_related_fisher(f, shifted, 0.3, form=form)
+        scores = domain_related_fisher(estimate, form=form)
         scored = now(cuda)
         selection = Selection.from_scores(scores, SHARE, base)
         end = now(cuda)

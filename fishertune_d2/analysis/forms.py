@@ -30,9 +30,7 @@ def select_by_each(estimate: FisherEstimate, share: float) -> dict[str, Selectio
     base = sum(value.numel() for value in estimate.values())
     scores = {"F": estimate.f, "dF": relative_change(estimate.f, estimate.shifted, eps=1e-8)}
     for form in FORMS:
-        scores[form] = domain_related_fisher(
-            estimate.f, estimate.shifted, estimate.shift_weight, form=form
-        )
+        scores[form] = domain_related_fisher(estimate, form=form)
     return {name: Selection.from_scores(score, share, base) for name, score in scores.items()}
 
 

@@ -68,7 +68,7 @@ def draw_sensitivity_map(estimates: Sequence[tuple[str, FisherEstimate]], path: 
     for name, estimate in estimates:
         if not estimate.shifted:
             raise ValueError(f"{name} has no F(x') to compute DRF from: estimate with `perturb`")
-        drf = domain_related_fisher(estimate.f, estimate.shifted, estimate.shift_weight)
+        drf = domain_related_fisher(estimate)
         known = {key: estimate.notes.get(key, "unknown") for key in ("estimator", "labels")}
         made = f"{known['estimator']}, {known['labels']} labels, {estimate.images} images"
         panels.append((f"{name}, F(x): {made}", mean_by_group(estimate.f)))

@@ -223,7 +223,7 @@ class ParameterMask(HookBase):
         iters: int,
         d_min: float,
         d_max: float,
-        schedule: str = "text",
+        schedule: str = "growing",
     ):
         self.update = update
         self.start = start
@@ -238,9 +238,8 @@ class ParameterMask(HookBase):
         step = self.trainer.iter - self.start
         if step < 0:
             return
-        share = tuned_share(
-            min(1.0, step / max(1, self.iters - 1)), self.d_min, self.d_max, form=self.schedule
-        )
+        progress = min(1.0, step / max(1, self.iters - 1))
+        share = tuned_share(progress, self.d_min, self.d_max, schedule=self.schedule)
         if self._update is None:
             self._update = self.update()
             self._log(share)

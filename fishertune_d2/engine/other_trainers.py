@@ -43,7 +43,7 @@ def apply_fishertune(
     warmup: int = 0,
     d_min: float = 0.01,
     d_max: float = 0.05,
-    schedule: str = "text",
+    schedule: str = "growing",
     batches: int = 500,
     loss_fn: Callable[[nn.Module, Sequence], Tensor] | None = None,
     estimator: str = "diagonal_loop",
@@ -113,7 +113,7 @@ def apply_fishertune(
     _require_trained(tunable, trainer.optimizer)
     if perturb is None:
         perturb = StatisticsPerturbation.of_vit(vit)
-    share = tuned_share(1.0, d_min, d_max, form=schedule)
+    share = tuned_share(1.0, d_min, d_max, schedule=schedule)
     base = sum(parameter.numel() for parameter in parameters.values())
     most = sum(candidate.numel for candidate in candidates)
     if count_of_share(share, base) > most:
@@ -139,7 +139,7 @@ def apply_fishertune(
 
     estimation = FisherEstimation(
         estimate,
-        lambda found: domain_related_fisher(found.f, found.shifted, found.shift_weight),
+        domain_related_fisher,
         start=warmup,
         share=share,
         base=base,

@@ -62,7 +62,7 @@ def count_tuned(cfg: CfgNode, backbone: nn.Module, progress: float) -> int:
         return sum(p.numel() for p in method.parameters(backbone).values())
     tuning = cfg.TUNING
     schedule = method.schedule or tuning.SCHEDULE
-    share = tuned_share(progress, tuning.D_MIN, tuning.D_MAX, form=schedule)
+    share = tuned_share(progress, tuning.D_MIN, tuning.D_MAX, schedule=schedule)
     return count_of_share(share, sum(p.numel() for p in backbone.parameters()))
 
 

@@ -96,7 +96,7 @@ def require_fillable(cfg: CfgNode, method: TuningMethod, backbone: nn.Module) ->
         return
     tuning, base = cfg.TUNING, sum(p.numel() for p in backbone.parameters())
     schedule = method.schedule or tuning.SCHEDULE
-    share = tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, form=schedule)
+    share = tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, schedule=schedule)
     count = count_of_share(share, base)
     most = sum(c.numel for c in method.candidates(backbone))
     if count > most:
@@ -137,7 +137,7 @@ def _schedule(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
     if method.selects:
         try:
             schedule = method.schedule or tuning.SCHEDULE
-            tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, form=schedule)
+            tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, schedule=schedule)
         except ValueError as error:
             yield f"TUNING.SCHEDULE, TUNING.D_MIN and TUNING.D_MAX do not fit: {error}"
 

@@ -178,7 +178,7 @@ class Trainer(DefaultTrainer):
             self._preemption.at_once(self._estimate),
             lambda estimate: self.method.scores(backbone, estimate),
             start=cfg.TUNING.WARMUP_ITERS,
-            share=tuned_share(1.0, cfg.TUNING.D_MIN, cfg.TUNING.D_MAX, form=self._schedule),
+            share=tuned_share(1.0, cfg.TUNING.D_MIN, cfg.TUNING.D_MAX, schedule=self._schedule),
             base=sum(p.numel() for p in backbone.parameters()),
             output_dir=cfg.OUTPUT_DIR,
             eps=cfg.FISHER.EPS,

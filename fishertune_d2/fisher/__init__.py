@@ -27,6 +27,7 @@ from .likelihood import SoftmaxLikelihood, sampled_nll
 from .perturb import StatisticsPerturbation
 from .schedule import tuned_share
 from .score import domain_related_fisher, relative_change
+from .select import select
 from .selection import Selection, count_of_share, entries_within, overlap
 
 __all__ = [
@@ -59,5 +60,6 @@ __all__ = [
     "relative_change",
     "sampled_nll",
     "seeded",
+    "select",
     "tuned_share",
 ]

@@ -1,7 +1,7 @@
-"""Activation checkpoints, which an estimate does without.
+"""Switches activation checkpoints off during an estimate.
 
-A checkpointed block is computed a second time in the backward pass. By then the shift of Eq. 6 and
-the functions that catch a layer's input are gone, so the second pass would differ from the first.
+The backward pass computes a checkpointed block a second time. By then the shift of Eq. 6 and the
+functions that catch a layer's input are gone, so the second pass would differ from the first.
 """
 
 import sys
@@ -10,8 +10,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-# What timm and transformers call the flag of a module that checkpoints its blocks.
+# Names of the flag of a module that checkpoints its blocks: timm's, transformers'.
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing")
 # Detectron2's ViT wraps its blocks with this package.
 _FAIRSCALE = "fairscale.nn.checkpoint.checkpoint_activations"
@@ -19,13 +20,17 @@ _FAIRSCALE = "fairscale.nn.checkpoint.checkpoint_activations"
 
 @contextmanager
 def keeping_activations(model: nn.Module) -> Iterator[None]:
-    """Switches activation checkpointing off meanwhile, and puts it back.
+    """Switches activation checkpoints off inside the context, and on again afterwards.
 
     Args:
-        model: holds timm's or transformers' modules, or modules that fairscale has wrapped.
+        model: holds modules of timm or transformers, or modules that fairscale has wrapped.
+
+    Yields:
+        Nothing.
 
     Raises:
         ValueError: if a backward pass meets a checkpoint of another kind.
+        RuntimeError: any other RuntimeError of the context.
     """
     switched = [
         (module, flag) for module in model.modules() for flag in _FLAGS if vars(module).get(flag)
@@ -50,21 +55,25 @@ def keeping_activations(model: nn.Module) -> Iterator[None]:
 
 
 def gradients_of(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> list[Tensor | None]:
-    """The gradient of each parameter, or None for one that the loss does not reach.
+    """The gradient of each parameter.
 
     Args:
         loss: a scalar, with its graph.
         parameters: by name.
 
+    Returns:
+        The gradients, in the order of ``parameters``; None where the loss does not depend on one.
+
     Raises:
-        RuntimeError: if the loss may reach one through a checkpoint, which hides that.
+        RuntimeError: if the graph has a checkpoint, which may hide that the loss depends on one.
     """
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     if any(gradient is None for gradient in gradients):
-        seen, waiting = {None}, {loss.grad_fn}
-        while waiting := waiting - seen:
-            if any("Checkpoint" in node.name() for node in waiting):
+        seen: set[Node | None] = {None}
+        waiting = {loss.grad_fn}
+        while new := [node for node in waiting - seen if node is not None]:
+            if any("Checkpoint" in node.name() for node in new):
                 raise RuntimeError("a reentrant checkpoint keeps no graph of its block")
-            seen |= waiting
-            waiting = {following for node in waiting for following, _ in node.next_functions}
+            seen.update(new)
+            waiting = {following for node in new for following, _ in node.next_functions}
     return list(gradients)

@@ -1,4 +1,4 @@
-"""The losses of one batch, on x or on x', asked for together or image by image.
+"""The losses of one batch, on x or on x', for all images together or one by one.
 
 Shapes: B images in the batch; losses (B,).
 """
@@ -14,25 +14,25 @@ from .perturb import StatisticsPerturbation
 
 LossFn = Callable[[nn.Module, Sequence], Tensor]
 
-# The seed of the batch that is measured now, and which of its images loss_fn was given.
+# The seed of the current batch, and the indices of the images that loss_fn is called with.
 _measured: ContextVar[tuple[int, Sequence[int]] | None] = ContextVar("measured", default=None)
 
 
 class BatchLosses:
-    """What an estimator sees of a batch.
+    """The losses of one batch, as an estimator asks for them: together, or image by image.
 
-    Both ways give the same numbers, if ``loss_fn`` gives an image the same loss whatever batch it
-    comes in; on x' because what Eq. 6 drew for the whole batch is replayed for each image.
+    Both ways give the same numbers if an image's loss does not depend on its batch. On x', each
+    image replays the draws of Eq. 6 for the whole batch.
 
     Args:
-        model: what ``loss_fn`` is given.
+        model: the first argument of ``loss_fn``.
         batch: B images.
         loss_fn: ``(model, batch) -> (B,)``.
         perturb: makes x' of x; None for x itself.
-        seed: of the random numbers of this batch, the same on x and on x'.
-        name: of the batch in error messages.
-        autocast: dtype to compute the losses in where autocast says so; None for no autocast.
-        device_type: where they are computed.
+        seed: seed of this batch's random numbers, the same on x and on x'.
+        name: the batch's name in error messages.
+        autocast: autocast's dtype; None for no autocast.
+        device_type: the type of the device that computes the losses.
 
     Attributes:
         size: B.
@@ -59,21 +59,21 @@ class BatchLosses:
         self._drawn = perturb is None
 
     def together(self) -> Tensor:
-        """The losses of all images from one forward pass, (B,).
-
-        Raises:
-            ValueError: if ``loss_fn`` returns another shape.
-            FloatingPointError: if a loss is not finite, with the image.
-        """
+        """The losses of all images from one forward pass, (B,); raises as :meth:`alone` does."""
         with seeded(self.seed), self._drawing():
             return self._losses(self._batch, range(self.size))
 
     def alone(self, image: int) -> Tensor:
-        """The loss of one image from a forward pass over that image, a scalar.
+        """The loss of one image from a forward pass over this image alone.
 
-        Raises:
-            ValueError: if ``loss_fn`` returns another shape than (1,).
-            FloatingPointError: if the loss is not finite, with the image.
+        A wrong shape from ``loss_fn`` raises a ValueError, a loss that is not finite a
+        FloatingPointError, which names the image.
+
+        Args:
+            image: its index in the batch.
+
+        Returns:
+            A scalar.
         """
         if not self._drawn:
             with torch.no_grad():
@@ -83,7 +83,7 @@ class BatchLosses:
             return self._losses(self._batch[image : image + 1], [image])[0]
 
     def place(self, image: int) -> str:
-        """How to call an image in an error message."""
+        """The name of an image in an error message."""
         item = self._batch[image]
         file = item.get("file_name") if isinstance(item, Mapping) else None
         domain = "" if self._perturb is None else "shifted "
@@ -94,7 +94,7 @@ class BatchLosses:
         if self._perturb is None:
             yield
             return
-        # A generator of its own: the loss's random numbers must not depend on the shift.
+        # Its own generator, because the loss's random numbers must not depend on the shift.
         with self._perturb.drawing(torch.Generator().manual_seed(mixed_seed(self.seed, -1))):
             yield
         self._drawn = True
@@ -119,13 +119,16 @@ class BatchLosses:
 
 
 def image_seeds(count: int) -> list[int]:
-    """A seed for each image that a ``loss_fn`` was called with, the same in whatever batch it is.
+    """A seed for each image that a ``loss_fn`` is called with, independent of the batch's make-up.
 
-    A loss that draws random numbers for an image draws them under :func:`seeded` with that image's
-    seed; x and x', and a loop and a batch, then see the same ones.
+    A loss that needs random numbers for an image should draw them under :func:`seeded` with that
+    image's seed. Then x and x', and a loop and a batch, see the same numbers.
 
     Args:
-        count: how many images the loss was called with.
+        count: the number of images that the loss is called with.
+
+    Returns:
+        The seeds, one for each image.
     """
     seed, images = _measured.get() or (torch.initial_seed(), range(count))
     return [mixed_seed(seed, image) for image in images]
@@ -141,7 +144,7 @@ def mixed_seed(*numbers: int) -> int:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Random numbers that depend on ``numbers`` alone; the global state is put back after."""
+    """Makes random numbers depend on ``numbers`` alone; restores the global state afterwards."""
     # A run on the CPU must not start CUDA, which takes a GPU's memory in every process.
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=list(gpus)):

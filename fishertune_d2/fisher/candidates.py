@@ -1,8 +1,8 @@
-"""Which weights of a ViT may be tuned at all (Eq. 3).
+"""The candidates: the weights of a ViT that may be tuned (Eq. 3).
 
-Of every transformer block: the query, key and value projections of attention and the linear
-layers of the feed-forward network, weights and biases. The attention's output projection, the
-norms, LayerScale and the embeddings are no candidates. One group is one (block, kind).
+In every transformer block these are the query, key and value projections of attention and the
+linear layers of the feed-forward network, weights and biases. The attention's output projection,
+the norms, LayerScale and the embeddings are no candidates. A group is one kind in one block.
 
 A candidate is a slice of rows of a parameter, because many models fuse the three projections into
 one matrix. Names follow timm (``blocks.<i>.attn.*``, ``blocks.<i>.mlp.*``), with any prefix.
@@ -16,7 +16,7 @@ from torch import nn
 KINDS = ("Q", "K", "V", "FFN")
 
 _BLOCK_PARAMETER = re.compile(r"(?:^|\.)blocks\.(\d+)\.(attn|mlp)\.(.+)$")
-# Separate projections, by timm's names; the last two are EVA's biases beside a fused matrix.
+# timm's names of separate projections; the last two are EVA's biases beside a fused matrix.
 _SEPARATE = {"q_proj": "Q", "k_proj": "K", "v_proj": "V", "q_bias": "Q", "v_bias": "V"}
 
 
@@ -25,12 +25,12 @@ class Candidate:
     """Rows of one parameter that belong to one group.
 
     Attributes:
-        name: the parameter's name in the model it was found in.
+        name: the parameter's name in the model that was searched.
         kind: ``"Q"``, ``"K"``, ``"V"`` or ``"FFN"``.
         block: index of the transformer block, from 0.
         parameter: the whole parameter, of shape (out, in) or (out,).
-        rows: which of its rows (first dimension) belong to this candidate.
-        numel: how many numbers those rows hold.
+        rows: the rows (first dimension) that belong to this candidate.
+        numel: the number of weights in these rows.
     """
 
     name: str
@@ -45,15 +45,14 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     """Finds the Q, K, V and FFN weights of every block (Eq. 3).
 
     Args:
-        model: a ViT with timm's names, or any model that contains one. Values are not read, so it
-            may be on the meta device.
+        model: a ViT with timm's names, or any model that contains one. It may be on the meta
+            device, because values are not read.
 
     Returns:
         The candidates in the order of ``model.named_parameters()``. They do not overlap.
 
     Raises:
-        ValueError: if ``model`` has no such block, or a fused projection whose rows do not split
-            in three.
+        ValueError: if ``model`` has no such block; :func:`groups_of` raises another.
     """
     found: list[Candidate] = []
     for name, parameter in model.named_parameters():
@@ -71,11 +70,11 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
 
 
 def groups_of(name: str, total: int) -> list[tuple[str, int, slice]]:
-    """The groups (kind, block) that a parameter's rows belong to, read off its name.
+    """The groups (kind, block) of a parameter's rows, according to its name.
 
     Args:
         name: the parameter's name.
-        total: how many rows it has.
+        total: its number of rows.
 
     Returns:
         (kind, block, rows) for each group; empty if the parameter is no candidate.

@@ -1,4 +1,4 @@
-"""Losses that are the negative log-likelihood of a distribution over classes.
+"""The negative log-likelihood of a distribution over classes, as a loss for the estimate.
 
 Shapes: B images, C classes, any further positions (...), such as pixels; logits (B, C, ...).
 """
@@ -13,7 +13,7 @@ from .batch_losses import image_seeds
 
 
 class SoftmaxLikelihood:
-    """A ``loss_fn`` for models that give class logits, with the labels given or drawn.
+    """A ``loss_fn`` for models with class logits, on given labels or on labels drawn from them.
 
     Args:
         logits: ``(model, batch) -> (B, C, ...)``.
@@ -29,7 +29,14 @@ class SoftmaxLikelihood:
         self.labels = labels
 
     def __call__(self, model: nn.Module, batch: Sequence) -> Tensor:
-        """Cross entropy with the labels in the batch, mean over the labelled positions, (B,).
+        """Cross entropy with the labels in the batch, mean over the labelled positions.
+
+        Args:
+            model: the first argument of ``logits``.
+            batch: B images with labels.
+
+        Returns:
+            (B,)
 
         Raises:
             ValueError: if it was built without ``labels``.
@@ -51,8 +58,8 @@ class SoftmaxLikelihood:
 def sampled_nll(log_probabilities: Tensor, seeds: Sequence[int]) -> Tensor:
     """Draws a label at each position and returns its negative log-likelihood (Eq. 4's y).
 
-    Labels are drawn by inverting the distribution function, so that a small change of the
-    distribution changes few labels: x and x' are compared on nearly the same ones.
+    The draw inverts the distribution function, so that a small change of the distribution changes
+    few labels: x and x' are compared on nearly the same labels.
 
     Args:
         log_probabilities: (B, C, ...), normalised over C.

@@ -1,9 +1,9 @@
-"""The simulated unseen domain: feature statistics drawn anew (Eq. 6, after DSU).
+"""The simulated unseen domain: randomly shifted feature statistics (Eq. 6, after DSU).
 
 Shapes in this module:
     B images, N patch tokens, C channels.
     x: token maps of shape (B, N, C), or (B, H, W, C) before timm flattens them. Prefix tokens (cls,
-    registers) come first in a flattened map; they carry no place, so they are left as they are.
+    registers) come first in a flattened map. They belong to no place, so they stay unchanged.
     mu, sigma: (B, 1, C), mean and standard deviation over the N patch tokens.
     spread: (1, 1, C), standard deviation over the B images of mu or of sigma.
 """
@@ -21,35 +21,35 @@ _MIN_STD = 1e-6  # keeps (x - mu) / sigma finite on a constant channel; DSU's va
 
 @dataclass
 class _Shift:
-    """What one perturbed point applies to a batch: eps_mu, eps_sigma (B, 1, 1 or C) and spreads."""
+    """The draws of one point for a batch: eps_mu, eps_sigma (B, 1, 1 or C), spreads (1, 1, C)."""
 
     eps_mu: Tensor
     eps_sigma: Tensor
     spread_mu: Tensor
     spread_sigma: Tensor
 
-    def of(self, image: int) -> "_Shift":
+    def of_image(self, image: int) -> "_Shift":
         one = slice(image, image + 1)
         return _Shift(self.eps_mu[one], self.eps_sigma[one], self.spread_mu, self.spread_sigma)
 
 
 class StatisticsPerturbation:
-    """Eq. 6 at chosen points of a model, switched on for the length of a ``with`` block.
+    """Eq. 6 at chosen points of a model, active inside a ``with`` block.
 
     alpha = mu + eps_mu * Sigma_mu, beta = sigma + eps_sigma * Sigma_sigma, with eps from N(0, 1),
-    and x' = beta * (x - mu) / sigma + alpha. Sigma is a statistic of the batch, no function of one
-    image, so no gradient flows through it: each image's gradient then depends on that image alone.
-    (DSU lets the gradient through; per-image squares would not exist.) It flows through mu and
-    sigma. With a batch of one, Sigma is 0 and x' = x.
+    and x' = beta * (x - mu) / sigma + alpha. Sigma is a statistic of the batch, not of one image.
+    So the gradient flows through mu and sigma, but not through Sigma: each image's gradient then
+    depends on that image alone. (DSU lets the gradient through Sigma; per-image squares would not
+    exist.) With a batch of one, Sigma is 0 and x' = x.
 
     Args:
         points: modules whose output is a token map to perturb.
-        num_prefix_tokens: tokens at the front of a flattened map that are no patches.
+        num_prefix_tokens: number of tokens before the patches in a flattened map.
         strength: factor on both eps.
         eps_mode: ``"image"``, one pair of numbers per image, shared by channels and points, so
             that the weight exp(-(|eps_mu| + |eps_sigma|)) differs between images. ``"channel"``,
-            one pair per image, point and channel, as in DSU: that weight is then nearly constant.
-        p: probability that a batch is perturbed at all.
+            one pair per image, point and channel, as in DSU; the weight is then nearly constant.
+        p: probability that a batch is perturbed.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -82,34 +82,43 @@ class StatisticsPerturbation:
         """Eq. 6 at the patch embedding and the blocks at 1/3, 1/2 and 2/3 of the depth (ours).
 
         Args:
-            vit: with ``patch_embed`` and ``blocks``, such as timm's and Detectron2's.
-            options: as of the class.
+            vit: a module with ``patch_embed`` and ``blocks``, such as timm's and Detectron2's
+                ViTs, or a model that contains one.
+            options: the other arguments of the class.
+
+        Returns:
+            The perturbation.
 
         Raises:
-            ValueError: if it is none.
+            ValueError: if there is no such module, or several.
         """
-        blocks, embed = getattr(vit, "blocks", None), getattr(vit, "patch_embed", None)
-        if blocks is None or embed is None:
+        found = [vit] if _is_vit(vit) else [m for m in vit.modules() if _is_vit(m)]
+        if len(found) != 1:
+            has = f"holds {len(found)} ViTs" if found else "has no patch_embed or no blocks"
             raise ValueError(
-                f"{type(vit).__name__} has no patch_embed or no blocks: say where to perturb, "
+                f"{type(vit).__name__} {has}: say where to perturb, "
                 "StatisticsPerturbation([modules, ...])"
             )
-        depth = len(blocks)
-        thirds = (max(0, end - 1) for end in (depth // 3, depth // 2, 2 * depth // 3))
+        vit = found[0]
         # timm's name; Detectron2's ViT has no such tokens.
         options.setdefault("num_prefix_tokens", getattr(vit, "num_prefix_tokens", 0))
-        return cls([embed, *(blocks[i] for i in thirds)], **options)
+        blocks = list(vit.get_submodule("blocks").children())
+        thirds = [blocks[i] for i in thirds_of_depth(len(blocks))]
+        return cls([vit.get_submodule("patch_embed"), *thirds], **options)
 
     @contextmanager
     def drawing(self, generator: torch.Generator | None = None) -> Iterator[None]:
-        """Perturbs one forward pass over a batch, drawing eps and Sigma, which are then kept.
+        """Perturbs one forward pass over a batch, with newly drawn eps and Sigma, and keeps these.
 
         Args:
-            generator: to draw eps from, on the CPU; by default torch's own.
+            generator: draws eps, on the CPU; by default torch's own.
+
+        Yields:
+            Nothing.
         """
         self._drawn = []
         apply = bool(torch.rand((), generator=generator) < self.p)
-        shared: list[tuple[Tensor, Tensor]] = []
+        shared: list[Tensor] = []  # eps_mu and eps_sigma
 
         def hook(module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
             tokens = self._patches(x)
@@ -118,8 +127,8 @@ class StatisticsPerturbation:
                 shape = mu.shape if self.eps_mode == "channel" else (len(mu), 1, 1)
                 scale = self.strength if apply else 0.0
                 drawn = (torch.randn(shape, generator=generator) for _ in range(2))
-                shared[:] = [tuple(scale * eps.to(mu) for eps in drawn)]
-            eps_mu, eps_sigma = shared[0]
+                shared[:] = [scale * eps.to(mu) for eps in drawn]
+            eps_mu, eps_sigma = shared
             shift = _Shift(eps_mu, eps_sigma, _spread(mu), _spread(sigma))
             self._drawn.append(shift)
             return self._replace(x, shift_statistics(tokens, mu, sigma, shift))
@@ -129,10 +138,16 @@ class StatisticsPerturbation:
 
     @contextmanager
     def replaying(self, image: int) -> Iterator[None]:
-        """Perturbs a forward pass over one image as it was perturbed in the last drawn batch.
+        """Perturbs a forward pass over one image with its draws from the last batch.
 
         Args:
             image: its index in that batch.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RuntimeError: if the last drawn batch did not reach all points.
         """
         if len(self._drawn) != len(self.points):
             raise RuntimeError(
@@ -148,13 +163,15 @@ class StatisticsPerturbation:
 
             return hook
 
-        with self._hooked([make(shift.of(image)) for shift in self._drawn]):
+        with self._hooked([make(shift.of_image(image)) for shift in self._drawn]):
             yield
 
     def weights(self) -> Tensor:
-        """exp(-(|eps_mu| + |eps_sigma|)) of the last drawn batch, (B,), in (0, 1]; see Eq. 7.
+        """exp(-(|eps_mu| + |eps_sigma|)) of the last drawn batch (Eq. 7).
 
-        With ``eps_mode="channel"`` the magnitudes are averaged over points and channels.
+        Returns:
+            (B,), in (0, 1]. With ``eps_mode="channel"`` the magnitudes are averaged over points and
+            channels.
         """
         magnitudes = [(s.eps_mu.abs() + s.eps_sigma.abs()).mean(dim=(1, 2)) for s in self._drawn]
         return torch.exp(-torch.stack(magnitudes).mean(dim=0))
@@ -172,13 +189,22 @@ class StatisticsPerturbation:
                 handle.remove()
 
     def _patches(self, x: Tensor) -> Tensor:
-        # A four-dimensional map is a patch embedding before the prefix is put in front of it.
+        # A four-dimensional map is a patch embedding, before the prefix tokens join it.
         return x.flatten(1, 2) if x.dim() == 4 else x[:, self.num_prefix_tokens :]
 
     def _replace(self, x: Tensor, tokens: Tensor) -> Tensor:
         if x.dim() == 4:
             return tokens.reshape(x.shape)
         return torch.cat([x[:, : self.num_prefix_tokens], tokens], dim=1)
+
+
+def thirds_of_depth(depth: int) -> list[int]:
+    """Indices of the blocks that end at 1/3, 1/2 and 2/3 of a ViT's depth."""
+    return [max(0, end - 1) for end in (depth // 3, depth // 2, 2 * depth // 3)]
+
+
+def _is_vit(module: nn.Module) -> bool:
+    return hasattr(module, "blocks") and hasattr(module, "patch_embed")
 
 
 def token_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,11 +215,20 @@ def token_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shift_statistics(tokens: Tensor, mu: Tensor, sigma: Tensor, shift: _Shift) -> Tensor:
-    """Eq. 6 on (B, N, C), written so that eps = 0 gives back ``tokens`` to the bit.
+    """Eq. 6, in a form that returns ``tokens`` to the bit where eps is 0.
 
     beta * (x - mu) / sigma + alpha = x + (x - mu) * eps_sigma * Sigma_sigma / sigma
     + eps_mu * Sigma_mu. The right side has no rounding where both eps are 0, so that dF is exactly
     0 with the shift switched off.
+
+    Args:
+        tokens: (B, N, C).
+        mu: (B, 1, C).
+        sigma: (B, 1, C).
+        shift: the draws of this point.
+
+    Returns:
+        (B, N, C)
     """
     scale = shift.eps_sigma * shift.spread_sigma / sigma
     return tokens + (tokens - mu) * scale + shift.eps_mu * shift.spread_mu

@@ -1,4 +1,4 @@
-"""Sums over the processes of torch.distributed; without a process group there is one process."""
+"""Sums over the processes of torch.distributed; without a process group there is only one."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank, and how many processes there are."""
+    """The rank of this process, and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -1,7 +1,7 @@
 """One score per weight from F(x) and F(x') (Eq. 5, 7, 14, 15).
 
-Every function maps parameter names to tensors of the parameter's shape. Scores are not negative;
-an entry with F(x) = F(x') = 0, such as one that is no candidate, scores 0.
+Every function maps parameter names to tensors of the parameter's shape. Scores are not negative.
+A weight with F(x) = F(x') = 0, such as one outside the candidates, scores 0.
 """
 
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .fisher_estimate import FisherEstimate
+
 FORMS = ("balanced", "eq7", "eq15", "rank")
-# How many entries are sorted at a time, of 20 bytes each.
+# The number of entries that are sorted at a time, of 20 bytes each.
 RANKED_AT_ONCE = 2**24
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def domain_related_fisher(
-    f: Mapping[str, Tensor],
-    f_shifted: Mapping[str, Tensor],
-    shift_weight: float,
+    estimate: FisherEstimate,
     *,
     form: str = "balanced",
     gamma: float = 1e-8,
@@ -26,29 +26,38 @@ def domain_related_fisher(
     eps: float = 1e-8,
     rho: float = 0.01,
 ) -> dict[str, Tensor]:
-    """The domain-related Fisher information, DRF.
+    """The domain-related Fisher information, DRF: F(x) and the change dF as one score.
 
     F is of the order of 1e-8 and dF is a ratio of order 1, so Eq. 7 as printed ranks as dF alone.
-    ``balanced`` is Eq. 15 with constants taken from the estimate: gamma is the mean of F(x) over
-    the candidates, and gamma * tau^-2, which damps the ratio, is ``rho`` times that mean.
+    ``form`` says how the two terms are brought to one scale. ``balanced`` is Eq. 15 with constants
+    from the estimate itself: gamma is the mean of F(x) over the candidates, and gamma * tau^-2,
+    which damps the ratio, is ``rho`` times that mean.
 
     Args:
-        f: F(x) by parameter name.
-        f_shifted: F(x').
-        shift_weight: exp(-(|eps_mu| + |eps_sigma|)), in (0, 1].
+        estimate: F(x), F(x') and the weight of the shift.
         form: ``"balanced"``; ``"eq7"`` and ``"eq15"``, as printed; ``"rank"``, the sum of the
-            two terms' ranks, scaled to (0, 1], the second times ``shift_weight``, on the CPU.
+            two terms' ranks, scaled to (0, 1], the second times the weight of the shift. The ranks
+            are on the CPU.
         gamma: weight of the KL term in Eq. 11; only for ``eq15``.
         tau: standard deviation of the prior; only for ``eq15``.
-        eps: guard of the ratio in Eq. 5; for ``eq7``, ``eq15`` and ``rank``. ``balanced`` has its
+        eps: guard of the ratio in Eq. 5; for ``eq7``, ``eq15`` and ``rank``. ``balanced`` uses its
             damping instead, which scales with F.
         rho: damping of ``balanced``, as a share of the mean F(x).
 
+    Returns:
+        DRF by parameter name.
+
     Raises:
-        ValueError: if ``form`` is unknown, an argument out of range, or F(x) is 0 everywhere.
+        ValueError: if ``form`` is unknown, the estimate lacks F(x'), the weight of the shift is out
+            of range, or F(x) is 0 everywhere.
     """
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}: choose from {FORMS}")
+    if not estimate.shifted:
+        raise ValueError(
+            f"{estimate.source} has no F(x'), which DRF compares F(x) with: estimate with perturb="
+        )
+    f, f_shifted, shift_weight = estimate.f, estimate.shifted, estimate.shift_weight
     if not 0.0 < shift_weight <= 1.0:
         raise ValueError(f"shift_weight must be in (0, 1]: got {shift_weight}")
     if form == "balanced":
@@ -78,15 +87,19 @@ def posterior_precision(f: Tensor, gamma: float, prior_precision: float) -> Tens
 
 
 def fisher_from_precision(precision: Tensor, gamma: float, prior_precision: float) -> Tensor:
-    """F = gamma * Lambda - gamma * tau^-2 (Eq. 14), clamped at 0.
-
-    The clamp is for a Lambda learned by stochastic gradients, which may fall below the prior's.
-    """
+    """F = gamma * Lambda - gamma * tau^-2 (Eq. 14), clamped at 0."""
+    # A Lambda learned by stochastic gradients may fall below the prior's.
     return (gamma * (precision - prior_precision)).clamp_min(0.0)
 
 
 def mean_over_candidates(f: Mapping[str, Tensor]) -> float:
-    """Mean of F over its entries above 0, which leaves out what is no candidate.
+    """Mean of F over its entries above 0, which are candidates.
+
+    Args:
+        f: F by parameter name.
+
+    Returns:
+        The mean.
 
     Raises:
         ValueError: if F is 0 everywhere.
@@ -118,11 +131,17 @@ def _eq15(
 
 
 def _ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rank of each entry among all that are above 0, scaled to (0, 1]; 0 stays 0.
+    """Rank of each entry among all entries above 0, scaled to (0, 1]; 0 stays 0.
 
-    They are on the CPU. Beside them and one copy of the values, memory is needed for the entries of
-    one part of the range of values at a time, and for those that are equal. Each part is sorted on
-    the values' device, for most of the time goes into that.
+    The range of values is cut into parts, which are sorted one by one on the values' device: most
+    of the time goes into the sort. Memory: the ranks and one copy of the values on the CPU, and the
+    entries of one part, or all entries of one value if these are more.
+
+    Args:
+        values: by name; not negative.
+
+    Returns:
+        The ranks by name, on the CPU.
     """
     flat, device = flat_on_cpu(values), next(iter(values.values())).device
     ranks = torch.zeros_like(flat)
@@ -131,7 +150,7 @@ def _ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         inside = flat > low
         places = inside.logical_and_(flat <= high).nonzero().flatten()
-        # Floats above 0 sort as their bits do, for which torch has a faster sort.
+        # Floats above 0 sort as their bits do, and torch sorts whole numbers faster.
         bits = flat[places].view(_BITS[flat.dtype]).to(device)
         places = places[bits.argsort(stable=True).cpu()]
         ends = before + len(places)
@@ -144,13 +163,13 @@ def _ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _edges(flat: Tensor, most: int) -> list[float]:
-    """From 0 to infinity, with about ``most`` of the values above 0 between neighbours."""
-    sample = flat[:: max(1, len(flat) // 2**16)]  # which edges they are changes no rank
+    """Edges from 0 to infinity, with about ``most`` values above 0 between neighbouring edges."""
+    sample = flat[:: max(1, len(flat) // 2**16)]  # the choice of edges changes no rank
     sample = sample[sample > 0].sort().values
     step = max(1, len(sample) * most // len(flat))
     return [0.0, *sample[step::step].unique().tolist(), float("inf")]
 
 
 def flat_on_cpu(values: Mapping[str, Tensor]) -> Tensor:
-    """All entries in the order of the mapping, (n,), fetched from the device at once."""
+    """All entries in the order of the mapping, (n,), in one transfer from the device."""
     return torch.cat([value.detach().flatten() for value in values.values()]).cpu()

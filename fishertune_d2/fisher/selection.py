@@ -1,27 +1,29 @@
-"""The ranked choice of weights: all candidates ranked once, so that every share is a prefix.
+"""The selected weights: all candidates are ranked once, and every share is a prefix of the ranking.
 
-A smaller share's selection is contained in a larger one's, whatever the schedule, because both are
-read off one ranking: a weight that was selected stays selected.
+Therefore the selection of a smaller share is a part of a larger share's, with any schedule: a
+selected weight stays selected.
 """
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tabulate import tabulate
 from torch import Tensor
 
 from fishertune_d2.files import TensorFile, open_tensors, whole_file
 
-from .candidates import groups_of
+from .candidates import KINDS, groups_of
 from .score import flat_on_cpu
 
 _FORMAT = "fishertune_selection_v1"
-# A file that claims more lies, and its masks would not fit in memory.
+# A file that claims more is damaged or hostile, and its masks would not fit in memory.
 _MOST_WEIGHTS = 2**34
 
 
@@ -29,16 +31,18 @@ _MOST_WEIGHTS = 2**34
 class Selection:
     """The best-scored weights, up to a share of ``base``, with their ranks.
 
+    ``print(selection)`` shows a table of them.
+
     Attributes:
         indices: by parameter name, the selected entries of the flattened parameter, best first;
             int64 of shape (n,), on the CPU.
         ranks: their ranks among all candidates of all parameters, from 0, ascending; int64 (n,), on
             the CPU.
-        shapes: by parameter name, the parameter's shape.
-        share: the largest share that can be asked for, in [0, 1].
-        base: number of parameters that a share is a share of.
-        notes: what else should travel with the choice (how it was made), as strings.
-        source: what an error calls it: the file that it was read from.
+        shapes: the shape of each parameter, by name.
+        share: the share that is selected, in [0, 1]; the methods accept smaller ones too.
+        base: the number of weights that a share refers to.
+        notes: how the selection was made, as strings.
+        source: the name for it in error messages: the file that it was read from.
     """
 
     indices: dict[str, Tensor]
@@ -53,18 +57,21 @@ class Selection:
     def from_scores(cls, scores: Mapping[str, Tensor], share: float, base: int) -> "Selection":
         """Ranks all scores together and keeps the best ``share * base``.
 
-        Ties are broken by the order of the mapping and of the entries. Scores of a GPU are ranked
-        on the CPU, so the result does not depend on the device. Beside the scores, memory is needed
-        for two copies of them in float32, and for what is selected.
+        The order of the mapping and of the entries breaks ties. Scores of a GPU are ranked on the
+        CPU, so the result does not depend on the device. Memory: beside the scores, two copies of
+        them in float32, and the selected entries.
 
         Args:
             scores: by parameter name; not negative; an entry of 0 is never selected.
             share: in [0, 1].
-            base: number of parameters that ``share`` is a share of (paper: the whole backbone).
+            base: the number of weights that ``share`` refers to (paper: the whole backbone).
+
+        Returns:
+            The selection.
 
         Raises:
-            ValueError: if ``share`` is out of range, a score is negative or not finite, or fewer
-                entries than asked for have a score above 0.
+            ValueError: if ``share`` is out of range, a score is negative or not finite, or too few
+                entries have a score above 0.
         """
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share must be in [0, 1]: got {share}")
@@ -84,10 +91,10 @@ class Selection:
         place = place[flat[place].argsort(descending=True, stable=True)[:count]]
         ends = torch.tensor(sizes).cumsum(0)
         owner = torch.bucketize(place, ends, right=True)
-        by_owner = owner.argsort(stable=True)  # of one owner, ranks ascend
+        by_owner = owner.argsort(stable=True)  # stable, so that the ranks of an owner ascend
         parts = by_owner.split(torch.bincount(owner, minlength=len(names)).tolist())
         starts = (ends - torch.tensor(sizes)).tolist()
-        # Clones: views would keep the memory of all others, and a file takes none.
+        # Clones, because a view keeps the memory of all parts, and safetensors refuses views.
         ranks = {name: part.clone() for name, part in zip(names, parts, strict=True)}
         indices = {
             name: place[ranks[name]] - start for name, start in zip(names, starts, strict=True)
@@ -96,21 +103,27 @@ class Selection:
         return cls(indices, ranks, shapes, share, base)
 
     def count(self, share: float) -> int:
-        """How many weights ``share`` selects.
+        """The number of weights in a share.
+
+        Args:
+            share: in [0, 1].
+
+        Returns:
+            The number.
 
         Raises:
-            ValueError: if that is more than the selection holds.
+            ValueError: if it is more than the selection holds.
         """
         if share > self.share:
             raise ValueError(f"{self.source} holds a share of {self.share}: got {share}")
         return count_of_share(share, self.base)
 
     def prefix(self, name: str, share: float) -> Tensor:
-        """Flat indices of the entries of one parameter that are within ``share``; (n,)."""
+        """Flat indices of the entries of one parameter within ``share``, (n,)."""
         return self.indices[name][: entries_within(self.ranks[name], self.count(share))]
 
     def masks(self, share: float) -> dict[str, Tensor]:
-        """Boolean masks of the parameters' shapes, True where a weight is within ``share``."""
+        """A boolean mask of each parameter's shape, True where a weight is within ``share``."""
         masks = {}
         for name, shape in self.shapes.items():
             mask = torch.zeros(shape, dtype=torch.bool)
@@ -119,19 +132,55 @@ class Selection:
         return masks
 
     def summary(self, share: float | None = None) -> dict[tuple[str, int], int]:
-        """How many weights of each group (kind, block) are within ``share`` (default: all)."""
+        """The number of weights of each group (kind, block) within ``share`` (default: all)."""
         counts: dict[tuple[str, int], int] = {}
         for name, mask in self.masks(self.share if share is None else share).items():
             for kind, block, rows in groups_of(name, len(mask)):
                 counts[kind, block] = counts.get((kind, block), 0) + int(mask[rows].sum())
         return counts
 
-    def save(self, path: str | Path) -> None:
-        """Writes the selection as a safetensors file.
+    def group_sizes(self) -> dict[tuple[str, int], int]:
+        """The number of weights of each group (kind, block), selected or not."""
+        sizes: dict[tuple[str, int], int] = {}
+        for name, shape in self.shapes.items():
+            for kind, block, rows in groups_of(name, shape[0]):
+                size = (rows.stop - rows.start) * math.prod(shape[1:])
+                sizes[kind, block] = sizes.get((kind, block), 0) + size
+        return sizes
 
-        Raises:
-            OSError: if it cannot be written; a file that is there already stays.
+    def table(self, share: float | None = None, *, by_block: bool = False) -> str:
+        """A text table: blocks down, kinds across, sums; counts and shares of each group.
+
+        Args:
+            share: in [0, 1]; by default all that is selected.
+            by_block: a line for each block; else for each third of the depth.
+
+        Returns:
+            The table.
         """
+        counts, sizes = self.summary(share), self.group_sizes()
+        depth = 1 + max((block for _, block in sizes), default=-1)
+        edges = range(depth + 1) if by_block else sorted({i * depth // 3 for i in range(4)})
+        parts = [range(*pair) for pair in pairwise(edges)] + [range(depth)]
+        names = [f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts[:-1]]
+        lines = []
+        for name, blocks in zip([*names, "all"], parts, strict=True):
+            cells = []
+            for kinds in (*((kind,) for kind in KINDS), KINDS):
+                groups = [(kind, block) for kind in kinds for block in blocks]
+                count, size = (sum(n.get(g, 0) for g in groups) for n in (counts, sizes))
+                cells.append(f"{count:,} ({count / size:.1%})" if size else "-")
+            lines.append([name, *cells])
+        headers = ["blocks", *KINDS, "all"]
+        return tabulate(lines, headers, stralign="right", disable_numparse=True)
+
+    def __str__(self) -> str:
+        count = self.count(self.share)
+        heading = f"{count:,} of {self.base:,} weights are selected ({self.share:.2%})"
+        return f"{heading}, by kind and depth:\n{self.table()}"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the selection as a safetensors file; if that fails, an existing file stays."""
         tensors = {f"indices/{name}": t.cpu().contiguous() for name, t in self.indices.items()}
         tensors |= {f"ranks/{name}": t.cpu().contiguous() for name, t in self.ranks.items()}
         header = {"share": self.share, "base": self.base, "shapes": self.shapes}
@@ -141,11 +190,18 @@ class Selection:
 
     @classmethod
     def load(cls, path: str | Path) -> "Selection":
-        """Reads what :meth:`save` wrote, from whomever the file comes.
+        """Reads a file of :meth:`save`, also one from an untrusted source.
+
+        A missing file raises a FileNotFoundError.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The selection.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged, of another format, or what it holds is no ranked choice.
+            ValueError: if the file is damaged, has another format, or holds no valid ranking.
         """
         with open_tensors(path, _FORMAT) as file:
             share, base, shapes = _read_header(file)
@@ -177,22 +233,25 @@ def overlap(a: Selection, b: Selection) -> float:
 
 
 def entries_within(ranks: Tensor, count: int) -> int:
-    """How many entries of one parameter are among the best ``count`` of all parameters.
+    """The number of entries of one parameter among the best ``count`` of all parameters.
 
     Args:
-        ranks: the parameter's in :attr:`Selection.ranks`; (n,).
-        count: a whole number, see :meth:`Selection.count`.
+        ranks: the parameter's ranks in :attr:`Selection.ranks`, (n,).
+        count: see :meth:`Selection.count`.
+
+    Returns:
+        The number.
     """
     return int(torch.searchsorted(ranks, count))
 
 
 def count_of_share(share: float, base: int) -> int:
-    """Whole number of weights in a share of ``base``, rounded down."""
-    return int(share * base + 1e-6)  # 0.05 * n must not fall below a whole number by a rounding
+    """The number of weights in a share of ``base``, rounded down."""
+    return int(share * base + 1e-6)  # no rounding error may push 0.05 * n below a whole number
 
 
 def _read_header(file: TensorFile) -> tuple[float, int, dict[str, tuple[int, ...]]]:
-    """Share, base and shapes, if they can be those of a selection."""
+    """Share, base and shapes; refuses impossible values."""
     header = file.json("header", dict)
     share, base, shapes = (header.get(key) for key in ("share", "base", "shapes"))
     if type(share) not in (int, float) or not 0 <= share <= 1:
@@ -215,7 +274,7 @@ def _read_header(file: TensorFile) -> tuple[float, int, dict[str, tuple[int, ...
 
 
 def _check_entries(name: str, indices: Tensor, ranks: Tensor, numel: int) -> None:
-    """Refuses what would select entries that are not there, or one of them twice."""
+    """Refuses entries that the parameter does not have, or that are selected twice."""
     for what, values in (("indices", indices), ("ranks", ranks)):
         if values.dtype != torch.int64 or values.dim() != 1:
             shape = tuple(values.shape)

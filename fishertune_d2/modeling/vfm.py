@@ -14,6 +14,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from fishertune_d2.fisher.perturb import thirds_of_depth
+
 from .public_weights import load_vfm_weights
 from .pyramid import STRIDES, build_pyramid
 from .vfm_table import VFM, VFMS
@@ -83,7 +85,7 @@ class VFMBackbone(Backbone):
         self.weights = load_vfm_weights(self.vit, weights, patch_resize, row.fallback, row.source)
         self.vit.set_grad_checkpointing(checkpoint_blocks)
         depth = len(self.vit.blocks)
-        self.thirds = [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1]
+        self.thirds = thirds_of_depth(depth)
         self.taps = list(row.taps) or [*self.thirds, depth - 1]
 
     @classmethod

@@ -25,9 +25,7 @@ class FisherTune(SelectiveMethod):
 
     def scores(self, backbone: nn.Module, estimate: FisherEstimate) -> Mapping[str, Tensor]:
         """DRF."""
-        return domain_related_fisher(
-            estimate.f, estimate.shifted, estimate.shift_weight, **self.score_options
-        )
+        return domain_related_fisher(estimate, **self.score_options)
 
 
 @TUNING_REGISTRY.register()

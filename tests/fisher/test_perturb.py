@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import timm
 import torch
@@ -107,5 +109,9 @@ def test_of_a_vit_the_patch_embedding_and_three_blocks_without_the_prefix():
     perturb = StatisticsPerturbation.of_vit(vit, strength=0.5)
     assert perturb.points == [vit.patch_embed, vit.blocks[1], vit.blocks[2], vit.blocks[3]]
     assert (perturb.num_prefix_tokens, perturb.strength) == (3, 0.5)
+    inside = StatisticsPerturbation.of_vit(nn.Sequential(nn.Identity(), vit))
+    assert (inside.points, inside.num_prefix_tokens) == (perturb.points, 3)
+    with pytest.raises(ValueError, match="ModuleList holds 2 ViTs: say where to perturb"):
+        StatisticsPerturbation.of_vit(nn.ModuleList([vit, copy.deepcopy(vit)]))
     with pytest.raises(ValueError, match="Linear has no patch_embed or no blocks: say where"):
         StatisticsPerturbation.of_vit(nn.Linear(2, 2))

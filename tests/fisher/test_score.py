@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from fishertune_d2.fisher import domain_related_fisher, relative_change
+from fishertune_d2.fisher import FisherEstimate, domain_related_fisher, relative_change
 from fishertune_d2.fisher import score as module
 from fishertune_d2.fisher.score import fisher_from_precision, posterior_precision
 
 F = {"a": torch.tensor([4.0, 0.0]), "b": torch.tensor([[2.0]])}
 SHIFTED = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[3.0]])}
+ESTIMATE = FisherEstimate(F, SHIFTED, 0.5, images=4)
 
 
 def test_equation_14_and_its_inverse():
@@ -20,12 +21,12 @@ def test_equation_5_and_7_by_hand():
     change = relative_change(F, SHIFTED, eps=1.0)
     assert change["a"].tolist() == [3.0 / 2.0, 0.0]
     assert change["b"].item() == pytest.approx(1.0 / 3.0)
-    score = domain_related_fisher(F, SHIFTED, 0.5, form="eq7", eps=1.0)
+    score = domain_related_fisher(ESTIMATE, form="eq7", eps=1.0)
     assert score["a"].tolist() == [4.0 + 0.5 * 1.5, 0.0]
 
 
 def test_equation_15_by_hand():
-    score = domain_related_fisher(F, SHIFTED, 0.5, form="eq15", gamma=2.0, tau=2.0, eps=1.0)
+    score = domain_related_fisher(ESTIMATE, form="eq15", gamma=2.0, tau=2.0, eps=1.0)
     # Lambda = 4/2 + 1/4 and 1/2 + 1/4; the ratio's guard is eps / gamma = 1/2.
     expected = 2.0 * (2.25 - 0.25 + 0.5 * 1.5 / (0.75 + 0.5))
     assert score["a"].tolist() == pytest.approx([expected, 0.0])
@@ -33,7 +34,7 @@ def test_equation_15_by_hand():
 
 def test_balanced_is_equation_15_with_constants_of_the_estimate():
     mean = (4.0 + 2.0) / 2  # over what is above 0
-    score = domain_related_fisher(F, SHIFTED, 0.5, rho=0.01)
+    score = domain_related_fisher(ESTIMATE, rho=0.01)
     # F + gamma * w * |F - F'| / (min(F, F') + gamma * tau^-2)
     assert score["a"][0].item() == pytest.approx(4.0 + mean * 0.5 * 3.0 / (1.0 + 0.01 * mean))
     assert score["b"].item() == pytest.approx(2.0 + mean * 0.5 * 1.0 / (2.0 + 0.01 * mean))
@@ -43,15 +44,16 @@ def test_balanced_is_equation_15_with_constants_of_the_estimate():
 @pytest.mark.parametrize("form", ["balanced", "rank"])
 def test_the_ranking_does_not_see_the_scale_of_the_loss(form):
     torch.manual_seed(0)
-    f, shifted = {"a": torch.rand(100)}, {"a": torch.rand(100)}
-    options = {"form": form, "eps": 0.0}
-    order = domain_related_fisher(f, shifted, 0.5, **options)["a"].argsort()
-    small = ({"a": 1e-9 * f["a"]}, {"a": 1e-9 * shifted["a"]})
-    assert torch.equal(domain_related_fisher(*small, 0.5, **options)["a"].argsort(), order)
+    f, shifted = torch.rand(100), torch.rand(100)
+    orders = []
+    for scale in (1.0, 1e-9):
+        estimate = FisherEstimate({"a": scale * f}, {"a": scale * shifted}, 0.5, images=4)
+        orders.append(domain_related_fisher(estimate, form=form, eps=0.0)["a"].argsort())
+    assert torch.equal(*orders)
 
 
 def test_rank_by_hand():
-    score = domain_related_fisher(F, SHIFTED, 0.5, form="rank", eps=0.001)
+    score = domain_related_fisher(ESTIMATE, form="rank", eps=0.001)
     assert score["a"].tolist() == [1.0 + 0.5 * 1.0, 0.0]
     assert score["b"].item() == 0.5 + 0.5 * 0.5
 
@@ -67,14 +69,18 @@ def test_ranks_in_parts_are_those_of_one_sort(monkeypatch, dtype, at_once):
     order = order[flat[order] > 0]
     expected[order] = (torch.arange(1, len(order) + 1) / len(order)).to(dtype)
     monkeypatch.setattr(module, "RANKED_AT_ONCE", at_once)
-    found = domain_related_fisher(f, f, 1.0, form="rank")  # dF is 0, and so is its rank
+    estimate = FisherEstimate(f, f, 1.0, images=4)  # dF is 0, and so is its rank
+    found = domain_related_fisher(estimate, form="rank")
     assert torch.equal(torch.cat([found["a"].flatten(), found["b"]]), expected)
 
 
 def test_refuses():
     with pytest.raises(ValueError, match="unknown form 'sum'"):
-        domain_related_fisher(F, SHIFTED, 0.5, form="sum")
+        domain_related_fisher(ESTIMATE, form="sum")
     with pytest.raises(ValueError, match=r"shift_weight must be in \(0, 1\]: got 1.5"):
-        domain_related_fisher(F, SHIFTED, 1.5)
+        domain_related_fisher(FisherEstimate(F, SHIFTED, 1.5, images=4))
+    with pytest.raises(ValueError, match=r"estimate has no F\(x'\), .*: estimate with perturb="):
+        domain_related_fisher(FisherEstimate(F, {}, 1.0, images=4))
+    zeros = {"a": torch.zeros(2)}
     with pytest.raises(ValueError, match="F.x. is 0 for every weight"):
-        domain_related_fisher({"a": torch.zeros(2)}, {"a": torch.zeros(2)}, 0.5)
+        domain_related_fisher(FisherEstimate(zeros, zeros, 0.5, images=4))

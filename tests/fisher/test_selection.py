@@ -76,6 +76,31 @@ def test_summary_by_kind_and_block_and_file_round_trip(tmp_path):
     assert all(torch.equal(masks[name], again[name]) for name in masks)
 
 
+def test_is_printed_as_a_table_of_thirds_or_blocks():
+    vit = timm.create_model("test_vit", num_classes=0)
+    scores = {c.name: torch.zeros_like(c.parameter) for c in find_candidates(vit)}
+    scores["blocks.4.mlp.fc1.weight"][:] = 1.0
+    scores["blocks.1.attn.qkv.bias"][:64] = 2.0  # Q
+    count = scores["blocks.4.mlp.fc1.weight"].numel() + 64
+    base = sum(p.numel() for p in vit.parameters())
+    selection = Selection.from_scores(scores, count / base, base)
+    ffn = sum(p.numel() for p in vit.blocks[4].mlp.parameters())
+    third = f"{count - 64:,} ({(count - 64) / (2 * ffn):.1%})"
+    block = f"{count - 64:,} ({(count - 64) / ffn:.1%})"
+
+    heading, titles, _, *lines = str(selection).splitlines()
+    share = f"{count:,} of {base:,} weights are selected ({count / base:.2%})"
+    assert heading.startswith(share)
+    assert titles.split() == ["blocks", "Q", "K", "V", "FFN", "all"]
+    assert [line.split()[0] for line in lines] == ["0-1", "2-3", "4-5", "all"]
+    assert third in lines[2] and "64 (" in lines[0] and lines[1].count("0 (0.0%)") == 5
+    assert f"{count:,} (" in lines[3]
+    lines = selection.table(by_block=True).splitlines()[2:]
+    assert [line.split()[0] for line in lines] == [*"012345", "all"]
+    assert block in lines[4] and lines[6].count(f"{count:,} (") == 1
+    assert "64 (" in selection.table(64 / base).splitlines()[-1]
+
+
 def test_overlap():
     a = Selection.from_scores(_scores([0.1, 0.9, 0.8, 0.2]), 0.5, 4)
     b = Selection.from_scores(_scores([0.9, 0.8, 0.1, 0.2]), 0.5, 4)

@@ -13,7 +13,7 @@ from fishertune_d2.tuning import build_tuning_method
 def cfg():
     cfg = default_config()
     cfg.TUNING.METHOD = "childtune"
-    cfg.TUNING.SCHEDULE = "text"  # of methods that leave it open
+    cfg.TUNING.SCHEDULE = "growing"  # of methods that leave it open
     return cfg
 
 

@@ -35,7 +35,7 @@ def test_the_terms_of_drf(backbone, estimate, build_method):
 @pytest.mark.parametrize("form", ["balanced", "eq7", "eq15", "rank"])
 def test_fishertune_scores_drf_in_the_configured_form(form, backbone, estimate, build_method):
     scores = build_method("fishertune", FISHER__FORM=form).scores(backbone, estimate)
-    expected = domain_related_fisher(estimate.f, estimate.shifted, 0.3, form=form)
+    expected = domain_related_fisher(estimate, form=form)
     assert all(torch.equal(scores[name], expected[name]) for name in expected)
 
 

@@ -99,8 +99,8 @@ class Variational(PrecisionEstimator):
         device = next(iter(self.parameters.values())).device
         names, learned = zip(*self._log_precision.items(), strict=True)
         gradients = [torch.zeros_like(each) for each in learned]
-        # Antithetic pairs: the loss's slope along the noise is far larger than its curvature, but has
-        # the opposite sign in the second pass and cancels.
+        # Antithetic pairs: the loss's slope along the noise is far larger than its curvature, but
+        # has the opposite sign in the second pass and cancels.
         for sign in (1.0, -1.0):
             generator = torch.Generator(device).manual_seed(losses.seed)
             with torch.enable_grad():

@@ -5,6 +5,7 @@ import torch
 
 from fishertune_d2.fisher import (
     ESTIMATORS,
+    FisherEstimate,
     Selection,
     SoftmaxLikelihood,
     domain_related_fisher,
@@ -84,7 +85,7 @@ def test_ranks_are_the_cpus_even_among_equal_scores(scores, device):
     def ranks(device: str) -> dict[str, torch.Tensor]:
         f = {name: score.to(device) for name, score in scores.items()}
         shifted = {name: score.flip(0) for name, score in f.items()}
-        return domain_related_fisher(f, shifted, 0.5, form="rank")
+        return domain_related_fisher(FisherEstimate(f, shifted, 0.5, images=1), form="rank")
 
     wanted, found = ranks("cpu"), ranks(device)
     for name, rank in wanted.items():

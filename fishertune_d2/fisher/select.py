@@ -1,0 +1,59 @@
+"""The short way to a selection: estimate, score and rank in one call."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from .batch_losses import LossFn
+from .candidates import Candidate, find_candidates
+from .estimate import estimate_fisher
+from .estimators import Estimator
+from .perturb import StatisticsPerturbation
+from .score import domain_related_fisher
+from .selection import Selection
+
+
+def select(
+    model: nn.Module,
+    batches: Iterable[Sequence],
+    loss_fn: LossFn,
+    share: float = 0.05,
+    *,
+    base: int | None = None,
+    labels: str = "ground_truth",
+    estimator: str | Callable[[Sequence[Candidate]], Estimator] = "diagonal",
+    perturb: StatisticsPerturbation | None = None,
+) -> Selection:
+    """Selects the weights with the highest domain-related Fisher information (Eq. 3 to 15).
+
+    Needs a ViT with timm's names, or a model that contains one. For other models, other constants
+    and other scores, call the parts: :func:`find_candidates`, :func:`estimate_fisher`,
+    :func:`domain_related_fisher`, :meth:`Selection.from_scores`. Their errors are raised here too.
+
+    Args:
+        model: its weights stay the same.
+        batches: see :func:`estimate_fisher`; at least two images each.
+        loss_fn: ``(model, batch) -> (B,)``, see :func:`estimate_fisher`.
+        share: share of ``base`` to select, in [0, 1].
+        base: a number of weights; by default all of the model. (Paper: the backbone alone.)
+        labels: ``"ground_truth"`` or ``"sampled"``, see :func:`estimate_fisher`.
+        estimator: see :func:`estimate_fisher`.
+        perturb: the simulated shift; by default :meth:`StatisticsPerturbation.of_vit` of the model.
+
+    Returns:
+        The selection, by the parameter names of ``model``.
+    """
+    estimate = estimate_fisher(
+        model,
+        batches,
+        loss_fn,
+        find_candidates(model),
+        estimator=estimator,
+        labels=labels,
+        perturb=perturb or StatisticsPerturbation.of_vit(model),
+    )
+    if base is None:
+        base = sum(parameter.numel() for parameter in model.parameters())
+    selection = Selection.from_scores(domain_related_fisher(estimate), share, base)
+    selection.notes = estimate.notes | {"images": str(estimate.images)}
+    return selection

@@ -1,0 +1,34 @@
+"""The short way selects what its parts select."""
+
+import torch
+
+from fishertune_d2.fisher import (
+    Selection,
+    StatisticsPerturbation,
+    domain_related_fisher,
+    estimate_fisher,
+    find_candidates,
+    select,
+)
+
+
+def test_equals_its_parts(vit, images, loss):
+    model, batches = vit(), [images(3), images(3)]
+    selection = select(model, batches, loss)
+    shift = StatisticsPerturbation.of_vit(model)
+    estimate = estimate_fisher(model, batches, loss, find_candidates(model), perturb=shift)
+    base = sum(p.numel() for p in model.parameters())
+    expected = Selection.from_scores(domain_related_fisher(estimate), 0.05, base)
+    assert (selection.share, selection.base) == (0.05, base)
+    assert selection.notes == estimate.notes | {"images": "6"}
+    assert all(torch.equal(selection.indices[n], i) for n, i in expected.indices.items())
+
+
+def test_passes_its_options_on(vit, images, loss):
+    model = vit()
+    shift = StatisticsPerturbation([model.blocks[0]], num_prefix_tokens=1, strength=0.25)
+    options = {"estimator": "diagonal_loop", "perturb": shift, "base": 1000}
+    selection = select(model, [images(2)], loss, 0.5, **options)
+    assert selection.count(0.5) == 500
+    assert selection.notes["estimator"] == "diagonal_loop"
+    assert selection.notes["strength"] == "0.25"
