@@ -260,8 +260,8 @@ def _add_fisher(cfg: CN) -> None:
     # The fisher.safetensors of another run with the same warm-up, to use it instead of estimating
     # again. "": estimate here.
     cfg.FISHER.ESTIMATE = ""
-    # T2: batches of the estimate, summed over all processes (ours; the paper's text gives no number),
-    # and images in a batch, which one process measures: Eq. 6 needs at least two.
+    # T2: batches of the estimate, over all processes (ours; the paper's text gives no number), and
+    # images in a batch, which one process measures: Eq. 6 needs at least two.
     cfg.FISHER.BATCHES = 500
     cfg.FISHER.IMS_PER_BATCH = 4
     # The form of the score: how F and dF become one number for each weight. "balanced" (Eq. 15 with
@@ -287,10 +287,10 @@ def _add_fisher(cfg: CN) -> None:
 
 def _add_tuning(cfg: CN) -> None:
     cfg.TUNING = CN()
-    # A name in fishertune_d2.tuning.TUNING_REGISTRY: the method that tunes the backbone after warm-up.
+    # A name in fishertune_d2.tuning.TUNING_REGISTRY: how the backbone is tuned after warm-up.
     cfg.TUNING.METHOD = "fishertune"
-    # Apply Eq. 6, with the keys of FISHER.PERTURB, to the features of about every second batch (DSU's
-    # probability) in the steps of T3, with any method: the paper's "+FP".
+    # Apply Eq. 6, with the keys of FISHER.PERTURB, to the features of about every second batch
+    # (DSU's probability) in the steps of T3, with any method: the paper's "+FP".
     cfg.TUNING.FEATURE_PERTURBATION = False
     # T1: iterations with the backbone frozen.
     cfg.TUNING.WARMUP_ITERS = 5000
@@ -305,7 +305,7 @@ def _add_tuning(cfg: CN) -> None:
     cfg.TUNING.SCHEDULE = "growing"
 
     cfg.TUNING.LORA = CN()
-    # LoRA adds B A x * ALPHA / RANK to q and v. The values are peft's defaults; RANK 8 is the paper's.
+    # LoRA adds B A x * ALPHA / RANK to q and v. These are peft's defaults; RANK 8 is the paper's.
     cfg.TUNING.LORA.RANK = 8
     cfg.TUNING.LORA.ALPHA = 8
     cfg.TUNING.PEFT = CN()

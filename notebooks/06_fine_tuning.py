@@ -67,7 +67,8 @@ for form, bounds in {
     "linear": (0.01, 0.05),
     "constant": (0.01, 0.05),
 }.items():
-    axes.plot(progress, [100 * tuned_share(t, *bounds, schedule=form) for t in progress], label=form)
+    shares = [100 * tuned_share(t, *bounds, schedule=form) for t in progress]
+    axes.plot(progress, shares, label=form)
 axes.set_xlabel("progress t / T of the tuning stage")
 axes.set_ylabel("% of the backbone that is tuned")
 axes.set_ylim(bottom=0)
