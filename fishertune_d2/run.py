@@ -27,6 +27,10 @@ LENGTH = ("iterations", "warmup_iterations", "batch_size")
 _BY_SET = ("test_size", "classes")
 # Packages in the environment that Detectron2 logs; GPUs are shown too.
 _VERSIONS = ("Python", "PyTorch", "torchvision", "detectron2", "numpy", "fvcore", "Pillow", "cv2")
+_DAMAGED = (
+    "{} is not a file that an evaluation wrote ({}: {}): delete it, or evaluate again with "
+    "train_net.py --eval-only"
+)
 
 
 class RunError(ValueError):
@@ -59,7 +63,13 @@ class Results:
 
     @classmethod
     def read(cls, file: str | Path) -> "Results":
-        """Reads a ``results.json``.
+        """Reads and checks a ``results.json``.
+
+        Args:
+            file: the file.
+
+        Returns:
+            Its content.
 
         Raises:
             RunError: if the file is missing, or is not a file that an evaluation wrote.
@@ -70,7 +80,7 @@ class Results:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise _damaged(file, error) from error
+            raise RunError(_DAMAGED.format(file, type(error).__name__, error)) from error
         return cls.of(content, str(file))
 
     @classmethod
@@ -80,6 +90,9 @@ class Results:
         Args:
             content: the content.
             place: the file that holds it, for messages.
+
+        Returns:
+            The content.
 
         Raises:
             RunError: if a part is missing, or a score is no number.
@@ -102,10 +115,10 @@ class Results:
             for name in results.scores:
                 ious = results.per_class[name]
                 numbers += [ious.get(label, 0) for label in results.protocol["classes"][name]]
-            if not all(isinstance(number, int | float) for number in numbers):
-                raise TypeError("a score is no number")
         except (KeyError, TypeError, AttributeError) as error:
-            raise _damaged(place, error) from error
+            raise RunError(_DAMAGED.format(place, type(error).__name__, error)) from error
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise RunError(_DAMAGED.format(place, "TypeError", "a score is no number"))
         return results
 
     @property
@@ -208,21 +221,11 @@ class Run:
         return self.folder / "selection.safetensors"
 
     def load_estimate(self) -> FisherEstimate:
-        """Loads F(x) and F(x').
-
-        Raises:
-            RunError: if the run estimated nothing.
-            ValueError: if the file is damaged.
-        """
+        """Loads F(x) and F(x'). A run that estimated nothing raises a RunError."""
         return FisherEstimate.load(self._require(self.estimate_file, "estimated"))
 
     def load_selection(self) -> Selection:
-        """Loads the ranked choice of weights.
-
-        Raises:
-            RunError: if the run selected nothing.
-            ValueError: if the file is damaged.
-        """
+        """Loads the ranked choice of weights. A run that selected nothing raises a RunError."""
         return Selection.load(self._require(self.selection_file, "selected"))
 
     def read_cfg(self, options: Sequence[str] = ()) -> CfgNode:
@@ -230,6 +233,9 @@ class Run:
 
         Args:
             options: keys and values in turn that replace those of the config.
+
+        Returns:
+            The config, with this version's defaults for keys that it lacks.
 
         Raises:
             RunError: if there is no config, or it is damaged.
@@ -300,11 +306,7 @@ class Run:
 
     @cached_property
     def results(self) -> Results | None:
-        """The run's scores; None if it is not scored yet.
-
-        Raises:
-            RunError: if the file is damaged.
-        """
+        """The run's scores; None if it is not scored yet. A damaged file raises a RunError."""
         return Results.read(self.results_file) if self.results_file.is_file() else None
 
     @property
@@ -342,13 +344,6 @@ class Run:
         if not self.config_file.is_file():
             raise RunError(f"there is no {self.config_file}: name the OUTPUT_DIR of a run")
         return self.config_file
-
-
-def _damaged(file: str | Path, error: Exception) -> RunError:
-    return RunError(
-        f"{file} is not a file that an evaluation wrote ({type(error).__name__}: {error}): delete "
-        "it, or evaluate again with train_net.py --eval-only"
-    )
 
 
 def _defaults() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fishertune_d2.data import SegmentationMapper, load_datasets
+from fishertune_d2.modeling import VFMSegmentor
 
 
 def read_images(cfg: CfgNode, name: str, count: int) -> list[dict]:
@@ -32,19 +33,20 @@ def read_images(cfg: CfgNode, name: str, count: int) -> list[dict]:
 
 @torch.no_grad()
 def patch_features(
-    model: nn.Module, images: Sequence[dict], module: nn.Module | None = None
+    model: VFMSegmentor, images: Sequence[dict], module: nn.Module | None = None
 ) -> list[Tensor]:
     """The output of a module of the backbone at each patch.
 
     Args:
-        model: a ``VFMSegmentor``.
+        model: the segmentor.
         images: dicts with ``image`` (3, H, W), 0 .. 255; sizes may differ.
         module: the patch embedding or a block; by default the last block.
 
     Returns:
         Features of each image, (h, w, D), without class token and registers.
     """
-    backbone, kept = model.backbone, []
+    backbone = model.backbone
+    kept: list[Tensor] = []
     module = backbone.vit.blocks[-1] if module is None else module
     hook = module.register_forward_hook(lambda module, inputs, output: kept.append(output))
     maps = []
