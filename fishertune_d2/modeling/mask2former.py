@@ -64,6 +64,7 @@ class Mask2FormerHead(nn.Module):
         super().__init__()
         names = sorted(input_shape, key=lambda name: input_shape[name].stride)
         _check(config, [input_shape[name].stride for name in names])
+        assert config.num_labels is not None  # transformers annotates it as optional
         self.in_features = names
         self.num_classes = config.num_labels
         self.ignore_value: int = config.ignore_value

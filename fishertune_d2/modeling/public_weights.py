@@ -1,4 +1,4 @@
-"""Finds a VFM's weights, brings them to timm's names and to the wanted sizes, and reports.
+"""Finds a VFM's public weights, gives them timm's names and the model's sizes, and loads them.
 
 Shapes: D channels, p patch side in pixels, (h, w) grid of patches, P prefix tokens.
 """
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from huggingface_hub import HfApi, try_to_load_from_cache
 from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, resample_patch_embed
 from timm.models import load_state_dict_from_hf
-from torch import Tensor, nn
+from torch import Tensor
 
 from fishertune_d2.files import first_names
 
+from .plain_vit import PlainViT
 from .weight_files import StateDict, read_weights
 from .weight_names import to_timm_names
 
@@ -36,41 +37,42 @@ logger = logging.getLogger(__name__)
 
 
 def load_vfm_weights(
-    vit: nn.Module,
+    vit: PlainViT,
     weights: str,
     patch_resize: str = "bicubic",
     fallback: Callable[[], Path] | None = None,
     source: str = "https://huggingface.co/timm",
 ) -> str:
-    """Loads public weights into a ViT, all of them or none, and logs what was loaded.
+    """Loads public weights into a ViT, all of them or none, and logs the tensors by group.
 
-    Where the sizes differ, the patch kernel and the position embedding are resized. "bicubic"
-    does this by plain bicubic interpolation, as Rein does: a kernel's sum, so the response to a
-    uniform image, grows by (new p / old p)^2, 1.306 from 14 to 16. "pi" is timm's way: the
-    pseudo-inverse keeps the response, and the position embedding is resized with antialiasing.
-    SAM's relative positions are resized linearly, as its authors do it in every forward pass.
+    If sizes differ, the patch kernel and the position embedding are resized. "bicubic" is plain
+    bicubic interpolation, as in Rein: a kernel's sum, so the response to a uniform image, grows by
+    (new p / old p)^2, 1.306 from 14 to 16. "pi" is timm's way: the pseudo-inverse keeps the
+    response, and the position embedding is resized with antialiasing. SAM's relative positions are
+    resized linearly, as its authors do in every forward pass.
+
+    A missing file raises a FileNotFoundError. If ``weights`` is "" and no source can be reached,
+    the error is a RuntimeError.
 
     Args:
-        vit: a ViT of timm's, built without a head; changed in place.
+        vit: a timm ViT without a head; changed in place.
         weights: a path, see ``read_weights``; "" for timm's hub and then ``fallback``; or
             "random", which keeps the initial values.
         patch_resize: "bicubic" or "pi".
-        fallback: returns a file with timm's names; asked when the hub fails.
-        source: where a person finds the weights; named when none were found.
+        fallback: returns a file with timm's names; called when the hub fails.
+        source: the page of the weights, for the message that none were found.
 
     Returns:
-        Where they were found: a path, a page of timm's hub, or "random".
+        The source of the weights: a path, a page of timm's hub, or "random".
 
     Raises:
-        ValueError: ``patch_resize`` is unknown, the file cannot be read, or it does not fit.
-        FileNotFoundError: there is no such file.
-        RuntimeError: ``weights`` is "" and no source could be reached.
+        ValueError: if ``patch_resize`` is unknown, or the file cannot be read or does not fit.
     """
     if patch_resize not in ("bicubic", "pi"):
         raise ValueError(f"MODEL.VFM.PATCH_RESIZE is {patch_resize!r}; known are 'bicubic', 'pi'")
     name = vit.pretrained_cfg["architecture"]
     if weights == "random":
-        if not next(vit.parameters()).is_meta:  # which is only counted, never run
+        if not next(vit.parameters()).is_meta:  # a model on meta is only counted
             logger.warning(f'{name} keeps its random initialisation (MODEL.VFM.WEIGHTS "random")')
         return weights
     state, found = _read(weights) if weights else _find(name, vit, fallback, source)
@@ -82,7 +84,7 @@ def load_vfm_weights(
 
 
 def _require_numbers(state: StateDict, title: str) -> StateDict:
-    """Returns all as float32, and refuses what no training can start from."""
+    """Returns the tensors as float32, and refuses integers, NaN and infinity."""
     for key, value in state.items():
         if not value.is_floating_point():
             raise ValueError(
@@ -100,7 +102,7 @@ def _require_numbers(state: StateDict, title: str) -> StateDict:
 
 
 def _read(path: str | Path) -> tuple[StateDict, str]:
-    """Reads a file, and says what to do where there is none."""
+    """Reads a file; if there is none, the error names the remedy."""
     try:
         return read_weights(str(path)), str(Path(path).expanduser())
     except FileNotFoundError as error:
@@ -108,9 +110,9 @@ def _read(path: str | Path) -> tuple[StateDict, str]:
 
 
 def _find(
-    name: str, vit: nn.Module, fallback: Callable[[], Path] | None, source: str
+    name: str, vit: PlainViT, fallback: Callable[[], Path] | None, source: str
 ) -> tuple[StateDict, str]:
-    """Asks timm's hub, then the fallback."""
+    """Tries timm's hub, then the fallback."""
     sources = [("timm's hub", lambda: _from_hub(vit))]
     if fallback is not None:
         sources.append(("the fallback", lambda: _read(fallback())))
@@ -118,7 +120,7 @@ def _find(
     for label, ask in sources:
         try:
             return ask()
-        # What a network raises depends on the client and its version (requests, httpx, pip).
+        # The errors of a network depend on the client and its version (requests, httpx, pip).
         except Exception as error:
             failures.append(f"{label}: {type(error).__name__}: {error}")
             logger.warning(f"no weights from {failures[-1]}")
@@ -128,8 +130,8 @@ def _find(
     )
 
 
-def _from_hub(vit: nn.Module) -> tuple[StateDict, str]:
-    """Downloads the weights of timm's hub, or takes them from its cache."""
+def _from_hub(vit: PlainViT) -> tuple[StateDict, str]:
+    """Downloads the weights from timm's hub, or reads them from its cache."""
     repo = vit.pretrained_cfg.get("hf_hub_id")
     if not repo:
         raise LookupError(f"timm has no weights for {vit.pretrained_cfg['architecture']}")
@@ -137,13 +139,13 @@ def _from_hub(vit: nn.Module) -> tuple[StateDict, str]:
     cached = try_to_load_from_cache(repo, "model.safetensors")
     if isinstance(cached, str):
         return _read(cached)[0], page
-    # One quick question first: without a network, the download itself retries for a minute.
+    # A quick request first, because without a network the download retries for a minute.
     HfApi().model_info(repo, timeout=10)
     return load_state_dict_from_hf(repo), page
 
 
-def _resize(state: StateDict, vit: nn.Module, patch_resize: str) -> None:
-    """Resizes patch kernel and positions to those of ``vit``, in place."""
+def _resize(state: StateDict, vit: PlainViT, patch_resize: str) -> None:
+    """Resizes the patch kernel and the positions to the sizes in ``vit``, in place."""
     before = {key: tuple(value.shape) for key, value in state.items()}
     antialias = patch_resize == "pi"
     kernel = state.get("patch_embed.proj.weight")  # (D, 3, p, p)
@@ -156,7 +158,7 @@ def _resize(state: StateDict, vit: nn.Module, patch_resize: str) -> None:
         state["patch_embed.proj.weight"] = resized
     embedding = state.get("pos_embed")
     if embedding is not None and embedding.ndim == 4:  # (1, h, w, D)
-        grid = list(vit.patch_embed.grid_size)
+        grid = list(_grid(vit))
         state["pos_embed"] = resample_abs_pos_embed_nhwc(embedding, grid, antialias=antialias)
     elif embedding is not None and embedding.ndim == 3:  # (1, P + h*w, D)
         state["pos_embed"] = _resized_positions(embedding, vit, antialias)
@@ -168,14 +170,14 @@ def _resize(state: StateDict, vit: nn.Module, patch_resize: str) -> None:
             logger.info(f"{key} {shape} -> {tuple(state[key].shape)}")
 
 
-def _resized_positions(embedding: Tensor, vit: nn.Module, antialias: bool) -> Tensor:
+def _resized_positions(embedding: Tensor, vit: PlainViT, antialias: bool) -> Tensor:
     """Resizes a position embedding (1, P + h*w, D); the first P entries stay as they are."""
-    # SAM's class has no such switch, as it has no class token.
+    # SAM's class lacks this attribute, as it has no class token.
     prefix = 0 if getattr(vit, "no_embed_class", True) else vit.num_prefix_tokens
     patches = embedding.shape[1] - prefix
     side = isqrt(max(patches, 0))
-    grid = tuple(vit.patch_embed.grid_size)
-    # VFMs are trained on square images; another count fits as it is, or is refused as a mismatch.
+    grid = _grid(vit)
+    # VFMs are trained on square images. Another count fits as it is, or is refused as a mismatch.
     if side * side != patches or (side, side) == grid:
         return embedding
     return resample_abs_pos_embed(
@@ -188,8 +190,15 @@ def _resized_positions(embedding: Tensor, vit: nn.Module, antialias: bool) -> Te
     )
 
 
-def _load(vit: nn.Module, state: StateDict, ignored: list[str], title: str) -> None:
-    """Loads ``state`` if it fits in names and shapes, and reports by group."""
+def _grid(vit: PlainViT) -> tuple[int, int]:
+    """Returns the (h, w) patches for which a ViT stores positions."""
+    grid = vit.patch_embed.grid_size
+    assert grid is not None  # None only for timm's img_size None
+    return grid
+
+
+def _load(vit: PlainViT, state: StateDict, ignored: list[str], title: str) -> None:
+    """Loads ``state`` if its names and shapes fit, and logs counts by group."""
     wanted = vit.state_dict()
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
@@ -212,7 +221,7 @@ def _load(vit: nn.Module, state: StateDict, ignored: list[str], title: str) -> N
 
 
 def _by_group(names: list[str]) -> str:
-    """Counts names by group: "174 (patch_embed 2, tokens 2, blocks 168, norm 2)"."""
+    """Counts names by group, as in "174 (patch_embed 2, tokens 2, blocks 168, norm 2)"."""
     counts = Counter(
         next((g for g, starts in GROUPS.items() if name.startswith(starts)), name.split(".")[0])
         for name in names

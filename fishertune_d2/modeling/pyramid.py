@@ -1,4 +1,4 @@
-"""From the maps of a plain ViT, all at one stride, to maps at strides 4, 8, 16 and 32.
+"""Resamples the maps of a plain ViT, which have one stride, to strides 4, 8, 16 and 32.
 
 Shapes: B images, D channels, (h, w) patches of p x p pixels, (H, W) pixels, s stride in pixels.
 """
@@ -19,21 +19,21 @@ def resize_to_stride(features: Tensor, patch_size: int, stride: int, size: Seque
         features: (B, D, h, w); its cell (i, j) covers pixels [i*p, (i+1)*p).
         patch_size: p, in pixels.
         stride: s, in pixels.
-        size: (H, W), the extent in pixels to be covered, at most (h*p, w*p).
+        size: (H, W), the area to cover in pixels, at most (h*p, w*p).
 
     Returns:
         (B, D, ceil(H/s), ceil(W/s)). For p = 16 and H, W divisible by 32, Rein's pyramid.
     """
     target = [ceil(extent / stride) for extent in size]
-    # interpolate() yields floor(h*p/s) cells, one too few where the last one is cut by the border.
-    # Repeating the border supplies it, and is what bilinear resampling does outside a map anyway.
+    # interpolate() yields floor(h*p/s) cells, one too few if the border cuts the last one.
+    # Repeating the border adds it, and bilinear resampling does the same outside a map.
     lack = [
         max(0, ceil(n * stride / patch_size) - cells)
         for n, cells in zip(target, features.shape[-2:], strict=True)
     ]
     if any(lack):
         features = F.pad(features, (0, lack[1], 0, lack[0]), mode="replicate")
-    # A scale, not a target size: a size would stretch the map wherever h*p/s is not whole.
+    # A scale, because a target size would stretch the map if h*p/s is not whole.
     features = F.interpolate(
         features, scale_factor=patch_size / stride, mode="bilinear", align_corners=False
     )
@@ -43,7 +43,7 @@ def resize_to_stride(features: Tensor, patch_size: int, stride: int, size: Seque
 def build_pyramid(
     maps: Sequence[Tensor], patch_size: int, size: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Resamples four maps to strides 4, 8, 16 and 32, the shallowest to the finest.
+    """Resamples four maps to strides 4, 8, 16 and 32; the shallowest map gets the finest stride.
 
     Args:
         maps: four (B, D, h, w), from shallow to deep.

@@ -1,7 +1,7 @@
 """Sliding windows over an image, averaged where they overlap.
 
 Shapes:
-    C: classes; H, W: the image, in pixels; N: windows that are predicted at once
+    C: classes; H, W: the image, in pixels; N: windows in a batch
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Places windows along one axis; the last is moved back to end at the border.
+    """Places windows along one axis; the last window ends at the border.
 
     Args:
         length: pixels along the axis.
@@ -18,7 +18,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
         stride: pixels between windows.
 
     Returns:
-        First pixels in ascending order; [0] where one window covers everything.
+        First pixels in ascending order; [0] if one window covers the whole length.
     """
     last = max(length - window, 0)
     return [*range(0, last, stride), last]
@@ -34,7 +34,7 @@ def sliding_average(
     """Predicts windows in batches and averages the scores of each pixel.
 
     Args:
-        predict: maps parts (N, 3, h, w) of the image to their scores (N, C, h, w).
+        predict: computes the scores (N, C, h, w) of windows (N, 3, h, w).
         image: (3, H, W).
         window: height and width of a window; a smaller image is one window.
         stride: pixels between windows, vertically and horizontally.
@@ -44,7 +44,8 @@ def sliding_average(
         (C, H, W), of the scores' type.
     """
     height, width = image.shape[-2:]
-    total, count = None, image.new_zeros(height, width)
+    total: torch.Tensor | None = None
+    count = image.new_zeros(height, width)
     places = [
         (..., slice(top, top + window[0]), slice(left, left + window[1]))
         for top in window_starts(height, window[0], stride[0])
@@ -58,4 +59,5 @@ def sliding_average(
         for place, of_window in zip(chosen, scores, strict=True):
             total[place] += of_window
             count[place] += 1
+    assert total is not None  # there is at least one window
     return total / count

@@ -1,10 +1,10 @@
-"""The labels of a batch as Mask2Former takes them: one binary mask for each class of an image.
+"""The labels of a batch in Mask2Former's form: one binary mask for each class of an image.
 
-Which classes an image holds decides the shapes of the masks, so the host has to know it. It is read
-off the labels before they are uploaded, so that the host does not wait for a GPU.
+The shapes of the masks depend on the classes of an image, so the host has to know the classes. It
+reads them before it uploads the labels, so that it does not wait for a GPU.
 
 Shapes:
-    B: images in the batch; C: classes; n: classes that an image holds
+    B: images in the batch; C: classes; n: classes in an image
     H, W: the padded images, in pixels
 """
 
@@ -19,25 +19,24 @@ class SegmentationTargets(NamedTuple):
     """The labels of a batch.
 
     Attributes:
-        pixels: the class of each pixel, (B, H, W) of any integer type, where the losses are
-            computed.
-        classes: for each image the classes that it holds, ascending, (n,) int64 on the CPU.
+        pixels: the class of each pixel, (B, H, W) of any integer type, on the device of the losses.
+        classes: for each image the classes in it, ascending, (n,) int64 on the CPU.
     """
 
     pixels: Tensor
     classes: list[Tensor]
 
     def of_image(self, image: int) -> "SegmentationTargets":
-        """The labels of one image, as a batch of its own."""
+        """Returns the labels of one image, as a batch of its own."""
         return SegmentationTargets(self.pixels[image : image + 1], [self.classes[image]])
 
 
 def present_classes(labels: Sequence[Tensor], num_classes: int, ignore_value: int) -> list[Tensor]:
-    """Finds the classes that each image holds.
+    """Finds the classes in each image.
 
     Args:
-        labels: for each image the class of each pixel, (H, W) of any integer type. On a GPU, the
-            host waits for it once an image.
+        labels: for each image the class of each pixel, (H, W) of any integer type. For labels on a
+            GPU the host waits once for each image.
         num_classes: C.
         ignore_value: the value of unlabelled pixels.
 
@@ -63,17 +62,17 @@ def present_classes(labels: Sequence[Tensor], num_classes: int, ignore_value: in
 
 
 def semantic_masks(targets: SegmentationTargets) -> tuple[list[Tensor], list[Tensor]]:
-    """Splits label maps into one binary mask for each class that is present.
+    """Splits label maps into one binary mask for each class in them.
 
-    As in the published code, an ignored pixel (so also padding) is 0 in every mask: it is
-    background to the classes present, not left out of their losses.
+    As in the published code, an ignored pixel (also padding) is 0 in every mask. So the losses
+    treat it as background; they do not leave it out.
 
     Args:
         targets: the labels.
 
     Returns:
         For each image the masks (n, H, W) float32 of 0 and 1, and their classes (n,) int64, both
-        where the labels' pixels are.
+        on the device of the pixels.
     """
     counts = [len(classes) for classes in targets.classes]
     labels = torch.cat(targets.classes).to(targets.pixels.device, non_blocking=True).split(counts)
@@ -85,7 +84,7 @@ def semantic_masks(targets: SegmentationTargets) -> tuple[list[Tensor], list[Ten
 
 
 def _values(label: Tensor) -> Tensor:
-    """The values that a label map holds, ascending, int64 on the CPU."""
+    """Returns the values in a label map, ascending, int64 on the CPU."""
     if label.dtype == torch.uint8 and not label.is_cuda:  # a tenth of unique's time
         return torch.bincount(label.flatten(), minlength=256).nonzero().flatten()
     return label.unique().cpu().to(torch.int64)

@@ -5,6 +5,7 @@ Shapes: B images, D channels, N tokens (prefix tokens, then h*w patches), (H, W)
 
 from collections.abc import Sequence
 from math import ceil
+from typing import cast
 
 import timm
 import torch
@@ -16,27 +17,28 @@ from torch import Tensor, nn
 
 from fishertune_d2.fisher.perturb import thirds_of_depth
 
+from .plain_vit import PlainViT
 from .public_weights import load_vfm_weights
 from .pyramid import STRIDES, build_pyramid
 from .vfm_table import VFM, VFMS
 
 __all__ = ["VFM", "VFMS", "VFMBackbone"]
 
-# What timm's ViTs hold behind their last block, where the maps are taken.
+# The parameters of timm's ViTs behind their last block, whose output is the last map.
 FINAL_NORMS = ("norm.", "fc_norm.")
 
 
 @BACKBONE_REGISTRY.register()
 class VFMBackbone(Backbone):
-    """A plain ViT of which four blocks' outputs form a pyramid.
+    """A plain ViT; the outputs of four blocks form a pyramid.
 
-    The maps are the raw outputs of the blocks: the final norm is part of the model, and of its
-    parameter count, but not of the forward pass.
+    The maps are the raw outputs of the blocks. The final norm belongs to the model and its
+    parameter count, but the forward pass does not use it.
 
     Attributes:
         vit: the timm model.
-        timm_args: what ``timm.create_model`` needs to build it again, beside its name.
-        weights: where its public weights were found, see ``load_vfm_weights``.
+        timm_args: the arguments of ``timm.create_model``, beside the name, that build it again.
+        weights: the source of its public weights, see ``load_vfm_weights``.
     """
 
     @configurable
@@ -50,18 +52,18 @@ class VFMBackbone(Backbone):
         patch_resize: str = "bicubic",
         checkpoint_blocks: bool = False,
     ):
-        """Builds the ViT and loads its weights, so that Fisher tuning starts from public ones.
+        """Builds the ViT and loads its public weights, from which Fisher tuning starts.
 
         Args:
             name: a key of ``VFMS``.
             weights: see ``load_vfm_weights``.
             img_size: (H, W) in pixels, for which the position embedding is stored.
-            patch_size: side of a patch in pixels; 0 for the size the VFM was trained with.
+            patch_size: side of a patch in pixels; 0 for the size in the VFM's training.
             patch_resize: "bicubic" or "pi", see ``load_vfm_weights``.
-            checkpoint_blocks: compute blocks once more in the backward pass, keep less for it.
+            checkpoint_blocks: save memory by computing the blocks again in the backward pass.
 
         Raises:
-            ValueError: ``name`` is no VFM, or a size is not positive.
+            ValueError: if ``name`` is no VFM, or a size is not positive.
         """
         super().__init__()
         if name not in VFMS:
@@ -71,26 +73,27 @@ class VFMBackbone(Backbone):
                 f"MODEL.VFM.PATCH_SIZE {patch_size} must be 0 or positive, and "
                 f"MODEL.VFM.IMG_SIZE {tuple(img_size)} a positive height and width"
             )
-        row = VFMS[name]
-        self.patch_size = patch_size or row.patch_size
+        vfm = VFMS[name]
+        self.patch_size = patch_size or vfm.patch_size
         self.timm_args = {
-            # What the padded input measures, so that an image of img_size needs no interpolation.
+            # The size of the padded input, so that an image of img_size needs no interpolation.
             "img_size": tuple(ceil(side / self.patch_size) * self.patch_size for side in img_size),
             "patch_size": self.patch_size,
-            **row.options,
+            **vfm.options,
         }
-        self.vit = timm.create_model(row.timm_name, num_classes=0, **self.timm_args)
-        for part in row.without:
+        vit = timm.create_model(vfm.timm_name, num_classes=0, **self.timm_args)
+        self.vit = cast(PlainViT, vit)
+        for part in vfm.without:
             setattr(self.vit, part, nn.Identity())
-        self.weights = load_vfm_weights(self.vit, weights, patch_resize, row.fallback, row.source)
+        self.weights = load_vfm_weights(self.vit, weights, patch_resize, vfm.fallback, vfm.source)
         self.vit.set_grad_checkpointing(checkpoint_blocks)
         depth = len(self.vit.blocks)
         self.thirds = thirds_of_depth(depth)
-        self.taps = list(row.taps) or [*self.thirds, depth - 1]
+        self.taps = list(vfm.taps) or [*self.thirds, depth - 1]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
-        """Reads MODEL.VFM; ``input_shape`` is what Detectron2 passes to every backbone."""
+        """Reads MODEL.VFM; Detectron2 passes ``input_shape`` to every backbone."""
         return {
             "name": cfg.MODEL.VFM.NAME,
             "weights": cfg.MODEL.VFM.WEIGHTS,
@@ -104,16 +107,13 @@ class VFMBackbone(Backbone):
         """Computes the pyramid.
 
         Args:
-            images: (B, 3, H, W), normalised. Where H or W is no multiple of the patch size, zeros
-                (the mean colour) are appended at the bottom and the right.
+            images: (B, 3, H, W), normalised. If H or W is no multiple of the patch size, zeros (the
+                mean colour) are appended at the bottom and the right. torch.onnx.export with
+                dynamo=False raises a ValueError at a size other than ``img_size``.
 
         Returns:
             "res2", "res3", "res4", "res5": (B, D, ceil(H/s), ceil(W/s)) at s = 4, 8, 16, 32, which
             cover the images without the appended zeros.
-
-        Raises:
-            ValueError: in torch.onnx.export with dynamo=False, at a size that the position
-                embedding has to be resized to.
         """
         size = images.shape[-2:]
         bottom, right = (-side % self.patch_size for side in size)
@@ -126,8 +126,9 @@ class VFMBackbone(Backbone):
         return build_pyramid(maps, self.patch_size, size)
 
     def _require_stored_size(self, size: Sequence[int]) -> None:
-        """The ONNX exporter that traces has no operator for the antialiased resize of timm's."""
+        """Refuses other sizes, as the tracing ONNX exporter lacks timm's antialiased resize."""
         size = tuple(int(side) for side in size)
+        assert self.vit.patch_embed.grid_size is not None
         stored = tuple(cells * self.patch_size for cells in self.vit.patch_embed.grid_size)
         if getattr(self.vit, "pos_embed", None) is not None and size != stored:
             raise ValueError(
@@ -137,7 +138,7 @@ class VFMBackbone(Backbone):
             )
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each map."""
+        """Returns the channels and the stride of each map."""
         return {
             f"res{i}": ShapeSpec(channels=self.vit.embed_dim, stride=stride)
             for i, stride in enumerate(STRIDES, start=2)
@@ -145,23 +146,24 @@ class VFMBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The patch size in pixels. Other sizes work; they are padded inside."""
+        """The patch size in pixels. Other image sizes work; `forward` pads them."""
         return self.patch_size
 
     @property
     def num_prefix_tokens(self) -> int:
-        """How many tokens (class, registers) precede the patches; SAM's maps have none."""
+        """The number of tokens (class, registers) before the patches; 0 for SAM."""
         return getattr(self.vit, "num_prefix_tokens", 0)
 
     def perturbation_points(self) -> list[nn.Module]:
-        """The modules whose output Eq. 6 perturbs: patch embedding, blocks at 1/3, 1/2 and 2/3.
+        """Returns the modules whose output Eq. 6 perturbs.
 
-        The patch embedding's output is (B, h, w, D), without prefix tokens; a block's (B, N, D),
-        of SAM (B, h, w, D).
+        Returns:
+            The patch embedding, with output (B, h, w, D) without prefix tokens, and the blocks at
+            1/3, 1/2 and 2/3 of the depth, with output (B, N, D); SAM's blocks have (B, h, w, D).
         """
         return [self.vit.patch_embed, *(self.vit.blocks[i] for i in self.thirds)]
 
     def unused_parameters(self) -> set[str]:
-        """Names of the parameters that ``forward`` does not reach: those of the final norm."""
+        """Returns the names of the parameters that ``forward`` does not use: the final norm's."""
         names = (name for name, _ in self.vit.named_parameters())
         return {f"vit.{name}" for name in names if name.startswith(FINAL_NORMS)}

