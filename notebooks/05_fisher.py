@@ -300,9 +300,7 @@ else:
         perturb=StatisticsPerturbation(points, num_prefix_tokens=backbone.num_prefix_tokens),
         progress=False,
     )
-    scores = [
-        domain_related_fisher(e) for e in (estimate, photographs)
-    ]
+    scores = [domain_related_fisher(e) for e in (estimate, photographs)]
     both = [Selection.from_scores(score, 0.05, base) for score in scores]
     print(f"{overlap(*both):.0%} of what DRF selects on streets it selects on CamVid too")
     draw_sensitivity_map([("CamVid", photographs)], output / "sensitivity_camvid.png")

@@ -1,7 +1,7 @@
-"""What of the backbone is trained after warm-up: the contract and the registry of methods.
+"""The base classes of tuning methods and their registry.
 
-A method is one file: a class, and a function ``name(cfg) -> TuningMethod``, whose name is what
-``TUNING.METHOD`` takes.
+A method is one file: a class, and a registered function ``name(cfg) -> TuningMethod``.
+``TUNING.METHOD`` takes the function's name.
 """
 
 from collections.abc import Mapping
@@ -19,55 +19,51 @@ TUNING_REGISTRY = Registry("TUNING")
 class TuningMethod:
     """Base class. A subclass says which parameters train.
 
-    One that selects among the backbone's own weights scores them; one that adds weights attaches
-    them, and leaves the backbone's own as they are.
-
     Attributes:
         selects: whether only the best-scored weights of the parameters move. If so, the trainer
-            calls :meth:`scores` after warm-up.
+            calls :meth:`scores` after warm-up; see :class:`SelectiveMethod`.
         estimates: whether :meth:`scores` needs the Fisher information; only read if ``selects``.
-        compares_domains: whether :meth:`scores` needs F(x') beside F(x), so a shift between them.
-        schedule: how the share grows, if that is part of the method; else TUNING.SCHEDULE says.
-        adds: whether the method adds parameters of its own. If so, :meth:`attach` is called once
-            for each model.
-        options: the groups of keys below TUNING that the method reads, such as "LORA"; None if that
-            is not known. Other methods' groups are no part of a run's record.
+        compares_domains: whether :meth:`scores` needs F(x') beside F(x), and so a shift.
+        schedule: the growth of the share, if it is a part of the method; else TUNING.SCHEDULE.
+        adds: whether the method adds parameters; see :class:`AddingMethod`.
+        undecayed: parts of names of added parameters with SOLVER.WEIGHT_DECAY_EMBED instead of the
+            usual weight decay, such as tokens, and factors: decay pulls towards 0, not towards the
+            start.
+        takes_warmup: whether the method gains from a warm-up; if not, the bench trains without.
+        options: the groups of keys below TUNING that the method reads, such as "LORA"; None if they
+            are unknown. A run's record leaves the groups of other methods out.
     """
 
-    selects = False
-    estimates = True
-    compares_domains = False
-    schedule = ""
-    adds = False
+    selects: bool = False
+    estimates: bool = True
+    compares_domains: bool = False
+    schedule: str = ""
+    adds: bool = False
+    undecayed: tuple[str, ...] = ()
+    takes_warmup: bool = True
     options: tuple[str, ...] | None = None
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
-        """Adds what the method adds; only called if ``adds``.
+        """Adds the method's parameters; only called if ``adds``.
 
-        That is when the tuning stage begins, so that methods share one warm-up; before a checkpoint
-        of that stage is loaded; and on the meta device, where numbers are counted. New tensors may
-        be made on the CPU, for they are moved to the backbone's device afterwards.
+        The call comes when the tuning stage begins, so that methods can share one warm-up; before a
+        checkpoint of that stage is loaded; and on the meta device, to count parameters. New tensors
+        may be on the CPU: the caller moves them to the backbone's device.
 
         Args:
-            backbone: what is added becomes a part of it, with names of its own in the state dict.
-            head: what is added to it trains with the decoder; None where only the backbone counts.
-
-        Raises:
-            ValueError: if the method does not work on this family of backbones; says why.
+            backbone: gets the parameters, with their own names in the state dict. A method that
+                does not work on its family raises a ValueError with the reason.
+            head: parameters added to it train with the decoder; None to count the backbone alone.
         """
         raise NotImplementedError
 
     def merge(self, backbone: nn.Module) -> None:
-        """Writes what was added into the backbone's own weights, and takes it out again.
+        """Writes the added parameters into the backbone's own weights, and removes them.
 
-        Afterwards the backbone is a plain one that computes what it did before; only called if
-        ``adds``.
+        Afterwards the backbone is a plain one that computes the same; only called if ``adds``.
 
         Args:
-            backbone: as :meth:`attach` left it.
-
-        Raises:
-            ValueError: if no plain backbone computes the same; says why.
+            backbone: a backbone after :meth:`attach`.
         """
         raise NotImplementedError
 
@@ -75,9 +71,9 @@ class TuningMethod:
         """The backbone's parameters that the optimizer holds in the tuning stage, by name.
 
         Args:
-            backbone: its ``unused_parameters()`` are not reached by its forward pass and must not
-                be among them (DDP would wait for their gradients). What the method adds is
-                attached.
+            backbone: with the method's parameters attached. Its forward pass does not reach its
+                ``unused_parameters()``, so these must not be returned: DDP would wait for their
+                gradients.
         """
         raise NotImplementedError
 
@@ -92,25 +88,63 @@ class TuningMethod:
 
 
 class SelectiveMethod(TuningMethod):
-    """Base class of the methods that choose among the candidates of Eq. 3."""
+    """Base class of methods that select among the candidates of Eq. 3 by a score."""
 
     selects = True
     options = ()
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that hold a candidate: whole tensors, of which a selection moves."""
+        """The parameters that hold a candidate: whole tensors, of which selected weights move."""
         return {c.name: c.parameter for c in find_candidates(backbone)}
 
     def candidates(self, backbone: nn.Module) -> list[Candidate]:
-        """The weights that a selection may choose from; all candidates of Eq. 3 by default."""
+        """The weights that may be selected; by default all candidates of Eq. 3."""
         return find_candidates(backbone)
 
 
+class AddingMethod(TuningMethod):
+    """Base class of methods that train one added module, while the backbone stays frozen.
+
+    Attributes:
+        name: the attribute of the backbone that holds the module; also TUNING.METHOD.
+        no_merge: the reason why no plain backbone computes the same.
+    """
+
+    adds = True
+    name: str
+    no_merge: str
+
+    def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
+        """All parameters of the added module."""
+        added = backbone.get_submodule(self.name).named_parameters()
+        return {f"{self.name}.{name}": parameter for name, parameter in added}
+
+    def merge(self, backbone: nn.Module) -> None:
+        """Refuses; a method that can merge overrides this.
+
+        Args:
+            backbone: stays the same.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"TUNING.METHOD {self.name} cannot be merged: {self.no_merge}. Export the run's "
+            "checkpoint"
+        )
+
+
 def build_tuning_method(cfg: CfgNode) -> TuningMethod:
-    """The method that ``cfg.TUNING.METHOD`` names.
+    """Builds the method that ``cfg.TUNING.METHOD`` names.
+
+    Args:
+        cfg: TUNING is read, and what the method needs.
+
+    Returns:
+        The method.
 
     Raises:
-        ValueError: if there is no such method; names those there are.
+        ValueError: if there is no such method; the message lists all methods.
     """
     method, methods = cfg.TUNING.METHOD, [name for name, _ in TUNING_REGISTRY]
     if method not in methods:
