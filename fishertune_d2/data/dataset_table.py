@@ -1,6 +1,6 @@
-"""The table of data sets: ``DATASETS``. A new data set is one row here.
+"""The table of public data sets: ``DATASETS``. A new data set is one entry here.
 
-What each looks like on disk, where it comes from and what to mind: datasets/README.md.
+datasets/README.md shows their folders, sources and peculiarities.
 """
 
 import logging
@@ -14,7 +14,7 @@ from fishertune_d2.files import cache_root
 
 _log = logging.getLogger(__name__)
 
-# Rein's sizes at test; ACDC's is the one of its 512 x 512 configs.
+# Rein's test sizes; ACDC's is the test size of Rein's 512 x 512 configs.
 _HALF_CITYSCAPES = (1024, 512)
 _FULL_BDD = (1280, 720)
 _HALF_HD = (960, 540)
@@ -24,14 +24,14 @@ _HD = ((1920, 1080),)
 
 def _streets_root() -> Path:
     """Draws the built-in scenes if they are not there yet, and returns their folder."""
-    from fishertune_d2.streets import ensure_streets  # costs only those who use it
+    from fishertune_d2.streets import ensure_streets  # here: most runs never need it
 
     root = datasets_root() / "streets"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # data folders are often mounted read-only
         root = cache_root() / "streets"
-        _log.info("DETECTRON2_DATASETS cannot hold the built-in data (%s): %s does", error, root)
+        _log.info("DETECTRON2_DATASETS cannot hold the built-in data (%s): using %s", error, root)
     return ensure_streets(root)
 
 
@@ -104,7 +104,7 @@ def _bdd100k(split: str, pairs: int) -> SemSegDataset:
 
 
 def _mapillary(split: str, folder: str, pairs: int) -> tuple[SemSegDataset, SemSegDataset]:
-    """Returns the row with Rein's map, and the one with HRDA's."""
+    """Returns the data set with Rein's map, and with HRDA's map."""
     rein = SemSegDataset(
         name=f"mapillary_{split}",
         image_dir=f"mapillary/{folder}/images",
@@ -120,10 +120,10 @@ def _mapillary(split: str, folder: str, pairs: int) -> tuple[SemSegDataset, SemS
     return rein, replace(rein, name=f"mapillary_{split}_hrda", label_map="mapillary_v1.2_hrda")
 
 
-# Which sequences of train and val show which condition: in trees without folders of conditions only
-# the files' names tell. No sequence shows two. Read off the lists of all 2,006 images in
-# AlaaAnani/adaptive-hierarchical-certification (data/list/acdc); those of CLOUDS have the same 406
-# of val, and naver/oasis counts the images of the same sequences.
+# The sequences of train and val that show each condition; no sequence shows two. In trees without
+# folders of conditions only the files' names tell the condition. Source: the lists of all 2,006
+# images in AlaaAnani/adaptive-hierarchical-certification (data/list/acdc). CLOUDS lists the same
+# 406 images of val, and naver/oasis counts the images of the same sequences.
 _ACDC_SEQUENCES = {
     "fog": (
         "GOPR0475", "GP010475", "GP020475", "GOPR0476", "GP010476", "GOPR0477", "GP010477",
@@ -147,7 +147,7 @@ def _of_sequences(sequences: Sequence[str]) -> Callable[[str], bool]:
 
 
 def _acdc(split: str, counts: Mapping[str, int]) -> list[SemSegDataset]:
-    """Returns a row for all conditions, and one for each."""
+    """Returns a data set for all conditions, and a data set for each condition."""
     flat = (f"acdc/rgb_anon/{split}", f"acdc/gt/{split}")  # as HRDA, MIC and VLTSeg keep it
     every = SemSegDataset(
         name=f"acdc_{split}",
@@ -161,7 +161,7 @@ def _acdc(split: str, counts: Mapping[str, int]) -> list[SemSegDataset]:
         test_size=_HALF_HD,
         published=Published(sum(counts.values()), sizes=_HD),
     )
-    rows = [
+    single = [
         replace(
             every,
             name=f"acdc_{condition}_{split}",
@@ -173,7 +173,7 @@ def _acdc(split: str, counts: Mapping[str, int]) -> list[SemSegDataset]:
         )
         for condition, pairs in counts.items()
     ]
-    return [every, *rows]
+    return [every, *single]
 
 
 DATASETS: tuple[SemSegDataset, ...] = (
@@ -261,10 +261,5 @@ DATASETS: tuple[SemSegDataset, ...] = (
     _camvid("camvid_dusk_dev", "train", "camvid/dusk", _is_dusk, 62),
     _camvid("camvid_dusk_test", "test", "camvid/dusk", _is_dusk, 62),
     _streets("train", "day", 240),
-    _streets("val", "day", 40),
-    _streets("val", "dusk", 40),
-    _streets("val", "night", 40),
-    _streets("val", "fog", 40),
-    _streets("val", "rain", 40),
-    _streets("val", "snow", 40),
+    *(_streets("val", domain, 40) for domain in ("day", "dusk", "night", "fog", "rain", "snow")),
 )

@@ -82,7 +82,8 @@ def _tree(folder: str) -> Iterator[tuple[str, list[str]]]:
     def refuse(error: OSError) -> None:
         raise DatasetError(f"{error.filename}: cannot be read ({error}). Make it readable.")
 
-    inside = {folder: (os.path.realpath(folder),)}  # the real folders on the way to each folder
+    # The real folders on the way to each folder.
+    inside: dict[str, tuple[str, ...]] = {folder: (os.path.realpath(folder),)}
     for parent, below, names in os.walk(folder, followlinks=True, onerror=refuse):
         way = inside.pop(parent)
         below[:] = [name for name in below if not name.startswith(".")]  # .ipynb_checkpoints

@@ -1,11 +1,9 @@
-"""What the numbers in label files mean: classes, colours, id maps, and the spaces scored in.
+"""Meanings of the ids in label files: classes, colours, label maps and label spaces.
 
-Two kinds of tables:
-
-* A *label map* turns the ids that a data set ships into the classes a model is trained on. It
-  tells "known and ignored" (``IGNORE_LABEL``) from "not an id of this map" (``UNKNOWN_ID``), so
-  that files of another version are refused, not silently ignored.
-* A *label space* says what is scored: its classes, and the scored class of each trained class.
+* A *label map* turns the ids of a data set's files into the classes that a model is trained on. It
+  tells ignored ids (``IGNORE_LABEL``) from ids that it does not know (``UNKNOWN_ID``), so that
+  files of another version are refused, not silently ignored.
+* A *label space* holds the classes that are scored, and the scored class of each trained class.
 """
 
 import re
@@ -51,8 +49,8 @@ def make_label_map(trained: Mapping[int, int], ignored: Sequence[int] = ()) -> n
     """Builds a lookup table from file ids to train ids.
 
     Args:
-        trained: the train id of each file id that is trained on.
-        ignored: file ids that exist and are ignored.
+        trained: Train ids, keyed by the file's id.
+        ignored: Known ids of the files that are ignored.
 
     Returns:
         (256,) int16: a train id, ``IGNORE_LABEL``, or ``UNKNOWN_ID`` for ids outside the map.
@@ -65,11 +63,11 @@ def make_label_map(trained: Mapping[int, int], ignored: Sequence[int] = ()) -> n
 
 
 def identity_map_name(num_classes: int, ignore_label: int = IGNORE_LABEL) -> str:
-    """Names the map of files that hold the classes 0 to ``num_classes - 1`` themselves.
+    """Returns the name of the map for files that hold train ids, 0 to ``num_classes - 1``.
 
     Args:
-        num_classes: how many classes there are, 1 to 255.
-        ignore_label: an id of the files that is ignored, beside 255; it may be that of a class.
+        num_classes: Number of classes, 1 to 255.
+        ignore_label: An id that is ignored in addition to 255; it may be the id of a class.
 
     Returns:
         A name in `LABEL_MAPS`.
@@ -91,9 +89,9 @@ _IDENTITY = re.compile(r"identity_(\d+)(?:_ignore_(\d+))?")
 
 
 class _LabelMaps(dict[str, np.ndarray]):
-    """Maps by name; those of `identity_map_name` are built when they are first asked for.
+    """Label maps by name; maps of `identity_map_name` are built on first use.
 
-    So a worker process finds the map of a data set that only its parent registered.
+    A worker process therefore finds the map of a data set that only its parent registered.
     """
 
     def __missing__(self, name: str) -> np.ndarray:
@@ -110,7 +108,7 @@ class _LabelMaps(dict[str, np.ndarray]):
         return table
 
 
-# Cityscapes' ids. GTAV's palette images use the same, and 34 for licence plates.
+# Cityscapes' ids. GTAV's palette images use them too, and 34 for licence plates.
 _LABEL_IDS = {
     7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12,
     26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18,
@@ -125,17 +123,18 @@ _SYNTHIA = {
     18: 14, 19: 15, 20: 16, 12: 17, 11: 18,
 }  # fmt: skip
 
-# Mapillary Vistas 1.2 (ids 0 to 65; version 2.0 numbers its 124 classes anew). What all projects
-# agree on: curbs are sidewalk, utility poles pole, general lane markings road, whoever rides rider.
+# Mapillary Vistas 1.2 (ids 0 to 65; version 2.0 numbers its 124 classes anew). All projects map
+# curbs to sidewalk, utility poles to pole, general lane markings to road, everyone who rides to
+# rider.
 _MAPILLARY = {
     13: 0, 24: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10,
     19: 11, 20: 12, 21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18,
 }  # fmt: skip
-# Rein's map: bike lanes, crosswalks, parking and service lanes are road, curb cuts and pedestrian
-# areas sidewalk, street lights pole, the backs and frames of signs sign.
+# Rein's map: bike lanes, crosswalks, parking and service lanes are road; curb cuts and pedestrian
+# areas are sidewalk; street lights are pole; the backs and frames of signs are traffic sign.
 _MAPILLARY_REIN = {7: 0, 8: 0, 10: 0, 14: 0, 23: 0, 9: 1, 11: 1, 44: 5, 46: 7, 49: 7}
-# HRDA's map, also CLOUDS' and VLTSeg's, ignores all of these: manholes are road. Other pixels are
-# scored, so numbers from the two maps do not compare.
+# HRDA's map, which CLOUDS and VLTSeg use too, ignores these ids, and manholes are road. Scores from
+# the two maps do not compare, because they count different pixels.
 _MAPILLARY_HRDA = {41: 0}
 
 LABEL_MAPS: dict[str, np.ndarray] = _LabelMaps(
@@ -151,7 +150,7 @@ LABEL_MAPS: dict[str, np.ndarray] = _LabelMaps(
 """Label maps by name, each (256,) int16; see `make_label_map` and `identity_map_name`."""
 
 FIRST_CHANNEL_MAPS = frozenset({"synthia"})
-"""Maps of files with several channels: the class id is in the first, instances in the second."""
+"""Maps of files with several channels: class ids in the first, instances in the second."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +158,10 @@ class LabelSpace:
     """The classes that a data set is scored in.
 
     Attributes:
-        classes: names of the scored classes.
-        colors: their RGB colours.
-        collapse: for each trained class the index of its scored class, or ``IGNORE_LABEL`` where
-            the data set has no such class.
+        classes: Names of the scored classes.
+        colors: Their RGB colours.
+        collapse: Index of the scored class of each trained class; ``IGNORE_LABEL`` where the data
+            set has no such class.
     """
 
     classes: tuple[str, ...]
@@ -177,21 +176,14 @@ class LabelSpace:
 
 
 def require_ignore_value(value: int) -> None:
-    """Refuses a MODEL.SEM_SEG_HEAD.IGNORE_VALUE that labels never have inside FisherTune.
-
-    Args:
-        value: the config's.
-
-    Raises:
-        ValueError: if it is not 255.
-    """
+    """Raises a ValueError if MODEL.SEM_SEG_HEAD.IGNORE_VALUE is not 255."""
     if value != IGNORE_LABEL:
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {value}: leave it at {IGNORE_LABEL}, which labels "
-            "hold where they are ignored once they are read. Which id of your files is ignored, "
-            "the data set says: register_sem_seg(..., ignore_label="
-            f"{value}), or MetadataCatalog.get(name).set(ignore_label={value}) for a data set "
-            "that Detectron2's own functions register"
+            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {value}: leave it at {IGNORE_LABEL}, the value "
+            "of ignored pixels in all labels after they are read. If your files ignore another id, "
+            f"give it to the data set: register_sem_seg(..., ignore_label={value}), or "
+            f"MetadataCatalog.get(name).set(ignore_label={value}) for a data set that Detectron2's "
+            "own functions register"
         )
 
 
@@ -201,7 +193,7 @@ def same_class(one: str, other: str) -> bool:
 
 
 def _spelt(name: str) -> str:
-    """A class name without that in which spellings of the same name differ."""
+    """Returns a class name without case, underscores, hyphens and repeated blanks."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
@@ -222,9 +214,9 @@ def _coarser(groups: Mapping[str, Sequence[str]]) -> LabelSpace:
 
 LABEL_SPACES: dict[str, LabelSpace] = {
     "cityscapes19": identity_space(CITYSCAPES_CLASSES, CITYSCAPES_COLORS),
-    # CamVid's 32 fine classes were merged into these 11: walls into building, low vegetation and
-    # grass into tree, traffic lights into sign, trucks, buses and trains into car, motorcycles
-    # and whoever rides into bicyclist.
+    # CamVid's 32 fine classes were merged into these 11: walls into building; low vegetation and
+    # grass into tree; traffic lights into sign; trucks, buses and trains into car; motorcycles and
+    # everyone who rides into bicyclist.
     "camvid11": _coarser(
         {
             "sky": ["sky"],

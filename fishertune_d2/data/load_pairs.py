@@ -65,7 +65,7 @@ def load_pairs(dataset: SemSegDataset) -> list[dict[str, Any]]:
         if image.size != label.size
     }
     if unequal and not dataset.drop_mismatched:
-        raise _unequal_sizes(dataset, images, labels, unequal)
+        raise DatasetError(_unequal_sizes(dataset, images, labels, unequal))
     _mention_turned(dataset, image_headers)
     _mention_numbers(dataset, len(stems) - len(unequal), len(unequal))
     return [
@@ -97,7 +97,7 @@ def _find_halves(dataset: SemSegDataset, root: Path) -> tuple[_Half, _Half]:
     """Finds images and labels; files that the list of images does not name are left out."""
     dirs = choose_dirs(dataset, root)
     if dirs is None:
-        raise _no_folder(dataset, root)
+        raise DatasetError(_no_folder(dataset, root))
     images, labels = (
         _Half(kind, root / folder, folders(root, folder), suffixes)
         for kind, folder, suffixes in (
@@ -116,7 +116,7 @@ def _find_halves(dataset: SemSegDataset, root: Path) -> tuple[_Half, _Half]:
     return images, labels
 
 
-def _no_folder(dataset: SemSegDataset, root: Path) -> DatasetError:
+def _no_folder(dataset: SemSegDataset, root: Path) -> str:
     """Says which folder is missing, and the remedy."""
     absent = dataset.label_dir if folders(root, dataset.image_dir) else dataset.image_dir
     remedy = (
@@ -125,9 +125,7 @@ def _no_folder(dataset: SemSegDataset, root: Path) -> DatasetError:
         if dataset.root is datasets_root
         else "Put the data there, or correct the path."
     )
-    return DatasetError(
-        f"{dataset.name}: no folder {root / absent}. It needs\n{dataset.tree(root)}\n{remedy}"
-    )
+    return f"{dataset.name}: no folder {root / absent}. It needs\n{dataset.tree(root)}\n{remedy}"
 
 
 def _read_list(dataset: SemSegDataset, path: Path, root: Path, images: dict[str, str]) -> set[str]:
@@ -173,7 +171,8 @@ def _unequal_sizes(
     images: _Half,
     labels: _Half,
     unequal: dict[str, tuple[Header, Header]],
-) -> DatasetError:
+) -> str:
+    """Names the pairs of unequal size, and the remedy."""
     texts = [
         f"{images.files[stem]} has {image.width}x{image.height} pixels and {labels.files[stem]} "
         f"{label.width}x{label.height}"
@@ -181,7 +180,7 @@ def _unequal_sizes(
     ]
     first = next(iter(unequal))
     remedy = size_remedy(images.files[first], labels.files[first])
-    return DatasetError(f"{dataset.name}: {first_names(texts)}. {remedy}")
+    return f"{dataset.name}: {first_names(texts)}. {remedy}"
 
 
 def _mention_turned(dataset: SemSegDataset, headers: Sequence[Header]) -> None:

@@ -1,8 +1,8 @@
-"""Loaders for training and test.
+"""Builds the loaders for training and test.
 
-What training sees is a function of the seed and of how many images came before. Nothing else
-counts: not the number of workers, not a restart. So a run resumes exactly, with no worker state
-in its checkpoints: set ``loader.sampler.start`` to the number of images already drawn.
+The images of training depend only on the seed and on the number of images drawn before, not on the
+number of workers or on restarts. So a run resumes exactly, without worker state in its checkpoints:
+set ``loader.sampler.start`` to the number of images already drawn.
 """
 
 import os
@@ -19,21 +19,21 @@ import torch
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.data.samplers import build_sampler
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # macOS does not
-# Workers of a process, where the cores decide. Eight map more than 100 images of GTAV's size in a
-# second (docs/results/data_loading.md), many times what a model takes in; each further one holds
-# two more batches in memory.
+# Most workers of a process if their number follows the CPU cores. Eight map more than 100 images of
+# GTAV's size per second (docs/results/data_loading.md), many times as many as a model trains on;
+# each further worker holds two more batches in memory.
 MOST_WORKERS = 8
 
 
-class _MappedItems(Dataset):
-    """Maps entries of a list; an error says which file it met."""
+class _MappedItems(Dataset[dict[str, Any]]):
+    """Maps entries of a list; an error names the file."""
 
     def __init__(self, dicts: Sequence[dict[str, Any]], mapper: Mapper):
         if not dicts:
@@ -56,16 +56,16 @@ class _MappedItems(Dataset):
             ) from error
 
 
-class _SeededItems(_MappedItems):
+class _SeededItems(Dataset[dict[str, Any]]):
     """Maps an entry with random generators seeded by its position in the stream."""
 
     def __init__(self, dicts: Sequence[dict[str, Any]], mapper: Mapper, seed: int):
-        super().__init__(dicts, mapper)
+        self.items = _MappedItems(dicts, mapper)
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         position, index = key
-        # Without workers this is the training process, whose own generators have to go on as if
+        # Without workers this is the training process. Its own generators must continue as if
         # nothing had been drawn here.
         numpy_state, python_state = np.random.get_state(), random.getstate()
         with torch.random.fork_rng(devices=[]):
@@ -75,22 +75,44 @@ class _SeededItems(_MappedItems):
             random.seed(int(words[1]))
             torch.default_generator.manual_seed(int(words[2]))  # leaves the GPU's generators alone
             try:
-                return super().__getitem__(index)
+                return self.items[index]
             finally:
                 np.random.set_state(numpy_state)
                 random.setstate(python_state)
 
 
 class _Loader(DataLoader):
-    """Starts workers with one OpenCV thread, and with SIGTERM blocked, for `_outlive_schedulers`.
+    """Starts workers with one OpenCV thread, and with SIGTERM blocked for `_outlive_schedulers`.
 
-    The workers share the cores, so each has one thread, as of PyTorch. OpenCV is told before they
-    start: a fork has none of its parent's threads, and OpenCV waits for them without end when it is
-    told there.
+    The workers share the cores, so each uses one thread, as PyTorch does in workers. The number is
+    set before they start: a fork has none of its parent's threads, and setting it there makes
+    OpenCV wait for them forever.
 
-    PyTorch may start threads in a worker before its init function runs; a thread gets the mask of
-    the one that started it, and a signal that a single thread lets through ends the process.
+    SIGTERM is blocked before the start, because PyTorch may start threads in a worker before the
+    worker's init function runs. A thread inherits the mask of the thread that started it, and one
+    thread that lets the signal through ends the process.
     """
+
+    def __init__(
+        self,
+        items: Dataset[dict[str, Any]],
+        order: Sampler[Any],
+        batch_size: int,
+        num_workers: int,
+        pin_memory: bool,
+    ):
+        super().__init__(
+            items,
+            batch_size=batch_size,
+            sampler=order,
+            num_workers=count_workers(num_workers),
+            collate_fn=_as_list,
+            pin_memory=pin_memory,
+            worker_init_fn=_outlive_schedulers,
+            # The loader draws a base seed when iteration begins. Drawn from the global generator,
+            # it would shift the random numbers of the model after a resume.
+            generator=torch.Generator(),
+        )
 
     def __iter__(self):
         if not self.num_workers:
@@ -108,12 +130,11 @@ class _Loader(DataLoader):
 
 
 def count_workers(num_workers: int) -> int:
-    """Says how many worker processes a loader of this process starts.
+    """Returns how many worker processes a loader of this process starts.
 
     Args:
-        num_workers: DATALOADER.NUM_WORKERS. -1 stands for this process's share of the CPU cores
-            that it may use, at least 1 and at most `MOST_WORKERS`; the processes of a run on this
-            machine share them.
+        num_workers: DATALOADER.NUM_WORKERS. -1 means this process's share of the CPU cores that
+            the run's processes on this machine may use, at least 1 and at most `MOST_WORKERS`.
 
     Returns:
         The number; 0 maps in the calling process.
@@ -128,7 +149,7 @@ def count_workers(num_workers: int) -> int:
         )
     if num_workers >= 0:
         return num_workers
-    if hasattr(os, "sched_getaffinity"):  # a scheduler may give a job some of the cores
+    if hasattr(os, "sched_getaffinity"):  # a scheduler may give a job only some cores
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
@@ -151,20 +172,20 @@ def build_train_loader(
     """Builds an endless loader of shuffled, augmented batches.
 
     Args:
-        dicts: entries as `load_datasets` returns them.
-        mapper: turns an entry into tensors.
-        batch_size: images per step over all ranks.
-        num_workers: worker processes of each rank, see `count_workers`.
-        seed: seed of the order and of the augmentation. The same on every rank.
-        start: images over all ranks that were drawn before; ``loader.sampler.start`` sets it
-            later, until iteration begins.
-        pin_memory: hand tensors over in pinned memory, for a model on a GPU.
-        sampler: one of `SAMPLERS`: every image once in each epoch ("TrainingSampler"), images of
-            rare classes repeated in it ("RepeatFactorTrainingSampler"), or rare classes drawn
-            first ("RareClassSampler").
-        class_counts: (N, C + 1) pixels of the N entries by class, the ignored ones last, as
-            `class_counts` returns them; the last two samplers need them.
-        repeat_threshold: for "RepeatFactorTrainingSampler", the share of the images below which a
+        dicts: Entries as `load_datasets` returns them.
+        mapper: Turns an entry into tensors.
+        batch_size: Images per step over all ranks.
+        num_workers: Worker processes of each rank, see `count_workers`.
+        seed: Seed of the order and of the augmentation, the same on every rank.
+        start: Images of all ranks that were drawn before. Until iteration begins,
+            ``loader.sampler.start`` may change it.
+        pin_memory: Returns tensors in pinned memory, for a model on a GPU.
+        sampler: One of `SAMPLERS`: every image once in each epoch ("TrainingSampler"), images of
+            rare classes more often ("RepeatFactorTrainingSampler"), or rare classes drawn first
+            ("RareClassSampler").
+        class_counts: (N, C + 1) pixels of the N entries by class, ignored pixels last; the last two
+            samplers need them.
+        repeat_threshold: For "RepeatFactorTrainingSampler", the share of the images below which a
             class is rare.
 
     Returns:
@@ -172,7 +193,7 @@ def build_train_loader(
 
     Raises:
         ValueError: if the ranks cannot share the batch evenly, there are no entries, the sampler
-            is unknown or lacks what it needs, or ``num_workers`` is below -1.
+            is unknown or lacks its arguments, or ``num_workers`` is below -1.
     """
     world_size = comm.get_world_size()
     if batch_size < 1 or batch_size % world_size:
@@ -181,26 +202,17 @@ def build_train_loader(
             f"{world_size} processes; choose a multiple."
         )
     block = batch_size // world_size
-    return _Loader(
-        _SeededItems(dicts, mapper, seed),
-        batch_size=block,
-        sampler=build_sampler(
-            sampler,
-            len(dicts),
-            seed=seed,
-            block=block,
-            start=start,
-            class_counts=class_counts,
-            repeat_threshold=repeat_threshold,
-        ),
-        num_workers=count_workers(num_workers),
-        collate_fn=_as_list,
-        pin_memory=pin_memory,
-        worker_init_fn=_outlive_schedulers,
-        # The loader draws a base seed when iterated; from the global generator, that would shift
-        # the random numbers of the model after a resume.
-        generator=torch.Generator(),
+    items = _SeededItems(dicts, mapper, seed)
+    order = build_sampler(
+        sampler,
+        len(dicts),
+        seed=seed,
+        block=block,
+        start=start,
+        class_counts=class_counts,
+        repeat_threshold=repeat_threshold,
     )
+    return _Loader(items, order, block, num_workers, pin_memory)
 
 
 def build_test_loader(
@@ -210,30 +222,19 @@ def build_test_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Builds a loader that goes once through this rank's share, one image at a time.
+    """Builds a loader of this rank's share of the images, one at a time; see `build_train_loader`.
 
     Args:
-        dicts: entries as `load_datasets` returns them.
-        mapper: turns an entry into tensors.
-        num_workers: worker processes of each rank, see `count_workers`.
-        pin_memory: hand tensors over in pinned memory, for a model on a GPU.
+        dicts: Entries as `load_datasets` returns them.
+        mapper: Turns an entry into tensors.
+        num_workers: Worker processes of each rank, see `count_workers`.
+        pin_memory: Returns tensors in pinned memory, for a model on a GPU.
 
     Returns:
         A loader of lists of one mapped dict.
-
-    Raises:
-        ValueError: if there are no entries, or ``num_workers`` is below -1.
     """
-    return _Loader(
-        _MappedItems(dicts, mapper),
-        batch_size=1,
-        sampler=InferenceSampler(len(dicts)),
-        num_workers=count_workers(num_workers),
-        collate_fn=_as_list,
-        pin_memory=pin_memory,
-        worker_init_fn=_outlive_schedulers,
-        generator=torch.Generator(),
-    )
+    items = _MappedItems(dicts, mapper)
+    return _Loader(items, InferenceSampler(len(dicts)), 1, num_workers, pin_memory)
 
 
 def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -241,10 +242,10 @@ def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _outlive_schedulers(worker: int) -> None:
-    """Lets SIGTERM and SIGINT end a worker only if they come from the process that it works for.
+    """Lets a worker ignore SIGINT, and SIGTERM unless it comes from the training process.
 
-    A scheduler sends them to every process of a job, a terminal to every process in front of it.
-    That process answers by finishing its iteration, for which it needs its workers.
+    A scheduler sends SIGTERM to every process of a job, a terminal SIGINT to every process in its
+    foreground. The training process answers by finishing its iteration, and needs its workers.
     """
     if not _KNOWS_SENDERS:
         return
@@ -255,4 +256,4 @@ def _outlive_schedulers(worker: int) -> None:
 def _await_own_sigterm(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
-    os._exit(os.EX_OK)  # as PyTorch's own handler does, or it would report a failure
+    os._exit(os.EX_OK)  # as PyTorch's own handler does, which would else report a failure

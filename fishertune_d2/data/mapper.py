@@ -1,4 +1,4 @@
-"""From a data set's dict to tensors: reading, augmentation, padding.
+"""Maps a data set's dict to tensors: reads, augments and pads image and label.
 
 Shapes: H, W are the height and width after augmentation, in pixels.
 """
@@ -37,12 +37,12 @@ class ColorJitter(T.Augmentation):
 
 
 class SegmentationMapper:
-    """Turns a data set's dict into what the segmentor takes.
+    """Turns a data set's dict into the segmentor's input.
 
     Training: resize to a random short edge, crop, colour jitter, flip, pad to the crop's size. The
-    crop is chosen on the label, and of the image only what lies in it is resized.
-    Test: only the resize into the data set's ``test_size``; the label stays on disk, where the
-    evaluator reads it, at its own size or halved.
+    crop is chosen on the label, and only that part of the image is resized.
+    Test: resize into the data set's ``test_size``. The evaluator reads the label from disk, at its
+    own size or halved.
     """
 
     @configurable
@@ -63,22 +63,22 @@ class SegmentationMapper:
         """Stores the augmentations.
 
         Args:
-            is_train: whether labels are loaded, and image and label augmented.
-            resize: draws a short edge; images are resized as Pillow does it (bilinear, with
+            is_train: Whether labels are loaded, and image and label augmented.
+            resize: Draws a short edge. Images are resized as in Pillow (bilinear, with
                 antialiasing), labels by nearest neighbours. None keeps the files' size.
-            crop: draws a part of the resized label. None takes all of it.
-            augmentations: then applied in this order to image and label.
+            crop: Draws a part of the resized label. None keeps the whole label.
+            augmentations: Applied next, in this order, to image and label.
             image_format: "RGB" or "BGR".
             pad_to: (height, width) up to which smaller crops are padded on the right and at the
                 bottom, so that a batch stacks; None pads nothing.
-            pad_value: colour of the padding, 0..255; the pixel mean, which is 0 to the model.
-            ignore_label: label of the padding.
-            test_sizes: by name of a data set the (width, height) to use in place of its own
-                ``test_size``; None tests at the file's size.
-            native_labels: score at the label files' size where a data set's labels are halved.
+            pad_value: Colour of the padding, 0..255: the pixel mean, which the model sees as 0.
+            ignore_label: Label of the padding.
+            test_sizes: (width, height) that replaces a data set's own ``test_size``, keyed by the
+                data set's name; None tests at the file's size.
+            native_labels: Score at the label files' size even where labels are usually halved.
 
         Raises:
-            ValueError: if ``test_sizes`` names something that is not registered.
+            ValueError: if a name in ``test_sizes`` is not registered.
         """
         self.test_sizes = dict(test_sizes or {})
         unknown = self.test_sizes.keys() - set(DatasetCatalog.list())
@@ -99,30 +99,13 @@ class SegmentationMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Reads cfg.INPUT, cfg.TEST, cfg.MODEL.PIXEL_MEAN and MODEL.SEM_SEG_HEAD.IGNORE_VALUE.
-
-        Raises:
-            ValueError: if crops are enabled with a type other than "absolute", or TEST.SIZES holds
-                something that is no name with a size.
-        """
-        for row in cfg.TEST.SIZES:
-            if not (
-                isinstance(row, list | tuple)
-                and row
-                and isinstance(row[0], str)
-                and is_size(row[1:])
-            ):
-                raise ValueError(
-                    f"TEST.SIZES holds {row!r}: write each row as [name of a data set, width, "
-                    "height], in whole pixels, as [['cityscapes_val', 1024, 512]]"
-                )
-        crop = cfg.INPUT.CROP
+        """Reads cfg.INPUT, cfg.TEST, cfg.MODEL.PIXEL_MEAN and MODEL.SEM_SEG_HEAD.IGNORE_VALUE."""
+        crop, ignore_label = cfg.INPUT.CROP, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         if crop.ENABLED and crop.TYPE != "absolute":
             raise ValueError(
                 f"INPUT.CROP.TYPE is {crop.TYPE!r}, but a batch needs crops of one size: set it "
                 "to 'absolute' and INPUT.CROP.SIZE to pixels."
             )
-        ignore_label = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         resize, cropping, augmentations = None, None, []
         if is_train:
             resize = T.ResizeShortestEdge(
@@ -152,17 +135,20 @@ class SegmentationMapper:
             "pad_to": tuple(crop.SIZE) if is_train and crop.ENABLED else None,
             "pad_value": cfg.MODEL.PIXEL_MEAN,
             "ignore_label": ignore_label,
-            "test_sizes": {name: (width, height) for name, width, height in cfg.TEST.SIZES},
+            "test_sizes": _test_sizes(cfg.TEST.SIZES),
             "native_labels": cfg.TEST.NATIVE_LABELS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Maps one dict of `load_pairs`.
 
+        Args:
+            dataset_dict: The dict.
+
         Returns:
             A copy with ``image``, (3, H, W) uint8, and in training ``sem_seg``, (H, W) uint8
-            train ids. ``height`` and ``width`` stay those of the label file, except at test where
-            ``halve_label`` is true: there they are half of it, rounded down.
+            train ids. ``height`` and ``width`` are the label file's; at test, where
+            ``halve_label`` is true, they are half of them, rounded down.
 
         Raises:
             DatasetError: if a file cannot be read, holds a label out of range, or, in training, an
@@ -182,23 +168,21 @@ class SegmentationMapper:
         image, label = self._resized_part(image, label)
         augmented = T.AugInput(to_array(image, self.image_format), sem_seg=label)
         self.augmentations(augmented)
-        image, label = augmented.image, augmented.sem_seg
+        pixels, label = augmented.image, augmented.sem_seg
         if self.pad_to is not None:
-            image, label = self._pad(image, label)
+            pixels, label = self._pad(pixels, label, *self.pad_to)
         return {
             **dataset_dict,
-            "image": to_tensor(image),
+            "image": to_tensor(pixels),
             "sem_seg": torch.from_numpy(label.copy()),  # Pillow's memory is read-only
         }
 
     def _resized_part(
         self, image: Image.Image, label: np.ndarray
     ) -> tuple[Image.Image, np.ndarray]:
-        """Draws a size and a part of the label, and resizes that part of the image alone.
-
-        It has the pixels of the same part of the whole resized image, up to 2 grey levels: each of
-        the two passes, along rows and along columns, may round a number to its other neighbour.
-        """
+        """Draws a size and a part of the label, and resizes only that part of the image."""
+        # The pixels differ by at most 2 grey levels from that part of the whole resized image: each
+        # of the two passes, along rows and along columns, may round to the other neighbour.
         if self.resize is not None:
             label = self.resize.get_transform(label).apply_segmentation(label)
         height, width = label.shape
@@ -218,8 +202,8 @@ class SegmentationMapper:
         return image.resize(size, Image.Resampling.BILINEAR, box=box), label
 
     def _protocol(self, item: dict[str, Any], image: Image.Image) -> dict[str, Any]:
-        """Returns the image at the size to test at, and the size to score at."""
-        size = self.test_sizes.get(item.get("dataset_name"), item.get("test_size"))
+        """Returns the image at its test size, and the size at which it is scored."""
+        size = self.test_sizes.get(item.get("dataset_name", ""), item.get("test_size"))
         halve = item.get("halve_label", False) and not self.native_labels
         parts = 2 if halve else 1
         fitted = image if size is None else fit_into(image, size)
@@ -231,22 +215,38 @@ class SegmentationMapper:
             "width": item["width"] // parts,
         }
 
-    def _pad(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        (height, width), (target_height, target_width) = label.shape, self.pad_to
-        if (height, width) == (target_height, target_width):
+    def _pad(
+        self, image: np.ndarray, label: np.ndarray, to_height: int, to_width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        height, width = label.shape
+        if (height, width) == (to_height, to_width):
             return image, label
-        padded = np.tile(self.pad_value, (target_height, target_width, 1))
+        padded = np.tile(self.pad_value, (to_height, to_width, 1))
         padded[:height, :width] = image
-        padded_label = np.full((target_height, target_width), self.ignore_label, label.dtype)
+        padded_label = np.full((to_height, to_width), self.ignore_label, label.dtype)
         padded_label[:height, :width] = label
         return padded, padded_label
 
 
-def fit_into(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes an RGB image to the largest size of its ratio inside ``size``, (width, height).
+def _test_sizes(given: Sequence[Any]) -> dict[str, tuple[int, int]]:
+    """Returns TEST.SIZES as (width, height), keyed by the data set's name."""
+    for entry in given:
+        if not (
+            isinstance(entry, list | tuple)
+            and entry
+            and isinstance(entry[0], str)
+            and is_size(entry[1:])
+        ):
+            raise ValueError(
+                f"TEST.SIZES holds {entry!r}: write each entry as [name of a data set, width, "
+                "height], in whole pixels, as [['cityscapes_val', 1024, 512]]"
+            )
+    return {name: (width, height) for name, width, height in given}
 
-    It gives the pixels that Detectron2's ``ResizeShortestEdge`` gives: scores depend on them.
-    """
+
+def fit_into(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resizes an RGB image to the largest size of its aspect ratio inside (width, height)."""
+    # Scores depend on these pixels, so they equal those of Detectron2's ResizeShortestEdge.
     height, width = T.ResizeShortestEdge.get_output_shape(
         image.height, image.width, min(size), max(size)
     )

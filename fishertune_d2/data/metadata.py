@@ -131,7 +131,7 @@ def is_size(size: Any) -> bool:
     return (
         isinstance(size, Sequence)
         and len(size) == 2
-        and all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in size)
+        and all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in size)
     )
 
 

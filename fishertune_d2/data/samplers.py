@@ -1,9 +1,9 @@
-"""Which entry of the training data each position of the stream shows.
+"""Samplers: choose the training image at each position of the stream.
 
-A position counts the images of all ranks since training began. Every order is a function of the
-seed and the position, so that a run that resumes at a position goes on as if it had not stopped.
+A position counts the images of all ranks since training began. The order depends only on the seed
+and the position, so a run that resumes at a position continues as if it had not stopped.
 
-Shapes: N entries, C classes. Class counts are (N, C + 1) pixels by class, the ignored ones last.
+Shapes: N entries, C classes. Class counts are (N, C + 1) pixels by class, ignored pixels last.
 """
 
 import logging
@@ -17,37 +17,33 @@ from detectron2.utils.logger import log_first_n
 from torch.utils.data import Sampler
 
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RareClassSampler")
-"""What DATALOADER.SAMPLER_TRAIN may name."""
+"""Choices of DATALOADER.SAMPLER_TRAIN."""
 
-# DAFormer's: the temperature of the classes' probabilities, and the pixels of a class that an image
-# needs to be drawn for it.
+# DAFormer's temperature of the class probabilities, and the pixels of a class that an image needs
+# in order to be drawn for it.
 RARE_CLASS_TEMPERATURE = 0.01
 RARE_CLASS_PIXELS = 3000
-# Beyond these, rare class sampling trains on something else than the data set: on one class, or on
-# fewer images of a class than this.
+# Beyond these limits, rare class sampling trains on little but one class, or on too few images of a
+# class.
 _MOST_OF_ONE_CLASS = 0.9
 _FEW_IMAGES = 3
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
-    """An endless stream of shuffled epochs that can be entered anywhere.
+    """An endless stream of shuffled epochs that can start anywhere.
 
-    Yields (position, index): index is an entry of the data set. Of each step's positions, rank r
-    takes the r-th block, so that a step draws the same images however many ranks share it.
+    Yields (position, index); the index is an entry of the data set. Rank r takes the r-th block of
+    each step's positions, so that a step draws the same images for any number of ranks.
 
-    Attributes:
-        start: the position at which iteration begins. May be set until iteration begins.
+    Args:
+        size: Number of entries of the data set, N.
+        seed: Seed of the order.
+        block: Images of a rank in each step.
+        start: Images of all ranks that were drawn before, the position at which iteration begins.
+            The attribute may be set until then.
     """
 
     def __init__(self, size: int, seed: int, block: int, start: int = 0):
-        """Stores the stream's parameters.
-
-        Args:
-            size: number of entries of the data set.
-            seed: seed of the order.
-            block: images that a rank takes in each step.
-            start: number of images, over all ranks, that were drawn before.
-        """
         self.size = size
         self.seed = seed
         self.block = block
@@ -56,11 +52,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         self._order = np.empty(0, dtype=np.int64)  # of the epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yields without end.
-
-        Raises:
-            ValueError: if ``start`` lies within a step.
-        """
+        """Yields (position, index) endlessly; raises a ValueError if ``start`` is within a step."""
         rank, step = comm.get_rank(), self.block * comm.get_world_size()
         if self.start < 0 or self.start % step:
             raise ValueError(
@@ -72,11 +64,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
                 yield position, self.entry(position)
 
     def entry(self, position: int) -> int:
-        """Returns the entry at a position: each epoch shows every entry once, in its own order.
-
-        Args:
-            position: images of all ranks before it.
-        """
+        """Returns the entry at a position: each epoch shows every entry once, in its own order."""
         epoch, place = divmod(position, self.size)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, _generator(self.seed, epoch).permutation(self.size)
@@ -86,27 +74,19 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 class RepeatFactorSampler(ResumableSampler):
     """Shuffled epochs that show an image more often, the rarer its rarest class is.
 
-    Detectron2's factors, those of LVIS: a class that a share f of the images holds has the factor
-    max(1, sqrt(threshold / f)), and an image the largest factor of its classes. An epoch shows it
-    that often on average: the fraction above a whole number is drawn anew in each epoch.
+    The factors are Detectron2's, from LVIS: a class that a share f of the images holds has the
+    factor max(1, sqrt(threshold / f)), and an image has the largest factor of its classes. An epoch
+    shows the image that often on average: each epoch draws anew whether to round up or down.
+
+    Args:
+        class_counts: (N, C + 1).
+        threshold: DATALOADER.REPEAT_THRESHOLD, the share of the images below which a class is rare.
+        seed: As in `ResumableSampler`, also block and start.
     """
 
     def __init__(
         self, class_counts: np.ndarray, threshold: float, seed: int, block: int, start: int = 0
     ):
-        """Computes the factors.
-
-        Args:
-            class_counts: (N, C + 1).
-            threshold: DATALOADER.REPEAT_THRESHOLD, the share of the images below which a class
-                is rare.
-            seed: see `ResumableSampler`.
-            block: see `ResumableSampler`.
-            start: see `ResumableSampler`.
-
-        Raises:
-            ValueError: if the threshold is not a share above 0, without which nothing is repeated.
-        """
         if not 0 < threshold <= 1:
             raise ValueError(
                 f"DATALOADER.REPEAT_THRESHOLD is {threshold}: RepeatFactorTrainingSampler repeats "
@@ -115,21 +95,17 @@ class RepeatFactorSampler(ResumableSampler):
             )
         super().__init__(len(class_counts), seed, block, start)
         images = [
-            {"annotations": [{"category_id": c} for c in np.flatnonzero(row).tolist()]}
-            for row in class_counts[:, :-1]
+            {"annotations": [{"category_id": c} for c in np.flatnonzero(pixels).tolist()]}
+            for pixels in class_counts[:, :-1]
         ]
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             images, threshold
         )
         self.factors = factors.numpy().astype(np.float64)
-        self._first = 0  # position of the epoch
+        self._first = 0  # position at which the epoch begins
 
     def entry(self, position: int) -> int:
-        """Returns the entry at a position, for which all epochs before it have to be counted.
-
-        Args:
-            position: images of all ranks before it.
-        """
+        """Returns the entry at a position, after counting the images of all epochs before it."""
         if position < self._first:
             self._epoch, self._first, self._order = -1, 0, self._order[:0]
         while position >= self._first + len(self._order):
@@ -143,10 +119,17 @@ class RepeatFactorSampler(ResumableSampler):
 
 
 class RareClassSampler(ResumableSampler):
-    """Draws a class for each position, the rare ones most often, then an image that holds it.
+    """Draws a class for each position, rare classes most often, then an image that holds it.
 
-    DAFormer's rare class sampling (tqdm uses the same): of all labelled pixels a share f belongs to
-    a class, and its probability is softmax((1 - f) / temperature). There are no epochs.
+    This is DAFormer's rare class sampling, which tqdm uses too: a class with a share f of all
+    labelled pixels has the probability softmax((1 - f) / temperature). There are no epochs.
+
+    Args:
+        class_counts: (N, C + 1).
+        seed: As in `ResumableSampler`, also block and start.
+        temperature: A small one draws only the rarest classes, a large one all alike.
+        min_pixels: Least pixels of a class in images that are drawn for it. If no image has as
+            many, every image with a pixel of the class may be drawn.
     """
 
     def __init__(
@@ -159,20 +142,6 @@ class RareClassSampler(ResumableSampler):
         temperature: float = RARE_CLASS_TEMPERATURE,
         min_pixels: int = RARE_CLASS_PIXELS,
     ):
-        """Computes the probabilities.
-
-        Args:
-            class_counts: (N, C + 1).
-            seed: see `ResumableSampler`.
-            block: see `ResumableSampler`.
-            start: see `ResumableSampler`.
-            temperature: a small one draws the rarest classes alone, a large one all alike.
-            min_pixels: pixels of a class in the images that are drawn for it; where no image
-                holds as many, every image with a pixel of it may be drawn.
-
-        Raises:
-            ValueError: if no label holds a labelled pixel.
-        """
         super().__init__(len(class_counts), seed, block, start)
         pixels = class_counts[:, :-1]
         totals = pixels.sum(axis=0)
@@ -186,14 +155,14 @@ class RareClassSampler(ResumableSampler):
         self._mention_narrow_draws(100 * totals[self.classes] / totals.sum(), min_pixels)
 
     def _mention_narrow_draws(self, shares: np.ndarray, min_pixels: int) -> None:
-        """Warns, once in a run, where training sees little but one class or a few images of one."""
+        """Warns, once in a run, if training sees little but one class or few images of a class."""
         texts = []
         k = int(self.probabilities.argmax())
         if len(self.classes) > 1 and self.probabilities[k] > _MOST_OF_ONE_CLASS:
             texts.append(
                 f"the class {self.classes[k]} is drawn for {100 * self.probabilities[k]:.0f} % of "
                 f"the images, as it has {shares[k]:.1f} % of the labelled pixels and every other "
-                "class more"
+                "class has more"
             )
         k = min(range(len(self.classes)), key=lambda c: len(self._images[c]))
         few = len(self._images[k])
@@ -201,25 +170,21 @@ class RareClassSampler(ResumableSampler):
             texts.append(
                 f"it draws only {few} image{'s' * (few > 1)} for the class {self.classes[k]} "
                 f"({100 * self.probabilities[k]:.1f} % of the draws): only images with "
-                f"{min_pixels} pixels of a class are drawn for it, or all that hold it where none "
-                "has as many"
+                f"{min_pixels} pixels of a class are drawn for it, or all images that hold it if "
+                "none has as many"
             )
         if texts and comm.is_main_process():
             log_first_n(
                 logging.WARNING,
-                f"DATALOADER.SAMPLER_TRAIN is RareClassSampler: {'; '.join(texts)}. If that is not "
-                "meant, take RepeatFactorTrainingSampler or TrainingSampler.",
+                f"DATALOADER.SAMPLER_TRAIN is RareClassSampler: {'; '.join(texts)}. If you do "
+                "not intend this, choose RepeatFactorTrainingSampler or TrainingSampler.",
                 name=__name__,
                 key="message",
             )
 
     def entry(self, position: int) -> int:
-        """Returns the entry at a position, which depends on no other.
-
-        Args:
-            position: images of all ranks before it.
-        """
-        generator = _generator(self.seed, position, 1)  # the augmentation's has no third number
+        """Returns the entry at a position, independent of all others."""
+        generator = _generator(self.seed, position, 1)  # augmentation seeds with two numbers
         images = self._images[generator.choice(len(self.classes), p=self.probabilities)]
         return int(generator.choice(images))
 
@@ -237,14 +202,17 @@ def build_sampler(
     """Builds a sampler by the name that configs give it.
 
     Args:
-        name: one of `SAMPLERS`.
-        size: number of entries of the data set, N.
-        seed: seed of the order.
-        block: images that a rank takes in each step.
-        start: number of images, over all ranks, that were drawn before.
-        class_counts: (N, C + 1), as `class_counts` of the check returns them; not needed for
-            "TrainingSampler".
-        repeat_threshold: see `RepeatFactorSampler`.
+        name: One of `SAMPLERS`.
+        size: Number of entries of the data set, N.
+        seed: Seed of the order.
+        block: Images of a rank in each step.
+        start: Images of all ranks that were drawn before.
+        class_counts: (N, C + 1), as the check's `class_counts` returns them; "TrainingSampler"
+            does not need them.
+        repeat_threshold: See `RepeatFactorSampler`.
+
+    Returns:
+        The sampler.
 
     Raises:
         ValueError: if the name is unknown, or the counts are missing or of other data.
@@ -264,14 +232,7 @@ def build_sampler(
 
 
 def require_sampler(name: str) -> None:
-    """Refuses a sampler that does not exist here.
-
-    Args:
-        name: DATALOADER.SAMPLER_TRAIN.
-
-    Raises:
-        ValueError: if it is none of `SAMPLERS`.
-    """
+    """Raises a ValueError if DATALOADER.SAMPLER_TRAIN is none of `SAMPLERS`."""
     if name not in SAMPLERS:
         raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}: choose from {', '.join(SAMPLERS)}")
 

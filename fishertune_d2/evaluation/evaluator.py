@@ -1,4 +1,4 @@
-"""Scores one data set: a confusion matrix that grows image by image, mIoU, pictures.
+"""Scores one data set: adds up a confusion matrix, computes the mIoU, draws pictures.
 
 Shapes: C classes of the model, K classes of the data set's label space, H, W the label's size.
 """
@@ -35,8 +35,8 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
         num_classes: K.
 
     Returns:
-        (K, K + 1) int64, rows are labels. The last column holds predictions of classes that are
-        not scored: no class's prediction, but still a miss of the label's class.
+        (K, K + 1) int64, rows are labels. The last column counts predictions of classes that are
+        not scored: they belong to no class, but miss the label's class.
     """
     pairs = labels.astype(np.uint16) << 8 | predictions
     counts = np.bincount(pairs.ravel(), minlength=1 << 16).reshape(256, 256)[:num_classes]
@@ -45,12 +45,12 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 
 
 def class_ious(confusion: np.ndarray, class_rule: str) -> np.ndarray:
-    """Intersection over union of each class.
+    """Computes the intersection over union of each class.
 
     Args:
         confusion: (K, K + 1) as `confusion_matrix` returns it.
-        class_rule: "present" scores the classes that occur in the labels; "union" those that
-            occur in labels or predictions, so a class that is only predicted scores 0.
+        class_rule: "present" scores the classes that occur in labels; "union" scores the classes
+            that occur in labels or predictions, so a class that is only predicted scores 0.
 
     Returns:
         (K,) float64 in 0..1; NaN for classes that the rule leaves out.
@@ -69,16 +69,9 @@ def class_ious(confusion: np.ndarray, class_rule: str) -> np.ndarray:
 
 
 def best_classes(scores: torch.Tensor) -> np.ndarray:
-    """The class of the highest score of each pixel, the first one of several.
-
-    Args:
-        scores: (C, H, W), C at most 255.
-
-    Returns:
-        (H, W) uint8.
-    """
-    # The same classes as argmax(dim=0), ties included; on a CPU, argmax takes several times as long
-    # over a first dimension. As uint8 a download has an eighth of int64's bytes.
+    """Returns the (H, W) uint8 class of the highest of (C, H, W) scores, C at most 255."""
+    # Equals argmax(dim=0), ties included (the first class wins), which on a CPU takes several times
+    # as long over a first dimension. A download of uint8 has an eighth of int64's bytes.
     return scores.max(dim=0).indices.to(torch.uint8).cpu().numpy()
 
 
@@ -97,14 +90,14 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
         """Prepares the counts.
 
         Args:
-            dataset_name: a registered data set.
-            class_rule: see `class_ious`.
-            output_dir: pictures go to its subfolder ``pictures``; None draws none.
-            num_pictures: images drawn beside label and prediction, spread over the data set.
+            dataset_name: A registered data set.
+            class_rule: See `class_ious`.
+            output_dir: Pictures go to its subfolder ``pictures``; None draws none.
+            num_pictures: Number of images, spread over the data set, to draw beside their label
+                and prediction.
 
         Raises:
             ValueError: if the rule is unknown.
-            DatasetError: if no such data set is registered, or it does not name its classes.
         """
         if class_rule not in CLASS_RULES:  # now, not after an hour of inference
             raise ValueError(f"TEST.CLASS_RULE is {class_rule!r}; it is one of {CLASS_RULES}.")
@@ -113,7 +106,7 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
         self.output_dir = output_dir
         self.space = dataset_metadata(dataset_name).label_space
         self._collapse = self.space.table()
-        self._pictures = self._choose_pictures(num_pictures) if output_dir else {}
+        self._pictures = self._choose_pictures(num_pictures, output_dir) if output_dir else {}
         self.reset()
 
     @classmethod
@@ -137,11 +130,10 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
         """Adds images to the counts.
 
         Args:
-            inputs: dicts of the data set.
-            outputs: for each a dict with ``sem_seg``, (C, H, W) scores.
+            inputs: Dicts of the data set.
+            outputs: A dict for each image with ``sem_seg``, (C, H, W) scores.
 
         Raises:
-            DatasetError: if a label cannot be read.
             ValueError: if the scores do not fit the label's size or the label space.
         """
         for item, output in zip(inputs, outputs, strict=True):
@@ -173,7 +165,7 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
             that the rule leaves out; None on all ranks but the first.
 
         Raises:
-            DatasetError: on the first rank, if no pixel that was scored has a label.
+            DatasetError: on the first rank, if no scored pixel has a label.
         """
         counts = comm.gather(self.confusion)
         if not comm.is_main_process():
@@ -192,13 +184,13 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
         _log.info("%s: mIoU %.2f", self.dataset_name, result["mIoU"])
         return OrderedDict(sem_seg=result)
 
-    def _choose_pictures(self, count: int) -> dict[tuple[str, str], Path]:
-        """Maps the pairs to draw, evenly spread, to picture files; ids may be those of several."""
+    def _choose_pictures(self, count: int, output_dir: str) -> dict[tuple[str, str], Path]:
+        """Maps the pairs to draw, evenly spread, to picture files; image ids may not be unique."""
         if count < 1:
             return {}
         pairs = [_files(item) for item in load_datasets([self.dataset_name])]
         chosen = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)
-        folder = Path(self.output_dir) / "pictures"
+        folder = Path(output_dir) / "pictures"
         return {pairs[i]: folder / f"{self.dataset_name}_{k}.png" for k, i in enumerate(chosen)}
 
 

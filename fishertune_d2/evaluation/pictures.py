@@ -1,4 +1,4 @@
-"""Side-by-side pictures: image, label, prediction, and the names of the colours."""
+"""Draws image, label and prediction side by side, and the names of the colours."""
 
 import re
 from collections.abc import Sequence
@@ -10,19 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 from fishertune_d2.data.labels import IGNORE_LABEL, LabelSpace
 
 _TEXT = 13  # size of the legend's names, in pixels
-_MAX_HEIGHT = 512  # of a panel; larger images are scaled down
+_MAX_HEIGHT = 512  # of a panel, in pixels; larger images are scaled down
 
 
 def find_pictures(output_dir: str | Path, data_set: str) -> list[Path]:
-    """The pictures that an evaluator drew of a data set, in their order.
-
-    Args:
-        output_dir: pictures are in its subfolder ``pictures``.
-        data_set: its name.
-    """
+    """Returns a data set's pictures in ``output_dir``, which an evaluator drew, in their order."""
     found = {}
     for path in (Path(output_dir) / "pictures").glob("*.png"):
-        # Not by the beginning alone, for that may be another data set's whole name.
+        # A name's beginning is not enough: it may be another data set's whole name.
         match = re.fullmatch(re.escape(data_set) + r"_(\d+)", path.stem)
         if match:
             found[int(match[1])] = path
@@ -30,15 +25,7 @@ def find_pictures(output_dir: str | Path, data_set: str) -> list[Path]:
 
 
 def colorize(labels: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """Colours classes; ignored pixels are black.
-
-    Args:
-        labels: (H, W) uint8 classes of ``space``, or ``IGNORE_LABEL``.
-        space: lends the colours.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
+    """Returns (H, W) uint8 labels as (H, W, 3) uint8 colours of ``space``; ignored is black."""
     palette = np.zeros((256, 3), dtype=np.uint8)
     palette[: len(space.colors)] = space.colors
     return palette[labels]
@@ -47,20 +34,20 @@ def colorize(labels: np.ndarray, space: LabelSpace) -> np.ndarray:
 def draw_comparison(
     image: np.ndarray, label: np.ndarray, prediction: np.ndarray, space: LabelSpace, path: Path
 ) -> None:
-    """Writes image, label and prediction side by side, and below them a legend.
+    """Writes image, label and prediction side by side, and a legend below them.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         label: (H, W) uint8 classes of ``space``, or ``IGNORE_LABEL``.
         prediction: (H, W), as ``label``.
-        space: names and colours of the classes.
-        path: the PNG to write; its folder is made.
+        space: Names and colours of the classes.
+        path: The PNG to write; its folder is made.
     """
     panels = np.concatenate([image, colorize(label, space), colorize(prediction, space)], axis=1)
     shown = Image.fromarray(panels)
     if shown.height > _MAX_HEIGHT:
         width = round(shown.width * _MAX_HEIGHT / shown.height)
-        # Nearest: a mixture of two classes' colours could be the colour of a third.
+        # Nearest: a mixture of two classes' colours could be a third class's colour.
         shown = shown.resize((width, _MAX_HEIGHT), Image.Resampling.NEAREST)
     present = np.union1d(label, prediction)
     legend = draw_legend(present.tolist(), space, shown.width)
@@ -77,10 +64,13 @@ def draw_legend(
     """Draws a coloured square and a name for each class, in as many lines as needed.
 
     Args:
-        classes: of ``space``; ``IGNORE_LABEL`` is left out.
-        space: names and colours of the classes.
-        width: of the picture, in pixels.
-        text: size of the names, in pixels.
+        classes: Classes of ``space``; ``IGNORE_LABEL`` is left out.
+        space: Names and colours of the classes.
+        width: Width of the picture, in pixels.
+        text: Size of the names, in pixels.
+
+    Returns:
+        The legend.
     """
     font = ImageFont.load_default(size=text)
     square, gap, line = text - 1, text // 3, round(1.5 * text)

@@ -1,4 +1,4 @@
-"""One summary over data sets: the source, the unseen domains, and their average."""
+"""Summarizes the scores of several data sets: the source, the unseen domains, their average."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +13,8 @@ Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def domains_overlap(one: str, other: str) -> bool:
-    """Whether one domain equals, contains or lies within the other.
-
-    Args:
-        one: a path from the whole to its parts: "acdc" contains "acdc/fog".
-        other: another such path.
-    """
-    # Compared to the end of the shorter path: if that is reached, it names the whole.
+    """Whether two domains are equal or one contains the other: "acdc" contains "acdc/fog"."""
+    # The shorter path, if it matches to its end, names the whole.
     return all(a == b for a, b in zip(one.split("/"), other.split("/"), strict=False))
 
 
@@ -29,25 +24,27 @@ def summarize(
     protocol: Mapping[str, Any],
     mapper: SegmentationMapper,
 ) -> dict[str, Any]:
-    """Sorts results into source and unseen domains, ready to be written as JSON.
+    """Sorts results into source and unseen domains, in a form that JSON can hold.
 
     Args:
-        results: for each test set what its evaluator returned, in percent.
-        train_names: the data sets trained on. A test set is a source if `domains_overlap` is
-            true of its domain and one of theirs. The domain of a name that is not registered in
-            this process, as where only the test data are, is that name.
-        protocol: how the scores came about (inference mode, window, stride, class rule, ...).
-        mapper: what the test images passed through; it knows their sizes.
+        results: Results of each test set's evaluator, in percent.
+        train_names: Training sets. A test set counts as source if its domain and the domain of a
+            training set overlap. A name that is not registered in this process, because only the
+            test data are here, is its own domain.
+        protocol: Settings of the scoring (inference mode, window, stride, class rule, ...).
+        mapper: The mapper of the test images, which knows their sizes.
 
     Returns:
-        source and targets: mIoU by data set; target_average: the mean over targets, None where
-        there are none; per_class: IoU by data set and class; protocol: as given, with the test
-        size (width, height; None is the file's size) and the classes scored of each data set, and
-        the data sets scored on halved labels.
+        source and targets: mIoU by data set; target_average: the mean over targets, None without
+        targets; per_class: IoU by data set and class; protocol: the given one, with each data set's
+        test size (width, height; None is the file's size) and scored classes, and the data sets
+        whose labels were halved.
     """
     train_domains = [dataset_metadata(n).domain if n in DatasetCatalog else n for n in train_names]
     metadata = {name: dataset_metadata(name) for name in results}
-    source, targets, per_class = {}, {}, {}
+    source: dict[str, float] = {}
+    targets: dict[str, float] = {}
+    per_class: dict[str, dict[str, float]] = {}
     for name, result in results.items():
         scores = result["sem_seg"]
         domain = metadata[name].domain
@@ -74,11 +71,7 @@ def summarize(
 
 
 def all_scores(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The mIoU of every test set, source and unseen, in percent.
-
-    Args:
-        summary: what `summarize` returned, or `results.json` holds.
-    """
+    """Returns the mIoU of every test set in a summary, source and unseen, in percent."""
     return {**summary["source"], **summary["targets"]}
 
 
@@ -86,15 +79,15 @@ def format_table(summary: Mapping[str, Any]) -> str:
     """Formats a summary for the log: mIoU by data set, then IoU by class and data set.
 
     Args:
-        summary: what `summarize` returned.
+        summary: The result of `summarize`.
 
     Returns:
         Lines of text; "-" where a data set does not score a class.
     """
-    rows = [[name, "source", score] for name, score in summary["source"].items()]
-    rows += [[name, "unseen", score] for name, score in summary["targets"].items()]
-    rows.append(["average over unseen", "", summary["target_average"]])
-    scores = tabulate(rows, ["data set", "domain", "mIoU"], floatfmt=".2f", missingval="-")
+    lines = [[name, "source", score] for name, score in summary["source"].items()]
+    lines += [[name, "unseen", score] for name, score in summary["targets"].items()]
+    lines.append(["average over unseen", "", summary["target_average"]])
+    scores = tabulate(lines, ["data set", "domain", "mIoU"], floatfmt=".2f", missingval="-")
 
     names = [*summary["source"], *summary["targets"]]
     classes = dict.fromkeys(c for name in names for c in summary["protocol"]["classes"][name])

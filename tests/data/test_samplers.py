@@ -190,7 +190,7 @@ def test_a_rare_class_that_takes_nearly_all_draws_is_one_warning(caplog, monkeyp
     assert len(texts) == main
     if main:
         assert "the class 2 is drawn for 100 % of the images, as it has 4.0 % of the la" in texts[0]
-        assert "take RepeatFactorTrainingSampler or TrainingSampler" in texts[0]
+        assert "choose RepeatFactorTrainingSampler or TrainingSampler" in texts[0]
 
 
 def test_a_class_of_few_images_is_one_warning(caplog):

@@ -25,6 +25,8 @@ _TELLING = frozenset({0, 2, 8, 10, 13})
 _LIKELY = 4
 # The remedy for labels that hold train ids.
 _CONVERTED = "were these labels converted? Restore the files of the authors."
+_NO_LATER_ID = "no id from 19 to 34, so no car, no plant and no sky"
+_CERTAIN = f"{_NO_LATER_ID}, while 0 (road as a train id), 8 and 10 occur; {_CONVERTED}"
 
 
 def judge(
@@ -89,16 +91,14 @@ def never_labelled(known: DatasetMetadata, pixels: np.ndarray) -> list[str]:
 def _scaled(
     known: DatasetMetadata, dicts: Sequence[dict[str, Any]], counts: np.ndarray
 ) -> str | None:
-    """Counts the labels that look like masks of 0 and 1 whose 1 became 255.
-
-    With more than two classes, single images may well hold the class 0 alone.
-    """
+    """Counts the labels that look like masks of 0 and 1 whose 1 became 255."""
     table = LABEL_MAPS[known.label_map]
     classes = np.setdiff1d(table, [IGNORE_LABEL, UNKNOWN_ID])
     if (table[0], table[IGNORE_LABEL]) != (0, IGNORE_LABEL) or len(classes) < 2:
         return None
     nothing_else = counts[:, 0] == counts[:, :-1].sum(axis=1)
     found = np.flatnonzero(nothing_else & (counts[:, 0] > 0) & (counts[:, -1] > 0))
+    # With more than two classes, single images may well hold the class 0 alone.
     if not len(found) or (len(classes) > 2 and 2 * len(found) <= len(dicts)):
         return None
     if (table == IGNORE_LABEL).sum() > 1:  # then an ignored pixel need not be 255
@@ -129,27 +129,23 @@ def _converted(
         if len(own) == min(len(dicts), _LOOKED_AT) and set().union(*own.values()) >= _TELLING:
             return (
                 f"{known.name}: its labels hold train ids, but the label map {known.label_map!r} "
-                "needs label ids: no label holds an id from 19 to 34, so no car, no plant and no "
-                f"sky, while 0 (road as a train id), 8 and 10 occur; {_CONVERTED}",
-                None,
-            )
+                f"needs label ids: they hold {_CERTAIN}"
+            ), None
         return None, f"No label holds a class above the label id 18: {_CONVERTED}"
-    sure = [k for k, ids in own.items() if ids >= _TELLING]
-    if sure:
+    certain = [k for k, ids in own.items() if ids >= _TELLING]
+    if certain:
         return (
-            f"{known.name}: {more}{len(sure)} of its {len(dicts)} labels hold train ids, but the "
-            f"label map {known.label_map!r} needs label ids: the first of them, "
-            f"{dicts[sure[0]]['sem_seg_file_name']}, holds no id from 19 to 34, so no car, no "
-            f"plant and no sky, while 0 (road as a train id), 8 and 10 occur; {_CONVERTED}",
-            None,
-        )
+            f"{known.name}: {more}{len(certain)} of its {len(dicts)} labels hold train ids, but "
+            f"the label map {known.label_map!r} needs label ids: the first of them, "
+            f"{dicts[certain[0]]['sem_seg_file_name']}, holds {_CERTAIN}"
+        ), None
     likely = [k for k, ids in own.items() if 0 in ids and len(ids & _TELLING) >= _LIKELY]
     if not likely:
         return None, None
     return None, (
-        f"{more}{len(likely)} of its {len(dicts)} labels hold no id from 19 to 34, so no car, no "
-        "plant and no sky, but others that are frequent as train ids, the first of them "
-        f"{dicts[likely[0]]['sem_seg_file_name']}: {_CONVERTED}"
+        f"{more}{len(likely)} of its {len(dicts)} labels hold {_NO_LATER_ID}, but other ids that "
+        f"are frequent as train ids, the first of them {dicts[likely[0]]['sem_seg_file_name']}: "
+        f"{_CONVERTED}"
     )
 
 
