@@ -16,7 +16,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from fishertune_d2.config import default_config, read_config
-from fishertune_d2.evaluation.pictures import find_pictures
+from fishertune_d2.evaluation.label_pictures import find_pictures
 from fishertune_d2.fisher import FisherEstimate, Selection
 
 # Facts of a protocol that say which entry of a comparison a run is.

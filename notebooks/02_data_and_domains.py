@@ -11,11 +11,12 @@
 # %% [markdown]
 # # 2. Data and domains
 #
-# Train on one *source* domain, never see the *targets*, be tested on them. This notebook looks at
-# the data, measures how far the domains lie apart in the very statistics that the method's
-# simulated shift (Eq. 6) redraws, and registers data of one's own.
+# Domain generalization trains on one *source* domain, never sees the *targets*, and is tested on
+# them. This notebook looks at the data. It measures how far the domains are apart, in the same
+# statistics that the method's simulated shift (Eq. 6) changes. Then it registers data of your own.
+# The next cell holds the imports.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import os
 from pathlib import Path
 
@@ -35,12 +36,12 @@ from fishertune_d2.data import DatasetError, check_datasets, register_sem_seg
 from fishertune_d2.data.dataset_table import DATASETS
 from fishertune_d2.data.image_files import read_image, read_label
 from fishertune_d2.engine import Trainer
-from fishertune_d2.evaluation.pictures import colorize
+from fishertune_d2.evaluation.label_pictures import colorize
 from fishertune_d2.streets.dataset import render_scene
 
 # %matplotlib inline
 
-QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # the project's tests set it
+QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # set by the project's tests
 CONFIG = "quick.yaml" if QUICK else "streets.yaml"
 OUTPUT = Path("../outputs/notebooks", "quick" * QUICK)
 
@@ -50,8 +51,8 @@ output.mkdir(parents=True, exist_ok=True)
 # %% [markdown]
 # ## The data sets
 #
-# Importing the package registers them in Detectron2's catalogs. Nothing is read from disk until
-# one is used; where files are missing, the error names the folders that are expected.
+# Importing the package registers the data sets in Detectron2's catalogs. Nothing is read from disk
+# before a data set is used; if files are missing, the error names the folders that are expected.
 # [datasets/README.md](../datasets/README.md) has the layouts and licences.
 
 # %%
@@ -59,14 +60,14 @@ rows = [[row.name, row.domain, row.published.pairs, row.label_map] for row in DA
 Markdown(tabulate(rows, ["name", "domain", "pairs", "label map"], tablefmt="github"))
 
 # %% [markdown]
-# The domain decides what counts as unseen: a test set is a source if its domain equals, contains
-# or lies within one that was trained on, as `acdc/fog` lies within `acdc`.
+# The domain decides whether a test set is unseen: it is a source if its domain equals, contains or
+# is part of a training domain. For example, `acdc/fog` is part of `acdc`.
 #
-# ## The shift one can see
+# ## The visible shift
 #
-# The built-in streets have one advantage over photographs: a validation scene is the same street
-# in all six domains, so the label is the same to the pixel. Only light and weather differ. What
-# to see: fog and snow take contrast, night takes light and adds lamps, rain adds reflections.
+# The built-in streets have one advantage over photographs: a validation scene shows the same street
+# in all six domains, so the label is the same to the pixel. Only light and weather differ. Fog and
+# snow reduce contrast, night removes light and adds lamps, and rain adds reflections.
 
 # %%
 domains = ["day", "dusk", "night", "fog", "rain", "snow"]
@@ -84,9 +85,9 @@ for panel in axes.flat:
 plt.show()
 
 # %% [markdown]
-# How much of the images each class fills decides what a short training can learn. The axis is
-# logarithmic. What to see: road, vegetation, building and sky fill three quarters of it, and most
-# other classes, on which mIoU depends just as much, a fiftieth or less.
+# The share of the pixels that a class fills decides whether a short training learns the class. The
+# axis is logarithmic. Road, vegetation, building and sky fill three quarters of the pixels. Most
+# other classes fill a fiftieth or less, although mIoU weighs them equally.
 
 # %%
 pixels = np.zeros(256)
@@ -106,24 +107,25 @@ axes.tick_params(axis="x", labelrotation=60)
 plt.show()
 
 # %% [markdown]
-# ## The shift one can measure
+# ## The measurable shift
 #
-# FisherTune simulates an unseen domain by redrawing the statistics of features. For a map $x \in
-# \mathbb{R}^{h \times w \times D}$ these are, per image and channel, mean and standard deviation
-# over space,
+# FisherTune simulates an unseen domain: it draws new statistics for the features. For a map $x \in
+# \mathbb{R}^{h \times w \times D}$ the statistics are the mean and the standard deviation over
+# space, per image and channel:
 #
 # $$\mu(x) = \frac{1}{hw} \sum_{i,j} x_{ij}, \qquad
-#   \sigma(x) = \sqrt{\frac{1}{hw} \sum_{i,j} (x_{ij} - \mu(x))^2},$$
+#   \sigma(x) = \sqrt{\frac{1}{hw} \sum_{i,j} (x_{ij} - \mu(x))^2}.$$
 #
-# and $\Sigma_\mu$, $\Sigma_\sigma$ are their standard deviations over the images of the source:
-# how uncertain each statistic is. Eq. 6 moves an image by $\epsilon_\mu \Sigma_\mu$ and
-# $\epsilon_\sigma \Sigma_\sigma$ with $\epsilon \sim \mathcal{N}(0, 1)$. So the natural distance
-# of a real domain from the source is
+# $\Sigma_\mu$ and $\Sigma_\sigma$ are the standard deviations of these statistics over the images
+# of the source: they say how uncertain each statistic is. Eq. 6 moves an image by $\epsilon_\mu
+# \Sigma_\mu$ and $\epsilon_\sigma \Sigma_\sigma$ with $\epsilon \sim \mathcal{N}(0, 1)$. So the
+# natural distance of a real domain from the source is
 #
 # $$d_\mu = \frac{|\bar\mu_{\text{target}} - \bar\mu_{\text{source}}|}{\Sigma_\mu}
 #   \quad \text{(and likewise } d_\sigma \text{)},$$
 #
-# the $|\epsilon|$ that would carry the average image over. First for the three colours:
+# the $|\epsilon|$ that moves the average source image to the target. The first table shows it for
+# the three colours:
 
 # %%
 cfg = read_config(CONFIG)
@@ -138,9 +140,9 @@ headers = ["domain", *(f"{statistic} {c}" for statistic in "μσ" for c in ("red
 Markdown(tabulate(rows, headers, tablefmt="github", floatfmt=".1f"))
 
 # %% [markdown]
-# Then for the features of the foundation model, at the four places where Eq. 6 is applied by
-# default: the patch embedding and the blocks at a third, a half and two thirds of the depth. The
-# mean over channels of $d_\mu$ and $d_\sigma$:
+# The next figure shows it for the features of the foundation model, at the four places where Eq. 6
+# is applied by default: the patch embedding, and the blocks at one third, one half and two thirds
+# of the depth. Each value is the mean of $d_\mu$ and $d_\sigma$ over the channels:
 
 # %%
 model = Trainer.build_model(cfg).eval()
@@ -157,16 +159,16 @@ draw_distances(measured, output / "distances.png", source="day")
 Image(filename=output / "distances.png")
 
 # %% [markdown]
-# What to see: in the pixels, dusk and night are about four $\Sigma$ away, far more than Eq. 6
-# draws at strength 1 (dotted: the mean of $|\epsilon|$). In the blocks they come nearer: the
-# foundation model already removes a good part of the shift, and what is left two thirds of the
-# way, one to one and a half $\Sigma$, is of the size of the simulated one. It is a crude measure,
-# for it looks at each channel alone and at a dozen images.
+# In the pixels, dusk and night are about four $\Sigma$ away from day. That is far more than Eq. 6
+# draws at strength 1 (the dotted line shows the mean of $|\epsilon|$). In the blocks they come
+# nearer: the foundation model already removes a good part of the shift. At two thirds of the depth
+# one to one and a half $\Sigma$ remain, about as much as the simulated shift. This measure is
+# crude: it treats each channel alone, and uses a dozen images.
 #
 # ## On real photographs
 #
-# The same for CamVid, by day and at dusk, where its files are. (Its licence is for research, so
-# this notebook keeps numbers of it and no pictures.)
+# This cell measures the same for CamVid, by day and at dusk, if its files are there. (CamVid's
+# licence covers research, so this notebook keeps only numbers and no pictures.)
 
 # %%
 if QUICK or not Path(os.environ["DETECTRON2_DATASETS"], "CamVid").is_dir():
@@ -184,7 +186,7 @@ else:
 # %% [markdown]
 # ## Your own data, in one call
 #
-# A folder of images and one of labels become a data set by `register_sem_seg`. Here is one of
+# `register_sem_seg` makes a data set from a folder of images and a folder of labels. This one has
 # four scenes and three classes:
 
 # %%
@@ -202,8 +204,8 @@ check_datasets(["own_city"], num_classes=3)
 print(DatasetCatalog.get("own_city")[0])
 
 # %% [markdown]
-# Before training starts, every file is read once. A label that does not fit is named, with the
-# remedy, before a GPU is waited for:
+# Every file is read once before training starts. If a label does not fit, the error names it and
+# the remedy, before you wait for a GPU:
 
 # %%
 Picture.fromarray(np.full((256, 512), 7, np.uint8)).save(own / "labels/3.png")
@@ -215,9 +217,8 @@ except DatasetError as error:
 # %% [markdown]
 # ## Something to try
 #
-# - Register two folders of your own photographs, one by day and one at night, and put them into
-#   the table of distances (labels of zeros will do for that).
-# - Which domain is nearest if only $d_\mu$, or only $d_\sigma$, is taken? (`distance` returns
-#   both.)
-# - `python -m fishertune_d2.data.check --all` says of every data set on this machine whether it
-#   is complete.
+# - Register two folders of your own photographs, one by day and one at night, and add them to the
+#   table of distances. (Labels that are all zero are enough for that.)
+# - Which domain is nearest by $d_\mu$ alone, or by $d_\sigma$ alone? (`distance` returns both.)
+# - `python -m fishertune_d2.data.check --all` says for every data set on this machine whether it is
+#   complete.

@@ -11,11 +11,11 @@
 # %% [markdown]
 # # 3. Backbones and head
 #
-# The model is a plain vision transformer (ViT), pretrained by others on a great many images, and
-# a Mask2Former decoder on top. This notebook builds it, looks at the backbone's features, and
-# takes the decoder's answer apart into its queries.
+# The model is a plain vision transformer (ViT), which others pretrained on many images, with a
+# Mask2Former decoder on top. This notebook builds the model, looks at the backbone's features, and
+# takes the decoder's prediction apart into its queries. The next cell holds the imports.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import os
 from pathlib import Path
 
@@ -31,14 +31,14 @@ from fishertune_d2.analysis.features import patch_features, pca_pictures, read_i
 from fishertune_d2.config import read_config
 from fishertune_d2.engine import Trainer, WholeCheckpointer
 from fishertune_d2.engine.output_dir import remove_run
-from fishertune_d2.evaluation.pictures import colorize
+from fishertune_d2.evaluation.label_pictures import colorize
 from fishertune_d2.fisher import find_candidates
 from fishertune_d2.modeling import VFMS
 from fishertune_d2.modeling.mask2former import semantic_scores
 
 # %matplotlib inline
 
-QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # the project's tests set it
+QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # set by the project's tests
 CONFIG = "quick.yaml" if QUICK else "streets.yaml"
 OUTPUT = Path("../outputs/notebooks", "quick" * QUICK)
 
@@ -47,19 +47,20 @@ cfg = read_config(CONFIG, ["TUNING.METHOD", "freeze", "OUTPUT_DIR", str(OUTPUT /
 # %% [markdown]
 # ## One table of foundation models
 #
-# `MODEL.VFM.NAME` is a row of it, and a further model is a further row. The weights are fetched
-# when a model is built; `MODEL.VFM.WEIGHTS` may name a file, as its authors publish it.
+# `MODEL.VFM.NAME` names an entry of this table; a further model is a further entry. The weights are
+# downloaded when a model is built. `MODEL.VFM.WEIGHTS` may name a file instead, in the format of
+# its authors.
 
 # %%
 rows = [[name, row.timm_name, row.patch_size, row.licence] for name, row in VFMS.items()]
 Markdown(tabulate(rows, ["name", "timm's name", "patch", "licence of weights"], "github"))
 
 # %% [markdown]
-# ## A backbone as Detectron2 knows it
+# ## A Detectron2 backbone
 #
 # A ViT keeps one resolution: an image becomes $h \times w$ tokens of $D$ channels, one for each
-# patch. A decoder wants a pyramid. Four blocks' outputs, at a third, a half, two thirds and the
-# end of the depth, are resampled to strides 4, 8, 16 and 32: no parameter is added.
+# patch. A decoder needs a pyramid. The outputs of four blocks, at one third, one half, two thirds
+# and the end of the depth, are resampled to strides 4, 8, 16 and 32. This adds no parameters.
 
 # %%
 model = Trainer.build_model(cfg).eval()
@@ -74,9 +75,9 @@ counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (backbone,
 print("backbone {:.2f} M parameters, head {:.2f} M".format(*counts))
 
 # %% [markdown]
-# Of the backbone, the weights that may be tuned at all are the query, key and value projections
-# and the two layers of the feed-forward network of each block (Eq. 3). A fused matrix of query,
-# key and value counts as three slices of its rows.
+# The candidates for tuning are the query, key and value projections and the two layers of the
+# feed-forward network of each block (Eq. 3). A fused matrix of query, key and value counts as three
+# slices of its rows.
 
 # %%
 candidates = find_candidates(backbone)
@@ -87,13 +88,13 @@ rows = [[kind, f"{size:,}", f"{size / counts[0] / 1e4:.1f}"] for kind, size in s
 Markdown(tabulate(rows, ["kind", "candidate weights", "% of the backbone"], "github"))
 
 # %% [markdown]
-# ## What the features show
+# ## The features
 #
-# The first three principal components of the patch features, as red, green and blue, of one
-# street by day, at night and in snow. A colour means the same in the three pictures of a row.
-# What to see: the road, the cars and the houses have colours of their own although no label was
-# seen. Snow keeps most of the colours of the day; night changes them in every block, the last
-# included.
+# These pictures show the first three principal components of the patch features as red, green and
+# blue, for one street by day, at night and in snow. A colour means the same in the three pictures
+# of a line. The road, the cars and the houses have colours of their own although the backbone has
+# seen no label. Snow keeps most of the colours of the day; night changes them in every block,
+# including the last.
 
 # %%
 blocks = [backbone.thirds[0], backbone.thirds[2], len(backbone.vit.blocks) - 1]
@@ -113,10 +114,10 @@ axes[0, 0].set_ylabel("image", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# A picture of three components can mislead, so here is a number for all channels. The streets of
-# the domains are the same to the pixel, so a backbone that ignored light and weather would give a
-# patch the same feature in each. The cosine of the two features (after the mean over all patches
-# is taken off), averaged over patches:
+# Three components can mislead, so the next figure uses all channels. The streets of the domains are
+# the same to the pixel: a backbone that ignores light and weather would give a patch the same
+# feature in each domain. The figure shows the cosine of the two features, after subtracting the
+# mean over all patches, averaged over patches:
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
@@ -139,25 +140,25 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# What to see: under snow a patch keeps a good part of its feature, at night far less, and most of
-# it in the middle of the depth. What does not survive is what fine-tuning has to mend.
+# In snow a patch keeps a good part of its feature. At night it keeps far less, and most of it in
+# the middle of the depth. Fine-tuning has to repair the rest.
 #
 # ## Mask2Former's queries
 #
 # The decoder does not classify pixels. Each of its $Q$ queries predicts a distribution over
 # classes, $p_q(c)$, with "no object" as an extra class, and a mask, $m_q$. The score of class $c$
-# at a pixel is a sum over queries,
+# at a pixel is a sum over queries:
 #
 # $$s_c(i, j) = \sum_{q=1}^{Q} p_q(c) \, \sigma\left(m_q(i, j)\right).$$
 #
-# An untrained decoder shows nothing, so this takes the warm-up of [04_warmup](04_warmup.ipynb),
-# and makes it (a minute or two) if it is not there.
+# An untrained decoder shows nothing, so the next cell loads the warm-up of
+# [04_warmup](04_warmup.ipynb), or trains it (a minute or two) if it is missing.
 
 # %%
 warmup = Path(cfg.OUTPUT_DIR, "model_warmup.pth")
 if not warmup.is_file():
     warmup.parent.mkdir(parents=True, exist_ok=True)
-    remove_run(warmup.parent)  # what an earlier execution left
+    remove_run(warmup.parent)  # delete the files of an earlier execution
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
@@ -168,10 +169,10 @@ with torch.no_grad():
 print(f"{len(predictions)} predictions: one on the queries alone, then one after each layer")
 
 # %% [markdown]
-# The six queries that are surest of a class, with their masks in the last prediction. What to
-# see: the queries of sky and road draw their region. Those of pole and traffic sign are sure of
-# their class, for most images have some, and have not learnt to find it: their masks are almost
-# empty.
+# The figure shows the six queries that are most certain of a class, with their masks in the last
+# prediction. The queries of sky and road draw their region. The queries of pole and traffic sign
+# are certain of their class, because most images contain some, but have not learnt to find it:
+# their masks are almost empty.
 
 # %%
 classes = MetadataCatalog.get("streets_day_val").label_space.classes
@@ -186,10 +187,10 @@ figure.colorbar(shown, ax=axes, label="σ(mask logit)")
 plt.show()
 
 # %% [markdown]
-# The class of the highest score after each prediction. A mask is the product of a query with the
-# pixel decoder's features, so that the queries find regions even before the first layer; the
-# layers let them look at the image. What to see: after so short a training the large regions are
-# there from the start, and the layers add small ones, not all of them right.
+# The next figure shows the class with the highest score after each prediction. A mask is the
+# product of a query with the pixel decoder's features, so the queries find regions even before the
+# first layer; the layers let them look at the image. After so short a training, the large regions
+# are there from the start, and the layers add small ones, not all of them correct.
 
 # %%
 space = MetadataCatalog.get("streets_day_val").label_space
@@ -207,10 +208,11 @@ plt.show()
 # %% [markdown]
 # ## On real photographs
 #
-# Day and dusk in CamVid are different streets, so patches cannot be compared one by one. The mean
-# feature of an image can: how alike are two images of the same light, and of different light,
-# seen from the mean of all of them? A cosine below 0 across means two groups on opposite sides.
-# (CamVid's licence is for research, so this notebook keeps numbers of it and no pictures.)
+# Day and dusk in CamVid show different streets, so patches cannot be compared one by one; the mean
+# features of images can. How similar are two images of the same light, and of different light,
+# relative to the mean over all images? A cosine below 0 across the lights means two groups on
+# opposite sides. (CamVid's licence covers research, so this notebook keeps only numbers and no
+# pictures.)
 
 # %%
 if QUICK or not Path(os.environ["DETECTRON2_DATASETS"], "CamVid").is_dir():
@@ -232,8 +234,8 @@ else:
 # %% [markdown]
 # ## Something to try
 #
-# - Another backbone: `["MODEL.VFM.NAME", "dinov2_vits_reg"]` in `read_config`. Its registers take
-#   what DINOv2 otherwise writes into a few background patches; do the pictures get smoother?
-# - `MODEL.VFM.WEIGHTS random`: what do the principal components of a model show that has seen
-#   nothing?
-# - Which queries answer for "person" in other images, and are they always the same?
+# - Use another backbone: `["MODEL.VFM.NAME", "dinov2_vits_reg"]` in `read_config`. Its registers
+#   hold the information that DINOv2 otherwise writes into a few background patches. Do the pictures
+#   get smoother?
+# - `MODEL.VFM.WEIGHTS random`: which principal components has a model without pretraining?
+# - Which queries predict "person" in other images, and are they always the same?

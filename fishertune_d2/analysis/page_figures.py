@@ -149,28 +149,38 @@ def draw_map(draw: Callable[[Path], None]) -> str:
         return _uri(path.read_bytes(), "image/png")
 
 
-def read_picture(path: Path) -> Picture:
-    """Reads a picture of ``evaluation.pictures.draw_comparison``, and cuts it into its panels.
+def split_picture(path: Path) -> list[Image.Image]:
+    """Cuts a picture of ``evaluation.label_pictures.draw_comparison`` into its parts.
 
     Args:
         path: The PNG: image, label and prediction side by side, and below them a legend.
+
+    Returns:
+        The image, the label, the prediction and the legend, whose height may be 0.
     """
     with Image.open(path) as file:
         whole = file.convert("RGB")
-    width, bottom = whole.width // len(_PANELS), _top_of_legend(whole)
-    panels = [
-        (title, _webp(whole.crop((k * width, 0, (k + 1) * width, bottom)), _WIDTH // len(_PANELS)))
-        for k, title in enumerate(_PANELS)
-    ]
-    legend = whole.crop((0, bottom, whole.width, whole.height))
-    return Picture(panels, _webp(legend, _WIDTH) if legend.height else "")
+    # The left margin of the legend is white, down to the last line.
+    margin = np.asarray(whole)[:, :_MARGIN].min(axis=(1, 2))
+    panel_lines = np.flatnonzero(margin < 255)
+    bottom = int(panel_lines[-1]) + 1 if len(panel_lines) else whole.height
+    width = whole.width // len(_PANELS)
+    parts = [whole.crop((k * width, 0, (k + 1) * width, bottom)) for k in range(len(_PANELS))]
+    return [*parts, whole.crop((0, bottom, whole.width, whole.height))]
 
 
-def _top_of_legend(picture: Image.Image) -> int:
-    """Finds the first line of the legend, whose left margin is white down to the last line."""
-    margin = np.asarray(picture)[:, :_MARGIN].min(axis=(1, 2))
-    panels = np.flatnonzero(margin < 255)
-    return int(panels[-1]) + 1 if len(panels) else picture.height
+def read_picture(path: Path) -> Picture:
+    """Reads a picture that an evaluation drew.
+
+    Args:
+        path: The PNG.
+    """
+    *panels, legend = split_picture(path)
+    width = _WIDTH // len(_PANELS)
+    return Picture(
+        [(title, _webp(panel, width)) for title, panel in zip(_PANELS, panels, strict=True)],
+        _webp(legend, _WIDTH) if legend.height else "",
+    )
 
 
 def _webp(picture: Image.Image, width: int) -> str:

@@ -1,4 +1,4 @@
-"""An OUTPUT_DIR holds one run: a second run is refused, or the first one's files go first."""
+"""Keeps one run in an OUTPUT_DIR: a second one is refused, or the first one's files are deleted."""
 
 import os
 import shutil
@@ -9,12 +9,13 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from fishertune_d2.config import read_config
-from fishertune_d2.evaluation.pictures import find_pictures
+from fishertune_d2.evaluation.label_pictures import find_pictures
+from fishertune_d2.files import first_names
 
-from .run_record import as_words, defining_keys, differing_keys
+from .run_keys import as_words, defining_keys, differing_keys
 
-# What training and evaluation write. The first group is only there if a run has begun; a run that
-# was refused at its start leaves files of the second group, which do not stop the next attempt.
+# The files that training and evaluation write. Only a run that has begun writes the first group; a
+# run that was refused at its start leaves files of the second, which do not stop the next attempt.
 _OF_A_RUN = (
     "fisher.safetensors",
     "last_checkpoint",
@@ -30,43 +31,31 @@ _BESIDE = ("config.yaml", "events.out.tfevents.*", "inference", "log.txt*", "rep
 
 def files_of_run(folder: str | Path) -> list[Path]:
     """The files and folders of a run that has begun in a folder, sorted by name."""
-    # A writer opens metrics.json when a trainer is built, before anything is trained.
+    # Empty files do not count: a writer opens metrics.json before anything is trained.
     return [path for path in _find(folder, _OF_A_RUN) if path.stat().st_size]
 
 
 def require_unused(folder: str | Path) -> None:
-    """Refuses a folder in which another run has begun.
-
-    Raises:
-        FileExistsError: names a file of that run and the remedies.
-    """
+    """Refuses an OUTPUT_DIR in which another run has begun."""
     found = files_of_run(folder)
     if found:
         raise FileExistsError(
-            f"OUTPUT_DIR {folder} holds another run ({', '.join(p.name for p in found[:4])}"
-            f"{', ...' if len(found) > 4 else ''}): add --resume to go on with that run, choose "
-            "another OUTPUT_DIR, or add --overwrite to delete that run's files first. (In Python: "
-            "trainer.resume_or_load(resume=True), or remove_run of fishertune_d2.engine.output_dir)"
+            f"OUTPUT_DIR {folder} holds another run ({first_names([p.name for p in found], 4)}): "
+            "add --resume to go on with that run, choose another OUTPUT_DIR, or add --overwrite to "
+            "delete that run's files first. (In Python: trainer.resume_or_load(resume=True), or "
+            "remove_run of fishertune_d2.engine.output_dir)"
         )
 
 
 def require_resumable(cfg: CfgNode) -> None:
-    """Refuses ``--resume`` where another run was killed before its first checkpoint.
-
-    Without a checkpoint, resuming begins anew, and the metrics of the two would mix.
-
-    Args:
-        cfg: OUTPUT_DIR may hold the ``config.yaml`` of that run.
-
-    Raises:
-        ValueError: names the settings that differ and the remedies.
-    """
+    """Refuses ``--resume`` if another run was killed before its first checkpoint."""
+    # Without a checkpoint, resuming starts anew, and the metrics of the two runs would mix.
     folder = Path(cfg.OUTPUT_DIR)
     record = folder / "config.yaml"
     if not record.is_file() or not files_of_run(folder) or (folder / "last_checkpoint").is_file():
         return
-    then, now = defining_keys(read_config(str(record))), defining_keys(cfg)
-    differing = as_words(differing_keys(then, now))
+    then = defining_keys(read_config(str(record)))
+    differing = as_words(differing_keys(then, defining_keys(cfg)))
     if differing:
         raise ValueError(
             f"OUTPUT_DIR {folder} holds another run, which has no checkpoint to go on from: "
@@ -83,7 +72,7 @@ def remove_pictures(folder: str | Path, names: Sequence[str]) -> None:
 
 
 def remove_run(folder: str | Path) -> None:
-    """Deletes what training and evaluation wrote into a folder, and leaves everything else."""
+    """Deletes the files that training and evaluation wrote into a folder, and no others."""
     for path in _find(folder, (*_OF_A_RUN, *_BESIDE)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -92,15 +81,7 @@ def remove_run(folder: str | Path) -> None:
 
 
 def require_own_weights(folder: str | Path, weights: str) -> None:
-    """Refuses to put the scores of other weights into the folder of a training run.
-
-    Args:
-        folder: OUTPUT_DIR, where results.json will be written.
-        weights: the checkpoint that will be scored.
-
-    Raises:
-        FileExistsError: with the remedy.
-    """
+    """Refuses to put the scores of other weights into the folder of a training run."""
     folder = Path(folder)
     trained_here = (folder / "metrics.json").is_file()
     if trained_here and Path(weights).resolve().parent != folder.resolve():
@@ -111,11 +92,7 @@ def require_own_weights(folder: str | Path, weights: str) -> None:
 
 
 def require_writable(folder: str | Path) -> None:
-    """Makes the folder, and writes and deletes a small file in it.
-
-    Raises:
-        OSError: names OUTPUT_DIR and the system's reason.
-    """
+    """Creates OUTPUT_DIR, and refuses it unless a small file can be written there."""
     folder = Path(folder)
     trial = folder / f".trial-{uuid.uuid4().hex}"
     try:

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from fishertune_d2.data.dataset_dicts import load_datasets
 from fishertune_d2.data.image_files import DatasetError, read_image, read_label
 from fishertune_d2.data.metadata import dataset_metadata
-from fishertune_d2.evaluation.pictures import draw_comparison
+from fishertune_d2.evaluation.label_pictures import draw_comparison
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fishertune_d2.data.labels import IGNORE_LABEL, LabelSpace
-from fishertune_d2.evaluation.pictures import colorize, draw_legend
+from fishertune_d2.evaluation.label_pictures import colorize, draw_legend
 
 from .predictor import Prediction
 

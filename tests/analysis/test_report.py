@@ -17,7 +17,7 @@ from PIL import Image
 from fishertune_d2.analysis.page_figures import draw_curves, read_picture
 from fishertune_d2.config import default_config
 from fishertune_d2.data.labels import LabelSpace
-from fishertune_d2.evaluation.pictures import draw_comparison
+from fishertune_d2.evaluation.label_pictures import draw_comparison
 from fishertune_d2.fisher import FisherEstimate, Selection
 from fishertune_d2.report import Run, RunError, main, write_report
 

@@ -2,7 +2,7 @@ import numpy as np
 from PIL import Image
 
 from fishertune_d2.data.labels import CITYSCAPES, LABEL_SPACES
-from fishertune_d2.evaluation.pictures import colorize, draw_comparison
+from fishertune_d2.evaluation.label_pictures import colorize, draw_comparison
 
 SPACE = LABEL_SPACES["cityscapes19"]
 
