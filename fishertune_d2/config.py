@@ -156,8 +156,8 @@ def _add_backbone(cfg: CN) -> None:
     # Mean and deviation that normalise images: "config", PIXEL_MEAN and PIXEL_STD (ImageNet's, as
     # Rein uses for every VFM), or "authors", those of the VFM's pretraining.
     cfg.MODEL.VFM.PIXELS = "config"
-    # Compute the blocks again in the backward pass instead of keeping their activations. The numbers
-    # stay the same; the estimation, which reads activations, keeps them.
+    # Compute the blocks again in the backward pass instead of keeping their activations. The
+    # numbers stay the same; the estimation, which reads activations, keeps them.
     cfg.MODEL.VFM.CHECKPOINT_BLOCKS = False
 
 
@@ -205,8 +205,8 @@ def _add_input_and_test(cfg: CN) -> None:
     # Height and width of a window, and the steps between windows, in pixels.
     cfg.TEST.CROP_SIZE = [512, 512]
     cfg.TEST.STRIDE = [341, 341]
-    # Windows of an image that pass through the model at once. Scores stay the same up to rounding; a
-    # GPU is faster with more, until its memory is full.
+    # Windows of an image that pass through the model at once. Scores stay the same up to rounding;
+    # a GPU is faster with more, until its memory is full.
     cfg.TEST.WINDOWS_PER_BATCH = 1
     # Classes averaged into mIoU: "present" in the ground truth (Detectron2), or "union", present
     # in ground truth or prediction (mmsegmentation, torchmetrics).
@@ -226,8 +226,8 @@ def _add_solver(cfg: CN) -> None:
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     # Weight decay of query and level embeddings, and of added tokens and prompts.
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
-    # Number of parts in which a process's share of a batch passes through the model. Their gradients
-    # add up to those of the whole.
+    # Number of parts in which a process's share of a batch passes through the model. Their
+    # gradients add up to those of the whole.
     cfg.SOLVER.ACCUMULATE = 1
     # With SOLVER.AMP.ENABLED: "bfloat16", or "float16" (with a gradient scaler, for GPUs without
     # bfloat16). FISHER.PRECISION is the estimate's.
@@ -236,8 +236,8 @@ def _add_solver(cfg: CN) -> None:
     # float32, "high" takes TF32 (10 bits of mantissa, several times as fast), see
     # torch.set_float32_matmul_precision. Convolutions take TF32 by torch's default.
     cfg.SOLVER.MATMUL_PRECISION = "highest"
-    # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, on which the default
-    # launches a dozen kernels for each group of tensors.
+    # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, on which the
+    # default launches a dozen kernels for each group of tensors.
     cfg.SOLVER.FUSED = False
 
 
