@@ -52,7 +52,7 @@ from torch.distributed.run import get_args_parser
 from tqdm import tqdm
 
 from fishertune_d2.bench import __main__ as bench
-from fishertune_d2.bench.tables import rows_of_registry
+from fishertune_d2.bench.tables import entry_names
 from fishertune_d2.config import find_config, read_config
 
 PARSE = argparse.ArgumentParser.parse_args
@@ -394,9 +394,10 @@ def _run(program: str, arguments: Sequence[str]) -> None:
     if program == "fishertune_d2.bench":
         args = bench._parser().parse_args(arguments)
         place = (args.output or Path("outputs/bench") / args.profile) / "dinov2_vits"
-        place.mkdir(parents=True, exist_ok=True)
-        choices = {row: {"rate": 1.0} for row in rows_of_registry()}
-        (place / "choices.json").write_text(json.dumps(choices))  # as after a search
+        if place.parent.suffix != ".jsonl":  # a table of runs has its own rates
+            place.mkdir(parents=True, exist_ok=True)
+            choices = {name: {"rate": 1.0} for name in entry_names()}
+            (place / "choices.json").write_text(json.dumps(choices))  # as after a search
     delta = Path("outputs/demo/delta.safetensors")
     if delta.exists():  # and in the hands of who was given it
         shutil.copy(delta, delta.name)

@@ -22,7 +22,7 @@ from fishertune_d2.tuning import TUNING_REGISTRY
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-METHOD, VFM_ROW, DATASET_ROW, BENCH_ROW = BLOCKS
+METHOD, VFM_ROW, DATASET_ROW, BENCH_ENTRY = BLOCKS
 # Where each row goes: the file, and the line that opens its table.
 TABLES = {
     VFM_ROW: ("fishertune_d2/modeling/vfm_table.py", "VFMS: dict[str, VFM] = {\n"),
@@ -30,7 +30,7 @@ TABLES = {
         "fishertune_d2/data/dataset_table.py",
         "DATASETS: tuple[SemSegDataset, ...] = (\n",
     ),
-    BENCH_ROW: ("fishertune_d2/bench/tables.py", "    for row in (\n"),
+    BENCH_ENTRY: ("fishertune_d2/bench/tables.py", "    for entry in (\n"),
 }
 
 
@@ -94,14 +94,14 @@ def test_the_method_trains_on_the_data_set_through_the_real_trainer(extended, ti
     assert all(not (moved[name] & ~chosen[name]).any() for name in moved if name in chosen)
 
 
-def test_the_bench_knows_the_method_and_the_row(monkeypatch, capsys):
-    (row,) = eval(f"({BENCH_ROW})", vars(tables))
-    assert row.name not in tables.ROWS
-    monkeypatch.setitem(tables.ROWS, row.name, row)
+def test_the_bench_knows_the_method_and_the_entry(monkeypatch, capsys):
+    (entry,) = eval(f"({BENCH_ENTRY})", vars(tables))
+    assert entry.name not in tables.ENTRIES
+    monkeypatch.setitem(tables.ENTRIES, entry.name, entry)
     exec(compile(METHOD, "saliency.py", "exec"), {"__name__": "fishertune_d2.tuning.saliency"})
     try:
         arguments = ["selection", "--profile", "camvid", "--dry-run", "--methods"]
-        assert bench.main([*arguments, "saliency", row.name]) == 0
+        assert bench.main([*arguments, "saliency", entry.name]) == 0
     finally:
         TUNING_REGISTRY._obj_map.pop("saliency")
     told = capsys.readouterr().out

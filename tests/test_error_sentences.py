@@ -71,7 +71,7 @@ CASES = [
     ("fishertune_d2.streets", "--output .", "holds no built-in streets"),
     ("fishertune_d2.doctor", "gone", "unrecognized arguments: gone"),
     ("fishertune_d2.analysis.compare", "gone", "gone/results.json"),
-    ("fishertune_d2.analysis.rows", "gone", "gone"),
+    ("fishertune_d2.analysis.methods", "gone", "gone"),
     ("fishertune_d2.analysis.convergence", "gone.json", "gone.json"),
     ("fishertune_d2.analysis.shift_curve", "slip.yaml", "FISHERTUNE_TRACEBACK=1 shows"),
     ("fishertune_d2.analysis.forms", "gone", "there is no fisher.safetensors in gone"),

@@ -1,41 +1,45 @@
-"""MODEL_ZOO.md is what its command writes, and the command reads what runs wrote."""
+"""MODEL_ZOO.md is the page that its command writes, with a mean over seeds for each method."""
 
-import json
 from pathlib import Path
 from runpy import run_path
 
 import pytest
+
+from fishertune_d2.analysis.study import StudyRun, save_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/results"
 TOOL = run_path(str(ROOT / "tools/model_zoo.py"))
 
 
-def _write(results: Path, place: str, **protocol) -> None:
-    """A run's results, with a protocol that differs in ``protocol`` from a usual one."""
-    protocol = {
-        "mode": "whole",
-        "method": "fishertune",
-        "seed": 7,
-        "iterations": 600,
-        "warmup_iterations": 200,
-        "commit": "abc",
-    } | protocol
+def _save(results: Path, study: str, name: str, score: float = 51.234, **protocol) -> None:
+    """Adds a run of this name, ``<vfm>/<entry>@rate=<rate>_<seed>/test``, to a study's table."""
+    vfm, folder, *_ = name.split("/")
+    entry, _, seed = folder.rpartition("_")
+    entry, _, rate = entry.partition("@rate=")
+    facts = {"mode": "whole", "method": entry, "seed": int(seed), "commit": "abc"}
+    lengths = {"iterations": 600, "warmup_iterations": 200}
+    sets = ("camvid_day_test", "camvid_dusk_test")
     content = {
-        "source": {"camvid_day_test": 51.234},
-        "targets": {"camvid_dusk_test": 40.0},
+        "source": {sets[0]: score},
+        "targets": {sets[1]: 40.0},
+        "target_average": 40.0,
+        "per_class": {name: {} for name in sets},
         "tuned_parameters": 1_082_284,
-        "protocol": protocol,
+        "backbone_parameters": 21_645_696,
+        "protocol": facts | lengths | {"classes": {name: [] for name in sets}} | protocol,
     }
-    (results / place).mkdir(parents=True)
-    (results / place / "results.json").write_text(json.dumps(content))
+    train = tuple(protocol.get("train", ("camvid_day_train",)))
+    number = float(rate) if rate else None
+    run = StudyRun(name, entry, vfm, train, int(seed), number, None, None, content)
+    save_runs(results / f"{study}.jsonl", [run])
 
 
 def _tables(page: str) -> list[list[list[str]]]:
-    """The cells of each section's table, without its heading."""
+    """The lines of each section's table, split into their entries."""
     return [
         [
-            [cell.strip() for cell in line.strip("|").split("|")]
+            [entry.strip() for entry in line.strip("|").split("|")]
             for line in text.splitlines()
             if line.startswith("|")
         ][2:]
@@ -46,40 +50,55 @@ def _tables(page: str) -> list[list[list[str]]]:
 def test_the_page_is_what_the_command_writes():
     page = TOOL["page"](RESULTS)
     assert (ROOT / "MODEL_ZOO.md").read_text() == page, "run python tools/model_zoo.py"
-    files = list(RESULTS.rglob("results.json"))
-    assert files and sum(map(len, _tables(page))) == len(files)
+    assert len(page.splitlines()) < 150
+    assert {table.stem for table in RESULTS.glob("*.jsonl")} == TOOL["STUDIES"].keys()
 
 
-def test_a_line_says_what_was_run_and_what_came_of_it(tmp_path):
-    _write(tmp_path, "table4/dinov2_vits/share_20_7/test")
-    _write(tmp_path, "table4/dinov2_vits/freeze_7/test", vfm="dinov2_vits", method="freeze")
-    page = TOOL["page"](tmp_path)
-    (lines,) = _tables(page)
-    config = "[{0}.yaml](configs/camvid/{0}.yaml)"
-    scores = ["51.23", "40.00"]
-    assert lines == [
-        ["freeze", "7", "200 + 400", "1.08 M", *scores, config.format("freeze"), "abc"],
-        ["share_20", "7", "200 + 400", "1.08 M", *scores, config.format("fishertune"), "abc"],
+def test_a_line_has_the_mean_over_the_seeds_of_a_method_in_a_setting(tmp_path):
+    for seed, score in ((7, 50.0), (8, 52.0)):
+        _save(tmp_path, "selection", f"dinov2_vits/share_20_{seed}/test", score)
+    _save(tmp_path, "selection", "dinov2_vits/freeze_7/test")
+    (lines,) = _tables(TOOL["page"](tmp_path))
+    link = "[Which weights to select](docs/results/selection.md)"
+    start, end = [link, "-", "200 + 400"], ["1.08 M"]
+    assert [[line[0], *line[2:4]] for line in lines] == [start, start]
+    assert [line[1] for line in lines] == ["freeze", "share_20"]
+    assert lines[0][4:] == ["1", *end, "51.23", "40.00"]
+    assert lines[1][4:] == ["2", *end, "51.00 ± 1.41", "40.00 ± 0.00"]
+
+
+def test_the_rates_and_the_seed_of_a_search_are_left_out(tmp_path):
+    for rate, score in (("0.3", 10.0), ("1", 99.0), ("3", 20.0)):
+        _save(tmp_path, "share_20", f"dinov2_vits/full@rate={rate}_42", score)
+        _save(tmp_path, "share_20", f"dinov2_vits/lora@rate={rate}_42", score)
+    _save(tmp_path, "share_20", "dinov2_vits/freeze_42")
+    _save(tmp_path, "share_20", "dinov2_vits/full@rate=1_43", 30.0)
+    (lines,) = _tables(TOOL["page"](tmp_path))
+    assert [(line[1], line[2], line[4], line[6]) for line in lines] == [
+        ("freeze", "-", "1", "51.23"),
+        ("full", "1", "1", "30.00"),  # the seed with which nothing was chosen
+        ("lora", "1", "1", "99.00"),  # the chosen rate, as there is no other seed
     ]
-    assert "`dinov2_vits`, trained on camvid_day_train; mode whole." in page
-    assert "bench table4 --profile camvid --methods ROW" in page
-    assert "No ViT-L" in page and "to choose on" not in page
 
 
-def test_other_protocols_models_and_data_have_tables_of_their_own(tmp_path):
-    _write(tmp_path, "table4/freeze_7")
-    _write(tmp_path, "table4/full_7", mode="slide")
-    _write(tmp_path, "table4/random_7", train=["streets_day_train"])
-    _write(tmp_path, "elsewhere/full_7", vfm="dinov2_vitl", train=["gtav_train"])
+def test_other_models_and_data_have_tables_of_their_own(tmp_path):
+    _save(tmp_path, "selection", "dinov2_vits/freeze_7")
+    assert "No ViT-L" in TOOL["page"](tmp_path)
+    _save(tmp_path, "table1_streets", "dinov2_vits/random_7", train=["streets_day_train"])
+    _save(tmp_path, "table1_camvid", "dinov2_vitl/full_7", train=["gtav_train"])
     page = TOOL["page"](tmp_path)
-    assert sorted(lines[0][0] for lines in _tables(page)) == ["freeze", "full", "full", "random"]
-    assert "--profile streets" in page
-    assert "`dinov2_vitl`, trained on gtav_train" in page
-    assert "No ViT-L" not in page
+    assert sorted(lines[0][1] for lines in _tables(page)) == ["freeze", "full", "random"]
+    assert "`dinov2_vitl`, trained on gtav_train" in page and "No ViT-L" not in page
 
 
-@pytest.mark.parametrize("place", ["selection/fishertune", "fishertune_7", "selection/full_8"])
-def test_a_folder_that_does_not_say_what_it_holds_is_refused(tmp_path, place):
-    _write(tmp_path, place)
-    with pytest.raises(ValueError, match=r"lay it into .*/<table>/<row>_7/"):
+def test_other_protocols_are_refused(tmp_path):
+    _save(tmp_path, "selection", "dinov2_vits/freeze_7")
+    _save(tmp_path, "selection", "dinov2_vits/full_7", mode="slide")
+    with pytest.raises(ValueError, match="differ in mode"):
+        TOOL["page"](tmp_path)
+
+
+def test_a_study_without_a_title_is_refused(tmp_path):
+    _save(tmp_path, "elsewhere", "dinov2_vits/freeze_7")
+    with pytest.raises(ValueError, match="elsewhere.jsonl: add a title and a page to STUDIES"):
         TOOL["page"](tmp_path)

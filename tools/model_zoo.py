@@ -1,38 +1,51 @@
 #!/usr/bin/env python
-"""Writes MODEL_ZOO.md from what runs wrote.
+"""Writes MODEL_ZOO.md from the tables of runs in docs/results.
 
 python tools/model_zoo.py
-
-Read is every docs/results/<table>/**/<row>_<seed>/results.json, as the bench names its folders.
 """
 
-import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fishertune_d2.bench.cells import Cell, make_cells  # noqa: E402 - it need not be installed
-from fishertune_d2.bench.tables import PROFILES, TABLES, find_row  # noqa: E402
-from fishertune_d2.evaluation import all_scores  # noqa: E402
+from fishertune_d2.analysis.statistics import format_mean  # noqa: E402 - it need not be installed
+from fishertune_d2.analysis.study import StudyRun, read_table  # noqa: E402
+from fishertune_d2.bench.learning_rates import read_choices  # noqa: E402
+from fishertune_d2.bench.tables import entry_names  # noqa: E402
+from fishertune_d2.run import ENTRY, LENGTH, Results, require_same_protocol  # noqa: E402
+
+# The title of each study, and the part of docs/results that reads it.
+STUDIES = {
+    "table1_camvid": ("Table 1 on CamVid", "tables.md#on-the-test-sets"),
+    "table1_streets": ("Table 1 from the scenes", "tables.md#from-the-built-in-scenes"),
+    "selection": ("Which weights to select", "selection.md"),
+    "other_kernels": ("Same seeds, other kernels", "tables.md#the-same-seed-twice"),
+    "warm_moments": ("AdamW's moments kept warm", "tables.md#moments-of-weights-that-join-late"),
+    "constant_schedule": ("All weights from the start", "tables.md#all-of-them-from-the-start"),
+    "share_20": ("20 % of the backbone", "tables.md#a-larger-share"),
+    "iterations_900": ("900 iterations of tuning", "tables.md#longer-training"),
+    "iterations_900_search": ("Learning rates over 900", "tables.md#longer-training"),
+    "iterations_900_share_20": ("20 % over 900 iterations", "tables.md#both"),
+}
 
 HEAD = """# Model zoo
 
-Every model of which this project has a score, and no other: a line is one run, read from the
-`results.json` that it wrote. The paper's numbers are not ours and not here.{large} Checkpoints are
-not given away: the command above a table, or on the page that reads it, trains its models again,
-and `python -m fishertune_d2.export delta OUTPUT_DIR --decoder` makes a small file of one.
+Results by method and setting: mIoU in percent, mean and sample standard deviation over seeds. The
+link in the first column explains the setting and lists its commands. The paper's own numbers are
+not here.{large} Checkpoints are not published. To train a model again, run the commands of its
+setting; `python -m fishertune_d2.export delta OUTPUT_DIR --decoder` makes a small file of it.
 
-mIoU is in percent. *Steps* are those of the warm-up and those of tuning; *commit* is that of the
-code that scored. This page is written by a command, which takes up all below `docs/results/`:
+*Rate* is the learning rate of the backbone as a share of `SOLVER.BASE_LR`, if it was searched. The
+seed of a search is left out if there are other seeds. *Steps* are the iterations of warm-up and of
+tuning. The tables `docs/results/*.jsonl` have one line for each run, with its seed, commit, IoU by
+class and seconds. This command reads them and writes this page:
 
 ```sh
 python tools/model_zoo.py
@@ -41,146 +54,109 @@ NONE_LARGE = " **No ViT-L, nor a\nlarger model, has been trained here yet.**"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run.
+class Model:
+    """The runs of one method in one study that differ in their seed.
 
     Attributes:
-        table: the folder below docs/results that holds it; a table of the bench, or another.
-        row: the way to tune, as the bench calls it.
-        results: its ``results.json``.
-        profile: of the bench; "" if the table is none of the bench's.
-        cell: what the bench runs for it; None if the table is none of the bench's.
+        study: The study's name.
+        runs: The runs.
+        results: Their scores.
     """
 
-    table: str
-    row: str
-    results: dict[str, Any]
-    profile: str
-    cell: Cell | None
+    study: str
+    runs: Sequence[StudyRun]
+    results: Sequence[Results]
 
     @property
-    def scores(self) -> dict[str, float]:
-        """The mIoU by data set."""
-        return all_scores(self.results)
-
-    @property
-    def vfm(self) -> str:
-        """The foundation model; the first runs did not write it down."""
-        return self.results["protocol"].get("vfm") or (self.cell.vfm if self.cell else "-")
-
-    @property
-    def train(self) -> tuple[str, ...]:
-        """What it was trained on; the first runs did not write it down."""
-        recipe = self.cell.recipe if self.cell else {"DATASETS.TRAIN": ()}
-        return tuple(self.results["protocol"].get("train") or recipe["DATASETS.TRAIN"])
-
-    @property
-    def shared(self) -> tuple:
-        """What all lines of a table have in common."""
-        in_a_line = {"method", "seed", "commit", "iterations", "warmup_iterations"}
-        elsewhere = {"vfm", "train", "test_size", "classes"}
-        protocol = ", ".join(
-            f"{key} {value}"
-            for key, value in self.results["protocol"].items()
-            if key not in in_a_line | elsewhere
-        )
-        return (self.table, self.profile, self.vfm, self.train, tuple(self.scores), protocol)
+    def setting(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """The foundation model, the training data and the test sets."""
+        run = self.runs[0]
+        return run.vfm, run.train, tuple(self.results[0].scores)
 
     @property
     def line(self) -> list[str]:
-        """Its line of the table."""
-        protocol = self.results["protocol"]
-        warmup = protocol["warmup_iterations"]
-        config = self.cell.config if self.cell else ""
+        """The model's line of its table."""
+        run, results = self.runs[0], self.results[0]
+        title, page = STUDIES[self.study]
+        warmup = results.protocol["warmup_iterations"]
         return [
-            self.row,
-            str(protocol["seed"]),
-            f"{warmup} + {protocol['iterations'] - warmup}",
-            f"{self.results['tuned_parameters'] / 1e6:.2f} M",
-            *(f"{score:.2f}" for score in self.scores.values()),
-            f"[{Path(config).name}](configs/{config})" if config else "-",
-            protocol.get("commit") or "unknown",
+            f"[{title}](docs/results/{page})",
+            run.entry,
+            "-" if run.rate is None else f"{run.rate:g}",
+            f"{warmup} + {results.protocol['iterations'] - warmup}",
+            str(len(self.runs)),
+            "-" if results.tuned_parameters is None else f"{results.tuned_parameters / 1e6:.2f} M",
+            *(format_mean([r.scores[name] for r in self.results]) for name in results.scores),
         ]
 
 
-def read_run(file: Path, results: Path) -> Run:
-    """Reads a run.
+def read_models(table: Path) -> Iterator[Model]:
+    """Reads the models of a study, without the learning rates that a search rejected.
 
     Args:
-        file: its ``results.json``.
-        results: the folder of all tables.
+        table: The study's table.
 
-    Raises:
-        ValueError: if the names of its folders do not say which table, row and seed it is of.
+    Yields:
+        The models, those on the dev sets first.
     """
-    content = json.loads(file.read_text())
-    seed = content["protocol"]["seed"]
-    table, *below = file.relative_to(results).parent.parts
-    named = [part for part in below if re.fullmatch(rf".+_{seed}", part)]
-    if not named:
-        raise ValueError(f"{file}: lay it into {results}/<table>/<row>_{seed}/, as the bench does")
-    row = named[-1].removesuffix(f"_{seed}")
-    run = Run(table, row, content, "", None)
-    for name, profile in PROFILES.items() if table in TABLES else ():
-        tests = [*chain(*profile.test.values())] or TABLES[table].test
-        if not {*run.scores} <= {*profile.dev, *tests}:
-            continue
-        (cell,) = make_cells(
-            [find_row(row.partition("@")[0])],  # after the @ stands what a sweep changes
-            [content["protocol"].get("vfm") or profile.vfms[0]],
-            [seed],
-            profile=profile,
-            source=TABLES[table].source if name == "paper" else "",
-            output=Path(),
-            rates={},
-        )
-        found = Run(table, row, content, name, cell)
-        if found.train == tuple(cell.recipe["DATASETS.TRAIN"]):
-            return found
-    return run
+    groups: dict[tuple[bool, str, str], list[StudyRun]] = {}
+    for run in read_table(table):
+        groups.setdefault((run.tested, run.vfm, run.entry), []).append(run)
+    searched = {run.seed for runs in groups.values() for run in runs if _has_other_rate(run, runs)}
+    names = entry_names()
+    for tested, vfm, entry in sorted(
+        groups, key=lambda key: (*key[:2], names.index(key[2].partition("@")[0]), key[2])
+    ):
+        runs = groups[tested, vfm, entry]
+        kept = [run for run in runs if run.seed not in searched]
+        if not kept:
+            choice = read_choices(table / vfm)[entry]["rate"] if runs[0].rate is not None else None
+            kept = [run for run in runs if run.rate == choice]
+        results = [run.results(table) for run in kept]
+        yield Model(table.stem, kept, results)
 
 
-def section(runs: Sequence[Run]) -> str:
-    """A heading, how its runs came about, and their table."""
-    table, profile, vfm, train, sets, protocol = runs[0].shared
-    words = [f"`{vfm}`, trained on {', '.join(train)}; {protocol}."]
-    dev = PROFILES[profile].dev if profile else ()
-    # Where there are no sets to choose on, all that is scored is a test.
-    kind = "dev" if {*sets} <= {*dev} else "test" if dev else ""
-    own = f"docs/results/{table}.md"
-    about = own if (ROOT / own).is_file() else "docs/results/tables.md"
-    words.append(f"A reading: [{about}]({about}).")
-    title = TABLES[table].title if table in TABLES else table
-    lines = [f"## {title}" + (f", {kind} sets" if kind else ""), " ".join(words)]
-    if profile:
-        data = " and ".join(dict.fromkeys(name.split("_")[0] for name in (*train, *sets)))
-        command = f"python -m fishertune_d2.bench {table} --profile {profile}"
-        command += " --methods ROW --seeds N" + (" --test" if kind == "test" else "")
-        lines.append(f"```sh\n# needs data: {data}\n{command}\n```")
-    headers = ["row", "seed", "steps", "weights tuned", *sets, "config", "commit"]
-    cells = [run.line for run in runs]
-    return "\n\n".join([*lines, tabulate(cells, headers, tablefmt="github", disable_numparse=True)])
+def _has_other_rate(run: StudyRun, runs: Sequence[StudyRun]) -> bool:
+    return any(other.seed == run.seed and other.rate != run.rate for other in runs)
+
+
+def section(models: Sequence[Model]) -> str:
+    """Returns the heading and the table of models with the same setting."""
+    vfm, train, sets = models[0].setting
+    every = [results for model in models for results in model.results]
+    require_same_protocol(every, vary=(*ENTRY, *LENGTH, "seed"))
+    headers = ["setting", "method", "rate", "steps", "seeds", "weights tuned", *sets]
+    lines = [model.line for model in models]
+    table = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return f"## `{vfm}`, trained on {', '.join(train)}: {', '.join(sets)}\n\n{table}"
 
 
 def page(results: Path) -> str:
-    """The page.
+    """Makes the text of MODEL_ZOO.md.
 
     Args:
-        results: the folder of all tables.
+        results: The folder of all tables of runs.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: A study has no title; the message names its file.
     """
-    runs = [read_run(file, results) for file in results.rglob("results.json")]
-    runs.sort(key=lambda run: (run.shared, _place(run), run.results["protocol"]["seed"]))
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.shared, []).append(run)
-    large = any(re.search(r"_vit(l|h|g|7b)", run.vfm) for run in runs)
+    tables = sorted(results.glob("*.jsonl"))
+    unknown = [str(table) for table in tables if table.stem not in STUDIES]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: add a title and a page to STUDIES of tools/model_zoo.py"
+        )
+    tables.sort(key=lambda table: list(STUDIES).index(table.stem))
+    groups: dict[tuple, list[Model]] = {}
+    for table in tables:
+        for model in read_models(table):
+            groups.setdefault(model.setting, []).append(model)
+    large = any(re.search(r"_vit(l|h|g|7b)", vfm) for vfm, *_ in groups)
     head = HEAD.format(large="" if large else NONE_LARGE)
     return "\n\n".join([head, *map(section, groups.values())]) + "\n"
-
-
-def _place(run: Run) -> tuple[int, str]:
-    rows = TABLES[run.table].rows if run.table in TABLES else ()
-    return (rows.index(run.row) if run.row in rows else len(rows), run.row)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each form of the score would select from one estimate, and what they have in common.
+"""Compares the selections that each form of the score makes from one Fisher estimate.
 
 python -m fishertune_d2.analysis.forms OUTPUT_DIR [--share 0.05]
 """
@@ -18,14 +18,18 @@ from fishertune_d2.fisher import (
     relative_change,
 )
 from fishertune_d2.fisher.score import FORMS
+from fishertune_d2.run import Run
 
 
 def select_by_each(estimate: FisherEstimate, share: float) -> dict[str, Selection]:
-    """The selection by F alone, by dF alone, and by DRF in each form with its defaults.
+    """Selects by F alone, by dF alone, and by DRF in each form with its defaults.
 
     Args:
-        estimate: with F(x').
-        share: of the candidates' tensors, in [0, 1].
+        estimate: The estimate, with F(x').
+        share: The share of the candidates' tensors to select, in [0, 1].
+
+    Returns:
+        The selections, by the name of the score.
     """
     base = sum(value.numel() for value in estimate.values())
     scores = {"F": estimate.f, "dF": relative_change(estimate.f, estimate.shifted, eps=1e-8)}
@@ -35,7 +39,7 @@ def select_by_each(estimate: FisherEstimate, share: float) -> dict[str, Selectio
 
 
 def table(selections: dict[str, Selection]) -> str:
-    """Formats, in percent, what each selection shares with the others and where it lies."""
+    """Formats each selection's overlap with the others and its share of each kind, in percent."""
     rows = []
     for name, selection in selections.items():
         counts = selection.summary()
@@ -52,11 +56,10 @@ def table(selections: dict[str, Selection]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of a run that estimated")
-    parser.add_argument("--share", type=float, default=0.05, help="of the candidates' tensors")
+    parser.add_argument("output_dir", type=Path, help="the OUTPUT_DIR of a run that estimated")
+    parser.add_argument(
+        "--share", type=float, default=0.05, help="the share of the candidates' tensors to select"
+    )
     args = parser.parse_args()
-    file = args.output_dir / "fisher.safetensors"
-    if not file.is_file():
-        parser.error(f"there is no {file.name} in {args.output_dir}: its run estimated nothing")
     with ending_in_a_sentence():
-        print(table(select_by_each(FisherEstimate.load(file), args.share)))
+        print(table(select_by_each(Run(args.output_dir).load_estimate(), args.share)))

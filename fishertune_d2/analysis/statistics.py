@@ -1,4 +1,4 @@
-"""What several seeds say: a mean and its spread, and a difference with its confidence interval."""
+"""Means and standard deviations over seeds, and differences with confidence intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,20 +10,19 @@ CONFIDENCE = 0.95
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and the standard deviation of a sample (n - 1); None of a single value."""
+    """Returns the mean and the standard deviation of a sample (n - 1), None for a single value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference between two rows, taken seed by seed.
+    """A difference between two methods, taken seed by seed.
 
     Attributes:
-        pairs: seeds that both have.
-        mean: over the seeds.
-        low: lower end of the interval that holds the true mean in 95 of 100 cases, by Student's t;
-            None if there is one pair only.
-        high: its upper end.
+        pairs: The number of seeds that both have.
+        mean: The mean difference.
+        low: The lower end of the 95 % confidence interval (Student's t); None for a single pair.
+        high: The upper end of the interval.
     """
 
     pairs: int
@@ -33,11 +32,14 @@ class Difference:
 
 
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Our scores minus theirs, over the seeds that both have; None if there is no such seed.
+    """Subtracts their scores from ours, over the seeds that both have.
 
     Args:
-        ours: by seed.
-        theirs: by seed.
+        ours: Our score of each seed.
+        theirs: Their score of each seed.
+
+    Returns:
+        The difference; None if no seed is common.
     """
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if not differences:
@@ -51,15 +53,15 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
 
 
 def format_mean(values: Sequence[float]) -> str:
-    """``mean ± standard deviation`` of a sample; of a single value the value alone."""
+    """Formats ``mean ± standard deviation`` of a sample; a single value stands alone."""
     mean, std = mean_and_std(values)
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
 def format_difference(difference: Difference | None) -> str:
-    """``mean [low, high]``, with signs; of one pair it says so; without any a dash."""
+    """Formats ``mean [low, high]`` with signs, or ``mean (one seed)``, or a dash for None."""
     if difference is None:
         return "-"
-    if difference.low is None:
+    if difference.low is None or difference.high is None:
         return f"{difference.mean:+.2f} (one seed)"
     return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"

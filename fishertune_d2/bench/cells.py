@@ -1,35 +1,37 @@
-"""Cells: a row, a foundation model and a seed; what each runs, and what cells share.
+"""The cells of a table: an entry, a foundation model and a seed, with the config to run.
 
-Two things are made once and taken by every other cell of the same seed and foundation model for
-which they would come out the same: the warm-up, and the Fisher estimate. Whether they would is read
-off the configs. The first cell in the table that needs one makes it.
+Cells with the same seed, foundation model and relevant settings share one warm-up and one Fisher
+estimate. The configs decide whether settings are equal. The first cell that needs one makes it.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
+from fishertune_d2.analysis.study import read_results
 from fishertune_d2.config import CONFIGS, get_config_file, read_config
 from fishertune_d2.engine.run_record import changes_estimate, changes_warmup, defining_keys
+from fishertune_d2.run import Results, Run, RunError
 from fishertune_d2.tuning import build_tuning_method
 
-from .tables import FREEZE, RATE, Profile, Row
+from .tables import FREEZE, RATE, Entry, Profile
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Something that one cell makes and others take.
+    """A file that one cell makes and others use.
 
     Attributes:
-        words: what messages call it.
-        file: its name in the folder of the cell that makes it.
-        key: of the config, takes the file.
+        words: The name in messages.
+        file: The name of the file in the folder of the cell that makes it.
+        key: The key of the config that names the file to use.
     """
 
     words: str
@@ -46,19 +48,19 @@ class Cell:
     """One run.
 
     Attributes:
-        row: how to tune.
-        vfm: a name in ``fishertune_d2.modeling.VFMS``.
+        entry: The method with its options.
+        vfm: A name in ``fishertune_d2.modeling.VFMS``.
         seed: SEED.
-        rate: the chosen RATE; None for the config's.
-        folder: OUTPUT_DIR.
-        config: the config, by its name for ``get_config_file``.
-        options: keys and values in turn, but for test sets and for what is shared.
-        recipe: the keys that say what is trained, and their values.
-        shared: where what it shares lies once it is made.
-        makes: what of it this cell makes; the rest it takes.
+        rate: The value of RATE; None uses the config's.
+        folder: OUTPUT_DIR, or the run's path in a study's table.
+        config: The config's name for ``get_config_file``.
+        options: Keys and values in turn, without test sets and shared files.
+        recipe: The keys that define the training, and their values.
+        shared: The paths of the shared files.
+        makes: The shared files that this cell makes; it takes the others.
     """
 
-    row: Row
+    entry: Entry
     vfm: str
     seed: int
     rate: float | None
@@ -71,26 +73,26 @@ class Cell:
 
     @property
     def takes(self) -> dict[Shared, Path]:
-        """What others make for it."""
+        """The shared files that other cells make."""
         return {what: path for what, path in self.shared.items() if what not in self.makes}
 
     def arguments(self, sets: Sequence[str]) -> list[str]:
-        """The arguments with which fishertune_d2.train trains it, or goes on with it.
+        """Returns the arguments with which fishertune_d2.train trains the cell or resumes it.
 
         Args:
-            sets: data sets to score it on at the end.
+            sets: The data sets to score it on at the end.
         """
-        paths = {WARMUP.key: "", ESTIMATE.key: ""}  # in place of what a config may say
+        paths = {WARMUP.key: "", ESTIMATE.key: ""}  # overrides files that a config names
         paths |= {what.key: str(path) for what, path in self.takes.items()}
         taken = [word for pair in paths.items() for word in pair]
         return [*self._start(self.folder, sets, "--resume"), *taken]
 
     def score_arguments(self, sets: Sequence[str], folder: Path) -> list[str]:
-        """The arguments with which fishertune_d2.train scores it, once it is trained.
+        """Returns the arguments with which fishertune_d2.train scores the trained cell.
 
         Args:
-            sets: data sets.
-            folder: where the results go.
+            sets: The data sets.
+            folder: The folder for the results.
         """
         return [*self._start(folder, sets, "--eval-only"), "MODEL.WEIGHTS", str(self.weights)]
 
@@ -100,28 +102,26 @@ class Cell:
 
     @property
     def weights(self) -> Path:
-        """The trained model; there once training is over."""
-        return self.folder / "model_final.pth"
+        """The trained model's file; it exists once training has finished."""
+        return Run(self.folder).checkpoint
 
-    def results(self, sets: Sequence[str], name: str) -> dict[str, Any] | None:
-        """Its results on the data sets, if they are there.
+    def results(self, sets: Sequence[str], name: str) -> Results | None:
+        """Returns the scores on the data sets; None if they are missing or damaged.
 
         Args:
-            sets: data sets, all of which must have been scored.
-            name: folder below its own for what was scored after training; looked at second.
+            sets: The data sets, all of which must be scored.
+            name: The folder below the cell's for scores that were made after training.
         """
-        for file in (self.folder / "results.json", self.folder / name / "results.json"):
-            try:
-                results = json.loads(file.read_text())
-            except (OSError, json.JSONDecodeError):  # none, or cut off while it was written
-                continue
-            if {*sets} <= {*results["source"], *results["targets"]}:
-                return results
+        for folder in (self.folder, self.folder / name):
+            with suppress(RunError):  # there are none, or a kill cut the file off
+                results = read_results(folder)
+                if {*sets} <= results.scores.keys():
+                    return results
         return None
 
 
 def make_cells(
-    rows: Iterable[Row],
+    entries: Iterable[Entry],
     vfms: Iterable[str],
     seeds: Iterable[int],
     *,
@@ -131,30 +131,27 @@ def make_cells(
     rates: Mapping[tuple[str, str], Sequence[float]],
     options: Sequence[str] = (),
 ) -> list[Cell]:
-    """The cells of a table in the order of their running, with what they share.
+    """Makes the cells of a table, in the order in which they run.
+
+    An unknown key or method raises a KeyError, and an entry without a config a FileNotFoundError.
 
     Args:
-        rows: of the table.
-        vfms: foundation models.
-        seeds: their seeds.
-        profile: where the configs are.
-        source: the table's folder of configs.
-        output: folder of all cells.
-        rates: for (vfm, ``Row.rate_of``) the values of RATE to run; none for the config's.
-        options: keys and values in turn for every cell.
-
-    Raises:
-        KeyError: if a config has no such key, or a method is not registered.
-        FileNotFoundError: if there is no config for a row.
-        ValueError: if a value does not fit its key.
+        entries: The entries.
+        vfms: The foundation models.
+        seeds: The seeds.
+        profile: The setting, which has the configs.
+        source: The table's folder of configs.
+        output: The folder of all cells.
+        rates: The values of RATE to run, for (vfm, ``Entry.rate_of``); by default the config's.
+        options: Keys and values in turn for every cell.
     """
-    rows, seeds = list(rows), list(seeds)
+    entries, seeds = list(entries), list(seeds)
     cells = []
     for vfm in vfms:
-        for row in rows:
-            for rate in rates.get((vfm, row.rate_of)) or [None]:
+        for entry in entries:
+            for rate in rates.get((vfm, entry.rate_of)) or [None]:
                 for seed in seeds:
-                    cell = _make(row, vfm, seed, rate, profile, source, output, options)
+                    cell = _make(entry, vfm, seed, rate, profile, source, output, options)
                     cells.append(cell)
     unique = {cell.folder: cell for cell in reversed(cells)}
     cells = [cell for cell in cells if unique[cell.folder] is cell]
@@ -162,7 +159,7 @@ def make_cells(
 
 
 def _make(
-    row: Row,
+    entry: Entry,
     vfm: str,
     seed: int,
     rate: float | None,
@@ -171,22 +168,22 @@ def _make(
     output: Path,
     extra: Sequence[str],
 ) -> Cell:
-    config, own = _find_config(row, vfm, profile, source)
-    options = ["TUNING.METHOD", row.method, "MODEL.VFM.NAME", vfm, "SEED", str(seed)]
-    options += [*row.options, *extra]
+    config, own = _find_config(entry, vfm, profile, source)
+    options = ["TUNING.METHOD", entry.method, "MODEL.VFM.NAME", vfm, "SEED", str(seed)]
+    options += [*entry.options, *extra]
     cfg = read_config(get_config_file(config), options)
     method = build_tuning_method(cfg)
     multiplier = rate
     if rate is None and RATE not in options and not own and getattr(method, "adds", False):
-        multiplier = 1.0  # what is added learns as fast as the head, as its authors do
+        multiplier = 1.0  # added parameters learn as fast as the head, as in their papers
     if multiplier is not None:
         options += [RATE, str(multiplier)]
         cfg = read_config(get_config_file(config), options)
-    name = row.name if rate is None else f"{row.name}@rate={rate:g}"
+    name = entry.name if rate is None else f"{entry.name}@rate={rate:g}"
     place = output / (source or ".") / vfm
     recipe = defining_keys(cfg)
     return Cell(
-        row,
+        entry,
         vfm,
         seed,
         rate,
@@ -198,20 +195,20 @@ def _make(
     )
 
 
-def _find_config(row: Row, vfm: str, profile: Profile, source: str) -> tuple[str, bool]:
-    """The config that a row starts from, and whether it is its method's own."""
-    # dinov2_vitl is the model of configs/fishertune_dinov2.yaml; MODEL.VFM.NAME is set in any case.
+def _find_config(entry: Entry, vfm: str, profile: Profile, source: str) -> tuple[str, bool]:
+    """Returns an entry's config, and whether it is its method's own."""
+    # configs/fishertune_dinov2.yaml is for dinov2_vitl; a cell always sets MODEL.VFM.NAME.
     models = (vfm, vfm.rpartition("_")[0])
     tried = []
-    for pattern, names in ((profile.config, (row.method, row.config)), (profile.base, ("",))):
+    for pattern, names in ((profile.config, (entry.method, entry.config)), (profile.base, ("",))):
         for name in names:
             for model in models:
-                path = pattern.format(source=source, row=name, vfm=model)
+                path = pattern.format(source=source, method=name, vfm=model)
                 if (CONFIGS / path).is_file():
-                    return path, name == row.method
+                    return path, name == entry.method
                 tried.append(path)
     raise FileNotFoundError(
-        f"no config for {row.name} with {vfm}: looked in {CONFIGS} for "
+        f"no config for {entry.name} with {vfm}: looked in {CONFIGS} for "
         f"{', '.join(dict.fromkeys(tried))}"
     )
 
@@ -219,23 +216,24 @@ def _find_config(row: Row, vfm: str, profile: Profile, source: str) -> tuple[str
 def _shared(
     cfg: CfgNode, recipe: Mapping[str, Any], folder: Path, estimates: bool
 ) -> dict[Shared, Path]:
-    """Files in which what a run can share lies, named by all that it depends on."""
+    """Returns the paths of a run's shared files, named by a digest of all that they depend on."""
     shared = {}
     if cfg.TUNING.WARMUP_ITERS:
         warmup = {key: value for key, value in recipe.items() if changes_warmup(key)}
-        shared[WARMUP] = folder / f"warmup_{cfg.SEED}_{_digest(warmup)}.pth"
+        shared[WARMUP] = folder / f"warmup_{cfg.SEED}_{digest(warmup)}.pth"
     if estimates:
         estimate = {key: value for key, value in recipe.items() if changes_estimate(key)}
-        shared[ESTIMATE] = folder / f"fisher_{cfg.SEED}_{_digest(estimate)}.safetensors"
+        shared[ESTIMATE] = folder / f"fisher_{cfg.SEED}_{digest(estimate)}.safetensors"
     return shared
 
 
-def _digest(keys: Mapping[str, Any]) -> str:
+def digest(keys: Mapping[str, Any]) -> str:
+    """Returns a short name for the values of keys."""
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _let_first_make(cells: Sequence[Cell]) -> list[Cell]:
-    """Lets the first cell with each shared file make it, unless it is there; those run first."""
+    """Lets the first cell with each shared file make it, unless it exists."""
     made: set[Path] = set()
     result = []
     for cell in cells:
@@ -248,7 +246,7 @@ def _let_first_make(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def makers(cells: Sequence[Cell]) -> dict[Path, set[Path]]:
-    """For each cell's folder, those of the cells that make what it takes."""
+    """Returns for each cell's folder the folders of the cells that make its shared files."""
     made_in = {cell.shared[what]: cell.folder for cell in cells for what in cell.makes}
     return {
         cell.folder: {made_in[path] for path in cell.takes.values() if path in made_in}
@@ -256,38 +254,37 @@ def makers(cells: Sequence[Cell]) -> dict[Path, set[Path]]:
     }
 
 
-def sweep_rows(
-    row: Row, key: str, values: Sequence[str], *, vfm: str, profile: Profile, source: str
-) -> list[Row]:
-    """The row with each value of a key; the row itself for the value that its config has.
+def sweep_entries(
+    entry: Entry, key: str, values: Sequence[str], *, vfm: str, profile: Profile, source: str
+) -> list[Entry]:
+    """Returns the entry with each value of a key; for the value of its config the entry itself.
+
+    An entry without a config raises a FileNotFoundError.
 
     Args:
-        row: to change.
-        key: of the config.
-        values: as on a command line.
-        vfm: foundation model whose config tells.
-        profile: where the configs are.
-        source: the table's folder of configs.
-
-    Raises:
-        FileNotFoundError: if there is no config for the row.
+        entry: The entry to change.
+        key: The key of the config.
+        values: The values, as on a command line.
+        vfm: The foundation model whose config counts.
+        profile: The setting, which has the configs.
+        source: The table's folder of configs.
     """
-    config, _ = _find_config(row, vfm, profile, source)
-    plain = ["TUNING.METHOD", row.method, *row.options]
+    config, _ = _find_config(entry, vfm, profile, source)
+    plain = ["TUNING.METHOD", entry.method, *entry.options]
     before = read_config(get_config_file(config), plain)
     return [
-        row
+        entry
         if read_config(get_config_file(config), [*plain, key, value]) == before
-        else row.with_options(f"{key}={value}", key, value)
+        else entry.with_options(f"{key}={value}", key, value)
         for value in values
     ]
 
 
 def file_name(text: str) -> str:
-    """The text with what a folder's name should not hold replaced."""
+    """Replaces the characters that do not belong in a folder's name."""
     return re.sub(r"[^\w.@=+-]+", "-", text).strip("-")
 
 
-def needs_rate(row: Row) -> bool:
-    """Whether a row trains something of the backbone, so that its learning rate matters."""
-    return row.method != FREEZE and RATE not in row.options
+def needs_rate(entry: Entry) -> bool:
+    """Whether an entry trains in the backbone, so that its learning rate matters."""
+    return entry.method != FREEZE and RATE not in entry.options

@@ -1,4 +1,4 @@
-"""Where a cell's command runs: in a process here, or in a job of SLURM's through submitit."""
+"""Runs a cell's command in a process of this machine, or in a SLURM job through submitit."""
 
 import os
 import queue
@@ -16,14 +16,13 @@ import torch
 
 @dataclass(frozen=True)
 class Attempt:
-    """How a command went.
+    """The exit code and the cost of a command.
 
     Attributes:
-        exit_code: of the process; negative if a signal ended it.
-        seconds: wall time.
-        peak_memory_gb: the process's largest resident set, or that of a child of its own if that
-            is larger, in 10^9 bytes. Linux starts to count from what this process, which only
-            waits, has taken, so it is never below that.
+        exit_code: The exit code of the process; negative if a signal ended it.
+        seconds: The wall time.
+        peak_memory_gb: The largest resident set of the process or of one of its children, in 10^9
+            bytes. It is at least the bench's own peak, from which Linux starts to count.
     """
 
     exit_code: int
@@ -37,20 +36,23 @@ def execute(
     variables: Mapping[str, str],
     running: set[int] | None = None,
 ) -> Attempt:
-    """Runs a command to its end.
+    """Runs a command and waits for its end.
 
     Args:
-        command: and its arguments.
-        log: file that its output is added to.
-        variables: of the environment, beside those of this process.
-        running: holds the process's id meanwhile.
+        command: The command and its arguments.
+        log: The file to which the output is appended.
+        variables: Environment variables to set, in addition to those of this process.
+        running: A set that holds the process's id while it runs.
+
+    Returns:
+        The exit code and the cost.
     """
     running = set() if running is None else running
     start = time.monotonic()
     with open(log, "a") as out:
         process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=out, stderr=out)
         running.add(process.pid)
-        # Popen.wait() would not say what the process used.
+        # Popen.wait() does not report the memory of the process.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         running.discard(process.pid)
@@ -59,10 +61,10 @@ def execute(
 
 
 class Local:
-    """Processes on this machine, which share its cores and its GPUs evenly.
+    """Runs processes on this machine; they share its cores and its GPUs evenly.
 
     Args:
-        jobs: how many at a time.
+        jobs: The number of processes at a time.
     """
 
     def __init__(self, jobs: int):
@@ -76,7 +78,7 @@ class Local:
         self._gpus = visible.split(",") if visible and count else [str(i) for i in range(count)]
 
     def run(self, command: Sequence[str], log: Path) -> Attempt:
-        """See :func:`execute`; waits for the end."""
+        """Runs a command; see :func:`execute`."""
         slot = self._slots.get()
         try:
             threads = max(1, (os.cpu_count() or 1) // self.jobs)
@@ -88,25 +90,25 @@ class Local:
             self._slots.put(slot)
 
     def stop(self) -> None:
-        """Asks the processes to write a checkpoint and leave."""
+        """Asks the processes to write a checkpoint and exit."""
         for process in list(self._running):
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(process, signal.SIGTERM)
 
 
 class Submitit:
-    """Jobs that submitit hands to SLURM.
+    """Submits jobs to SLURM through submitit.
 
     Args:
-        folder: for submitit's own files; must be seen by all machines.
-        parameters: of ``submitit.AutoExecutor``, as ``slurm_partition=gpu``.
+        folder: The folder for submitit's own files, which all machines must see.
+        parameters: Parameters of ``submitit.AutoExecutor``, such as ``slurm_partition=gpu``.
 
     Raises:
-        ImportError: if submitit is not installed.
-        ValueError: if a parameter is no ``name=value``.
+        ImportError: submitit is not installed.
+        ValueError: A parameter is not written as ``name=value``.
     """
 
-    jobs = 256  # waiting for a job takes a thread; SLURM has limits of its own
+    jobs = 256  # each waiting job needs a thread; SLURM limits how many run
 
     def __init__(self, folder: Path, parameters: Sequence[str]):
         try:
@@ -127,18 +129,18 @@ class Submitit:
         self._submitted: list = []
 
     def run(self, command: Sequence[str], log: Path) -> Attempt:
-        """See :func:`execute`; waits for the end of the job."""
+        """Runs a command in a job, and waits for its end; see :func:`execute`."""
         start = time.monotonic()
         job = self._executor.submit(execute, command, log, {})
         self._submitted.append(job)
         try:
             return job.result()
-        except Exception as error:  # submitit's: the job was cancelled, or its machine failed
+        except Exception as error:  # from submitit: the job was cancelled, or its machine failed
             with open(log, "a") as out:
                 print(f"the job has no result: {error}", file=out)
             return Attempt(1, time.monotonic() - start, 0.0)
 
     def stop(self) -> None:
-        """Cancels the jobs: their processes write a checkpoint and leave."""
+        """Cancels the jobs; their processes write a checkpoint and exit."""
         for job in list(self._submitted):
             job.cancel()

@@ -1,4 +1,4 @@
-"""Trains and scores cells: what is finished is skipped, what was cut off goes on."""
+"""Trains and scores cells: finished cells are skipped, interrupted cells are resumed."""
 
 import json
 import os
@@ -27,12 +27,12 @@ DONE, FAILED, STOPPED = "done", "failed", "stopped"
 
 
 class Runner:
-    """Runs cells in their order; each as soon as what it takes from others is made.
+    """Runs cells in their order, each as soon as the shared files that it takes are made.
 
     Args:
-        launcher: runs commands.
-        train: the command that trains, without arguments.
-        say: called with each line for the person.
+        launcher: Runs the commands.
+        train: The command that trains, without arguments.
+        say: Prints a line for the user.
     """
 
     def __init__(
@@ -47,19 +47,19 @@ class Runner:
         self._stopping = False
 
     def train(self, cells: Sequence[Cell], sets: Sequence[str], name: str) -> bool:
-        """Trains what is not trained yet, and scores it.
+        """Trains and scores the cells that are not finished.
+
+        A signal to this process or to a training ends in a SystemExit with the exit code of
+        preemption. The same command then resumes the cells.
 
         Args:
-            cells: all that share something with each other.
-            sets: data sets to score on.
-            name: folder for the results of a cell that was trained, and scored on others, before.
+            cells: All cells that share files with each other.
+            sets: The data sets to score on.
+            name: The folder, below the cell's own, for results of a cell that was trained and
+                scored on other data sets before.
 
         Returns:
-            Whether all are finished.
-
-        Raises:
-            SystemExit: if a signal came, or one reached the training; with its exit code of
-                preemption, for the same command goes on from there.
+            Whether all cells are finished.
         """
 
         def run(cell: Cell) -> str:
@@ -75,7 +75,7 @@ class Runner:
                 *cell.folder.glob("model_[0-9]*.pth"),
                 *cell.folder.glob("model_preempted.pth"),
             ):
-                checkpoint.unlink()  # of no use any more, and large
+                checkpoint.unlink()  # large, and no longer needed
             return self._share(cell)
 
         return self._all(
@@ -83,18 +83,15 @@ class Runner:
         )
 
     def score(self, cells: Sequence[Cell], sets: Sequence[str], name: str) -> bool:
-        """Scores what is trained, into the folder ``name`` of each cell.
+        """Scores trained cells. A signal ends as in :meth:`train`.
 
         Args:
-            cells: all trained.
-            sets: data sets.
-            name: folder below the cell's.
+            cells: The cells, all trained.
+            sets: The data sets.
+            name: The folder for the results, below the cell's own.
 
         Returns:
-            Whether all are scored.
-
-        Raises:
-            SystemExit: as in :meth:`train`.
+            Whether all cells are scored.
         """
 
         def run(cell: Cell) -> str:
@@ -102,8 +99,7 @@ class Runner:
                 return DONE
             return self._score(cell, sets, cell.folder / name)
 
-        free = {cell.folder: set() for cell in cells}
-        return self._all(cells, free, run, lambda cell: cell.results(sets, name) is not None)
+        return self._all(cells, {}, run, lambda cell: cell.results(sets, name) is not None)
 
     def _all(
         self,
@@ -118,7 +114,7 @@ class Runner:
         def one(cell: Cell) -> None:
             before, start = finished(cell), time.monotonic()
             end = STOPPED if self._stopping else run(cell)
-            with saying:  # or two cells that end together have one number, on one line
+            with saying:  # else two cells that end together share a number and a line
                 ends.append(end)
                 if end == DONE:
                     end = "done before" if before else f"done in {time.monotonic() - start:.0f} s"
@@ -126,10 +122,10 @@ class Runner:
                     self.say(f"[{len(ends)}/{len(cells)}] {cell.folder}: {end}")
 
         with self._listening(), ThreadPoolExecutor(self.launcher.jobs) as pool:
-            waiting, over = list(cells), set()
+            waiting, over = list(cells), set[Path]()
             running: dict[Future, Path] = {}
             while waiting or running:
-                free = [cell for cell in waiting if after[cell.folder] <= over]
+                free = [cell for cell in waiting if after.get(cell.folder, set()) <= over]
                 for cell in free[: self.launcher.jobs - len(running)]:
                     waiting.remove(cell)
                     running[pool.submit(one, cell)] = cell.folder
@@ -144,7 +140,7 @@ class Runner:
     def _train(self, cell: Cell, sets: Sequence[str]) -> str:
         for what, path in cell.takes.items():
             if not path.is_file():
-                return f"{FAILED}: the {what.words} that it takes is not there, {path}"
+                return f"{FAILED}: the {what.words} that it takes is missing, {path}"
         return self._attempt(cell, cell.arguments(sets), cell.folder)
 
     def _score(self, cell: Cell, sets: Sequence[str], folder: Path) -> str:
@@ -162,12 +158,15 @@ class Runner:
         return DONE
 
     def _share(self, cell: Cell) -> str:
-        """Lays what the cell made where others take it; keeps one copy on disk of what it took."""
+        """Links the files that the cell made to their shared paths, and those that it took back.
+
+        So each shared file takes its disk space once.
+        """
         for what, path in cell.shared.items():
             file = cell.folder / what.file
             if what in cell.makes:
                 if not file.is_file():
-                    return f"{FAILED}: it left no {what.words}, {file}; remove its folder"
+                    return f"{FAILED}: it left no {what.words}, {file}; delete its folder"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _link(file, path)
             elif file.is_file() and path.is_file() and not file.samefile(path):
@@ -176,7 +175,7 @@ class Runner:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Passes signals on: a cell that is asked to leave writes a checkpoint first."""
+        """Passes signals on to the running cells, which write a checkpoint and exit."""
 
         def stop(number: int, frame: object) -> None:
             self._stopping = True
@@ -199,19 +198,19 @@ def _link(source: Path, target: Path) -> None:
 
 
 def record(cell: Cell, command: Sequence[str], attempt: Attempt, folder: Path) -> None:
-    """Writes ``cell.json``: what was run, with what, and what it took, attempt by attempt.
+    """Writes ``cell.json``: the config, the command, and the cost of each attempt.
 
     Args:
-        cell: what was run.
-        command: with which.
-        attempt: how it went.
+        cell: The cell.
+        command: The command that ran it.
+        attempt: Its exit code and its cost.
         folder: OUTPUT_DIR.
     """
     path = folder / "cell.json"
     earlier = json.loads(path.read_text())["attempts"] if path.is_file() else []
     attempts = [*earlier, {**asdict(attempt), "commit": commit()}]
     text = {
-        "row": cell.row.name,
+        "entry": cell.entry.name,
         "vfm": cell.vfm,
         "seed": cell.seed,
         "rate": cell.rate,
@@ -233,22 +232,25 @@ def _versions() -> dict[str, str | None]:
     for name in ("torch", "timm", "transformers", "fishertune-d2"):
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # a checkout that is not installed; the commit says more
+        except PackageNotFoundError:  # a checkout that is not installed; the record has its commit
             versions[name] = None
     return versions
 
 
 def _gpu_memory(log: Path) -> int | None:
-    """What torch says it allocated at most, in MiB: Detectron2 logs it where there is a GPU."""
+    """Returns the peak of torch's GPU memory in MiB; Detectron2 logs it if there is a GPU."""
     found = re.findall(r"max_mem: (\d+)M", log.read_text()) if log.is_file() else []
     return max(map(int, found), default=None)
 
 
 def require_same_recipe(cells: Sequence[Cell]) -> None:
-    """Refuses cells whose folders hold a run of another recipe; as RunRecord, before any starts.
+    """Refuses cells whose folders hold a run of another recipe, before any cell starts.
+
+    Args:
+        cells: The cells.
 
     Raises:
-        ValueError: names the folders, the keys and their values, then and now.
+        ValueError: The recipes differ; the message names folders, keys, and both values.
     """
     troubles = []
     for cell in cells:
@@ -261,6 +263,6 @@ def require_same_recipe(cells: Sequence[Cell]) -> None:
         ]
     if troubles:
         raise ValueError(
-            "cells were run with another recipe; put it back, or name another --output:\n"
+            "cells were run with another recipe; restore it, or name another --output:\n"
             + "\n".join(troubles)
         )

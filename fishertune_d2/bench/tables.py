@@ -1,7 +1,7 @@
-"""What the bench can run, as data: ``PROFILES``, ``ROWS`` and ``TABLES``.
+"""Everything that the bench can run, as data: ``PROFILES``, ``ENTRIES`` and ``TABLES``.
 
-A profile is a setting of data and recipe, a row a way to tune, a table a list of rows. A new one of
-any is an entry here. Every name of the tuning registry is a row by itself and needs no entry.
+A profile is a setting of data and recipe, an entry is a method with its options, and a table is a
+list of entries. Add a new one of any here. Every method of the tuning registry is an entry already.
 """
 
 from collections.abc import Mapping
@@ -9,24 +9,25 @@ from dataclasses import dataclass, field, replace
 
 from fishertune_d2.tuning import TUNING_REGISTRY
 
-FREEZE = "freeze"  # first in a table, so that the warm-up that others take is its own
-OURS = "fishertune"  # what differences are taken to
+FREEZE = "freeze"  # comes first in a table, so that the others take over its warm-up
+OURS = "fishertune"  # the entry that all others are compared with
 RATE = "SOLVER.BACKBONE_MULTIPLIER"  # the backbone's learning rate, as a share of BASE_LR
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A setting: which configs, and which data to choose on and to test on.
+    """A setting: the configs, and the data sets for choosing and for testing.
 
     Attributes:
-        config: a row's own config, below configs/, with {source}, {row} and {vfm} to fill in.
-        base: the config for rows that have none.
-        vfms: foundation models if none are asked for; empty for those of the table.
-        dev: data sets to choose on and to score on meanwhile; empty if there are none, then runs
-            are scored on the test sets at once.
-        test: data sets of the final test, by the end of the name of the table that shows them, with
-            an average over the unseen of them; empty for those of the table.
-        rates: SOLVER.BACKBONE_MULTIPLIER's values in the search; empty for those of the configs.
+        config: The pattern of a method's own config below configs/, with {source}, {method} and
+            {vfm}.
+        base: The pattern of the config for methods without their own.
+        vfms: The default foundation models; empty uses those of the table.
+        dev: The data sets on which learning rates are chosen and runs are scored before the test.
+            Empty scores runs on the test sets at once.
+        test: Final test sets, keyed by the suffix of their table's name; each table averages its
+            own unseen sets. Empty uses those of the table.
+        rates: The values of SOLVER.BACKBONE_MULTIPLIER to search; empty uses those of the configs.
     """
 
     config: str
@@ -39,18 +40,18 @@ class Profile:
 
 _CAMVID_TEST = ("camvid_day_test", "camvid_dusk_test")
 PROFILES: dict[str, Profile] = {
-    "paper": Profile(config="{source}{row}_{vfm}.yaml", base="{source}fishertune_{vfm}.yaml"),
+    "paper": Profile(config="{source}{method}_{vfm}.yaml", base="{source}fishertune_{vfm}.yaml"),
     "camvid": Profile(
-        config="camvid/{row}.yaml",
+        config="camvid/{method}.yaml",
         base="camvid/Base-camvid.yaml",
         vfms=("dinov2_vits",),
         dev=("camvid_day_val", "camvid_dusk_dev"),
         test={"test": _CAMVID_TEST},
         rates=(0.3, 1.0, 3.0),
     ),
-    # Chosen on CamVid too, so that no shift of the scenes is looked at before the test.
+    # Learning rates are chosen on CamVid: the final test is the first look at the scenes' shifts.
     "streets": Profile(
-        config="streets/{row}.yaml",
+        config="streets/{method}.yaml",
         base="streets/Base-streets.yaml",
         vfms=("dinov2_vits",),
         dev=("camvid_day_val", "camvid_dusk_dev"),
@@ -67,15 +68,15 @@ PROFILES: dict[str, Profile] = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """A way to tune.
+class Entry:
+    """A method with its options, as a table compares it with others.
 
     Attributes:
-        name: what tables and folders call it.
+        name: The name in tables and folders.
         method: TUNING.METHOD.
-        config: the method whose config it starts from if the profile has none of its own method.
-        rate_of: the row whose chosen learning rate it takes: variants of a method take its.
-        options: keys and values in turn, which go before those of the config.
+        config: The method whose config is used if the profile has no config for ``method``.
+        rate_of: The entry whose chosen learning rate is used; a variant uses that of its method.
+        options: Keys and values in turn, which override the config.
     """
 
     name: str
@@ -84,48 +85,48 @@ class Row:
     rate_of: str
     options: tuple[str, ...] = ()
 
-    def with_options(self, mark: str, *options: str) -> "Row":
-        """The row with further options, and a mark of them in its name."""
+    def with_options(self, mark: str, *options: str) -> "Entry":
+        """Returns the entry with further options; its name ends in ``@mark``."""
         return replace(self, name=f"{self.name}@{mark}", options=(*self.options, *options))
 
 
-def _variant(name: str, method: str, *options: str) -> Row:
-    return Row(name, method, method, method, options)
+def _variant(name: str, method: str, *options: str) -> Entry:
+    return Entry(name, method, method, method, options)
 
 
-def _selected(name: str, *options: str) -> Row:
-    return Row(name, name, "fishertune", name, options)
+def _selected(name: str, *options: str) -> Entry:
+    return Entry(name, name, "fishertune", name, options)
 
 
-def _peft(name: str) -> Row:
-    return Row(name, "peft", "peft", name, ("TUNING.PEFT.TYPE", name.upper()))
+def _peft(name: str) -> Entry:
+    return Entry(name, "peft", "peft", name, ("TUNING.PEFT.TYPE", name.upper()))
 
 
 _THIRDS = {"shallow": (0.0, 0.3333), "middle": (0.3333, 0.6667), "deep": (0.6667, 1.0)}
-# A third of the blocks' Q (2.7 % of a ViT-S, 2.8 % of a ViT-L) has to hold it.
+# Q in a third of the blocks must be larger: it is 2.7 % of a ViT-S and 2.8 % of a ViT-L.
 _SHARE_OF_GROUP = ("TUNING.D_MAX", "0.025")
 _GROUPS = tuple(f"{kind}_{part}" for kind in ("q", "k", "v", "ffn") for part in _THIRDS)
 
 
-def _group(name: str) -> Row:
+def _group(name: str) -> Entry:
     kind, part = name.split("_")
     options = ("TUNING.GROUP.KINDS", f"['{kind.upper()}']")
     options += ("TUNING.GROUP.DEPTH", str(list(_THIRDS[part])), *_SHARE_OF_GROUP)
-    return Row(name, "group", "fishertune", "random", options)
+    return Entry(name, "group", "fishertune", "random", options)
 
 
-# As their authors: a warm-up would train queries that the tokens then replace.
+# Their authors use no warm-up either: it would train queries that the tokens then replace.
 _WITHOUT_WARMUP = {name: ("TUNING.WARMUP_ITERS", "0") for name in ("rein", "set")}
 
 
-def _with_perturbation(method: str) -> Row:
+def _with_perturbation(method: str) -> Entry:
     options = (*_WITHOUT_WARMUP.get(method, ()), "TUNING.FEATURE_PERTURBATION", "True")
     return _variant(f"{method}_fp", method, *options)
 
 
-ROWS: dict[str, Row] = {
-    row.name: row
-    for row in (
+ENTRIES: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
         *(_selected(name) for name in ("fisher", "delta_fisher")),
         *(_selected(name) for name in ("random", "random_q", "random_k", "random_v")),
         _selected("childtune"),
@@ -150,15 +151,16 @@ ROWS: dict[str, Row] = {
 }
 
 
-def find_row(name: str) -> Row:
-    """An entry of ``ROWS``, or a tuning method by its name."""
-    return ROWS.get(name) or Row(name, name, name, name)
+def find_entry(name: str) -> Entry:
+    """Returns an entry of ``ENTRIES``, or the entry of the tuning method with this name."""
+    return ENTRIES.get(name) or Entry(name, name, name, name)
 
 
-def rows_of_registry() -> list[str]:
-    """Every name that ``find_row`` makes a row of whose method is registered."""
+def entry_names() -> list[str]:
+    """Returns the name of every entry whose method is registered."""
     methods = [name for name, _ in TUNING_REGISTRY]
-    return list(dict.fromkeys(methods + [r.name for r in ROWS.values() if r.method in methods]))
+    variants = [entry.name for entry in ENTRIES.values() if entry.method in methods]
+    return list(dict.fromkeys(methods + variants))
 
 
 _GTAV, _CITYSCAPES = "", "cityscapes_to_bdd100k/"
@@ -168,23 +170,23 @@ _CBM = ("cityscapes_val", "bdd100k_val", "mapillary_val")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows beside each other.
+    """Entries that are compared with each other.
 
     Attributes:
-        title: what it shows.
-        rows: names for ``find_row``.
-        vfms: foundation models in the profile ``paper``.
-        source: folder of configs in the profile ``paper``, which says what is trained on. All
-            configs/cityscapes_to_*/ train the same model, so tables share those of one.
-        test: test sets in the profile ``paper``, the source's own among them.
-        search: whether the learning rate of each row is chosen first, if the profile has dev
-            sets; if not, the configs' are taken.
-        paper: the table of paper.csv with its numbers; "" if there are none.
-        averages: whether the figure shows averages over unseen domains instead of data sets.
+        title: The title.
+        entries: Names for ``find_entry``.
+        vfms: The foundation models in the profile ``paper``.
+        source: The folder of configs in the profile ``paper``, which fixes the training data. All
+            configs/cityscapes_to_*/ train the same model, so the tables share those of one.
+        test: The test sets in the profile ``paper``, with the source's own.
+        search: Whether the learning rate of each entry is chosen first, if the profile has dev
+            sets; False uses those of the configs.
+        paper: The name of the table in paper.csv; "" if the paper has no numbers for it.
+        averages: Whether the figure shows averages over unseen domains instead of data sets.
     """
 
     title: str
-    rows: tuple[str, ...]
+    entries: tuple[str, ...]
     vfms: tuple[str, ...] = _L
     source: str = _GTAV
     test: tuple[str, ...] = _CBM
@@ -194,10 +196,10 @@ class Table:
 
 
 _RIVALS = (FREEZE, "full", "lora", "adaptformer", "vpt", "vqt", "rein", "childtune")
-_CITY_ROWS = (FREEZE, "full", "rein", "vqt", "childtune", "fishertune")
+_CITY_ENTRIES = (FREEZE, "full", "rein", "vqt", "childtune", "fishertune")
 _TABLE_1 = Table(
     "Table 1: ways to tune, on each foundation model",
-    rows=(*_RIVALS, "set", "fishertune"),
+    entries=(*_RIVALS, "set", "fishertune"),
     vfms=("clip_vitl", "mae_vitl", "sam_vith", "eva02_vitl", "dinov2_vitl"),
     paper="table1",
 )
@@ -205,14 +207,14 @@ TABLES: dict[str, Table] = {
     "table1": _TABLE_1,
     "table2": Table(
         "Table 2: from one city to others",
-        rows=_CITY_ROWS,
+        entries=_CITY_ENTRIES,
         source=_CITYSCAPES,
         test=("cityscapes_val", "bdd100k_val", "acdc_val"),
         paper="table2",
     ),
     "table3": Table(
         "Table 3: adverse weather",
-        rows=_CITY_ROWS,
+        entries=_CITY_ENTRIES,
         vfms=("dinov2_vitl",),
         source=_CITYSCAPES,
         test=(
@@ -223,7 +225,7 @@ TABLES: dict[str, Table] = {
     ),
     "table4": Table(
         "Table 4: which weights to select",
-        rows=(
+        entries=(
             *(FREEZE, "full", "random", "random_q", "random_k", "random_v"),
             *("fisher", "delta_fisher", "fishertune"),
         ),
@@ -233,7 +235,7 @@ TABLES: dict[str, Table] = {
     ),
     "table5": Table(
         "Table 5: perturbed features in training (_fp)",
-        rows=tuple(
+        entries=tuple(
             name + end
             for name in ("adaptformer", "vpt", "rein", "fishertune")
             for end in ("", "_fp")
@@ -245,20 +247,20 @@ TABLES: dict[str, Table] = {
     ),
     "fig3": Table(
         "Fig. 3: one kind in one third of the blocks, as many weights of each",
-        rows=(FREEZE, *_GROUPS, "share_2.5"),
+        entries=(FREEZE, *_GROUPS, "share_2.5"),
         source=_CITYSCAPES,
         test=("cityscapes_val", "bdd100k_val", "acdc_val"),
     ),
     "fig5": Table(
         "Fig. 5: plain and variational estimates, of F and of DRF",
-        rows=("fisher", "fisher_variational", "fishertune", "variational"),
+        entries=("fisher", "fisher_variational", "fishertune", "variational"),
         source=_CITYSCAPES,
         test=("cityscapes_val", "bdd100k_val", "acdc_val"),
     ),
-    # docs/results/selection.md. Its rates were chosen before (docs/results/camvid.md).
+    # For docs/results/selection.md; docs/results/camvid.md says how its learning rates were chosen.
     "selection": Table(
         "Which weights to select",
-        rows=(
+        entries=(
             *(FREEZE, "full", "fishertune", "fisher", "delta_fisher", "random", "random_q"),
             *("random_k", "random_v", "eq7", "eq15", "rank", "share_1", "share_20", "smoothed"),
             *("natural", "variational", "fisher_variational", "sampled_labels"),
@@ -270,9 +272,5 @@ TABLES: dict[str, Table] = {
 
 
 def sweep(key: str) -> Table:
-    """FisherTune with one key changed, as the paper's appendices C and E; its rows are to be made.
-
-    Args:
-        key: of the config.
-    """
-    return Table(f"FisherTune by {key}", rows=("fishertune",), search=key != RATE)
+    """Returns the table for FisherTune with one key of the config changed (appendices C and E)."""
+    return Table(f"FisherTune by {key}", entries=("fishertune",), search=key != RATE)

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("svg")
 import torch
 from fishertune_d2.analysis import (
-    compare, convergence, domains, embedding, features, forms, rows, selection_map, sensitivity_map,
+    compare, convergence, domains, embedding, features, forms, methods, selection_map, sensitivity_map,
     shift_curve, statistics
 )
 from fishertune_d2.fisher import FisherEstimate, Selection
@@ -29,7 +29,7 @@ selection_map.draw_selection_map(Selection.from_scores(scores, 0.2, 20), folder 
 estimate = FisherEstimate(scores, {name: torch.rand(shape)}, 0.3, 7)
 sensitivity_map.draw_sensitivity_map([("a", estimate)], folder / "2.png")
 domains.draw_distances({"night": {"pixels": 0.5}}, folder / "3.png", source="day")
-rows.draw({"fishertune": {"night": [1.0, 2.0]}}, folder / "4.png")
+methods.draw({"fishertune": {"night": [1.0, 2.0]}}, folder / "4.png")
 curve = {"estimator": "x", "images": [1], "seconds": [1], "overlap": [1], "drf_overlap": [1]}
 measured = {"reference": {"images": 1, "seconds_per_image": 1}, "curves": [curve]}
 convergence.draw_convergence(measured, folder / "5.png")

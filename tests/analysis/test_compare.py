@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from fishertune_d2.analysis.compare import compare, compare_classes
+from fishertune_d2.analysis.study import StudyRun, save_runs
 
 
 def _write(folder, method, average=30.0, **protocol):
@@ -15,6 +16,7 @@ def _write(folder, method, average=30.0, **protocol):
         "target_average": average,
         "per_class": {"day": {"sky": 61.234}, "dusk": {"car": 50.0, "sky": 30.0}, "night": {}},
         "tuned_parameters": 1_500_000,
+        "backbone_parameters": 30_000_000,
         "protocol": {
             "vfm": "dinov2_vitl",
             "method": method,
@@ -40,7 +42,7 @@ def _cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_a_row_for_each_run(runs):
+def test_a_line_for_each_run(runs):
     header, _, first, second, _, protocol = compare(runs).splitlines()
     assert _cells(header)[3:7] == ["day", "dusk", "night", "average over unseen"]
     scores = ["61.23", "40.00", "20.00", "30.00"]
@@ -76,7 +78,7 @@ def test_classes_of_a_data_set_that_was_not_tested(runs):
 @pytest.mark.parametrize("table", [compare, lambda runs: compare_classes(runs, "day")])
 def test_refuses_to_compare_unlike_runs(tmp_path, table):
     runs = [_write(tmp_path / "a", "full"), _write(tmp_path / "b", "freeze", seed=2)]
-    with pytest.raises(ValueError, match="another protocol"):
+    with pytest.raises(ValueError, match="different protocols or data: they differ in seed"):
         table(runs)
 
 
@@ -86,3 +88,18 @@ def test_the_command(runs, option, column, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "fishertune_d2.analysis.compare")
     runpy.run_module("fishertune_d2.analysis.compare", run_name="__main__")
     assert column in _cells(capsys.readouterr().out.splitlines()[0])
+
+
+def test_runs_of_a_table_are_compared_as_those_of_folders(runs, tmp_path):
+    table = tmp_path / "study.jsonl"
+    contents = [json.loads((run / "results.json").read_text()) for run in runs]
+    save_runs(
+        table,
+        [
+            StudyRun(f"vit/{run.name}", "", "vit", (), 1, None, None, None, content)
+            for run, content in zip(runs, contents, strict=True)
+        ],
+    )
+    assert compare([table / "vit/a", table / "vit/b"]) == compare(runs)
+    with pytest.raises(ValueError, match="study.jsonl has no run 'vit/c'"):
+        compare([table / "vit/c"])

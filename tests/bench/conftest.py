@@ -1,4 +1,4 @@
-"""A command that does what train_net.py leaves behind, in milliseconds."""
+"""A command that writes the files of train_net.py in milliseconds."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fishertune_d2.bench import __main__ as bench
+from fishertune_d2.bench import tasks
 
 FAKE = """
 import json, os, pathlib, sys, time
@@ -47,18 +48,19 @@ sets = eval(options["DATASETS.TEST"])
 seen = {n: base + 10 for n in sets if "day" in n}
 unseen = {n: base for n in sets if "day" not in n}
 (out / "results.json").write_text(json.dumps({
-    "source": seen, "targets": unseen, "per_class": {},
-    "protocol": {"seed": seed, "commit": "abc", "mode": os.environ.get("FAKE_MODE", "whole")},
+    "source": seen, "targets": unseen, "target_average": base if unseen else None,
+    "per_class": {n: {} for n in sets},
+    "protocol": {"seed": seed, "commit": "abc", "mode": "whole", "classes": {n: [] for n in sets}},
     "tuned_parameters": 1000, "backbone_parameters": 20000,
 }))
 """
 
 
 class FakeRuns:
-    """Calls the bench with the fake command; knows what was called.
+    """Calls the bench with the fake command, and records the calls.
 
     Args:
-        folder: of everything.
+        folder: The folder for everything.
     """
 
     def __init__(self, folder: Path):
@@ -71,19 +73,19 @@ class FakeRuns:
         self.score({})
 
     def score(self, scores: dict[str, float]) -> None:
-        """Says what a method, or a method and its rate, gets at dusk; 10 more by day."""
+        """Sets the mIoU of a method, or of a method and its rate, at dusk (10 higher by day)."""
         (self.folder / "scores.json").write_text(json.dumps(scores))
 
     def kill(self, name: str) -> None:
-        """Lets the next training in this folder leave before its end."""
+        """Lets the next training in this folder exit before its end."""
         (self.folder / "kill" / name).touch()
 
     def hold(self, name: str, until: str) -> None:
-        """Lets the training in this folder wait until that in another has begun."""
+        """Lets the training in this folder wait until the training in another has begun."""
         (self.folder / "hold" / name).write_text(f'"name": "{until}"')
 
     def calls(self) -> list[dict]:
-        """What was called since the last time."""
+        """Returns the calls since the last time."""
         log = self.folder / "calls.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
@@ -99,9 +101,9 @@ class FakeRuns:
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch) -> FakeRuns:
-    """The bench on data that are taken as there, with a command that trains nothing."""
+    """The bench with a command that trains nothing; no data set counts as missing."""
     monkeypatch.setenv("FAKE", str(tmp_path))
-    monkeypatch.setattr(bench, "load_datasets", lambda names: [])
+    monkeypatch.setattr(tasks, "load_datasets", lambda names: [])
     return FakeRuns(tmp_path)
 
 

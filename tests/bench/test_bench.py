@@ -12,6 +12,7 @@ import pytest
 
 from fishertune_d2.bench import __main__ as bench
 from fishertune_d2.bench.launch import execute
+from fishertune_d2.bench.tables import PROFILES
 from fishertune_d2.engine.preemption import EXIT_CODE
 
 ROWS = ("--methods", "freeze", "full", "fisher", "fishertune")
@@ -58,8 +59,8 @@ def test_a_finished_cell_is_not_repeated_and_new_ones_take_what_was_made(runs, n
 
 
 def test_what_changes_the_warm_up_is_not_shared(runs, monkeypatch):
-    camvid = bench.PROFILES["camvid"]
-    monkeypatch.setitem(bench.PROFILES, "camvid", replace(camvid, rates=()))  # no search before
+    camvid = PROFILES["camvid"]
+    monkeypatch.setitem(PROFILES, "camvid", replace(camvid, rates=()))  # no search before
     assert runs("sweep", "SOLVER.BASE_LR", "1e-3", "--methods", "freeze", "fisher") == 0
     freeze, fisher = runs.calls()
     assert freeze["options"]["SOLVER.BASE_LR"] == "1e-3"
@@ -89,7 +90,7 @@ def test_what_waits_for_a_failed_cell_is_left_and_named(runs, names, capsys, mon
     assert runs("selection", *ROWS) == 1
     assert names(runs.calls()) == ["freeze_42"]
     said = capsys.readouterr().err
-    assert "failed with exit code 3: see" in said and "the warm-up that it takes" in said
+    assert "failed with exit code 3: see" in said and "the warm-up that it takes is missing" in said
     assert "there is no table yet" in said
 
 
@@ -237,7 +238,7 @@ def test_test_sets_are_looked_at_once_with_the_choice(runs, names, capsys):
     assert call["options"]["MODEL.WEIGHTS"].endswith("full@rate=3_42/model_final.pth")
     assert (runs.output / "table4_test.csv").is_file()
     assert runs(*only, "--test") == 0 and runs.calls() == []
-    assert "the test sets were looked at" in _refused(capsys, runs, *only, "--search", "10")
+    assert "the test sets were scored" in _refused(capsys, runs, *only, "--search", "10")
     assert runs(*only, "--search", "--report") == 0 and runs.calls() == []
     assert "full: 3 of 0.3: " in capsys.readouterr().out
     assert "not trained yet" in _refused(
@@ -256,7 +257,7 @@ def test_scenes_and_camvid_are_scored_at_once_and_averaged_apart(runs):
     seen = {}
     for end in ("camvid", "shifts"):
         with open(runs.output / f"table1_test_{end}.csv", newline="") as file:
-            seen[end] = [line for line in csv.DictReader(file) if line["row"] == "fishertune"]
+            seen[end] = [line for line in csv.DictReader(file) if line["entry"] == "fishertune"]
     assert [line["set"] for line in seen["camvid"]] == [
         *("camvid_day_test", "camvid_dusk_test", "average over unseen")
     ]
@@ -272,7 +273,9 @@ def test_writes_csv_markdown_and_a_figure(runs, capsys):
     assert "+1.00 [+1.00, +1.00]" in printed and "43.25 ± 0.07" in printed
     with open(runs.output / "selection.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    (full,) = (line for line in lines if line["row"] == "full" and line["set"] == "camvid_dusk_dev")
+    (full,) = (
+        line for line in lines if line["entry"] == "full" and line["set"] == "camvid_dusk_dev"
+    )
     assert float(full["mean"]) == pytest.approx(43.25) and full["seeds"] == "2"
     assert float(full["std"]) == pytest.approx(0.1 / 2**0.5, abs=1e-4)
     assert full["paper"] == "" and full["pairs"] == "2"

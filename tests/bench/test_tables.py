@@ -7,7 +7,7 @@ import pytest
 from detectron2.modeling import build_backbone
 
 from fishertune_d2.bench.cells import ESTIMATE, WARMUP, make_cells, makers
-from fishertune_d2.bench.tables import FREEZE, PROFILES, TABLES, find_row
+from fishertune_d2.bench.tables import FREEZE, PROFILES, TABLES, find_entry
 from fishertune_d2.config import read_config
 from fishertune_d2.engine.parameter_counts import build_empty
 from fishertune_d2.fisher import count_of_share, find_candidates
@@ -16,12 +16,12 @@ from fishertune_d2.tuning import TUNING_REGISTRY
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _plan(rows, tmp_path, profile="camvid", vfms=("dinov2_vits",), seeds=(1,), **options):
+def _plan(names, tmp_path, profile="camvid", vfms=("dinov2_vits",), seeds=(1,), **options):
     options = {"source": "", "rates": {}, **options}
-    rows = [find_row(name) for name in rows]
-    rows = [row for row in rows if row.method in TUNING_REGISTRY]
+    entries = [find_entry(name) for name in names]
+    entries = [entry for entry in entries if entry.method in TUNING_REGISTRY]
     return make_cells(
-        rows, vfms, seeds, profile=PROFILES[profile], output=tmp_path / "out", **options
+        entries, vfms, seeds, profile=PROFILES[profile], output=tmp_path / "out", **options
     )
 
 
@@ -31,11 +31,11 @@ def test_every_table_has_its_configs(name, profile, tmp_path):
     table = TABLES[name]
     vfms = PROFILES[profile].vfms or table.vfms
     source = table.source if profile == "paper" else ""
-    cells = _plan(table.rows, tmp_path, profile, vfms, source=source)
+    cells = _plan(table.entries, tmp_path, profile, vfms, source=source)
     assert len(cells) >= 3 * len(vfms)
     for cell in cells:
         assert cell.recipe["MODEL.VFM.NAME"] == cell.vfm and cell.recipe["SEED"] == 1
-        assert cell.recipe["TUNING.METHOD"] == cell.row.method
+        assert cell.recipe["TUNING.METHOD"] == cell.entry.method
         trained = {"camvid": "camvid_day_train", "streets": "streets_day_train"}.get(profile)
         trained = trained or ("cityscapes_train" if table.source else "gtav_train")
         assert list(cell.recipe["DATASETS.TRAIN"]) == [trained]
@@ -49,8 +49,8 @@ def test_every_table_has_its_configs(name, profile, tmp_path):
         before.add(cell.folder)
 
 
-def test_which_rows_share_an_estimate(tmp_path):
-    cells = {cell.row.name: cell for cell in _plan(TABLES["selection"].rows, tmp_path)}
+def test_which_entries_share_an_estimate(tmp_path):
+    cells = {cell.entry.name: cell for cell in _plan(TABLES["selection"].entries, tmp_path)}
     of = {name: cell.shared.get(ESTIMATE) for name, cell in cells.items()}
     plain = ("fishertune", "fisher", "delta_fisher", "eq7", "eq15", "rank", "share_1", "share_20")
     assert len({of[name] for name in plain}) == 1
@@ -82,7 +82,7 @@ def test_rates_are_cells_of_their_own_that_share_the_rest(tmp_path):
 
 def test_the_papers_cells_from_cityscapes_are_trained_once(tmp_path):
     folders = [
-        {cell.folder for cell in _plan(table.rows, tmp_path, "paper", table.vfms, source=source)}
+        {cell.folder for cell in _plan(table.entries, tmp_path, "paper", table.vfms, source=source)}
         for table, source in ((TABLES[name], TABLES[name].source) for name in ("table2", "table3"))
     ]
     assert folders[1] < folders[0]

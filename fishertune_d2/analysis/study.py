@@ -1,0 +1,158 @@
+"""Reads the runs of a study, from a folder of runs or from the study's table.
+
+A table such as ``docs/results/selection.jsonl`` keeps the scores of runs whose folders are gone. It
+has one JSON line for each ``results.json``, with its whole content. Runs have paths as if the table
+were the folder of the study: ``docs/results/selection.jsonl/dinov2_vits/freeze_42/test``.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fishertune_d2.files import whole_file
+from fishertune_d2.run import Results, Run, RunError
+
+TEST = "test"  # the folder below a run's own for its scores on the test sets
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One line of a study's table.
+
+    Attributes:
+        run: The path below the study's folder, such as ``dinov2_vits/full@rate=0.3_43/test``.
+        entry: The method with its options, as the bench calls it.
+        vfm: The foundation model.
+        train: The data sets of the training.
+        seed: The seed.
+        rate: The learning rate of the backbone as a share of SOLVER.BASE_LR, if it was searched.
+        config: A digest of the config's keys that define the run; None if they were not recorded.
+        seconds: The wall time of the training, or of the scoring alone for scores on the test sets;
+            None if it was not recorded.
+        content: The content of ``results.json``.
+    """
+
+    run: str
+    entry: str
+    vfm: str
+    train: tuple[str, ...]
+    seed: int
+    rate: float | None
+    config: str | None
+    seconds: float | None
+    content: Mapping[str, Any]
+
+    @property
+    def tested(self) -> bool:
+        """Whether the scores are those on the test sets, made after the training."""
+        return Path(self.run).name == TEST
+
+    @property
+    def folder(self) -> str:
+        """The path of the training's folder."""
+        return str(Path(self.run).parent) if self.tested else self.run
+
+    def results(self, table: Path) -> Results:
+        """Returns the scores; ``table`` names their place in messages."""
+        return Results.of(self.content, str(table / self.run))
+
+
+_COLUMNS = ("run", "entry", "vfm", "train", "seed", "rate", "config", "seconds")
+
+
+def read_table(table: Path) -> list[StudyRun]:
+    """Reads a study's table.
+
+    Args:
+        table: The file.
+
+    Returns:
+        Its runs, in the order of their paths.
+
+    Raises:
+        RunError: The file is missing, or is not a table that the bench wrote.
+    """
+    if not table.is_file():
+        raise RunError(f"there is no {table}: write it with fishertune_d2.bench --save {table}")
+    runs = []
+    for number, text in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            columns = {name: line.pop(name) for name in _COLUMNS}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise RunError(
+                f"{table}, line {number}, is no run ({type(error).__name__}: {error}): write the "
+                f"table again with fishertune_d2.bench --save {table}"
+            ) from error
+        columns["train"] = tuple(columns["train"])
+        runs.append(StudyRun(**columns, content=line))
+    return runs
+
+
+def save_runs(table: Path, runs: Iterable[StudyRun]) -> None:
+    """Adds runs to a study's table; a run replaces the one with the same path.
+
+    Args:
+        table: The file, which need not exist.
+        runs: The runs.
+    """
+    kept = {run.run: run for run in (read_table(table) if table.is_file() else [])}
+    kept |= {run.run: run for run in runs}
+    lines = [
+        json.dumps({name: getattr(kept[path], name) for name in _COLUMNS} | {**kept[path].content})
+        for path in sorted(kept)
+    ]
+    with whole_file(table) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def split_place(place: str | Path) -> tuple[Path, str] | None:
+    """Splits a path into a study's table and the path in it; None if it names no table."""
+    place = Path(place)
+    for parent in (place, *place.parents):
+        if parent.suffix == ".jsonl":
+            return parent, place.relative_to(parent).as_posix()
+    return None
+
+
+def read_results(run: str | Path) -> Results:
+    """Reads the scores of a run.
+
+    Args:
+        run: The run's folder, or its path in a study's table.
+
+    Raises:
+        RunError: There are no scores, or the file that should hold them is damaged.
+    """
+    split = split_place(run)
+    if split is None:
+        return Results.read(Run(Path(run)).results_file)
+    table, path = split
+    for found in read_table(table):
+        if found.run == path:
+            return found.results(table)
+    raise RunError(f"{table} has no run {path!r}")
+
+
+def find_runs(place: str | Path, test: bool = False) -> dict[str, Results]:
+    """Finds the finished runs of a study by the paths of their folders, ``<method>_<seed>``.
+
+    Args:
+        place: The folder that holds the runs' folders, or a study's table or a folder in it.
+        test: Whether to read the scores on the test sets, ``<method>_<seed>/test``.
+
+    Returns:
+        The scores of each run, by the path of its folder.
+    """
+    split = split_place(place)
+    if split is None:
+        files = sorted(Path(place).glob("*_*/test/results.json" if test else "*_*/results.json"))
+        return {str(f.parent.parent if test else f.parent): Results.read(f) for f in files}
+    table, below = split
+    return {
+        str(table / run.folder): run.results(table)
+        for run in read_table(table)
+        if run.tested == test and Path(run.run).is_relative_to(below)
+    }

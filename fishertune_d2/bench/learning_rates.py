@@ -1,0 +1,130 @@
+"""The search over the backbone's learning rate, the same for every entry.
+
+It chooses the value with the highest mean mIoU on the profile's dev sets, with one seed, and writes
+it to ``choices.json`` beside the cells. In a study's table the search follows from the runs.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from fishertune_d2.analysis.study import TEST, read_table, split_place
+from fishertune_d2.files import whole_file
+from fishertune_d2.run import Results
+
+from .cells import Cell
+from .tables import find_entry
+
+
+class Choice(TypedDict):
+    """The chosen learning rate, the seed and data sets of the search, and the mIoU of each rate."""
+
+    rate: float
+    seed: int
+    sets: list[str]
+    mIoU: dict[str, float]
+
+
+def read_choices(place: Path) -> dict[str, Choice]:
+    """Returns the choice for each entry by its name; empty before a search.
+
+    Args:
+        place: The folder of a foundation model's cells, or such a folder in a study's table.
+    """
+    split = split_place(place)
+    if split is not None:
+        return _choices_of_table(*split)
+    file = place / "choices.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _choices_of_table(table: Path, below: str) -> dict[str, Choice]:
+    """Derives the choices from runs: a search has tried several rates with one of the seeds."""
+    tried: dict[str, dict[int, dict[float, Results]]] = {}
+    for run in read_table(table):
+        if run.rate is None or run.tested or not Path(run.run).is_relative_to(below):
+            continue
+        name = find_entry(run.entry.partition("@")[0]).rate_of
+        of_seed = tried.setdefault(name, {}).setdefault(run.seed, {})
+        if run.entry == name or run.rate not in of_seed:  # a variant has the rate of its method
+            of_seed[run.rate] = run.results(table)
+    choices = {}
+    for name, by_seed in tried.items():
+        seed = max(sorted(by_seed), key=lambda seed: len(by_seed[seed]))
+        sets = list(next(iter(by_seed[seed].values())).scores)
+        scores = {rate: _mean(results, sets) for rate, results in by_seed[seed].items()}
+        choices[name] = _choose(scores, seed, sets)
+    return choices
+
+
+def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> dict[str, Choice]:
+    """Chooses for each entry among its finished cells and the rates of earlier searches.
+
+    Args:
+        place: The folder of a foundation model's cells.
+        cells: The cells of one seed, with their rates. The choice of an entry stays as it is until
+            all its cells are finished.
+        sets: The dev sets.
+
+    Returns:
+        The choices of the finished entries, by their names.
+    """
+    choices, finished = read_choices(place), []
+    for name in dict.fromkeys(cell.entry.name for cell in cells):
+        scores = {}
+        of_entry = [cell for cell in cells if cell.entry.name == name]
+        for cell in of_entry:
+            results = cell.results(sets, "dev")
+            if results is not None and cell.rate is not None:
+                scores[cell.rate] = _mean(results, sets)
+        if len(scores) < len(of_entry):
+            continue
+        finished.append(name)
+        seed, before = of_entry[0].seed, choices.get(name)
+        if before and (before["seed"], before["sets"]) == (seed, list(sets)):
+            scores = {float(rate): score for rate, score in before["mIoU"].items()} | scores
+        choices[name] = _choose(scores, seed, sets)
+    place.mkdir(parents=True, exist_ok=True)
+    with whole_file(place / "choices.json") as temporary:
+        temporary.write_text(json.dumps(choices, indent=2) + "\n")
+    return {name: choices[name] for name in finished}
+
+
+def _choose(scores: Mapping[float, float], seed: int, sets: Sequence[str]) -> Choice:
+    best = max(sorted(scores), key=scores.__getitem__)  # the smallest of equals
+    ordered = {str(rate): scores[rate] for rate in sorted(scores)}
+    return {"rate": best, "seed": seed, "sets": list(sets), "mIoU": ordered}
+
+
+def _mean(results: Results, sets: Sequence[str]) -> float:
+    return float(np.mean([results.scores[name] for name in sets]))
+
+
+def describe(name: str, choice: Choice) -> str:
+    """Returns one line: the chosen rate, all scores, and whether the choice is at the edge."""
+    tried = {float(rate): score for rate, score in choice["mIoU"].items()}
+    scores = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in tried.items())
+    at_edge = len(tried) > 1 and choice["rate"] in (min(tried), max(tried))
+    edge = "; at the edge, more values may be better" if at_edge else ""
+    return f"{name}: {choice['rate']:g} of {scores}{edge}"
+
+
+def require_unseen(place: Path, names: Sequence[str]) -> None:
+    """Refuses a new search for entries that were scored on the test sets.
+
+    Args:
+        place: The folder of a foundation model's cells.
+        names: The entries.
+
+    Raises:
+        ValueError: Some entries were; the message names them.
+    """
+    seen = [name for name in names if any(place.glob(f"{name}@*/{TEST}/results.json"))]
+    if seen:
+        raise ValueError(
+            f"{', '.join(seen)} in {place}: the test sets were scored with the chosen learning "
+            "rates, which stand. For a new search, name another --output"
+        )

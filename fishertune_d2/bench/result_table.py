@@ -1,0 +1,264 @@
+"""Writes the table of finished cells as CSV, Markdown and a figure, with the paper's numbers."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from fishertune_d2.analysis.methods import draw
+from fishertune_d2.analysis.statistics import (
+    CONFIDENCE,
+    Difference,
+    format_difference,
+    format_mean,
+    mean_and_std,
+    paired_difference,
+)
+from fishertune_d2.run import ENTRY, LENGTH, Results, require_same_protocol
+
+from .cells import Cell
+from .tables import OURS
+
+AVERAGE = "average over unseen"
+_PAPER = Path(__file__).with_name("paper.csv")
+
+# mIoU in percent by foundation model, entry and data set (or AVERAGE).
+Numbers = Mapping[tuple[str, str, str], float]
+
+
+def paper_numbers(table: str) -> dict[tuple[str, str, str], float]:
+    """Returns the paper's numbers, as printed in its Tables 1 to 5.
+
+    Table 2 labels the results with EVA-02 one line too low; the file corrects this.
+
+    Args:
+        table: A name in ``TABLES``.
+    """
+    with open(_PAPER, newline="") as file:
+        return {
+            (
+                line["vfm"],
+                line["entry"],
+                AVERAGE if line["set"] == "average" else line["set"],
+            ): float(line["miou"])
+            for line in csv.DictReader(file)
+            if line["table"] == table
+        }
+
+
+@dataclass(frozen=True)
+class Line:
+    """The finished cells of an entry and a foundation model.
+
+    Attributes:
+        vfm: The foundation model.
+        entry: The entry's name.
+        rate: The chosen learning rate; None for the config's.
+        scores: mIoU in percent, by data set (or ``AVERAGE``) and seed.
+        tuned: The counts of backbone weights that were tuned or added.
+        commits: The commits that scored the runs.
+    """
+
+    vfm: str
+    entry: str
+    rate: float | None
+    scores: Mapping[str, Mapping[int, float]]
+    tuned: tuple[int, ...]
+    commits: tuple[str, ...]
+
+
+def read_lines(cells: Sequence[Cell], sets: Sequence[str], name: str) -> list[Line]:
+    """Reads the finished cells by foundation model and entry, in the order of the cells.
+
+    Cells that were scored by different protocols raise a ValueError.
+
+    Args:
+        cells: The cells of a table.
+        sets: The data sets to read.
+        name: The folder for scores that were made after training; see ``Cell.results``.
+
+    Returns:
+        A line for each foundation model and entry.
+    """
+    found: dict[tuple[str, str], list[tuple[Cell, Results]]] = {}
+    for cell in cells:
+        results = cell.results(sets, name)
+        if results is not None:
+            found.setdefault((cell.vfm, cell.entry.name), []).append((cell, results))
+    every = [results for runs in found.values() for _, results in runs]
+    # Entries with options may train for longer, or on other data sets than those to read.
+    require_same_protocol(every, vary=(*ENTRY, *LENGTH, "vfm", "seed"), sets=sets)
+    lines = []
+    for (vfm, entry), runs in found.items():
+        by_seed = {cell.seed: _scores(results, sets) for cell, results in runs}
+        lines.append(
+            Line(
+                vfm,
+                entry,
+                runs[0][0].rate,
+                {
+                    key: {seed: scores[key] for seed, scores in sorted(by_seed.items())}
+                    for key in next(iter(by_seed.values()))
+                },
+                tuple(
+                    sorted({r.tuned_parameters for _, r in runs if r.tuned_parameters is not None})
+                ),
+                tuple(sorted({results.commit for _, results in runs})),
+            )
+        )
+    return lines
+
+
+def _scores(results: Results, sets: Sequence[str]) -> dict[str, float]:
+    unseen = [results.targets[name] for name in sets if name in results.targets]
+    average = {AVERAGE: float(np.mean(unseen))} if unseen else {}
+    return {name: results.scores[name] for name in sets} | average
+
+
+def differences(lines: Sequence[Line], key: str) -> dict[tuple[str, str], Difference]:
+    """Subtracts each entry from FisherTune on the same foundation model, seed by seed.
+
+    Args:
+        lines: The lines of a table.
+        key: The data set, or ``AVERAGE``.
+
+    Returns:
+        The differences by foundation model and entry, without those that share no seed with it.
+    """
+    ours = {line.vfm: line.scores for line in lines if line.entry == OURS}
+    found = {
+        (line.vfm, line.entry): paired_difference(ours[line.vfm][key], line.scores[key])
+        for line in lines
+        if line.entry != OURS and line.vfm in ours and key in line.scores
+    }
+    return {place: difference for place, difference in found.items() if difference}
+
+
+def write_csv(lines: Sequence[Line], path: Path, paper: Numbers) -> None:
+    """Writes a line for each foundation model, entry and data set.
+
+    Args:
+        lines: The lines of a table.
+        path: The file.
+        paper: The paper's numbers; empty if the setting is not the paper's.
+    """
+    header = "vfm entry rate tuned_parameters set seeds mean std"
+    header += f" {OURS}_minus_entry low high pairs paper commits"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header.split())
+        for key in lines[0].scores:
+            ours = differences(lines, key)
+            for line in lines:
+                values = list(line.scores[key].values())
+                difference = ours.get((line.vfm, line.entry))
+                numbers = [*mean_and_std(values), *(None, None, None)]
+                if difference is not None:
+                    numbers[2:] = [difference.mean, difference.low, difference.high]
+                writer.writerow(
+                    [
+                        *(line.vfm, line.entry, line.rate, " ".join(map(str, line.tuned)), key),
+                        len(values),
+                        *("" if number is None else f"{number:.4f}" for number in numbers),
+                        *(
+                            difference.pairs if difference else 0,
+                            paper.get((line.vfm, line.entry, key), ""),
+                        ),
+                        " ".join(line.commits),
+                    ]
+                )
+
+
+def format_markdown(title: str, lines: Sequence[Line], paper: Numbers, missing: int) -> str:
+    """Formats the table in Markdown.
+
+    Args:
+        title: The title.
+        lines: The lines of the table.
+        paper: The paper's numbers; empty if the setting is not the paper's.
+        missing: The number of cells that are not finished.
+
+    Returns:
+        The title, the table, and how to read it.
+    """
+    keys = list(lines[0].scores)
+    main = AVERAGE if AVERAGE in keys else keys[-1]
+    ours = differences(lines, main)
+    body = []
+    for line in lines:
+        cells = [
+            _mean(list(line.scores[key].values()), paper.get((line.vfm, line.entry, key)))
+            for key in keys
+        ]
+        body.append(
+            [
+                *(line.vfm, line.entry, max(len(seeds) for seeds in line.scores.values())),
+                "-" if line.rate is None else f"{line.rate:g}",
+                ", ".join(f"{count / 1e6:.2f} M" for count in line.tuned),
+                *cells,
+                format_difference(ours.get((line.vfm, line.entry))),
+            ]
+        )
+    headers = ["foundation model", "method", "seeds", "learning rate", "tuned", *keys]
+    headers.append(f"{OURS} minus method")
+    notes = "mIoU in percent: mean ± sample standard deviation over seeds"
+    notes += "; the paper's number in brackets. " if paper else ". "
+    notes += (
+        f"Last column: the difference in {main}, seed by seed, with its {CONFIDENCE:.0%} "
+        "confidence interval (Student's t). Learning rate: the backbone's, as a share of "
+        "SOLVER.BASE_LR, if it was chosen on the dev sets."
+    )
+    if missing:
+        notes += f" Not finished: {missing} of the requested cells."
+    commits = ", ".join(dict.fromkeys(commit for line in lines for commit in line.commits))
+    table = tabulate(body, headers, tablefmt="github", disable_numparse=True)
+    return f"# {title}\n\n{table}\n\n{notes}\n\nCommits: {commits}\n"
+
+
+def _mean(values: Sequence[float], paper: float | None) -> str:
+    text = format_mean(values)
+    return text if paper is None else f"{text} ({paper:.1f})"
+
+
+def write_table(
+    title: str,
+    lines: Sequence[Line],
+    path: Path,
+    *,
+    paper: Numbers,
+    missing: int = 0,
+    averages: bool = False,
+) -> str:
+    """Writes ``<path>.csv``, ``.md`` and ``.png``.
+
+    Args:
+        title: The title.
+        lines: The lines, at least one.
+        path: The path of the files, without suffix.
+        paper: The paper's numbers; empty if the setting is not the paper's.
+        missing: The number of cells that are not finished.
+        averages: Whether to draw averages over unseen domains instead of data sets.
+
+    Returns:
+        The Markdown.
+    """
+    write_csv(lines, Path(f"{path}.csv"), paper)
+    text = format_markdown(title, lines, paper, missing)
+    Path(f"{path}.md").write_text(text)
+    several = len({line.vfm for line in lines}) > 1
+    keys = [AVERAGE] if averages else [key for key in lines[0].scores if key != AVERAGE]
+    points: dict[str, dict[str, list[float]]] = {}
+    marks: dict[str, dict[str, float]] = {}
+    for line in lines:
+        label = f"{line.vfm} {line.entry}" if several else line.entry
+        points[label] = {key: list(line.scores[key].values()) for key in keys}
+        marks[label] = {
+            key: paper[line.vfm, line.entry, key]
+            for key in keys
+            if (line.vfm, line.entry, key) in paper
+        }
+    draw(points, Path(f"{path}.png"), {name: mark for name, mark in marks.items() if mark})
+    return text

@@ -1,0 +1,324 @@
+"""The tasks of a table: train its cells, search their learning rates, or test the trained cells.
+
+Each task makes its cells, checks that they can run, runs them, and concludes with the table of the
+finished cells or with the chosen learning rates.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from fishertune_d2.analysis.study import TEST, StudyRun, save_runs, split_place
+from fishertune_d2.data import DatasetError, load_datasets
+
+from .cells import Cell, digest, make_cells, needs_rate
+from .learning_rates import describe, read_choices, require_unseen, write_choices
+from .result_table import paper_numbers, read_lines, write_table
+from .runner import Runner, require_same_recipe
+from .tables import FREEZE, RATE, Entry, Profile, Table, find_entry
+
+
+@dataclass(frozen=True)
+class Request:
+    """The table that a command asks for.
+
+    Attributes:
+        name: The name of the table, and of the files that show it.
+        table: The table.
+        profile_name: The name of the setting.
+        profile: The setting.
+        entries: The entries.
+        vfms: The foundation models.
+        seeds: The seeds.
+        output: The folder of all cells, or a study's table, which can only be reported.
+        options: Keys and values in turn for every cell.
+    """
+
+    name: str
+    table: Table
+    profile_name: str
+    profile: Profile
+    entries: Sequence[Entry]
+    vfms: Sequence[str]
+    seeds: Sequence[int]
+    output: Path
+    options: Sequence[str]
+
+    @property
+    def source(self) -> str:
+        """The folder of configs that fixes the training data, in the profile ``paper``."""
+        return self.table.source if "{source}" in self.profile.base else ""
+
+    @property
+    def searches(self) -> bool:
+        """Whether learning rates are searched; otherwise they are the config's or given."""
+        return bool(self.profile.rates) and self.table.search and RATE not in self.options
+
+    def place(self, vfm: str) -> Path:
+        """Returns the folder of a foundation model's cells."""
+        return self.output / self.source / vfm
+
+    def cells(
+        self,
+        entries: Sequence[Entry],
+        seeds: Sequence[int],
+        rates: Mapping[tuple[str, str], Sequence[float]],
+    ) -> list[Cell]:
+        """Makes cells; see ``make_cells``."""
+        return make_cells(
+            entries,
+            self.vfms,
+            seeds,
+            profile=self.profile,
+            source=self.source,
+            output=self.output,
+            rates=rates,
+            options=self.options,
+        )
+
+
+class Train:
+    """Trains the cells with their chosen learning rates, and scores them on the dev sets.
+
+    Args:
+        request: The table.
+
+    Raises:
+        ValueError: A learning rate is not chosen yet.
+    """
+
+    folder = "dev"  # below a cell's own, for scores that are made after training
+
+    def __init__(self, request: Request):
+        self.request = request
+        if not request.profile.dev:
+            self.folder = request.name  # the test sets of this table
+        self.shown = self._shown()
+        self.sets = list(chain(*self.shown.values()))
+        self.cells = self._cells()
+
+    def _shown(self) -> dict[str, Sequence[str]]:
+        """The data sets of each table to write, by its name."""
+        return {self.request.name: self.request.profile.dev or self.request.table.test}
+
+    def _cells(self) -> list[Cell]:
+        request = self.request
+        rates, still_open = {}, []
+        for vfm in request.vfms if request.searches else ():
+            choices = read_choices(request.place(vfm))
+            for entry in filter(needs_rate, request.entries):
+                if entry.rate_of in choices:
+                    rates[vfm, entry.rate_of] = [choices[entry.rate_of]["rate"]]
+                else:
+                    still_open.append(f"{entry.rate_of} on {vfm}")
+        if still_open:
+            raise ValueError(
+                "the learning rate is not chosen yet for "
+                f"{', '.join(dict.fromkeys(still_open))}: run the same with --search first"
+            )
+        return request.cells(request.entries, request.seeds, rates)
+
+    def require_ready(self) -> None:
+        """Checks the folders of the cells and the data sets.
+
+        Cells whose folders hold a run of another recipe raise a ValueError.
+
+        Raises:
+            DatasetError: Data sets are missing; the message names all of them.
+        """
+        require_same_recipe(self.cells)
+        trained = [name for cell in self.cells for name in cell.recipe["DATASETS.TRAIN"]]
+        troubles = []
+        for name in dict.fromkeys([*trained, *self.sets]):
+            try:
+                load_datasets([name])
+            except (DatasetError, KeyError) as error:
+                troubles.append(str(error.args[0]))
+        if troubles:
+            raise DatasetError("data are missing:\n" + "\n\n".join(troubles))
+
+    def run(self, runner: Runner) -> bool:
+        """Runs the cells; returns whether all are finished."""
+        return runner.train(self.cells, self.sets, self.folder)
+
+    def conclude(self) -> None:
+        """Writes the table of the finished cells."""
+        request, finished = self.request, self.finished()
+        if not finished:
+            print("no cell is finished: there is no table yet", file=sys.stderr)
+            return
+        # The tables about a study's table go into a folder with its name.
+        folder = (
+            request.output
+            if split_place(request.output) is None
+            else request.output.with_suffix("")
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        papers = request.profile_name == "paper" and not request.options
+        for name, sets in self.shown.items():
+            path = folder / name
+            text = write_table(
+                request.table.title,
+                read_lines(finished, sets, self.folder),
+                path,
+                paper=paper_numbers(request.table.paper) if papers else {},
+                missing=len(self.cells) - len(finished),
+                averages=request.table.averages,
+            )
+            print(text)
+            print(f"{path}.csv, .md, .png", file=sys.stderr)
+
+    def finished(self) -> list[Cell]:
+        """Returns the cells that are scored."""
+        return [cell for cell in self.cells if cell.results(self.sets, self.folder)]
+
+    def save(self, table: Path) -> None:
+        """Adds the finished cells to a study's table.
+
+        Args:
+            table: The file.
+        """
+        runs = []
+        for cell in self.finished():
+            results = cell.results(self.sets, self.folder)
+            assert results is not None  # it is finished
+            file = Path(results.place)
+            record = file.with_name("cell.json")
+            known = json.loads(record.read_text()) if record.is_file() else {}
+            runs.append(
+                StudyRun(
+                    run=file.parent.relative_to(self.request.output).as_posix(),
+                    entry=cell.entry.name,
+                    vfm=cell.vfm,
+                    train=tuple(cell.recipe["DATASETS.TRAIN"]),
+                    seed=cell.seed,
+                    rate=cell.rate,
+                    config=digest(known["recipe"]) if known else None,
+                    seconds=known.get("seconds"),
+                    content=json.loads(file.read_text()),
+                )
+            )
+        save_runs(table, runs)
+        print(f"{len(runs)} runs saved to {table}", file=sys.stderr)
+
+    def describe(self) -> str:
+        """Returns the cells, their commands, and the files that they share."""
+        lines = []
+        for cell in self.cells:
+            done = "  (done before)" if cell.results(self.sets, self.folder) else ""
+            command = shlex.join(["python", "-m", "fishertune_d2.train", *self._arguments(cell)])
+            lines += [f"{cell.folder}{done}", f"  {command}", *self._shared(cell)]
+        return "\n".join([*lines, f"{len(self.cells)} cells"])
+
+    def _arguments(self, cell: Cell) -> list[str]:
+        return cell.arguments(self.sets)
+
+    def _shared(self, cell: Cell) -> list[str]:
+        lines = [f"  makes the {what.words}: {cell.shared[what]}" for what in cell.makes]
+        return lines + [f"  takes the {what.words}: {path}" for what, path in cell.takes.items()]
+
+
+class Search(Train):
+    """Trains each entry with several learning rates and one seed, and chooses the best.
+
+    Args:
+        request: The table.
+        rates: The values to try; by default those that were tried before if ``again``, else the
+            profile's.
+        again: Whether to report a search that has run.
+
+    Raises:
+        ValueError: The profile or the table has no search.
+    """
+
+    def __init__(self, request: Request, rates: Sequence[float], again: bool):
+        _require_dev(request)
+        if not request.searches:
+            raise ValueError(f"{request.name} has no search: its learning rates are given")
+        self.rates, self.again = rates, again
+        super().__init__(request)
+
+    def _cells(self) -> list[Cell]:
+        request = self.request
+        names = list(dict.fromkeys(e.rate_of for e in request.entries if needs_rate(e)))
+        rates = {}
+        for vfm in request.vfms:
+            before = read_choices(request.place(vfm)) if self.again else {}
+            for name in names:
+                tried = [float(rate) for rate in before[name]["mIoU"]] if name in before else []
+                rates[vfm, name] = self.rates or tried or request.profile.rates
+        frozen = [entry for entry in request.entries if entry.method == FREEZE]  # for its warm-up
+        return request.cells([*frozen, *map(find_entry, names)], request.seeds[:1], rates)
+
+    def require_ready(self) -> None:
+        """Also refuses entries that were scored on the test sets."""
+        super().require_ready()
+        searched = list(dict.fromkeys(c.entry.name for c in self.cells if c.rate is not None))
+        for vfm in self.request.vfms:
+            require_unseen(self.request.place(vfm), searched)
+
+    def conclude(self) -> None:
+        """Chooses the learning rates, and prints them."""
+        for vfm in self.request.vfms:
+            place = self.request.place(vfm)
+            of_vfm = [cell for cell in self.cells if cell.vfm == vfm and cell.rate is not None]
+            if split_place(place) is None:
+                choices = write_choices(place, of_vfm, self.request.profile.dev)
+                print(place / "choices.json")
+            else:
+                choices = read_choices(place)
+            for name in dict.fromkeys(cell.entry.name for cell in of_vfm):
+                print(describe(name, choices[name]) if name in choices else f"{name}: still open")
+
+
+class Test(Train):
+    """Scores the trained cells on the test sets, once.
+
+    Args:
+        request: The table.
+    """
+
+    folder = TEST
+
+    def __init__(self, request: Request):
+        _require_dev(request)
+        super().__init__(request)
+
+    def _shown(self) -> dict[str, Sequence[str]]:
+        sets = self.request.profile.test
+        return {f"{self.request.name}_{suffix}": sets[suffix] for suffix in sets}
+
+    def require_ready(self) -> None:
+        """Also refuses cells that are not trained.
+
+        Raises:
+            ValueError: Cells are not trained; the message names their folders.
+        """
+        super().require_ready()
+        untrained = [str(cell.folder) for cell in self.cells if not cell.weights.is_file()]
+        if untrained:
+            raise ValueError(
+                "not trained yet; run the same without --test first:\n  " + "\n  ".join(untrained)
+            )
+
+    def run(self, runner: Runner) -> bool:
+        """Scores the cells; returns whether all are finished."""
+        return runner.score(self.cells, self.sets, self.folder)
+
+    def _arguments(self, cell: Cell) -> list[str]:
+        return cell.score_arguments(self.sets, cell.folder / self.folder)
+
+    def _shared(self, cell: Cell) -> list[str]:
+        return []
+
+
+def _require_dev(request: Request) -> None:
+    if not request.profile.dev:
+        raise ValueError(
+            f"the profile {request.profile_name} has no dev sets to choose on: its runs take the "
+            "learning rates of its configs, and are scored on the test sets when they end"
+        )
