@@ -1,4 +1,4 @@
-"""Writes what a run has learnt as a delta, or as plain files.
+"""Writes a trained model as a delta, or as plain files.
 
 python -m fishertune_d2.export delta OUTPUT_DIR
 python -m fishertune_d2.export plain OUTPUT_DIR|delta.safetensors [--layout timm]
@@ -16,26 +16,26 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from fishertune_d2.command_line import ending_in_a_sentence  # noqa: E402
 
-from .plain import LAYOUTS, empty_backbone  # noqa: E402
-from .run import delta_of_run, read_tuned  # noqa: E402
+from .layouts import LAYOUTS, empty_backbone  # noqa: E402
+from .tuned_models import delta_of_run, read_tuned  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command.
 
     Args:
-        arguments: of the command line; None takes the process's own.
+        arguments: the arguments of the command line; None reads the process's own.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m fishertune_d2.export", description=__doc__.splitlines()[0]
+        prog="python -m fishertune_d2.export", description=(__doc__ or "").splitlines()[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
     delta = commands.add_parser("delta", help="the difference to the public weights, a small file")
-    plain = commands.add_parser("plain", help="the whole weights, as other programs read them")
+    plain = commands.add_parser("plain", help="the whole weights, in files for other programs")
     delta.add_argument("source", type=Path, help="OUTPUT_DIR of a run, or a checkpoint")
     plain.add_argument("source", type=Path, help="OUTPUT_DIR, a checkpoint, or a delta")
     delta.add_argument(
-        "--decoder", action="store_true", help="take in the decoder, whole, to run the model with"
+        "--decoder", action="store_true", help="include the whole decoder, to run the model"
     )
     plain.add_argument(
         "--layout",
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "--base",
             default="",
             metavar="FILE",
-            help="the public weights, as MODEL.VFM.WEIGHTS; default: as the run found them",
+            help="the public weights, as MODEL.VFM.WEIGHTS; default: those that the run names",
         )
         command.add_argument("--output", type=Path, help=f"default: {default}, beside the source")
     options = parser.parse_args(arguments)

@@ -1,16 +1,16 @@
-"""A tuned backbone as its difference to the public weights: one small file.
+"""A delta: the difference of a tuned backbone to the public weights, as one small file.
 
-A tensor of which some entries differ is stored as their new values and their positions, so that
-applying is exact to the bit. What differs is found by comparing bits: whatever was selected, that
-is what the training moved.
+For each tensor the file stores the positions and the new values of the entries that differ, so that
+applying is exact to the bit. Comparing bits finds the entries that training moved, whatever was
+selected.
 
-The patch kernel and the position embedding are resized when public weights are loaded, and the
-last bits of that depend on the processor: between torch's code for AVX2 and its plain code
-(ATEN_CPU_CAPABILITY=default), nearly every second entry differs. So tensors that were resized
-travel whole, and the hash of the base is over the others, which are the same numbers everywhere.
-That also lets a delta fit a model that somebody resized by other rules.
+Loading public weights resizes the patch kernel and the position embedding, and the last bits of the
+result depend on the processor: between torch's code for AVX2 and its plain code
+(ATEN_CPU_CAPABILITY=default), nearly every second entry differs. So the file stores resized tensors
+whole, and hashes only the other tensors of the base, which are equal everywhere. Therefore a delta
+also fits a model that was resized by other rules.
 
-Nothing here needs Detectron2.
+This module does not need Detectron2.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fishertune_d2.files import first_names, whole_file
 
-from .gaps import decode_positions, encode_positions
+from .position_bytes import decode_positions, encode_positions
 
 StateDict = dict[str, Tensor]
 
@@ -37,15 +37,15 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a backbone is, beside its weights.
+    """The facts of a backbone beside its weights.
 
     Attributes:
         vfm: a name in ``fishertune_d2.modeling.VFMS``.
         timm_name: the timm model, and after a dot the tag of its public weights.
-        img_size: (H, W) in pixels that its position embedding is stored for.
+        img_size: (H, W) in pixels, for which the position embedding is stored.
         patch_size: side of a patch in pixels.
-        pixel_mean: what images are normalised with, per channel in RGB order, 0..255.
-        pixel_std: the same.
+        pixel_mean: mean of the images, per channel in RGB order, 0..255.
+        pixel_std: standard deviation of the images, likewise.
     """
 
     vfm: str
@@ -61,18 +61,18 @@ class Architecture:
 
 @dataclass
 class Delta:
-    """What differs between a tuned backbone and its base. Names are timm's.
+    """The difference between a tuned backbone and its base, by timm's names.
 
     Attributes:
         architecture: the backbone's.
-        base: by name, the digest of each tensor of the base that was not resized.
-        positions: by name, which entries of the flattened tensor differ; int64 (n,), ascending.
-        values: by name, their new values; (n,).
-        whole: tensors that were resized, or of which nearly every entry differs.
+        base: the digest of each tensor of the base that was not resized.
+        positions: the entries of each flattened tensor that differ; int64 (n,), ascending.
+        values: the new values of these entries; (n,).
+        whole: tensors that were resized, or in which nearly every entry differs.
         decoder: the rest of the segmentation model, by its names in a checkpoint; may be empty.
-        changed: how many entries of the tensors in ``base`` differ.
-        notes: how it was made, as strings.
-        title: what messages call it.
+        changed: the number of entries that differ in the tensors of ``base``.
+        notes: facts of the run, as strings.
+        title: the name of the delta in messages.
     """
 
     architecture: Architecture
@@ -98,18 +98,21 @@ class Delta:
         Args:
             base: the public weights, at the sizes of ``tuned``.
             tuned: the same tensors after training.
-            architecture: of both.
-            resized: names of the tensors whose size is not that of the public ones.
+            architecture: the architecture of both.
+            resized: names of the tensors whose public size differs.
+
+        Returns:
+            The delta, without notes.
 
         Raises:
             ValueError: if names, shapes or types of the two differ.
         """
         if base.keys() != tuned.keys():
-            lacking, besides = base.keys() - tuned.keys(), tuned.keys() - base.keys()
+            lacking, surplus = base.keys() - tuned.keys(), tuned.keys() - base.keys()
             raise ValueError(
                 f"the tuned weights do not fit {architecture}: they lack "
-                f"{first_names(sorted(lacking), 3)}, and have "
-                f"{first_names(sorted(besides), 3)} besides"
+                f"{first_names(sorted(lacking), 3)}, and have the surplus "
+                f"{first_names(sorted(surplus), 3)}"
             )
         delta = cls(architecture, base={})
         for name, before in base.items():
@@ -133,17 +136,17 @@ class Delta:
         return delta
 
     def apply(self, state: Mapping[str, Tensor]) -> StateDict:
-        """The tuned weights, from those of the base.
+        """Computes the tuned weights from those of the base.
 
         Args:
-            state: by timm's names; further tensors, such as a classifier's, are passed on. The
-                tensors that were resized need the right size only.
+            state: tensors by timm's names. Resized tensors need only the right size. Other tensors,
+                such as a classifier's, are passed on.
 
         Returns:
             A new dict; no tensor of ``state`` is changed.
 
         Raises:
-            ValueError: if ``state`` is not of the base, or positions or values do not fit it.
+            ValueError: if ``state`` is not the base, or positions or values do not fit it.
         """
         missing = [name for name in {**self.base, **self.whole} if name not in state]
         if missing:
@@ -155,7 +158,8 @@ class Delta:
             if tensor.shape != state[name].shape:
                 raise ValueError(
                     f"{self.title} is for {self.architecture}, in which {name} is "
-                    f"{_layout(tensor)}; the model's is {_layout(state[name])}: build it so"
+                    f"{_layout(tensor)}; the model's is {_layout(state[name])}: build it with that "
+                    "size"
                 )
         other = [name for name, expected in self.base.items() if digest(state[name]) != expected]
         if other:
@@ -213,7 +217,13 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
-        """Reads what :meth:`save` wrote; runs nothing that the file holds.
+        """Reads a file that :meth:`save` wrote; runs nothing that the file holds.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The delta.
 
         Raises:
             ValueError: if the file is damaged, of another version, or holds something else.
@@ -227,7 +237,7 @@ class Delta:
             raise ValueError(
                 f"{path} is cut short, or no safetensors file ({error}). {_REMEDY}"
             ) from error
-        # Headers that this class did not write fail in many ways: JSON's, missing keys, types.
+        # A header from elsewhere fails in many ways: no JSON, missing keys, other types.
         try:
             delta = _read_header(metadata["header"])
             for name, tensor in tensors.items():
@@ -244,15 +254,14 @@ _REMEDY = "Copy or fetch the file again, or write it again with python -m fisher
 
 
 def apply_delta(model: nn.Module, delta: Delta | str | Path) -> None:
-    """Turns public weights into tuned ones, in place; all of them or, on an error, none.
+    """Turns public weights into tuned ones, in place; on an error, nothing is changed.
+
+    A damaged delta, or one for another model or other weights, raises a ValueError.
 
     Args:
         model: a ``VFMBackbone``, or a plain timm ViT of the delta's architecture and sizes, with
             the public weights in it.
-        delta: or the file of one.
-
-    Raises:
-        ValueError: if the file is damaged, or is for another model or other weights.
+        delta: a delta or its file.
     """
     if not isinstance(delta, Delta):
         delta = Delta.load(delta)
@@ -261,14 +270,14 @@ def apply_delta(model: nn.Module, delta: Delta | str | Path) -> None:
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes."""
+    """Computes the SHA-256 of a tensor's type, shape and bytes."""
     content = hashlib.sha256(_layout(tensor).encode())
-    content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The flattened entries as integers, so that NaN equals itself and 0.0 is not -0.0."""
+    """Returns the flattened entries as integers: NaN equals itself, and 0.0 is not -0.0."""
     return tensor.detach().contiguous().reshape(-1).view(_INTEGERS[tensor.itemsize])
 
 
@@ -311,14 +320,14 @@ def _text(value: object) -> str:
     return value
 
 
-def _numbers(kind: type, count: int, values: Sequence) -> tuple:
+def _numbers(kind: type[int] | type[float], count: int, values: Sequence) -> tuple:
     if len(values) != count or not all(isinstance(v, kind | int) and v >= 0 for v in values):
         raise TypeError(f"{count} numbers, {kind.__name__}, of at least 0 are {values!r}")
     return tuple(values)
 
 
 def _add_tensor(delta: Delta, key: str, tensor: Tensor) -> None:
-    """Puts a tensor of the file where it belongs."""
+    """Adds a tensor of the file to the delta."""
     kind, _, name = key.partition("/")
     if kind not in _KINDS:
         raise ValueError(f"it holds {key}, which is none of {', '.join(_KINDS)}")
@@ -333,7 +342,7 @@ def _add_tensor(delta: Delta, key: str, tensor: Tensor) -> None:
 
 
 def _require_pairs(delta: Delta) -> None:
-    """Positions and values belong together, and to a tensor of the base that is not whole."""
+    """Refuses positions without values, or of a tensor that the base lacks or that is whole."""
     for name in delta.positions.keys() | delta.values.keys():
         if name not in delta.base or name in delta.whole:
             raise ValueError(f"it has no use for entries of {name}")

@@ -1,4 +1,4 @@
-"""Shows what a trained model sees in images and videos; in a checkout also demo.py.
+"""Draws the predictions of a trained model for images and videos; in a checkout also demo.py.
 
 python -m fishertune_d2.predict --config-file OUTPUT_DIR/config.yaml --input PATH --output PATH
 """
@@ -10,7 +10,8 @@ from detectron2.utils.logger import setup_logger
 
 from fishertune_d2.command_line import ending_in_a_sentence
 
-from .files import draw_files, find_inputs, name_outputs
+from .drawing import draw_files
+from .inputs import find_inputs, name_outputs
 from .predictor import Predictor, read_run
 
 
@@ -18,14 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command.
 
     Args:
-        arguments: of the command line; None takes the process's own.
+        arguments: the arguments of the command line; None reads the process's own.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--config-file",
         required=True,
         metavar="FILE",
-        help="of a run: its config.yaml; the weights are model_final.pth beside it",
+        help="the config.yaml of a run; its weights are model_final.pth beside it",
     )
     parser.add_argument(
         "--input",
@@ -38,17 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output",
         required=True,
         metavar="PATH",
-        help="a file (.png, .jpg, ...; .mp4 of a video) for one input, else a folder",
+        help="a file (.png, .jpg, ...; .mp4 for a video) for one input, else a folder",
     )
     parser.add_argument(
-        "--confidence", action="store_true", help="beside it, draw how sure the model is"
+        "--confidence", action="store_true", help="also draw the confidence of each pixel"
     )
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
         metavar="KEY VALUE",
-        help="last: keys of the config and their values, as MODEL.WEIGHTS FILE",
+        help="last: keys of the config and their values, such as MODEL.WEIGHTS FILE",
     )
     args = parser.parse_args(arguments)
     with ending_in_a_sentence():
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run() -> None:
-    """Runs the command, and logs what it does."""
+    """Runs the command with log messages."""
     setup_logger(name="fishertune_d2", abbrev_name="fishertune")
     main()
 

@@ -1,12 +1,11 @@
-"""Names, colours and test size of a model's classes: as registered, or as its run wrote them down.
+"""Names, colours and test size of a model's classes, from a registered data set or from its run.
 
-A data set that only a script registers is not known to another process. The run that was trained on
-it knows its classes all the same.
+A data set that a script registers is unknown to other processes, but its run records its classes.
 """
 
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from detectron2.data import DatasetCatalog
 from fishertune_d2.data import DatasetError
 from fishertune_d2.data.labels import CITYSCAPES, LabelSpace, identity_space
 from fishertune_d2.data.metadata import class_colors, dataset_metadata
+from fishertune_d2.run import Run, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -23,23 +23,23 @@ Size = tuple[int, int]
 
 
 def registered_space(cfg: CfgNode) -> tuple[LabelSpace, Size | None] | None:
-    """The first data set of the config that is registered and says which classes it has.
+    """Reads the classes of the first data set of the config that is registered and names them.
 
     Args:
-        cfg: DATASETS.TEST goes before DATASETS.TRAIN.
+        cfg: DATASETS.TEST comes before DATASETS.TRAIN.
 
     Returns:
         Its label space and test size, (width, height); None if there is no such data set.
 
     Raises:
-        ValueError: if it has another number of classes than the model.
+        ValueError: if its number of classes differs from the model's.
     """
     count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     for name in (name for name in _names(cfg) if name in DatasetCatalog):
         try:
             data = dataset_metadata(name)
         except DatasetError as error:
-            logger.warning("The classes have no names of %s", error)
+            logger.warning("No names of classes from %s", error)
             continue
         if len(data.classes) != count:
             raise ValueError(
@@ -53,12 +53,15 @@ def registered_space(cfg: CfgNode) -> tuple[LabelSpace, Size | None] | None:
 def recorded_space(
     cfg: CfgNode, trained: Sequence[str] | None = None
 ) -> tuple[LabelSpace, Size | None]:
-    """What the run that trained a model wrote down of its data sets; numbers where it did not.
+    """Reads the classes that the run of a model recorded; without a record they get numbers.
 
     Args:
-        cfg: results.json is looked for beside MODEL.WEIGHTS and in OUTPUT_DIR.
-        trained: the names of the trained classes, if the checkpoint knows them; else results.json
-            says which classes were scored.
+        cfg: results.json is searched beside MODEL.WEIGHTS and in OUTPUT_DIR.
+        trained: the names of the trained classes, if the checkpoint holds them; else those of the
+            scored classes in results.json are read.
+
+    Returns:
+        The label space, and the test size (width, height) or None.
     """
     count, names = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, _names(cfg)
     protocol, path = _protocol(cfg)
@@ -74,20 +77,19 @@ def recorded_space(
         why = "call register_sem_seg first"
         if classes:
             why = (
-                f"{where} names {len(classes)} classes, those that {name} was scored in, and the "
+                f"{where} names the {len(classes)} classes in which {name} was scored, and the "
                 f"model has {count}; {why}"
             )
         logger.warning(
-            "No data set of the config (%s) is registered here, so classes have numbers in place "
+            "No data set of the config (%s) is registered here, so classes have numbers instead "
             "of names: %s",
             listed,
             why,
         )
         classes = [f"class {k}" for k in range(count)]
-    palette = class_colors(count)
-    if all(each in CITYSCAPES for each in classes):
-        palette = [CITYSCAPES[each] for each in classes]
-    return identity_space(classes, palette), tuple(size) if size else None
+    known = all(each in CITYSCAPES for each in classes)
+    palette = [CITYSCAPES[each] for each in classes] if known else class_colors(count)
+    return identity_space(classes, palette), (size[0], size[1]) if size else None
 
 
 def _names(cfg: CfgNode) -> list[str]:
@@ -98,14 +100,11 @@ def _sizes(cfg: CfgNode) -> dict[str, Size]:
     return {name: (width, height) for name, width, height in cfg.TEST.SIZES}
 
 
-def _protocol(cfg: CfgNode) -> tuple[dict[str, Any], Path | None]:
-    """How the run scored its data sets, and the file that says it; empty if none does."""
+def _protocol(cfg: CfgNode) -> tuple[Mapping[str, Any], Path | None]:
+    """Reads the protocol of the run's scores, and its file; empty without a whole file."""
     for folder in (Path(cfg.MODEL.WEIGHTS).parent, Path(cfg.OUTPUT_DIR)):
-        path = folder / "results.json"
-        try:
-            protocol = json.loads(path.read_text())["protocol"]
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or not a run's
-            continue
-        if isinstance(protocol, dict):
-            return protocol, path
+        run = Run(folder)
+        with suppress(RunError):
+            if run.results is not None:
+                return run.results.protocol, run.results_file
     return {}, None

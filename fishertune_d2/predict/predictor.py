@@ -1,14 +1,16 @@
-"""A trained run as a function: an image in, a class and a confidence for each pixel out.
+"""Predicts a class and a confidence for each pixel of an image with a trained run.
 
 Shapes:
-    C: classes of the model; H, W: an image as it lies on disk, in pixels
+    C: classes of the model; H, W: an image as it is on disk, in pixels
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,30 +21,28 @@ from fishertune_d2.config import read_config
 from fishertune_d2.data.image_files import to_array
 from fishertune_d2.data.mapper import fit_into, to_tensor
 from fishertune_d2.engine.precision import scoring_autocast
+from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.evaluation import best_classes
+from fishertune_d2.run import Run
 
 from .classes import recorded_space, registered_space
+from .inputs import InputError
 
 logger = logging.getLogger(__name__)
 
-
-# An image in one piece that has more times the pixels of INPUT.CROP.SIZE than this gets a warning:
-# those of a test set have 8 (Cityscapes on crops of 512 x 512).
+# An image in one piece with this many times the pixels of INPUT.CROP.SIZE gets a warning. Test
+# images have 8 times (Cityscapes on crops of 512 x 512).
 _MANY_TIMES = 10
-
-
-class InputError(ValueError):
-    """Inputs that cannot be drawn as they are; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of an image.
+    """The prediction of an image.
 
     Attributes:
-        classes: (H, W) uint8 classes of the predictor's ``space``, or ``IGNORE_LABEL`` where that
-            has no such class.
+        classes: (H, W) uint8 classes of the predictor's ``space``, or ``IGNORE_LABEL`` for classes
+            that it lacks.
         confidence: (H, W) float32 in 0 .. 1; see :func:`confidence_of`.
     """
 
@@ -51,30 +51,30 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts images one by one, as the evaluation does: same windows, same size, same autocast.
+    """Predicts images one by one, with the windows, size and autocast of the evaluation.
 
-    That size is the test size of the first data set of the config that is registered, or else as
-    the run wrote it down; where it has none, images keep their own.
+    The size is the test size of the first registered data set of the config, or else the one that
+    the run recorded. Without either, images keep their own size.
 
     Attributes:
-        space: names and colours of the classes, those that this data set is scored in.
-        size: that size, (width, height), or None.
+        space: names and colours of the classes in which this data set is scored.
+        size: the test size, (width, height), or None.
     """
 
     def __init__(self, cfg: CfgNode):
         """Builds the model and reads its weights.
 
-        Args:
-            cfg: of a run, with MODEL.WEIGHTS; see :func:`read_run`.
+        Weights or a data set that do not fit the config, and a missing device, raise a ValueError.
 
-        Raises:
-            ValueError: if the weights do not fit the config, the data set has another number of
-                classes than the model, or the device is not there.
+        Args:
+            cfg: the config of a run, with MODEL.WEIGHTS; see :func:`read_run`.
         """
         registered = registered_space(cfg)
         self.model = build_trained(cfg, cfg.MODEL.WEIGHTS)
-        record = self.model.trained_by
-        self.space, self.size = registered or recorded_space(cfg, record and record.classes)
+        self._device = torch.device(cfg.MODEL.DEVICE)
+        record = cast(RunRecord | None, self.model.trained_by)
+        trained = record.classes if record else None
+        self.space, self.size = registered or recorded_space(cfg, trained)
         self._format = cfg.INPUT.FORMAT
         self._collapse = self.space.table()
         self._cfg = cfg
@@ -86,8 +86,9 @@ class Predictor:
         Args:
             image: (H, W, 3) uint8 RGB.
 
-        Raises:
-            InputError: if the memory is not enough for an image of this size; says what is.
+        Returns:
+            The prediction, at the size of the image. If the memory is too small for it, the error
+            is an InputError that names the remedies.
         """
         height, width = image.shape[:2]
         picture = Image.fromarray(image)
@@ -96,23 +97,29 @@ class Predictor:
         # Pillow's memory is read-only.
         pixels = to_tensor(to_array(fitted, self._format).copy())
         inputs = {"image": pixels, "height": height, "width": width}
-        try:
-            with scoring_autocast(self._cfg, self.model.device):
+        with self._remedies_for_memory(width, height):
+            with scoring_autocast(self._cfg, self._device):
                 (output,) = self.model([inputs])
             scores = output["sem_seg"]
             classes = self._collapse[best_classes(scores)]
             return Prediction(classes, confidence_of(scores).cpu().numpy())
+
+    @contextmanager
+    def _remedies_for_memory(self, width: int, height: int) -> Iterator[None]:
+        """Turns an error for lack of memory into an InputError with the remedies."""
+        try:
+            yield
         except (MemoryError, RuntimeError) as error:
             if not _ran_out_of_memory(error):
                 raise
             said = str(error).strip().splitlines()
             raise InputError(
-                f"the memory of {self.model.device} is not enough for an image of {width} x "
+                f"the memory of {self._device} is not enough for an image of {width} x "
                 f"{height} pixels: {self._smaller()} ({said[0] if said else 'MemoryError'})"
             ) from error
 
     def _warn_of_size(self, width: int, height: int) -> None:
-        """Says once that an image in one piece is far larger than what was trained on."""
+        """Warns once of an image in one piece that is far larger than the training crops."""
         crop = self._cfg.INPUT.CROP
         trained = crop.SIZE if crop.ENABLED else self._cfg.MODEL.VFM.IMG_SIZE
         times = width * height / prod(trained)
@@ -130,7 +137,7 @@ class Predictor:
         )
 
     def _smaller(self) -> str:
-        """How less of an image passes through the model at once."""
+        """Names the options with which less of an image passes through the model at once."""
         cfg, ways = self._cfg, []
         if cfg.TEST.MODE == "whole":
             ways.append("--opts TEST.MODE slide for windows (TEST.CROP_SIZE, TEST.STRIDE)")
@@ -142,7 +149,7 @@ class Predictor:
 
 
 def _ran_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    # A GPU has an error of its own for it; a CPU's allocator has a RuntimeError for everything.
+    # A GPU has its own error for it; a CPU's allocator raises a RuntimeError.
     words = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         each in str(error) for each in words
@@ -150,12 +157,12 @@ def _ran_out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
 
 def confidence_of(scores: torch.Tensor) -> torch.Tensor:
-    """How clearly each pixel belongs to its class, from 0 to 1.
+    """Computes from 0 to 1 how clearly each pixel belongs to its class.
 
-    Mask2Former's scores are sums over its queries and no probabilities: 0 for all classes where no
-    query claims the pixel, more than 1 in sum where several do. So the best score is divided by the
-    sum over classes, but by no less than 1: both a pixel that two classes claim and one that none
-    does are doubtful. Nothing calibrates this number.
+    Mask2Former's scores are sums over its queries, not probabilities. They are 0 for all classes if
+    no query claims the pixel, and more than 1 in sum if several do. So the best score is divided by
+    the sum over classes, but at least by 1: a pixel that two classes claim is doubtful, and so is
+    one that none does. This number is not calibrated.
 
     Args:
         scores: (C, H, W), not negative.
@@ -167,22 +174,22 @@ def confidence_of(scores: torch.Tensor) -> torch.Tensor:
 
 
 def read_run(config_file: str | Path, options: Sequence[str] = ()) -> CfgNode:
-    """Reads the config of a run, with the weights that the run ended with.
+    """Reads the config of a run, with its final weights as MODEL.WEIGHTS.
 
     Args:
         config_file: the run's own ``config.yaml``, or any other config.
-        options: keys and values in turn, which go before those of the file. Without MODEL.WEIGHTS
-            among them, ``model_final.pth`` beside the file is taken if it is there, because a run's
-            config names what it started from.
+        options: keys and values in turn that replace those of the file. Without MODEL.WEIGHTS among
+            them, ``model_final.pth`` beside the file is used if it exists, because a run's config
+            names the weights from which it started.
 
     Returns:
         The config, frozen.
 
     Raises:
-        FileNotFoundError: if the config or the weights are not there.
+        FileNotFoundError: if the weights do not exist.
         ValueError: if no weights are named.
     """
-    own = Path(config_file).with_name("model_final.pth")
+    own = Run(Path(config_file).parent).checkpoint
     if "MODEL.WEIGHTS" not in options[::2] and own.is_file():
         options = [*options, "MODEL.WEIGHTS", str(own)]
     cfg = read_config(str(config_file), options)

@@ -158,8 +158,8 @@ def test_a_classifier_on_top_stays(vit):
 @mark.parametrize(
     ("tuned", "message"),
     [
-        ({"a": torch.zeros(3)}, "they lack b, and have none besides"),
-        ({"a": torch.zeros(3), "b": torch.zeros(1), "c": torch.zeros(1)}, "have c besides"),
+        ({"a": torch.zeros(3)}, "they lack b, and have the surplus none"),
+        ({"a": torch.zeros(3), "b": torch.zeros(1), "c": torch.zeros(1)}, "have the surplus c"),
         ({"a": torch.zeros(4), "b": torch.zeros(1)}, r"a is float32 \(4,\), not float32 \(3,\)"),
         ({"a": torch.zeros(3).half(), "b": torch.zeros(1)}, r"a is float16 \(3,\), not float32"),
     ],

@@ -5,5 +5,5 @@ import pytest
 
 @pytest.fixture
 def family(small_family) -> str:
-    """The name of a row whose model has 6 blocks of 64 channels for the time of a test."""
+    """The name of a VFM whose model has 6 blocks of 64 channels for the time of a test."""
     return small_family

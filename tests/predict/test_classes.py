@@ -15,13 +15,21 @@ NAMES = ["road", "wall", "sky"]
 
 @pytest.fixture
 def unknown_run(make_run):
-    """A run on my_town, which nobody registered here, with what it wrote of it."""
+    """A run on my_town, which is not registered here, and a function that writes its results."""
     cfg = make_run(DATASETS__TEST=("my_town",))
 
     def write(classes, size=None, name="my_town") -> Path:
-        protocol = {"classes": {name: classes}, "test_size": {name: size}}
         path = Path(cfg.OUTPUT_DIR) / "results.json"
-        path.write_text(json.dumps({"protocol": protocol}))
+        results = {
+            "source": {name: 50.0},
+            "targets": {},
+            "target_average": None,
+            "per_class": {name: dict.fromkeys(classes, 50.0)},
+            "protocol": {"classes": {name: classes}, "test_size": {name: size}},
+            "backbone_parameters": 9,
+            "tuned_parameters": 1,
+        }
+        path.write_text(json.dumps(results))
         return path
 
     cfg.MODEL.WEIGHTS = f"{cfg.OUTPUT_DIR}/model_final.pth"
@@ -55,7 +63,7 @@ def test_test_sizes_of_the_config_go_before_those_of_the_run(unknown_run):
     ("classes", "words"),
     [
         (None, "(my_town) is registered here"),
-        (["day", "night"], "results.json names 2 classes, those that my_town was scored in, and"),
+        (["day", "night"], "results.json names the 2 classes in which my_town was scored, and"),
     ],
 )
 def test_classes_have_numbers_where_no_name_fits(unknown_run, caplog, classes, words):

@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from fishertune_d2.data import SegmentationMapper
 from fishertune_d2.engine import WholeCheckpointer
 from fishertune_d2.export import read_tuned
-from fishertune_d2.export.plain import LAYOUTS
+from fishertune_d2.export.layouts import LAYOUTS
 from fishertune_d2.predict import InputError, Predictor, read_run
 from fishertune_d2.predict.predictor import confidence_of
 from fishertune_d2.tuning import build_tuning_method

@@ -1,4 +1,4 @@
-"""Pictures of a prediction: the image in the classes' colours, and how sure the model is.
+"""Pictures of a prediction: the image in the classes' colours, and the confidence.
 
 Shapes: H, W: the image, in pixels.
 """
@@ -27,17 +27,17 @@ def draw_prediction(
     confidence: bool = False,
     legend: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Draws the classes over the image, and below it their names.
+    """Draws the classes over the image, and their names below it.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        prediction: of that image.
+        prediction: the prediction of that image.
         space: names and colours of the classes.
-        confidence: draw the confidence on the right, from 0 to 1 in every picture, with its scale.
-        legend: the classes to name; None names those that occur.
+        confidence: also draw the confidence on the right, with a scale from 0 to 1.
+        legend: the classes to name; None names those in the prediction.
 
     Returns:
-        uint8 RGB, H and the legend's lines high, W or twice W wide.
+        uint8 RGB; the height is H and the legend's lines, the width W or twice W.
     """
     height, width = image.shape[:2]
     text = max(13, height // 36)
@@ -51,12 +51,12 @@ def draw_prediction(
 
 
 def blend(image: np.ndarray, classes: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """Lays the classes' colours over an image, which shows through.
+    """Mixes the classes' colours with an image.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        classes: (H, W) uint8; where it is ``IGNORE_LABEL``, the image stays.
-        space: lends the colours.
+        classes: (H, W) uint8; pixels of ``IGNORE_LABEL`` keep the image's colour.
+        space: the colours.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -73,12 +73,12 @@ def _viridis(values: np.ndarray) -> np.ndarray:
 
 
 def _draw_scale(width: int, text: int) -> np.ndarray:
-    """Draws the colours of 0 to 1, with numbers below."""
+    """Draws the colours from 0 to 1, with numbers below."""
     font = ImageFont.load_default(size=text)
     gap, bar = text // 2, text
     left = right = text
     title = round(font.getlength(_TITLE))
-    if width > 3 * title:  # else the scale has no place beside its name
+    if width > 3 * title:  # there is room for the name beside the scale
         left += title + text
     ramp = np.linspace(0, 1, max(width - left - right, 1))
     picture = Image.new("RGB", (width, gap + bar + round(1.6 * text)), "white")

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fishertune_d2.export.gaps import decode_positions, encode_positions
+from fishertune_d2.export.position_bytes import decode_positions, encode_positions
 
 
 def by_hand(positions: list[int]) -> list[int]:

@@ -3,7 +3,7 @@ import pytest
 
 from fishertune_d2.data.labels import CITYSCAPES, IGNORE_LABEL, LABEL_SPACES
 from fishertune_d2.predict import Prediction, draw_prediction
-from fishertune_d2.predict.pictures import blend
+from fishertune_d2.predict.overlay import blend
 
 SPACE = LABEL_SPACES["cityscapes19"]
 ROAD, SKY, CAR = 0, 10, 13

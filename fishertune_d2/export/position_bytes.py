@@ -1,18 +1,18 @@
-"""Ascending positions as the gaps between them, in about a byte each.
+"""Encodes ascending positions in about one byte each, as the gaps between them.
 
-A gap is the number of positions that are skipped. A byte below 255 adds itself and ends a gap; 255
-adds itself and goes on. So n positions in a tensor of N entries take at most n + N / 255 bytes,
-however they are spread: of 5 % of all weights, 5.4 % of a byte per weight.
+A gap is the number of positions that are skipped. A byte below 255 adds its value and ends a gap;
+255 adds its value, and the gap continues. So n positions in a tensor of N entries take at most
+n + N / 255 bytes, however they are spread: for 5 % of all weights, 5.4 % of a byte per weight.
 """
 
 import torch
 from torch import Tensor
 
-_GOES_ON = 255
+_CONTINUES = 255
 
 
 def encode_positions(positions: Tensor) -> Tensor:
-    """Codes positions.
+    """Encodes positions as bytes.
 
     Args:
         positions: int64 of shape (n,), from 0, strictly ascending.
@@ -27,17 +27,15 @@ def encode_positions(positions: Tensor) -> Tensor:
     gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
     if bool((gaps < 0).any()):
         raise ValueError("positions must be at least 0 and strictly ascending")
-    ends = torch.cumsum(gaps // _GOES_ON + 1, 0) - 1
+    ends = torch.cumsum(gaps // _CONTINUES + 1, 0) - 1
     length = int(ends[-1]) + 1 if len(ends) else 0
-    code = torch.full((length,), _GOES_ON, dtype=torch.uint8)
-    code[ends] = (gaps % _GOES_ON).to(torch.uint8)
+    code = torch.full((length,), _CONTINUES, dtype=torch.uint8)
+    code[ends] = (gaps % _CONTINUES).to(torch.uint8)
     return code
 
 
 def decode_positions(code: Tensor) -> Tensor:
-    """Reverses :func:`encode_positions`.
-
-    Whatever the bytes are, the result ascends strictly and is no longer than they are.
+    """Decodes the positions; from any bytes they ascend strictly and are no more than the bytes.
 
     Args:
         code: uint8 of shape (m,).
@@ -48,7 +46,7 @@ def decode_positions(code: Tensor) -> Tensor:
     Raises:
         ValueError: if the last byte does not end a gap.
     """
-    ends = code != _GOES_ON
+    ends = code != _CONTINUES
     if len(code) and not bool(ends[-1]):
         raise ValueError("the last gap does not end")
     skipped = torch.cumsum(code, 0, dtype=torch.int64)[ends]

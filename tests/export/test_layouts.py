@@ -37,13 +37,13 @@ def features(model, image):
         return model.eval().forward_features(image)
 
 
-def test_timm_reads_the_folder(family, tuned, tmp_path, caplog):
-    backbone, model = tuned(family, (48, 80))
+def test_timm_reads_the_folder(small_family, tuned, tmp_path, caplog):
+    backbone, model = tuned(small_family, (48, 80))
     LAYOUTS["timm"](model, tmp_path)
     arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
-    if family == "sam_vith":
+    if small_family == "sam_vith":
         assert "has a neck, and this backbone is without" in caplog.text
-        got = timm.create_model(VFMS[family].timm_name, num_classes=0, **arguments)
+        got = timm.create_model(VFMS[small_family].timm_name, num_classes=0, **arguments)
         got.neck = nn.Identity()
         timm.models.load_checkpoint(got, str(tmp_path / "model.safetensors"))
     else:

@@ -1,6 +1,6 @@
-"""A tuned model in the files that other programs read: one function for each layout.
+"""Writes tuned models in the files of other programs: one function for each layout.
 
-Each writes a folder. What a layout cannot hold is refused before anything is written.
+Each function writes a folder. It refuses a model that does not fit the layout before it writes.
 """
 
 import json
@@ -19,7 +19,7 @@ from fishertune_d2.modeling.weight_names import to_transformers
 
 from .delta import Architecture, StateDict
 
-# What the names of the backbone's tensors begin with in a checkpoint.
+# The prefix of the ViT's tensors in a checkpoint.
 BACKBONE = "backbone.vit."
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,9 @@ class TunedModel:
 
     Attributes:
         architecture: the backbone's.
-        vit: its weights, by timm's names.
+        vit: the ViT's weights, by timm's names.
         decoder: the rest of the segmentation model, by its names in a checkpoint; may be empty.
-        record: of the run that trained it, as its checkpoint has it; empty if that is not known.
+        record: the parts of the run's checkpoint that describe the run; empty if it is not known.
     """
 
     architecture: Architecture
@@ -43,11 +43,7 @@ class TunedModel:
 
 
 def empty_backbone(architecture: Architecture) -> VFMBackbone:
-    """The backbone without weights: names, shapes and sizes alone.
-
-    Raises:
-        ValueError: if its VFM is unknown here.
-    """
+    """Builds the backbone without weights; an unknown VFM raises a ValueError."""
     with torch.device("meta"):
         return VFMBackbone(
             name=architecture.vfm,
@@ -58,10 +54,10 @@ def empty_backbone(architecture: Architecture) -> VFMBackbone:
 
 
 def write_timm(model: TunedModel, folder: Path) -> None:
-    """Writes ``model.safetensors`` and ``config.json`` as timm's models on the Hub have them.
+    """Writes ``model.safetensors`` and ``config.json``, the files of timm's models on the Hub.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads them, and so does
-    ``AutoModel.from_pretrained`` of transformers, by way of timm.
+    ``AutoModel.from_pretrained`` of transformers, through timm.
     """
     backbone = empty_backbone(model.architecture)
     architecture, _, tag = model.architecture.timm_name.partition(".")
@@ -101,38 +97,44 @@ def write_transformers(model: TunedModel, folder: Path) -> None:
     """Writes ``model.safetensors`` and its configuration in transformers' own layout of DINOv2.
 
     ``AutoModel.from_pretrained`` and ``AutoImageProcessor.from_pretrained`` read the folder. At the
-    stored image size the features are the backbone's; at others, transformers resizes the position
-    embedding by rules of its own.
+    stored image size the features equal the backbone's. At others, transformers resizes the
+    position embedding by its own rules.
+
+    Args:
+        model: a tuned DINOv2.
+        folder: the folder to write.
 
     Raises:
         ValueError: if transformers has no such model, or cannot hold its position embedding.
     """
-    from transformers import AutoConfig, BitImageProcessor  # seconds that others do without
+    from transformers import AutoConfig, BitImageProcessor  # slow to import
 
     architecture = model.architecture
     if not _is_dinov2(architecture.timm_name):
-        able = [name for name, row in VFMS.items() if _is_dinov2(row.timm_name)]
+        able = [name for name, vfm in VFMS.items() if _is_dinov2(vfm.timm_name)]
         raise ValueError(
             f"the layout transformers is for {', '.join(able)}, not {architecture.vfm}: write "
             "the layout timm, which transformers' AutoModel reads too"
         )
     vit = empty_backbone(architecture).vit
+    assert vit.patch_embed.grid_size is not None
     rows, columns = vit.patch_embed.grid_size
     if rows != columns:
         raise ValueError(
-            "transformers' DINOv2 takes its position embedding to be square, and "
+            "transformers' DINOv2 needs a square position embedding, and "
             f"MODEL.VFM.IMG_SIZE {architecture.img_size} gives {rows} x {columns} patches: write "
             "the layout timm, which transformers' AutoModel reads too"
         )
     registers = {"num_register_tokens": vit.num_reg_tokens} if vit.num_reg_tokens else {}
-    hidden = vit.blocks[0].mlp.fc2.in_features
-    swiglu = vit.blocks[0].mlp.fc1.out_features != hidden
+    weights = vit.state_dict()
+    hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
+    swiglu = weights["blocks.0.mlp.fc1.weight"].shape[0] != hidden
     config = AutoConfig.for_model(
         "dinov2_with_registers" if registers else "dinov2",
         hidden_size=vit.embed_dim,
         num_hidden_layers=len(vit.blocks),
         num_attention_heads=vit.blocks[0].attn.num_heads,
-        # Of SwiGLU's, transformers takes two thirds.
+        # transformers multiplies the ratio of a SwiGLU by two thirds.
         mlp_ratio=round(hidden * (1.5 if swiglu else 1) / vit.embed_dim),
         use_swiglu_ffn=swiglu,
         layer_norm_eps=vit.norm.eps,
@@ -154,6 +156,10 @@ def write_transformers(model: TunedModel, folder: Path) -> None:
 
 def write_detectron2(model: TunedModel, folder: Path) -> None:
     """Writes ``model.pth``, the whole segmentation model, for MODEL.WEIGHTS.
+
+    Args:
+        model: a tuned model with its decoder.
+        folder: the folder to write.
 
     Raises:
         ValueError: if there is no decoder.

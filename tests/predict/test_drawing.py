@@ -1,3 +1,5 @@
+"""Pictures of images and videos, and the command that draws them."""
+
 import os
 import runpy
 import subprocess
@@ -17,19 +19,11 @@ from fishertune_d2.predict import (
     Predictor,
     draw_file,
     draw_files,
-    find_inputs,
     name_outputs,
+    read_run,
 )
-from fishertune_d2.predict.files import IMAGES
-from fishertune_d2.predict.predictor import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def _touch(folder: Path, *names: str) -> None:
-    folder.mkdir(exist_ok=True)
-    for name in names:
-        (folder / name).touch()
 
 
 def _write_video(path: Path, frames: int, size: tuple[int, int], rate: float = 5.0) -> None:
@@ -51,79 +45,6 @@ def _read_video(path: Path) -> tuple[list[np.ndarray], float]:
 @pytest.fixture
 def predictor(make_run, town) -> Predictor:
     return Predictor(read_run(f"{make_run().OUTPUT_DIR}/config.yaml"))
-
-
-def test_files_folders_and_patterns(tmp_path):
-    _touch(tmp_path / "a", "2.PNG", "1.jpg", "drive.mp4", "notes.txt", "._1.jpg")
-    _touch(tmp_path / "b", "[1].png", "1.png", "2.png")
-    found = find_inputs([f"{tmp_path}/b/[1].png", f"{tmp_path}/a", f"{tmp_path}/b/?.png"])
-    assert [str(path.relative_to(tmp_path)) for path in found] == [
-        "b/[1].png", "a/1.jpg", "a/2.PNG", "a/drive.mp4", "b/1.png", "b/2.png",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("gone.png", "gone.png: there is no such file or folder, and as a pattern it matches none"),
-        ("a/*.jpg", "matches none"),
-        ("a", r"no image or video in this folder \(.*; its files end in .txt; folders inside"),
-        ("a/notes.txt", "neither an image .* nor a video"),
-    ],
-)
-def test_inputs_that_lead_nowhere(tmp_path, name, message):
-    _touch(tmp_path / "a", "notes.txt")
-    with pytest.raises(InputError, match=message):
-        find_inputs([f"{tmp_path}/{name}"])
-
-
-def test_one_input_to_a_file_several_to_a_folder():
-    image, video = Path("in/a.jpg"), Path("in/b.mov")
-    assert name_outputs([image], "seen.webp") == [Path("seen.webp")]
-    assert name_outputs([image], "seen") == [Path("seen/a.png")]
-    assert name_outputs([video], "seen.mp4") == [Path("seen.mp4")]
-    assert name_outputs([image, video], "seen") == [Path("seen/a.png"), Path("seen/b.mp4")]
-
-
-@pytest.mark.parametrize(
-    "inputs, output, message",
-    [
-        (["a.png", "b.png"], "seen.png", "one file, for 2 inputs: name a folder"),
-        (["a.mp4"], "seen.png", "a.mp4 is written as .mp4"),
-        (["a.png"], "seen.mp4", "a.png is written as .bmp"),
-        (["in/a.png"], "in", "would replace an input"),
-        (["x/a.png", "y/a.png"], "seen", "x/a.png and y/a.png would both go to seen/a.png"),
-    ],
-)
-def test_no_picture_is_lost(inputs, output, message):
-    with pytest.raises(InputError, match=message):
-        name_outputs([Path(name) for name in inputs], output)
-
-
-def test_a_second_input_of_one_name_keeps_its_ending():
-    inputs = [Path(name) for name in ("a.jpg", "a.png", "a.mp4", "a.avi", "y/a.tif", "a.png.png")]
-    names = ["a.png", "a.png.png", "a.mp4", "a.avi.mp4", "a.tif.png", "a.png.png.png"]
-    assert name_outputs(inputs, "seen") == [Path("seen") / name for name in names]
-
-
-def test_what_is_left_out_of_a_folder_is_counted_in_one_line(tmp_path, caplog):
-    folder = tmp_path / "a"
-    _touch(folder, "1.png", "2.gif", "3.GIF", "4.jp2", "5.avif", "notes", "._6.png")
-    (folder / "inside.png").mkdir()
-    (folder / "gone.png").symlink_to("nowhere.png")
-    (folder / "loop.jpg").symlink_to("loop.jpg")
-    (folder / "linked.jpg").symlink_to("1.png")
-    found = find_inputs([str(folder)])
-    assert [path.name for path in found] == ["1.png", "linked.jpg"]
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        f"--input {folder}: left out are 1 folder, 2 broken links (gone.png, ...), 1 .avif, "
-        f"2 .gif, 1 .jp2, 1 without an ending. Images that can be drawn end in {', '.join(IMAGES)}"
-    )
-    caplog.clear()
-    _touch(tmp_path / "b", "1.png", ".hidden")
-    find_inputs([str(tmp_path / "b")])
-    assert not caplog.records
 
 
 def test_an_image_lies_as_its_camera_was_held(predictor, image, tmp_path):

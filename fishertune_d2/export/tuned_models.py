@@ -1,0 +1,231 @@
+"""Reads tuned models from runs and deltas, and makes deltas of runs."""
+
+import json
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, cast
+
+import timm
+import torch
+from detectron2.config import CfgNode
+
+from fishertune_d2.config import read_config
+from fishertune_d2.engine.parameter_counts import count_parameters
+from fishertune_d2.engine.run_record import RunRecord
+from fishertune_d2.engine.trained_model import build_trained
+from fishertune_d2.modeling import VFMS, VFMBackbone
+from fishertune_d2.modeling.plain_vit import PlainViT
+from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
+from fishertune_d2.run import Run
+from fishertune_d2.tuning import build_tuning_method
+
+from .delta import Architecture, Delta, apply_delta
+from .layouts import BACKBONE, TunedModel, empty_backbone
+
+# The parts of a checkpoint that describe its run; a delta with the decoder keeps them.
+_RECORD = ("run", "iteration")
+
+
+def delta_of_run(
+    source: str | Path,
+    *,
+    config_file: str | Path | None = None,
+    base: str = "",
+    decoder: bool = False,
+) -> Delta:
+    """Compares a run's backbone with the public weights from which it started.
+
+    Missing files raise a FileNotFoundError. Files that cannot be read, public weights that cannot
+    be found, and additions of a method that cannot be merged raise a ValueError.
+
+    Args:
+        source: an OUTPUT_DIR (its ``model_final.pth``), or a checkpoint.
+        config_file: the run's config; by default ``config.yaml`` beside the checkpoint.
+        base: the public weights, as MODEL.VFM.WEIGHTS; by default those that the config names.
+        decoder: include the rest of the segmentation model, whole.
+
+    Returns:
+        The delta.
+
+    Raises:
+        ValueError: if the run started from random weights, or if more weights differ than it
+            trained.
+    """
+    cfg, record, tuned = _read_run(Path(source), config_file)
+    weights = base or cfg.MODEL.VFM.WEIGHTS
+    if weights == "random":
+        raise ValueError(
+            'MODEL.VFM.WEIGHTS is "random": the run started from no public weights, and a delta is '
+            "a difference to these. Name them with --base, or write plain files"
+        )
+    backbone = _public_backbone(tuned.architecture, weights, cfg.MODEL.VFM.PATCH_RESIZE)
+    vit = backbone.vit.state_dict()
+    delta = Delta.between(
+        vit, tuned.vit, tuned.architecture, _resized(backbone, tuned.architecture)
+    )
+    trained = _count_movable(cfg, backbone)
+    if delta.changed > trained:
+        raise ValueError(
+            f"{delta.changed:,} weights in {source} differ from the public ones, but the run "
+            f"({cfg.TUNING.METHOD}) trained at most {trained:,}: it started from other weights "
+            f"than {backbone.weights}. Name its own with --base"
+        )
+    found = Path(backbone.weights)
+    # A file's name without its folder, which exists on this machine only.
+    delta.notes["weights"] = found.name if found.is_file() else backbone.weights
+    if record:
+        iterations = record.iterations or cfg.SOLVER.MAX_ITER
+        delta.notes["method"] = cfg.TUNING.METHOD
+        delta.notes |= {"iterations": str(iterations), "seed": str(cfg.SEED)}
+    if decoder:
+        delta.decoder = tuned.decoder
+        delta.notes |= {key: json.dumps(value) for key, value in tuned.record.items()}
+    return delta
+
+
+def read_tuned(
+    source: str | Path, *, config_file: str | Path | None = None, base: str = ""
+) -> TunedModel:
+    """Reads the whole weights of a run, or of a delta and the public weights.
+
+    Errors are those of :func:`delta_of_run` for a run, and of :func:`tuned_backbone` for a delta.
+
+    Args:
+        source: an OUTPUT_DIR, a checkpoint, or a delta (``.safetensors``).
+        config_file: for a run, see :func:`delta_of_run`.
+        base: for a delta, see :func:`tuned_backbone`.
+
+    Returns:
+        The model; its decoder is empty for a delta without one.
+    """
+    source = Path(source)
+    if source.suffix != ".safetensors":
+        return _read_run(source, config_file)[-1]
+    delta = Delta.load(source)
+    vit = tuned_backbone(delta, base).vit.state_dict()
+    record = {key: json.loads(delta.notes[key]) for key in _RECORD if key in delta.notes}
+    return TunedModel(delta.architecture, vit, delta.decoder, record)
+
+
+def tuned_backbone(delta: Delta | str | Path, weights: str = "") -> VFMBackbone:
+    """Builds a delta's backbone with its public weights, and applies the delta.
+
+    A damaged delta raises a ValueError, and so do public weights that are missing or other ones.
+
+    Args:
+        delta: a delta or its file.
+        weights: the public weights, as MODEL.VFM.WEIGHTS.
+
+    Returns:
+        The tuned backbone.
+    """
+    if not isinstance(delta, Delta):
+        delta = Delta.load(delta)
+    backbone = _public_backbone(delta.architecture, weights)
+    apply_delta(backbone, delta)
+    return backbone
+
+
+def _public_backbone(
+    architecture: Architecture, weights: str, patch_resize: str = "bicubic"
+) -> VFMBackbone:
+    try:
+        return VFMBackbone(
+            name=architecture.vfm,
+            weights=weights,
+            img_size=architecture.img_size,
+            patch_size=architecture.patch_size,
+            patch_resize=patch_resize,
+        )
+    except (FileNotFoundError, RuntimeError) as error:
+        raise ValueError(
+            f"{error}\n(For an export, --base FILE stands for MODEL.VFM.WEIGHTS.)"
+        ) from error
+
+
+def _resized(backbone: VFMBackbone, architecture: Architecture) -> set[str]:
+    """Returns the names of the tensors whose size differs from the public one."""
+    vfm = VFMS[architecture.vfm]
+    sizes = {"img_size": vfm.img_size, "patch_size": vfm.patch_size}
+    with torch.device("meta"):
+        model = timm.create_model(vfm.timm_name, num_classes=0, **{**vfm.options, **sizes})
+    public = cast(PlainViT, model)
+    shapes = {name: tensor.shape for name, tensor in public.state_dict().items()}
+    names = {name for name, t in backbone.vit.state_dict().items() if t.shape != shapes[name]}
+    # 16 x 16 and 8 x 32 positions have one shape.
+    same_grid = public.patch_embed.grid_size == backbone.vit.patch_embed.grid_size
+    return names if same_grid else names | ({"pos_embed"} & shapes.keys())
+
+
+def _read_run(
+    source: Path, config_file: str | Path | None
+) -> tuple[CfgNode, RunRecord | None, TunedModel]:
+    """Reads the config, the record and the weights of a run, with merged additions."""
+    run = Run(source if source.is_dir() else source.parent)
+    checkpoint = run.checkpoint if source.is_dir() else source
+    config_file = Path(config_file or run.config_file)
+    for file, option in ((checkpoint, "another checkpoint"), (config_file, "--config-file")):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no {file}: name the run's OUTPUT_DIR, or {option}")
+    # No test set: one that is registered here may have other classes, which no export needs.
+    cfg = read_config(str(config_file), ["MODEL.DEVICE", "cpu", "DATASETS.TEST", "()"])
+    try:
+        model = build_trained(cfg, str(checkpoint))
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (the config is {config_file}: name the run's own with --config-file)"
+        ) from error
+    record = cast(RunRecord | None, model.trained_by)
+    if record is not None:
+        cfg = record.applied_to(cfg)
+    backbone = model.get_submodule("backbone")
+    if getattr(backbone, "attached", False):
+        try:
+            build_tuning_method(cfg).merge(backbone)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint} cannot be exported: {shorten(str(error), 400)}"
+            ) from error
+    state = model.state_dict()
+    tuned = TunedModel(
+        _architecture(cfg),
+        vit={n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)},
+        decoder={n: t for n, t in state.items() if not n.startswith(BACKBONE)},
+        record={} if record is None else _parts(record),
+    )
+    return cfg, record, tuned
+
+
+def _parts(record: RunRecord) -> dict[str, Any]:
+    """Returns the parts of a checkpoint that describe its run."""
+    done = {} if record.iterations is None else {"iteration": record.iterations - 1}
+    return {"run": record.state_dict(), **done}
+
+
+def _count_movable(cfg: CfgNode, backbone: VFMBackbone) -> int:
+    """Counts the public weights that a run may have changed."""
+    method = build_tuning_method(cfg)
+    if not method.adds:
+        return count_parameters(cfg, backbone)["tuned_parameters"]
+    empty = empty_backbone(_architecture(cfg))
+    counts = {name: p.numel() for name, p in empty.named_parameters()}
+    with torch.device("meta"):
+        method.attach(empty)
+    # A weight that an addition is merged into has another name while the addition is attached.
+    for name, _ in empty.named_parameters():
+        counts.pop(name, None)
+    return sum(counts.values())
+
+
+def _architecture(cfg: CfgNode) -> Architecture:
+    vfm = cfg.MODEL.VFM
+    configured = Pixels(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    mean, std = pixel_statistics(vfm.NAME, vfm.PIXELS, configured)
+    return Architecture(
+        vfm=vfm.NAME,
+        timm_name=VFMS[vfm.NAME].timm_name,
+        img_size=tuple(vfm.IMG_SIZE),
+        patch_size=vfm.PATCH_SIZE or VFMS[vfm.NAME].patch_size,
+        pixel_mean=(mean[0], mean[1], mean[2]),
+        pixel_std=(std[0], std[1], std[2]),
+    )
