@@ -1,6 +1,7 @@
-"""Drawing a street scene from a seed: street, frontage, furniture, traffic, people."""
+"""Draws a street scene from a seed: street, frontage, furniture, traffic, people."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,16 +15,16 @@ from fishertune_d2.streets.world import (
     Colour,
     Scene,
     Strip,
+    as_colour,
     grey,
+    shaded,
 )
 
 
 def draw_scene(seed: int) -> Scene:
-    """The scene of a seed: camera, street, frontage, furniture, traffic and people.
-
-    Everything random about what stands where is decided here, by one generator per scene; how a
-    thing looks is left to a seed of its own.
-    """
+    """Draws the scene of a seed: camera, street, frontage, furniture, traffic and people."""
+    # One generator per scene decides where everything stands; each thing's own seed decides how it
+    # looks.
     rng = np.random.default_rng(seed)
     drive = 1 if rng.random() < 0.5 else -1  # right-hand or left-hand traffic
     lanes = int(rng.choice([1, 1, 1, 2]))
@@ -51,8 +52,9 @@ def draw_scene(seed: int) -> Scene:
     crossing = float(rng.uniform(9, 13))
     _add_carriageway(scene, rng, kerbs, lanes, lane, tram)
     for side in (-1, 1):
-        open_side = junction is not None and rng.random() < 0.75
-        gap = (junction, junction + crossing) if open_side else None
+        gap = None
+        if junction is not None and rng.random() < 0.75:
+            gap = (junction, junction + crossing)
         _add_side(scene, rng, side, kerbs[side], gap)
         if parking[side]:
             add_parked(scene, rng, kerbs[side] - side * 1.05, side * drive, gap)
@@ -64,14 +66,14 @@ def draw_scene(seed: int) -> Scene:
 
 
 def _draw_mood(rng: np.random.Generator) -> tuple[float, float, float, float, float]:
-    """White balance between warm and cool with little green or magenta, gamma, grain."""
+    """Draws a white balance between warm and cool with little green or magenta, gamma, grain."""
     warm, green = rng.normal(0, 0.04), rng.normal(0, 0.012)
     gamma, grain = rng.uniform(0.8, 1.25), rng.uniform(0.5, 4.0)
     return float(1 + warm), float(1 + green), float(1 - warm), float(gamma), float(grain)
 
 
 def _draw_sun(rng: np.random.Generator) -> tuple[float, float, float] | None:
-    """A direction towards the sun, or None for an overcast day (two in five)."""
+    """Draws a direction towards the sun, or None for an overcast day (two in five)."""
     azimuth, elevation = rng.uniform(0, 2 * math.pi), math.radians(rng.uniform(15, 60))
     overcast = rng.random() < 0.4
     flat = math.cos(elevation)
@@ -87,14 +89,14 @@ def _add_carriageway(
     lane: float,
     tram: bool,
 ) -> None:
-    """Road surface, repairs, lane marks, rails, and the tracks that snow leaves free."""
+    """Adds road surface, repairs, lane marks, rails, and the tracks that snow leaves free."""
     asphalt, paint = grey(rng, 62, 125, 3), grey(rng, 185, 240, 4)
     strips = scene.strips
     strips.append(Strip(kerbs[-1], kerbs[1], -4, VISIBLE + 60, ROAD, asphalt))
     for _ in range(int(rng.integers(0, 6))):  # repaired patches
         left = rng.uniform(kerbs[-1], kerbs[1] - 1)
         s = rng.uniform(2, 60)
-        shade = tuple(v * rng.uniform(0.8, 1.15) for v in asphalt)
+        shade = as_colour(np.array([v * rng.uniform(0.8, 1.15) for v in asphalt]))
         right = min(left + rng.uniform(0.6, 3), kerbs[1])
         strips.append(Strip(left, right, s, s + rng.uniform(1, 25), ROAD, shade))
     for _ in range(int(rng.integers(0, 3))):  # manhole covers
@@ -135,22 +137,22 @@ def _add_carriageway(
 def _add_side(
     scene: Scene, rng: np.random.Generator, side: int, kerb: float, gap: tuple[float, float] | None
 ) -> None:
-    """Kerb, verge, sidewalk, frontage and furniture of one side of the street."""
+    """Adds kerb, verge, sidewalk, frontage and furniture of one side of the street."""
     verge = rng.uniform(0.8, 2.6) if rng.random() < 0.4 else 0.0
     walk = rng.uniform(1.6, 4.5)
     front = kerb + side * (0.15 + verge + walk)
     stone = grey(rng, 115, 185, 4)
-    paving = tuple(v * c for v, c in zip(stone, rng.normal([1.02, 1.0, 0.98], 0.02), strict=True))
-    grass = draw_grass(rng)
+    paving = as_colour(np.array(stone) * rng.normal([1.02, 1.0, 0.98], 0.02))
+    grass = _draw_grass(rng)
 
     def band(inner: float, outer: float, s0: float, s1: float, label: int, c: Colour) -> None:
         scene.strips.append(Strip(min(inner, outer), max(inner, outer), s0, s1, label, c))
 
     far = front + side * 90
-    band(kerb, far, -4, VISIBLE + 60, SIDEWALK, tuple(v * 0.93 for v in paving))
+    band(kerb, far, -4, VISIBLE + 60, SIDEWALK, shaded(paving, 0.93))
     band(kerb, front, -4, VISIBLE + 60, SIDEWALK, paving)
     if rng.random() < 0.6:  # joints between the slabs
-        joint = tuple(v * 0.84 for v in paving)
+        joint = shaded(paving, 0.84)
         for s in np.arange(0, 40, rng.uniform(0.9, 2.4)):
             band(kerb, front, s, s + 0.04, SIDEWALK, joint)
     if verge:
@@ -158,19 +160,20 @@ def _add_side(
     band(kerb, kerb + side * 0.15, -4, VISIBLE + 60, SIDEWALK, grey(rng, 135, 200, 3))
     band(kerb, kerb - side * 0.1, -4, VISIBLE + 60, ROAD, (70, 68, 66))
     _add_frontage(scene, rng, side, front, gap, grass)
-    _add_furniture(scene, rng, side, kerb, kerb + side * (0.15 + verge), front, gap, bool(verge))
-    if gap is not None:  # the side street lies over what the side's bands covered
+    _add_furniture(scene, rng, side, kerb, gap, trees_wanted=bool(verge))
+    _add_bicycles_and_people(scene, rng, kerb + side * (0.15 + verge), front, gap)
+    if gap is not None:  # the side street covers the side's bands
         asphalt = scene.strips[0].colour
         band(kerb, far, gap[0] - 2, gap[1] + 2, SIDEWALK, paving)
         band(kerb - side * 0.2, far, gap[0], gap[1], ROAD, asphalt)
 
 
-def draw_grass(rng: np.random.Generator) -> Colour:
-    """A colour between lush grass, dry grass and bare earth."""
+def _draw_grass(rng: np.random.Generator) -> Colour:
+    """Draws a colour between lush grass, dry grass and bare earth."""
     lush, dry, earth = np.array([88, 122, 52]), np.array([150, 142, 84]), np.array([120, 98, 72])
     weights = rng.dirichlet([2.2, 0.9, 0.5])
     mixed = (weights[0] * lush + weights[1] * dry + weights[2] * earth) * rng.uniform(0.75, 1.15)
-    return tuple(float(v) for v in mixed)
+    return as_colour(mixed)
 
 
 def _add_frontage(
@@ -181,7 +184,7 @@ def _add_frontage(
     gap: tuple[float, float] | None,
     grass: Colour,
 ) -> None:
-    """Houses, gardens, parks and walls in a row along the sidewalk."""
+    """Adds houses, gardens, parks and walls in a row along the sidewalk."""
     town, suburb = rng.dirichlet([1.6, 1.0, 0.7])[:2]
     storeys = rng.uniform(2, 5.5)
     style = int(rng.integers(1 << 16))  # neighbours share a style, within limits
@@ -195,55 +198,59 @@ def _add_frontage(
                 continue
         choice = rng.random()
         height = float(np.clip(rng.normal(storeys, 1.2), 1, 9)) * rng.uniform(2.8, 3.5)
+        plot = _Plot(side, front, s, length, height)
         if choice < town:
-            setback = float(rng.choice([0.0, 0.0, rng.uniform(0, 1.5)]))
-            kind = "shop" if (style % 3 != 0 and rng.random() < 0.6) else "house"
-            scene.add(
-                rng,
-                kind,
-                s,
-                front + side * setback,
-                (length, float(rng.uniform(8, 14)), height),
-                side=side,
-                reach=length,
-            )
+            _add_town_house(scene, rng, plot, style)
         else:
-            deep = 8.0 if choice < town + suburb else 70.0
-            setback = float(rng.uniform(2.5, 7))
-            near, outer = sorted((front, front + side * deep))
-            scene.strips.append(Strip(near, outer, s, s + length, TERRAIN, grass))
-            boundary = str(rng.choice(["wall", "fence", "hedge", "fence", "wall", "none"]))
-            if boundary != "none":
-                tall = float(rng.uniform(0.7, 2.4))
-                scene.add(
-                    rng,
-                    boundary,
-                    s,
-                    front + side * 0.3,
-                    (length, 0.3, tall),
-                    side=side,
-                    reach=length,
-                )
-            if deep < 10:
-                scene.add(
-                    rng,
-                    "house",
-                    s + 0.8,
-                    front + side * setback,
-                    (max(length - 1.6, 4), 9.0, min(height, 10)),
-                    side=side,
-                    reach=length,
-                )
-            for _ in range(int(rng.integers(0, 3 if deep < 10 else 9))):
-                away = rng.uniform(1.5, setback + 1.0 if deep < 10 else 26)
-                _add_tree(scene, rng, s + rng.uniform(0, length), front + side * away, 0.6)
+            _add_garden(scene, rng, plot, 8.0 if choice < town + suburb else 70.0, grass)
         s += length + (rng.uniform(1, 4) if rng.random() < 0.12 else 0.0)
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """A piece of land along the sidewalk, from s to s + length, with a building height."""
+
+    side: int
+    front: float
+    s: float
+    length: float
+    height: float
+
+
+def _add_town_house(scene: Scene, rng: np.random.Generator, plot: _Plot, style: int) -> None:
+    """Adds a house or a shop that stands at the sidewalk."""
+    setback = float(rng.choice([0.0, 0.0, rng.uniform(0, 1.5)]))
+    kind = "shop" if (style % 3 != 0 and rng.random() < 0.6) else "house"
+    size = (plot.length, float(rng.uniform(8, 14)), plot.height)
+    offset = plot.front + plot.side * setback
+    scene.add(rng, kind, plot.s, offset, size, side=plot.side, reach=plot.length)
+
+
+def _add_garden(
+    scene: Scene, rng: np.random.Generator, plot: _Plot, deep: float, grass: Colour
+) -> None:
+    """Adds a garden with a house, or a park if the plot is deep, with boundary and trees."""
+    side, front, s, length = plot.side, plot.front, plot.s, plot.length
+    setback = float(rng.uniform(2.5, 7))
+    near, outer = sorted((front, front + side * deep))
+    scene.strips.append(Strip(near, outer, s, s + length, TERRAIN, grass))
+    boundary = str(rng.choice(["wall", "fence", "hedge", "fence", "wall", "none"]))
+    if boundary != "none":
+        size = (length, 0.3, float(rng.uniform(0.7, 2.4)))
+        scene.add(rng, boundary, s, front + side * 0.3, size, side=side, reach=length)
+    garden = deep < 10
+    if garden:
+        size = (max(length - 1.6, 4), 9.0, min(plot.height, 10))
+        scene.add(rng, "house", s + 0.8, front + side * setback, size, side=side, reach=length)
+    for _ in range(int(rng.integers(0, 3 if garden else 9))):
+        away = rng.uniform(1.5, setback + 1.0 if garden else 26)
+        _add_tree(scene, rng, s + rng.uniform(0, length), front + side * away, 0.6)
 
 
 def _add_tree(
     scene: Scene, rng: np.random.Generator, s: float, offset: float, smallest: float = 1.0
 ) -> None:
-    """A tree whose crown does not reach the camera."""
+    """Adds a tree, unless its crown would reach the camera."""
     height = float(rng.uniform(smallest * 4, 13))
     width = height * rng.uniform(0.4, 0.75)
     if s > 3 + width / 2:
@@ -253,75 +260,75 @@ def _add_tree(
         scene.add(rng, kind, s, offset, (width, width, height))
 
 
+def _free(s: float, gap: tuple[float, float] | None) -> bool:
+    """Whether a thing at length ``s`` is off the camera and the side street."""
+    return s > 3 and (gap is None or not gap[0] - 1 < s < gap[1] + 1)
+
+
 def _add_furniture(
     scene: Scene,
     rng: np.random.Generator,
     side: int,
     kerb: float,
-    verge: float,
-    front: float,
     gap: tuple[float, float] | None,
     trees_wanted: bool,
 ) -> None:
-    """Lamps, trees, signs, bollards, railings, bicycles and people on one sidewalk."""
+    """Adds lamps, trees, signs, bollards, motorcycles and a railing along one kerb."""
     edge = kerb + side * 0.5
-
-    def free(s: float) -> bool:
-        return s > 3 and (gap is None or not gap[0] - 1 < s < gap[1] + 1)
-
-    def walkable() -> float:
-        return float(rng.uniform(min(verge, front) + 0.4, max(verge, front) - 0.4))
-
     spacing, height = rng.uniform(16, 34), rng.uniform(5, 9)
     arm = float(rng.uniform(0.6, 2.2))
     for s in np.arange(rng.uniform(3, spacing), 140, spacing):
-        if free(s):
+        if _free(s, gap):
             scene.add(rng, "lamp", s, edge, (arm, 0.16, height), side=side)
     if trees_wanted or rng.random() < 0.3:
         spacing = rng.uniform(7, 16)
         for s in np.arange(rng.uniform(2, spacing), 150, spacing):
-            if free(s) and rng.random() < 0.85:
+            if _free(s, gap) and rng.random() < 0.85:
                 _add_tree(scene, rng, s, kerb + side * 0.9)
     for _ in range(int(rng.poisson(3))):
         s = 5 + rng.exponential(16)
-        if free(s):
+        if _free(s, gap):
             size = (0.0, rng.uniform(0.55, 0.95), rng.uniform(2.1, 3.0))
             scene.add(rng, "sign", s, edge, size, rng.normal(0, 0.15), side)
     for _ in range(int(rng.poisson(1.0))):
         s, step = rng.uniform(4, 50), rng.uniform(1.3, 2.5)
         for index in range(int(rng.integers(2, 9))):
-            if free(s + index * step):
+            if _free(s + index * step, gap):
                 scene.add(rng, "bollard", s + index * step, edge, (0, 0.16, 0.95))
     for _ in range(int(rng.poisson(0.4))):  # some park on the sidewalk
         s = 5 + rng.exponential(12)
-        if free(s):
-            scene.add(
-                rng, "motorcycle", s, kerb + side * 1.0, (2.1, 0.7, 1.15), rng.uniform(-1.6, 1.6)
-            )
+        if _free(s, gap):
+            turn = rng.uniform(-1.6, 1.6)
+            scene.add(rng, "motorcycle", s, kerb + side * 1.0, (2.1, 0.7, 1.15), turn)
     if rng.random() < 0.3:
         s, length = rng.uniform(5, 40), rng.uniform(6, 25)
-        if free(s) and free(s + length) and (gap is None or (s > gap[1]) == (s + length > gap[1])):
+        beside_gap = gap is None or (s > gap[1]) == (s + length > gap[1])
+        if _free(s, gap) and _free(s + length, gap) and beside_gap:
             scene.add(rng, "fence", s, edge, (length, 0.05, 1.05), side=side)
+
+
+def _add_bicycles_and_people(
+    scene: Scene,
+    rng: np.random.Generator,
+    verge: float,
+    front: float,
+    gap: tuple[float, float] | None,
+) -> None:
+    """Adds parked bicycles and people between the verge and the frontage."""
+
+    def walkable() -> float:
+        return float(rng.uniform(min(verge, front) + 0.4, max(verge, front) - 0.4))
+
     for _ in range(int(rng.poisson(1.2))):
         s, offset = 4 + rng.exponential(14), walkable()
         for index in range(int(rng.integers(1, 5))):
-            if free(s + index * 0.8):
-                scene.add(
-                    rng,
-                    "bicycle",
-                    s + index * 0.8,
-                    offset,
-                    (1.75, 0.5, 1.05),
-                    rng.uniform(-1.6, 1.6),
-                )
+            at = s + index * 0.8
+            if _free(at, gap):
+                turn = rng.uniform(-1.6, 1.6)
+                scene.add(rng, "bicycle", at, offset, (1.75, 0.5, 1.05), turn)
     for _ in range(int(rng.poisson(rng.choice([2.0, 5.0, 11.0])))):
         s = 4 + rng.exponential(22)
         if s > 4 and s < 110:
-            scene.add(
-                rng,
-                "person",
-                s,
-                walkable(),
-                (0.5, 0.5, rng.normal(1.71, 0.1)),
-                rng.choice([0, math.pi]) + rng.normal(0, 0.5),
-            )
+            offset, size = walkable(), (0.5, 0.5, rng.normal(1.71, 0.1))
+            turn = rng.choice([0, math.pi]) + rng.normal(0, 0.5)
+            scene.add(rng, "person", s, offset, size, turn)

@@ -1,4 +1,4 @@
-"""The traffic of a street scene: parked vehicles, a junction, moving vehicles, riders, the tram."""
+"""Adds a scene's traffic: parked vehicles, a junction, moving vehicles, riders, the tram."""
 
 import math
 
@@ -29,7 +29,7 @@ def add_parked(
     facing: int,
     gap: tuple[float, float] | None,
 ) -> None:
-    """A row of parked vehicles; ``facing`` +1 looks away from the camera."""
+    """Adds a row of parked vehicles; ``facing`` +1 looks away from the camera."""
     s, filled = rng.uniform(1, 8), rng.uniform(0.25, 0.95)
     while s < 130:
         kind = str(rng.choice(["car", "van", "truck"], p=[0.87, 0.09, 0.04]))
@@ -39,24 +39,11 @@ def add_parked(
             middle = s + size[0] / 2
             if rng.random() < 0.16 and s > 5:
                 for place in np.arange(s, s + size[0], 1.3):
-                    scene.add(
-                        rng,
-                        "motorcycle",
-                        place,
-                        offset,
-                        (2.1, 0.7, 1.15),
-                        facing * math.pi / 2 + rng.normal(0, 0.35),
-                    )
+                    turn = facing * math.pi / 2 + rng.normal(0, 0.35)
+                    scene.add(rng, "motorcycle", place, offset, (2.1, 0.7, 1.15), turn)
             elif middle > 4.5:
-                scene.add(
-                    rng,
-                    kind,
-                    middle,
-                    offset,
-                    size,
-                    0 if facing > 0 else math.pi,
-                    reach=-size[0] / 2,
-                )
+                turn = 0 if facing > 0 else math.pi
+                scene.add(rng, kind, middle, offset, size, turn, reach=-size[0] / 2)
         s += size[0] + rng.uniform(0.6, 1.6)
 
 
@@ -68,30 +55,23 @@ def add_junction(
     crossing: float,
     drive: int,
 ) -> None:
-    """Zebra or stop line, traffic lights, and people who cross."""
+    """Adds a zebra or stop line, traffic lights, and people who cross."""
     paint = grey(rng, 190, 240, 3)
     left, right = kerbs[-1], kerbs[1]
     if rng.random() < 0.6:
         for offset in np.arange(left + 0.3, right - 0.5, 1.0):
             scene.strips.append(Strip(offset, offset + 0.5, s - 5.5, s - 2.5, ROAD, paint))
         for _ in range(int(rng.poisson(1.5))):
-            scene.add(
-                rng,
-                "person",
-                s - rng.uniform(2.5, 5.5),
-                rng.uniform(left, right),
-                (0.5, 0.5, rng.normal(1.71, 0.1)),
-                rng.choice([-1, 1]) * math.pi / 2,
-            )
+            at, offset = s - rng.uniform(2.5, 5.5), rng.uniform(left, right)
+            size = (0.5, 0.5, rng.normal(1.71, 0.1))
+            scene.add(rng, "person", at, offset, size, rng.choice([-1, 1]) * math.pi / 2)
     inner, outer = sorted((0.2 * drive, kerbs[drive] * 0.98))
     scene.strips.append(Strip(inner, outer, s - 7.0, s - 6.6, ROAD, paint))
     if rng.random() < 0.75:
         for at, side in ((s - 6.2, drive), (s - 6.2, -drive), (s + crossing + 1, drive)):
             if at > 5 and rng.random() < 0.85:
-                height = rng.uniform(2.9, 3.6)
-                scene.add(
-                    rng, "traffic_light", at, kerbs[side] + side * 0.5, (0, 0.44, height), side=side
-                )
+                size = (0, 0.44, rng.uniform(2.9, 3.6))
+                scene.add(rng, "traffic_light", at, kerbs[side] + side * 0.5, size, side=side)
 
 
 def add_traffic(
@@ -103,7 +83,7 @@ def add_traffic(
     kerbs: dict[int, float],
     tram: bool,
 ) -> None:
-    """Moving vehicles lane by lane, then riders near the kerb, then the tram on its rails."""
+    """Adds moving vehicles lane by lane, then riders near the kerb, then the tram on its rails."""
     tram_s = float(rng.uniform(14, 55)) if tram and rng.random() < 0.9 else None
     tram_direction = int(rng.choice([-1, 1]))
     density = rng.uniform(10, 50)  # mean gap in metres
@@ -111,55 +91,44 @@ def add_traffic(
         for index in range(lanes):
             offset = direction * drive * lane * (index + 0.5)
             own = abs(offset - scene.camera.lateral) < lane / 2
-            s = rng.uniform(9, 22) if own else rng.uniform(3, 12)
-            s += rng.exponential(density / 2)
-            blocked = tram_s is not None and index == 0 and direction == tram_direction
-            while s < 150:
-                kind = str(
-                    rng.choice(
-                        ["car", "van", "truck", "bus", "motorcyclist"],
-                        p=[0.66, 0.09, 0.11, 0.09, 0.05],
-                    )
-                )
-                if kind == "motorcyclist":
-                    size = (2.1, 0.7, 1.75)
-                else:
-                    size = _vehicle_size(rng, kind)
-                behind_tram = blocked and tram_s - 6 < s + size[0] and s < tram_s + 34
-                if not behind_tram:
-                    turn = (0.0 if direction > 0 else math.pi) + rng.normal(0, 0.02)
-                    scene.add(
-                        rng,
-                        kind,
-                        s + size[0] / 2,
-                        offset + rng.normal(0, 0.15),
-                        size,
-                        turn,
-                        reach=-size[0] / 2,
-                    )
-                s += size[0] + 2 + rng.exponential(density)
+            first = rng.uniform(9, 22) if own else rng.uniform(3, 12)
+            taken = None
+            if tram_s is not None and index == 0 and direction == tram_direction:
+                taken = (tram_s - 6, tram_s + 34)
+            _add_lane(scene, rng, offset, direction, first, density, taken)
     for direction in (-1, 1):
         for _ in range(int(rng.poisson(1.1))):
             s = 6 + rng.exponential(20)
             kerb = kerbs[direction * drive]
             inside = rng.uniform(0.7, 1.1) + (2.1 if abs(kerb) > lanes * lane + 1 else 0.0)
             kind = "cyclist" if rng.random() < 0.75 else "motorcyclist"
-            scene.add(
-                rng,
-                kind,
-                s,
-                kerb - math.copysign(inside, kerb),
-                (1.75, 0.55, 1.75),
-                0.0 if direction > 0 else math.pi,
-            )
+            offset = kerb - math.copysign(inside, kerb)
+            turn = 0.0 if direction > 0 else math.pi
+            scene.add(rng, kind, s, offset, (1.75, 0.55, 1.75), turn)
     if tram_s is not None:
         size = _vehicle_size(rng, "train")
-        scene.add(
-            rng,
-            "train",
-            tram_s + size[0] / 2,
-            tram_direction * drive * 1.7,
-            size,
-            0.0 if tram_direction > 0 else math.pi,
-            reach=-size[0] / 2,
-        )
+        middle, offset = tram_s + size[0] / 2, tram_direction * drive * 1.7
+        turn = 0.0 if tram_direction > 0 else math.pi
+        scene.add(rng, "train", middle, offset, size, turn, reach=-size[0] / 2)
+
+
+def _add_lane(
+    scene: Scene,
+    rng: np.random.Generator,
+    offset: float,
+    direction: int,
+    first: float,
+    density: float,
+    taken: tuple[float, float] | None,
+) -> None:
+    """Adds the moving vehicles of one lane from length ``first``, except where it is taken."""
+    s = first + rng.exponential(density / 2)
+    kinds, shares = ["car", "van", "truck", "bus", "motorcyclist"], [0.66, 0.09, 0.11, 0.09, 0.05]
+    while s < 150:
+        kind = str(rng.choice(kinds, p=shares))
+        size = (2.1, 0.7, 1.75) if kind == "motorcyclist" else _vehicle_size(rng, kind)
+        if taken is None or s + size[0] <= taken[0] or s >= taken[1]:
+            turn = (0.0 if direction > 0 else math.pi) + rng.normal(0, 0.02)
+            middle, across = s + size[0] / 2, offset + rng.normal(0, 0.15)
+            scene.add(rng, kind, middle, across, size, turn, reach=-size[0] / 2)
+        s += size[0] + 2 + rng.exponential(density)

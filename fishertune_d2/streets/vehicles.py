@@ -1,87 +1,49 @@
-"""How cars, trucks, buses and trams are built: side profiles pulled to a width, flanks and ends."""
+"""Paints cars, trucks, buses and trams: side profiles pulled to a width, flanks and ends."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from fishertune_d2.streets.canvas import Canvas
-from fishertune_d2.streets.world import BUS, CAR, TRAIN, TRUCK, Thing
+from fishertune_d2.streets.world import BUS, CAR, TRAIN, TRUCK, Colour, Thing, as_colour
 
-PAINTS = np.array(
-    [
-        [28, 29, 32],
-        [60, 62, 66],
-        [128, 130, 134],
-        [186, 188, 190],
-        [232, 232, 230],
-        [22, 44, 96],
-        [146, 24, 28],
-        [64, 92, 130],
-        [38, 74, 56],
-        [196, 170, 60],
-        [112, 84, 62],
-    ],
-    float,
-)
+PAINTS = np.array([
+    [28, 29, 32], [60, 62, 66], [128, 130, 134], [186, 188, 190], [232, 232, 230], [22, 44, 96],
+    [146, 24, 28], [64, 92, 130], [38, 74, 56], [196, 170, 60], [112, 84, 62],
+], float)  # fmt: skip
 PAINT_SHARES = np.array([20, 14, 14, 16, 16, 6, 7, 4, 2, 2, 2]) / 103
+BUS_PAINTS = [
+    [186, 34, 34], [222, 222, 216], [40, 96, 150], [226, 180, 48], [52, 122, 84], [210, 118, 40],
+]  # fmt: skip
 HEADLIGHT, TAILLIGHT, ROOM = (255, 244, 214), (210, 18, 14), (250, 226, 170)
 
-# A profile is drawn from the rear bumper over the roof to the front: (along, up) in shares of
-# length (-0.5 rear, 0.5 front) and height. "glass": which strips between two points are windows.
-CAR_PROFILES = [
-    (
-        (
-            (-0.49, 0.20),
-            (-0.5, 0.58),
-            (-0.36, 0.66),
-            (-0.24, 0.97),
-            (0.04, 1.0),
-            (0.24, 0.64),
-            (0.46, 0.53),
-            (0.5, 0.38),
-            (0.49, 0.18),
-        ),
-        (2, 4),
-    ),  # saloon
-    (
-        (
-            (-0.49, 0.20),
-            (-0.5, 0.62),
-            (-0.44, 0.94),
-            (0.0, 1.0),
-            (0.22, 0.63),
-            (0.46, 0.52),
-            (0.5, 0.38),
-            (0.49, 0.18),
-        ),
-        (1, 3),
-    ),  # hatchback
-    (
-        (
-            (-0.49, 0.22),
-            (-0.5, 0.60),
-            (-0.46, 0.96),
-            (0.08, 1.0),
-            (0.26, 0.66),
-            (0.47, 0.60),
-            (0.5, 0.40),
-            (0.49, 0.20),
-        ),
-        (1, 3),
-    ),  # estate, off-roader
-]
-VAN_PROFILE = (
-    ((-0.5, 0.15), (-0.5, 0.97), (0.2, 1.0), (0.36, 0.58), (0.49, 0.44), (0.5, 0.14)),
-    (2,),
-)
-BOX_PROFILE = (
-    ((-0.5, 0.12), (-0.5, 1.0), (0.46, 1.0), (0.49, 0.86), (0.5, 0.4), (0.5, 0.12)),
-    (3,),
-)
+# A profile runs from the rear bumper over the roof to the front: (along, up) in shares of length
+# (-0.5 rear, 0.5 front) and height, then the indices of the segments between points that are glass.
+Profile = tuple[tuple[tuple[float, float], ...], tuple[int, ...]]
+SALOON: Profile = (
+    (-0.49, 0.20), (-0.5, 0.58), (-0.36, 0.66), (-0.24, 0.97), (0.04, 1.0), (0.24, 0.64),
+    (0.46, 0.53), (0.5, 0.38), (0.49, 0.18),
+), (2, 4)  # fmt: skip
+HATCHBACK: Profile = (
+    (-0.49, 0.20), (-0.5, 0.62), (-0.44, 0.94), (0.0, 1.0), (0.22, 0.63), (0.46, 0.52),
+    (0.5, 0.38), (0.49, 0.18),
+), (1, 3)  # fmt: skip
+ESTATE: Profile = (  # or an off-roader
+    (-0.49, 0.22), (-0.5, 0.60), (-0.46, 0.96), (0.08, 1.0), (0.26, 0.66), (0.47, 0.60),
+    (0.5, 0.40), (0.49, 0.20),
+), (1, 3)  # fmt: skip
+CAR_PROFILES = (SALOON, HATCHBACK, ESTATE)
+VAN_PROFILE: Profile = (
+    (-0.5, 0.15), (-0.5, 0.97), (0.2, 1.0), (0.36, 0.58), (0.49, 0.44), (0.5, 0.14),
+), (2,)  # fmt: skip
+BOX_PROFILE: Profile = (
+    (-0.5, 0.12), (-0.5, 1.0), (0.46, 1.0), (0.49, 0.86), (0.5, 0.4), (0.5, 0.12),
+), (3,)  # fmt: skip
 
 
 def oval(centre: tuple[float, float], radius: tuple[float, float], count: int = 12) -> np.ndarray:
-    """An upright ellipse (count, 2) around a point of a plane; ``radius`` is (across, up)."""
+    """Returns an upright ellipse (count, 2) around a point; ``radius`` is (across, up)."""
     angle = np.linspace(0, 2 * math.pi, count, endpoint=False)
     return np.stack(
         [centre[0] + np.cos(angle) * radius[0], centre[1] + np.sin(angle) * radius[1]], axis=1
@@ -89,6 +51,7 @@ def oval(centre: tuple[float, float], radius: tuple[float, float], count: int = 
 
 
 def _profile(thing: Thing, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Returns the (N, 2) profile in metres, and the indices of its glass segments."""
     if thing.kind == "car":
         points, glass = CAR_PROFILES[rng.integers(len(CAR_PROFILES))]
     else:
@@ -97,35 +60,20 @@ def _profile(thing: Thing, rng: np.random.Generator) -> tuple[np.ndarray, tuple[
 
 
 def paint_vehicle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A side profile pulled to the vehicle's width, with wheels, windows and lights."""
+    """Paints a side profile pulled to the vehicle's width, with wheels, windows and lights."""
     label = {"car": CAR, "van": CAR, "truck": TRUCK, "bus": BUS, "train": TRAIN}[thing.kind]
     profile, glass = _profile(thing, rng)
     paint = np.clip(PAINTS[rng.choice(len(PAINTS), p=PAINT_SHARES)] + rng.normal(0, 6, 3), 8, 245)
     if label in (BUS, TRAIN):
-        paint = rng.choice(
-            [
-                [186, 34, 34],
-                [222, 222, 216],
-                [40, 96, 150],
-                [226, 180, 48],
-                [52, 122, 84],
-                [210, 118, 40],
-            ]
-        ) * rng.uniform(0.75, 1.05)
-    body = thing.height * 0.56
+        paint = rng.choice(BUS_PAINTS) * rng.uniform(0.75, 1.05)
     half = thing.width / 2
     inset = np.where(profile[:, 1] > thing.height * 0.7, 0.80 if label == CAR else 0.98, 1.0) * half
     left = np.column_stack([profile[:, 0], -inset, profile[:, 1]])
     right = np.column_stack([profile[:, 0], inset, profile[:, 1]])
     window = np.array([36.0, 42, 48]) * rng.uniform(0.7, 1.6)
-    under = np.array(
-        [
-            [profile[0, 0], -half * 0.9, 0.06],
-            [profile[0, 0], half * 0.9, 0.06],
-            [profile[-1, 0], half * 0.9, 0.06],
-            [profile[-1, 0], -half * 0.9, 0.06],
-        ]
-    )
+    rear, front = profile[0, 0], profile[-1, 0]
+    corners = ((rear, -0.9), (rear, 0.9), (front, 0.9), (front, -0.9))
+    under = np.array([[along, half * across, 0.06] for along, across in corners])
     for pair in ((0, 1), (2, 3), (1, 2), (3, 0)):  # the dark space under the body
         low = under[list(pair)]
         quad = np.concatenate([low, (low + [0, 0, thing.height * 0.2])[::-1]])
@@ -136,22 +84,21 @@ def paint_vehicle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> Non
         run = profile[index + 1] - profile[index]
         length = max(float(np.hypot(*run)), 1e-6)
         normal = _world_normal(thing, -run[1] / length, 0.0, run[0] / length)
-        strips.append((quad, normal, paint, index in glass))
-    strips.sort(key=lambda item: -float(np.linalg.norm(item[0].mean(axis=0) - canvas.eye)))
-    sides = []
-    for sign, flank in ((-1, left), (1, right)):
-        sides.append((sign, flank, _world_normal(thing, 0.0, float(sign), 0.0)))
-    for quad, normal, colour, glazed in strips:
-        shade = canvas.surface(quad, tuple(colour), label, normal)
+        strips.append((quad, normal, index in glass))
+    strips.sort(key=lambda strip: -float(np.linalg.norm(strip[0].mean(axis=0) - canvas.eye)))
+    for quad, normal, glazed in strips:
+        shade = canvas.surface(quad, as_colour(paint), label, normal)
         if shade is not None and glazed:
             centre = quad.mean(axis=0)
             pane = centre + (quad - centre) * 0.86
             sky = np.array([120.0, 132, 146]) * 0.5 + window * 0.5
             canvas.details(pane[None], sky, shade)
-    for sign, flank, normal in sides:
-        shade = canvas.surface(thing.place(flank), tuple(paint * 0.94), label, normal, convex=False)
+    for sign, flank in ((-1, left), (1, right)):
+        normal = _world_normal(thing, 0.0, float(sign), 0.0)
+        outline, colour = thing.place(flank), as_colour(paint * 0.94)
+        shade = canvas.surface(outline, colour, label, normal, convex=False)
         if shade is not None:
-            _paint_flank(canvas, thing, rng, sign, label, body, window, paint, shade)
+            _paint_flank(canvas, thing, rng, sign, label, window, paint, shade)
     _paint_ends(canvas, thing, rng, label, paint)
 
 
@@ -162,80 +109,101 @@ def _world_normal(
     return (along * sin + across * cos, up, along * cos - across * sin)
 
 
+class _Pane(NamedTuple):
+    """A flat part of a vehicle's side, from rear to front and from low to high in metres.
+
+    Attributes:
+        slant: Metres by which the upper edge is shorter at either end.
+        tuck: Share of the vehicle's half width at the upper edge.
+        glow: Emitted light.
+    """
+
+    rear: float
+    front: float
+    low: float
+    high: float
+    colour: np.ndarray
+    slant: float = 0.0
+    tuck: float = 1.0
+    glow: Colour = (0, 0, 0)
+
+    def corners(self, half: float) -> list[list[float]]:
+        """Returns (4, 3) local corners, at ``half`` metres from the middle of the vehicle."""
+        return [
+            [self.rear, half, self.low],
+            [self.front, half, self.low],
+            [self.front - self.slant, half * self.tuck, self.high],
+            [self.rear + self.slant, half * self.tuck, self.high],
+        ]
+
+
+def _side_panes(
+    thing: Thing, rng: np.random.Generator, label: int, window: np.ndarray, paint: np.ndarray
+) -> list[_Pane]:
+    """Returns side windows, gaps, stripes and loads."""
+    length, height = thing.length, thing.height
+    if label == CAR and thing.kind == "car":
+        low, high = 0.64 * height, 0.92 * height
+        return [
+            _Pane(-0.34 * length, -0.04 * length, low, high, window, 0.3, 0.86),
+            _Pane(-0.01 * length, 0.19 * length, low, high, window, 0.25, 0.86),
+            _Pane(-0.48 * length, 0.48 * length, 0.36 * height, 0.39 * height, paint * 0.7),
+            _Pane(-0.025 * length, -0.02 * length, 0.25 * height, low, paint * 0.6),
+        ]
+    if label == CAR:
+        return [
+            _Pane(0.1 * length, 0.3 * length, 0.56 * height, 0.88 * height, window, 0.2),
+            _Pane(0.05 * length, 0.06 * length, 0.15 * height, 0.95 * height, paint * 0.7),
+        ]
+    if label == TRUCK:
+        load = np.clip(PAINTS[rng.integers(len(PAINTS))] * 1.1, 0, 240)
+        sign = rng.uniform(30, 230, 3)
+        return [
+            _Pane(-0.5 * length, 0.24 * length, 0.3 * height, 1.0 * height, load),
+            _Pane(0.24 * length, 0.27 * length, 0.25 * height, 1.0 * height, np.full(3, 24.0)),
+            _Pane(-0.4 * length, 0.1 * length, 0.5 * height, 0.75 * height, sign),
+            _Pane(0.32 * length, 0.44 * length, 0.55 * height, 0.82 * height, window),
+        ]
+    count, panes = int(length / 1.5), []
+    room = as_colour(np.array(ROOM) * 0.55)
+    for k in range(count):
+        at = -0.47 * length + k * 0.94 * length / count
+        panes.append(_Pane(at, at + 1.3, 0.42 * height, 0.80 * height, window, glow=room))
+    accent = rng.uniform(30, 230, 3)
+    panes += [
+        _Pane(-0.5 * length, 0.5 * length, 0.14 * height, 0.22 * height, paint * 0.55),
+        _Pane(-0.5 * length, 0.5 * length, 0.85 * height, 0.93 * height, accent),
+    ]
+    door, glass = as_colour(np.array(ROOM) * 0.4), window * 1.2
+    for at in (-0.22 * length, 0.18 * length, 0.42 * length):
+        panes.append(_Pane(at, at + 1.1, 0.14 * height, 0.82 * height, glass, glow=door))
+    return panes
+
+
 def _paint_flank(
     canvas: Canvas,
     thing: Thing,
     rng: np.random.Generator,
     sign: int,
     label: int,
-    body: float,
     window: np.ndarray,
     paint: np.ndarray,
     shade: np.ndarray,
 ) -> None:
-    """Side windows, stripes, wheels."""
-    length, height, half = thing.length, thing.height, sign * thing.width / 2
-    quads, colours, shine = [], [], []
-
-    def quad(
-        a0: float,
-        a1: float,
-        u0: float,
-        u1: float,
-        colour: np.ndarray,
-        slant: float = 0.0,
-        glow: tuple[float, float, float] = (0, 0, 0),
-        tuck: float = 1.0,
-    ) -> None:
-        quads.append(
-            [
-                [a0, half, u0],
-                [a1, half, u0],
-                [a1 - slant, half * tuck, u1],
-                [a0 + slant, half * tuck, u1],
-            ]
-        )
-        colours.append(colour)
-        shine.append(glow)
-
-    if label == CAR and thing.kind == "car":
-        quad(-0.34 * length, -0.04 * length, 0.64 * height, 0.92 * height, window, 0.3, tuck=0.86)
-        quad(-0.01 * length, 0.19 * length, 0.64 * height, 0.92 * height, window, 0.25, tuck=0.86)
-        quad(-0.48 * length, 0.48 * length, 0.36 * height, 0.39 * height, paint * 0.7)
-        quad(-0.025 * length, -0.02 * length, 0.25 * height, 0.64 * height, paint * 0.6)
-    elif label == CAR:
-        quad(0.1 * length, 0.3 * length, 0.56 * height, 0.88 * height, window, 0.2)
-        quad(0.05 * length, 0.06 * length, 0.15 * height, 0.95 * height, paint * 0.7)
-    elif label == TRUCK:
-        load = np.clip(PAINTS[rng.integers(len(PAINTS))] * 1.1, 0, 240)
-        quad(-0.5 * length, 0.24 * length, 0.3 * height, 1.0 * height, load)
-        quad(0.24 * length, 0.27 * length, 0.25 * height, 1.0 * height, np.full(3, 24.0))
-        quad(-0.4 * length, 0.1 * length, 0.5 * height, 0.75 * height, rng.uniform(30, 230, 3))
-        quad(0.32 * length, 0.44 * length, 0.55 * height, 0.82 * height, window)
-    else:
-        count = int(length / 1.5)
-        room = tuple(np.array(ROOM) * 0.55)
-        for k in range(count):
-            at = -0.47 * length + k * 0.94 * length / count
-            quad(at, at + 1.3, 0.42 * height, 0.80 * height, window, glow=room)
-        quad(-0.5 * length, 0.5 * length, 0.14 * height, 0.22 * height, paint * 0.55)
-        accent = rng.uniform(30, 230, 3)
-        quad(-0.5 * length, 0.5 * length, 0.85 * height, 0.93 * height, accent)
-        for at in (-0.22, 0.18, 0.42):
-            quad(
-                at * length,
-                at * length + 1.1,
-                0.14 * height,
-                0.82 * height,
-                window * 1.2,
-                glow=tuple(np.array(ROOM) * 0.4),
-            )
-    canvas.details(thing.place(np.array(quads)), np.array(colours), shade, np.array(shine, float))
+    """Paints side windows, stripes and wheels."""
+    half = sign * thing.width / 2
+    panes = _side_panes(thing, rng, label, window, paint)
+    canvas.details(
+        thing.place([pane.corners(half) for pane in panes]),
+        np.array([pane.colour for pane in panes]),
+        shade,
+        np.array([pane.glow for pane in panes], float),
+    )
     radius = {CAR: 0.33, TRUCK: 0.48, BUS: 0.48, TRAIN: 0.3}[label]
     at_wheels = (-0.31, 0.31) if label != TRAIN else (-0.4, -0.34, -0.03, 0.03, 0.34, 0.4)
     for at in at_wheels:
         for size, colour in ((radius, (20.0, 20, 22)), (radius * 0.6, (118.0, 120, 124))):
-            flat = oval((at * length, radius), (size, size), 14)
+            flat = oval((at * thing.length, radius), (size, size), 14)
             wheel = np.column_stack([flat[:, 0], np.full(len(flat), half * 1.005), flat[:, 1]])
             if size == radius:
                 canvas.surface(thing.place(wheel), colour, label)
@@ -246,7 +214,7 @@ def _paint_flank(
 def _paint_ends(
     canvas: Canvas, thing: Thing, rng: np.random.Generator, label: int, paint: np.ndarray
 ) -> None:
-    """Lights, number plate, grille, large windows on the end that faces the camera."""
+    """Paints lights, number plate, grille and large windows on the end that faces the camera."""
     half, height = thing.width / 2, thing.height
     plate = np.array([[236.0, 234, 226], [232, 196, 60]])[rng.integers(2)]
     display = rng.random() < 0.7
@@ -257,10 +225,9 @@ def _paint_ends(
             continue
         shade = canvas.shade(normal)
 
-        def boxes(rows: list[list[float]], at: float = at) -> np.ndarray:
-            return thing.place(
-                np.array([[[at, a, u], [at, b, u], [at, b, v], [at, a, v]] for a, b, u, v in rows])
-            )
+        def boxes(edges: list[list[float]], at: float = at) -> np.ndarray:
+            corners = [[[at, a, u], [at, b, u], [at, b, v], [at, a, v]] for a, b, u, v in edges]
+            return thing.place(corners)
 
         tall = label in (BUS, TRAIN, TRUCK) or thing.kind == "van"
         if tall and not (label == TRUCK and end < 0) and not (thing.kind == "van" and end > 0):
@@ -268,22 +235,17 @@ def _paint_ends(
             glow = np.array(ROOM) * (0.5 if label in (BUS, TRAIN) else 0.0)
             canvas.details(pane, np.array([46.0, 54, 62]), shade, glow)
             if display and label in (BUS, TRAIN):
-                canvas.details(
-                    boxes([[-half * 0.6, half * 0.6, height * 0.86, height * 0.95]]),
-                    np.array([230.0, 150, 40]),
-                    shade,
-                    np.array([230.0, 150, 40]),
+                sign, amber = (
+                    [-half * 0.6, half * 0.6, height * 0.86, height * 0.95],
+                    (230.0, 150, 40),
                 )
+                canvas.details(boxes([sign]), np.array(amber), shade, np.array(amber))
         if label == TRUCK and end < 0:
             canvas.details(boxes([[-0.03, 0.03, height * 0.25, height * 0.95]]), paint * 0.6, shade)
         low = height * (0.44 if label == CAR and thing.kind == "car" else 0.24)
         deep = max(height * 0.07, 0.13)
-        lights = boxes(
-            [
-                [-half * 0.92, -half * 0.55, low, low + deep],
-                [half * 0.55, half * 0.92, low, low + deep],
-            ]
-        )
+        left = [-half * 0.92, -half * 0.55, low, low + deep]
+        lights = boxes([left, [half * 0.55, half * 0.92, low, low + deep]])
         light = np.array(HEADLIGHT if end > 0 else TAILLIGHT, float)
         colour = np.array([214.0, 216, 214]) if end > 0 else np.array([168.0, 24, 22])
         canvas.details(lights, colour, shade, light)

@@ -1,4 +1,4 @@
-"""What is in a built-in street: a description in metres, drawn from a seed.
+"""Describes a built-in street in metres: camera, strips of ground, and things.
 
 The world has x to the right, y up and z along the street, with the ground at y = 0 and the camera
 above the origin. A street is a parabola: its centre line is at ``x = bend / 2 * s**2`` for the
@@ -11,12 +11,13 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN = range(8)
 VEGETATION, TERRAIN, SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(8, 19)
 VOID = 255
 
-VISIBLE = 170.0  # metres of street that are built; a skyline closes what lies beyond
+VISIBLE = 170.0  # metres of street that are built; a skyline closes the street behind them
 Colour = tuple[float, float, float]
 
 
@@ -25,12 +26,12 @@ class Camera:
     """A pinhole camera on a car.
 
     Attributes:
-        field_of_view: horizontal opening angle in radians.
-        height: metres above the ground.
-        lateral: metres right of the street's centre line.
-        pitch: radians, positive looks down.
-        yaw: radians, positive looks right.
-        hood: share of the picture's height that the own car's hood covers (0: out of view).
+        field_of_view: Horizontal opening angle in radians.
+        height: Metres above the ground.
+        lateral: Metres right of the street's centre line.
+        pitch: Radians, positive looks down.
+        yaw: Radians, positive looks right.
+        hood: Share of the picture's height that the own car's hood covers (0: out of view).
     """
 
     field_of_view: float
@@ -48,12 +49,12 @@ class Thing:
     Local coordinates are (along, across, up) in metres: along the heading, to its right, up.
 
     Attributes:
-        x, z: the frame's origin on the ground.
-        heading: radians from the z axis towards x.
-        length, width, height: extent in metres; what they span is up to the model.
-        distance: painting order, farthest first.
+        x, z: The frame's origin on the ground.
+        heading: Radians from the z axis towards x.
+        length, width, height: Extent in metres; each model decides how to use it.
+        distance: Painting order, farthest first.
         side: +1 or -1 where left and right differ (a house front looks towards the street).
-        seed: everything else about its appearance.
+        seed: Decides everything else about its appearance.
     """
 
     kind: str
@@ -67,11 +68,11 @@ class Thing:
     seed: int
     side: int = 1
 
-    def place(self, local: np.ndarray) -> np.ndarray:
-        """Local points (..., 3) in world coordinates (..., 3)."""
-        local = np.asarray(local, dtype=np.float64)
+    def place(self, local: ArrayLike) -> np.ndarray:
+        """Converts local points (..., 3) to world coordinates (..., 3)."""
+        points = np.asarray(local, dtype=np.float64)
         sin, cos = math.sin(self.heading), math.cos(self.heading)
-        along, across, up = local[..., 0], local[..., 1], local[..., 2]
+        along, across, up = points[..., 0], points[..., 1], points[..., 2]
         return np.stack(
             [self.x + along * sin + across * cos, up, self.z + along * cos - across * sin], axis=-1
         )
@@ -94,10 +95,10 @@ class Scene:
     """A street scene; the lists of strips are in painting order.
 
     Attributes:
-        sun: unit vector towards the sun, or None under a closed cloud cover.
-        clouds: share of the sky that clouds cover, 0..1.
-        tracks: bands that wheels keep free when snow lies.
-        mood: the camera's white balance (3 gains), gamma, and grain (standard deviation, 0..255).
+        sun: Unit vector towards the sun, or None under a closed cloud cover.
+        clouds: Share of the sky that clouds cover, 0..1.
+        tracks: Bands that wheels keep free when snow lies.
+        mood: The camera's white balance (3 gains), gamma, and grain (standard deviation, 0..255).
     """
 
     seed: int
@@ -111,7 +112,7 @@ class Scene:
     things: list[Thing] = field(default_factory=list)
 
     def street(self, s: np.ndarray | float, offset: np.ndarray | float) -> np.ndarray:
-        """World points (..., 3) on the ground at length ``s`` and lateral ``offset``, in metres."""
+        """Returns world points (..., 3) on the ground at length ``s`` and lateral ``offset``."""
         s, offset = np.broadcast_arrays(np.asarray(s, float), np.asarray(offset, float))
         heading = np.arctan(self.bend * s)
         x = self.bend / 2 * s**2 + offset * np.cos(heading)
@@ -128,18 +129,18 @@ class Scene:
         side: int = 1,
         reach: float = 0.0,
     ) -> None:
-        """Put a thing on the street.
+        """Puts a thing on the street.
 
         Args:
-            rng: gives the thing's seed.
-            kind: a key of ``models.MODELS``.
-            s: length along the street of the frame's origin, metres.
-            offset: its lateral offset, metres.
-            size: length, width, height in metres.
-            turn: heading relative to the street, radians.
-            side: see :class:`Thing`.
-            reach: metres added to the painting distance: a long front that begins at ``s`` hides
-                what stands beyond its far end, and nothing beside it.
+            rng: Draws the thing's seed.
+            kind: A key of ``models.MODELS``.
+            s: Length along the street of the frame's origin, metres.
+            offset: Lateral offset of the frame's origin, metres.
+            size: Length, width, height in metres.
+            turn: Heading relative to the street, radians.
+            side: See `Thing`.
+            reach: Metres added to the painting distance: a long front that begins at ``s`` hides
+                things beyond its far end, and nothing beside it.
         """
         x, _, z = self.street(s, offset)
         heading = math.atan(self.bend * s) + turn
@@ -149,6 +150,17 @@ class Scene:
 
 
 def grey(rng: np.random.Generator, low: float, high: float, tint: float = 4.0) -> Colour:
-    """A grey between two levels (0..255) with a slight random tint."""
+    """Draws a grey between two levels (0..255) with a slight tint."""
     level = rng.uniform(low, high) + rng.normal(0, tint, 3)
-    return tuple(float(v) for v in np.clip(level, 0, 255))
+    return as_colour(np.clip(level, 0, 255))
+
+
+def as_colour(values: np.ndarray) -> Colour:
+    """Returns an array (3,) as a tuple of floats."""
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def shaded(colour: Colour, share: float) -> Colour:
+    """Returns a colour multiplied by ``share``."""
+    return colour[0] * share, colour[1] * share, colour[2] * share
