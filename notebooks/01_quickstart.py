@@ -11,16 +11,25 @@
 # %% [markdown]
 # # 1. Quickstart: from nothing to a table and pictures
 #
-# A model that segments streets by day fails at night. FisherTune (CVPR 2025) starts from a vision
-# foundation model, here DINOv2 ViT-S/14, and lets only the weights move that matter for the task
-# and react to a simulated change of domain: 5 % of the backbone. This notebook trains on street
-# scenes by day, which are drawn on the spot, and scores on the same streets by day, at night and
-# in snow.
+# ![The three stages: warm-up, estimation, tuning](../docs/images/method.svg)
 #
-# Nothing but the set-up of the README is needed: no GPU and no data. The first run fetches 90 MB
-# of weights and draws the scenes, which takes a minute or two each.
+# **Summary**
+#
+# - A model that segments streets by day fails at night. FisherTune (CVPR 2025) makes it more
+#   robust.
+# - It starts from a vision foundation model, here DINOv2 ViT-S/14, and trains 5 % of its weights:
+#   those that matter for the task and react to a simulated change of domain.
+# - Stage T1 trains the decoder on the frozen backbone.
+# - Stage T2 measures the Fisher information of each weight. No weight changes.
+# - Stage T3 trains the decoder and the selected weights.
+# - This notebook trains on street scenes by day and scores the model by day, at night and in snow.
+# - It needs the set-up of the README, and neither a GPU nor data: the scenes are drawn on the spot.
+# - The first run downloads 90 MB of weights and draws the scenes; each takes a minute or two.
+# - You get a table of scores, pictures, and a map of the selected weights.
+#
+# The next cell holds the imports.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import json
 import logging
 import os
@@ -40,11 +49,12 @@ from fishertune_d2.engine.output_dir import remove_run
 # %% [markdown]
 # ## One config
 #
-# An experiment is one file, as in Detectron2. [streets.yaml](streets.yaml) is the demo's with
-# smaller images and fewer iterations. (`quick.yaml`, a toy model, is for the project's tests.)
+# An experiment is one file, as in Detectron2. [streets.yaml](streets.yaml) is the demo's config
+# with smaller images and fewer iterations. (`quick.yaml` holds a toy model for the project's
+# tests.)
 
 # %%
-QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # the project's tests set it
+QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # set by the project's tests
 CONFIG = "quick.yaml" if QUICK else "streets.yaml"
 OUTPUT = Path("../outputs/notebooks", "quick" * QUICK)
 
@@ -59,10 +69,10 @@ for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
 #
 # Training goes through the three stages of the paper's Algorithm 1:
 #
-# 1. **Warm-up**: the backbone is frozen, the decoder trains for $T_1$ iterations.
-# 2. **Estimation**: on $T_2$ batches the *domain-related Fisher information* (DRF) of every
-#    candidate weight is measured. No weight changes.
-# 3. **Tuning**: for $T_3$ iterations the decoder and the weights of the highest DRF train. Their
+# 1. **Warm-up**: the backbone is frozen, and the decoder trains for $T_1$ iterations.
+# 2. **Estimation**: $T_2$ batches measure the *domain-related Fisher information* (DRF) of every
+#    candidate weight. No weight changes.
+# 3. **Tuning**: the decoder and the weights with the highest DRF train for $T_3$ iterations. Their
 #    share grows from $d_\min$ to $d_\max$.
 
 # %%
@@ -71,15 +81,15 @@ print(f"T1 = {t1} iterations, T2 = {cfg.FISHER.BATCHES} batches, T3 = {total - t
 print(f"d_min = {cfg.TUNING.D_MIN:.0%}, d_max = {cfg.TUNING.D_MAX:.0%} of the backbone")
 
 # %% [markdown]
-# The trainer is Detectron2's `DefaultTrainer` with these stages as hooks. What it logs says how
-# many weights are in the optimizer in each stage, and where those lie that were tuned in the end.
+# The trainer is Detectron2's `DefaultTrainer` with these stages as hooks. Its log says how many
+# weights the optimizer holds in each stage, and where the weights are that it tuned in the end.
 
 # %%
 log = logging.getLogger("fishertune_d2.engine")
 log.addHandler(logging.StreamHandler(sys.stdout))
 log.setLevel(logging.INFO)
 
-remove_run(output)  # what an earlier execution left
+remove_run(output)  # delete the files of an earlier execution
 trainer = Trainer(cfg)
 trainer.resume_or_load(resume=False)
 trainer.train()
@@ -87,9 +97,9 @@ trainer.train()
 # %% [markdown]
 # ## The table
 #
-# Test sets of the domain that was trained on are the *source*, the others are *unseen*; what
-# counts is the average over the unseen ones. The log above ends with the table by data set and
-# class, and `results.json` holds it, with the protocol:
+# Test sets of the training domain are the *source*, the others are *unseen*. The score to compare
+# is the average over the unseen sets. The log above ends with the table by data set and class, and
+# `results.json` holds the table and the protocol:
 
 # %%
 results = json.loads((output / "results.json").read_text())
@@ -98,15 +108,15 @@ for name, score in {**results["source"], **results["targets"]}.items():
 print(f"{'average over unseen':20} mIoU {results['target_average']:5.2f} %")
 
 # %% [markdown]
-# These are the scores of a minute of training: the classes that fill the image are learnt, the
-# small ones are not. Do not read a ranking of methods out of such a run;
+# These scores come from a minute of training: the model has learnt the classes that fill the image,
+# and not the small ones. Do not rank methods by such a run;
 # [docs/results/camvid.md](../docs/results/camvid.md) has longer ones.
 #
 # ## The pictures
 #
-# From left to right image, label and prediction, with the colours of Cityscapes. What to see: by
-# day the large regions are found; in snow pieces of them are lost, and at night far more, the sky
-# first.
+# Each picture shows image, label and prediction, from left to right, in Cityscapes' colours. By day
+# the model finds the large regions. In snow it loses parts of them, and at night it loses far more,
+# first of all the sky.
 
 # %%
 Image(filename=output / "pictures/streets_day_val_1.png", width=840)
@@ -120,10 +130,10 @@ Image(filename=output / "pictures/streets_snow_val_1.png", width=840)
 # %% [markdown]
 # ## What was tuned
 #
-# The map shows which share of each group (a block's query, key, value or feed-forward weights)
-# was selected. What to see: the choice is far from even. Values and feed-forward layers of the
-# first half hold nearly all of it. (After so short a warm-up it is nearly that of F alone, as the
-# log says above; [05_fisher](05_fisher.ipynb) is about that.)
+# The map shows the selected share of each group: the query, key, value or feed-forward weights of a
+# block. The selection is far from even: values and feed-forward layers of the first half hold
+# nearly all of it. (After so short a warm-up the selection is close to that of F alone, as the log
+# above says; [05_fisher](05_fisher.ipynb) explains this.)
 
 # %%
 Image(filename=draw_run(output), width=760)
@@ -134,7 +144,7 @@ Image(filename=draw_run(output), width=760)
 # - Put `"TUNING.METHOD", "full"` or `"freeze"` into the options of `read_config`, with another
 #   `OUTPUT_DIR`, and compare: `python -m fishertune_d2.analysis.compare
 #   outputs/notebooks/quickstart outputs/notebooks/other`.
-# - Five times the iterations: `"SOLVER.MAX_ITER", 500, "TUNING.WARMUP_ITERS", 250`. Which classes
-#   appear?
-# - With CamVid under `DETECTRON2_DATASETS`, take `camvid.yaml` for real photographs; the pictures
-#   are then named after its data sets.
+# - Train for five times as long: `"SOLVER.MAX_ITER", 500, "TUNING.WARMUP_ITERS", 250`. Which
+#   classes does the model learn then?
+# - With CamVid under `DETECTRON2_DATASETS`, use `camvid.yaml` for real photographs. The pictures
+#   then have the names of its data sets.

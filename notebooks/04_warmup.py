@@ -11,16 +11,16 @@
 # %% [markdown]
 # # 4. Warm-up: the frozen baseline
 #
-# Stage 1 of Algorithm 1: freeze the backbone and train the decoder for $T_1$ iterations. Two
-# reasons. The gradients of a random decoder would say nothing about the backbone, and the Fisher
-# information is made of gradients. And a frozen foundation model is itself a strong baseline,
-# which every way of tuning has to beat.
+# Stage 1 of Algorithm 1 freezes the backbone and trains the decoder for $T_1$ iterations. There are
+# two reasons. The Fisher information consists of gradients, and the gradients of a random decoder
+# would say nothing about the backbone. And a frozen foundation model is a strong baseline, which
+# every way of tuning has to beat.
 #
-# This run leaves a checkpoint at $T_1$, from which [05_fisher](05_fisher.ipynb) and
-# [06_fine_tuning](06_fine_tuning.ipynb) go on, and then trains on, frozen, to the end: the row
-# "freeze".
+# This run writes a checkpoint at $T_1$, from which [05_fisher](05_fisher.ipynb) and
+# [06_fine_tuning](06_fine_tuning.ipynb) continue. Then it trains to the end with a frozen backbone:
+# the method `freeze`. The next cell holds the imports.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import json
 import os
 import time
@@ -40,7 +40,7 @@ from fishertune_d2.evaluation import format_table
 
 # %matplotlib inline
 
-QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # the project's tests set it
+QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # set by the project's tests
 CONFIG = "quick.yaml" if QUICK else "streets.yaml"
 OUTPUT = Path("../outputs/notebooks", "quick" * QUICK)
 
@@ -48,12 +48,12 @@ output = OUTPUT / "freeze"
 output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
-# ## What a frozen backbone saves
+# ## The savings of a frozen backbone
 #
-# With $\theta$ the backbone's weights and $\phi$ the decoder's, the warm-up solves $\min_\phi
+# Let $\theta$ be the backbone's weights and $\phi$ the decoder's. The warm-up solves $\min_\phi
 # \mathbb{E}_{(x, y)} \, L(f_{\theta, \phi}(x), y)$ with $\theta$ fixed. No parameter of the
-# backbone requires a gradient, so no graph of it is kept and no backward pass through it is paid.
-# One step each of the two stages, with the method that tunes everything:
+# backbone requires a gradient, so training keeps no graph of it and makes no backward pass through
+# it. The table compares one step of the warm-up with one step of full fine-tuning:
 
 # %%
 cfg = read_config(CONFIG, ["TUNING.METHOD", "full", "OUTPUT_DIR", str(output)])
@@ -75,11 +75,11 @@ Markdown(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 # %% [markdown]
 # ## Training
 #
-# `TUNING.METHOD freeze` tunes nothing of the backbone after the warm-up either.
+# With `TUNING.METHOD freeze` the backbone stays frozen after the warm-up too.
 
 # %%
 cfg = read_config(CONFIG, ["TUNING.METHOD", "freeze", "OUTPUT_DIR", str(output)])
-remove_run(output)  # what an earlier execution left
+remove_run(output)  # delete the files of an earlier execution
 trainer = Trainer(cfg)
 trainer.resume_or_load(resume=False)
 before = {name: p.detach().clone() for name, p in trainer.segmentor.named_parameters()}
@@ -87,9 +87,9 @@ trainer.train()
 print("written:", ", ".join(sorted(path.name for path in output.glob("*.pth"))))
 
 # %% [markdown]
-# The loss of each iteration, and its mean over ten. Mask2Former's loss is a sum over
-# classification, masks and Dice, of every layer, so its size says little. What to see: it falls
-# fast at first, and still falls, slowly, when this short run ends.
+# The figure shows the loss of each iteration, and its mean over ten. Mask2Former's loss is a sum
+# over classification, masks and Dice of every layer, so its absolute size means little. It falls
+# fast at first, and still falls slowly when this short run ends.
 
 # %%
 losses = np.array([value for value, _ in trainer.storage.history("total_loss").values()])
@@ -105,7 +105,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Frozen means frozen: every weight of the backbone is what it was, to the bit.
+# Every weight of the frozen backbone keeps its value to the bit:
 
 # %%
 rows = {"backbone": [0, 0], "sem_seg_head": [0, 0]}
@@ -118,17 +118,17 @@ for part, (moved, total) in rows.items():
 # %% [markdown]
 # ## The baseline
 #
-# Mean IoU over the classes that occur, in percent. What to see: how much is lost from day to the
-# domains that were never seen, on the same streets.
+# The table shows the mean IoU over the classes that occur, in percent. On the same streets, the
+# score falls from day to the unseen domains.
 
 # %%
 results = json.loads((output / "results.json").read_text())
 Markdown(f"```\n{format_table(results)}\n```")
 
 # %% [markdown]
-# By class, for the classes that the run has learnt at all (IoU above 5 % by day). What to see:
-# the loss is not the same for all. The sky, which is bright by day, is not found at night at all;
-# the road nearly as well as by day.
+# The next figure shows the IoU by class, for the classes that the run has learnt (IoU above 5 % by
+# day). The classes lose differently. The sky, which is bright by day, is not found at night at all;
+# the road is found nearly as well as by day.
 
 # %%
 iou = results["per_class"]
@@ -146,8 +146,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Image, label and prediction of a scene at night. What to see: road and cars are found, with
-# ragged borders; above them houses, trees and sky are guesses.
+# This picture shows image, label and prediction of a scene at night. The model finds road and cars,
+# with ragged borders; above them it guesses houses, trees and sky.
 
 # %%
 Image(filename=output / "pictures/streets_night_val_1.png", width=840)
@@ -155,8 +155,9 @@ Image(filename=output / "pictures/streets_night_val_1.png", width=840)
 # %% [markdown]
 # ## On real photographs
 #
-# The same on CamVid by day, scored by day and at dusk, where its files are. (Its licence is for
-# research, so this notebook keeps numbers of it and no pictures.)
+# This cell trains the same on CamVid by day, and scores it by day and at dusk, if CamVid's files
+# are there. (CamVid's licence covers research, so this notebook keeps only numbers and no
+# pictures.)
 
 # %%
 if QUICK or not Path(os.environ["DETECTRON2_DATASETS"], "CamVid").is_dir():
@@ -172,14 +173,15 @@ else:
     print(format_table(json.loads((folder / "results.json").read_text())))
 
 # %% [markdown]
-# After so few iterations dusk need not score below day: what counts are the large classes, and
-# the two sequences hold different shares of them. A longer run tells them apart:
+# After so few iterations, dusk need not score below day: the large classes decide the score, and
+# the two sequences contain different shares of them. A longer run separates day and dusk:
 # [docs/results/camvid.md](../docs/results/camvid.md).
 #
 # ## Something to try
 #
-# - How long does the frozen model go on improving? `"SOLVER.MAX_ITER", 600`.
-# - `"MODEL.VFM.WEIGHTS", "random"`: what is the same decoder worth on features that have seen
-#   nothing?
-# - What would the steps of the first table cost with a larger model? Without running it: `python
-#   -m fishertune_d2.plan --config-file streets.yaml MODEL.VFM.NAME dinov2_vitl`.
+# - For how long does the frozen model improve? `"SOLVER.MAX_ITER", 600`.
+# - `"MODEL.VFM.WEIGHTS", "random"`: how well does the same decoder do on features without
+#   pretraining?
+# - How much would the steps of the first table cost with a larger model? This command says it
+#   without running the model: `python -m fishertune_d2.plan --config-file streets.yaml
+#   MODEL.VFM.NAME dinov2_vitl`.

@@ -9,13 +9,13 @@
 # ---
 
 # %% [markdown]
-# # 5. The Fisher information, and what a shift of domain does to it
+# # 5. The Fisher information, and how a domain shift changes it
 #
-# Stage 2 of Algorithm 1. No weight changes here: the gradients of the warmed-up model are
-# measured, on images as they are and on the same images under a simulated shift, and every
-# candidate weight gets one number.
+# Stage 2 of Algorithm 1 changes no weight. It measures the gradients of the warmed-up model, on the
+# images and on the same images under a simulated shift, and gives every candidate weight one score.
+# The next cell holds the imports.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import os
 import time
 from itertools import islice
@@ -49,7 +49,7 @@ from fishertune_d2.fisher.score import mean_over_candidates
 
 # %matplotlib inline
 
-QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # the project's tests set it
+QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # set by the project's tests
 CONFIG = "quick.yaml" if QUICK else "streets.yaml"
 OUTPUT = Path("../outputs/notebooks", "quick" * QUICK)
 
@@ -59,13 +59,14 @@ output.mkdir(parents=True, exist_ok=True)
 # %% [markdown]
 # ## The warmed-up model
 #
-# It is that of [04_warmup](04_warmup.ipynb), or made now (two minutes) if that has not run.
+# This cell loads the warm-up of [04_warmup](04_warmup.ipynb), or trains it (two minutes) if it is
+# missing.
 
 # %%
 freeze = OUTPUT / "freeze"
 if not (freeze / "model_warmup.pth").is_file():
     freeze.mkdir(parents=True, exist_ok=True)
-    remove_run(freeze)  # what an earlier execution left
+    remove_run(freeze)  # delete the files of an earlier execution
     trainer = Trainer(read_config(CONFIG, ["TUNING.METHOD", "freeze", "OUTPUT_DIR", str(freeze)]))
     trainer.resume_or_load(resume=False)
     trainer.train()
@@ -92,15 +93,15 @@ print(f"{sum(map(len, batches))} crops to estimate from, and {sum(map(len, other
 # %% [markdown]
 # ## F
 #
-# The diagonal of the Fisher information, one number for each weight $n$ (Eq. 4, 8, 9):
+# F is the diagonal of the Fisher information, one number for each weight $n$ (Eq. 4, 8, 9):
 #
 # $$F_n = \frac{1}{N} \sum_{i=1}^{N} \mathbb{E}_{y \sim f(y \mid x_i)}
 #   \left[ \left( \frac{\partial L(f(x_i), y)}{\partial \theta_n} \right)^2 \right].$$
 #
-# The square is taken **per image, before the mean**. With the labels of the data in place of $y
-# \sim f$ it is the *empirical* Fisher, the default here, because Eq. 5 and 7 are written with
-# labels. `estimate_fisher` takes any model, any batches and any loss that gives one number for
-# each image. `perturb` is Eq. 6, below: F is then measured on $x$ and on $x'$ in one go.
+# The square is taken **per image, before the mean**. With the labels of the data instead of $y \sim
+# f$ it is the *empirical* Fisher. This is the default, because Eq. 5 and 7 are written with labels.
+# `estimate_fisher` takes any model, any batches and any loss that gives one number for each image.
+# `perturb` is Eq. 6 (below); with it, one call measures F on $x$ and on $x'$.
 
 # %%
 loss = SegmentationLoss()
@@ -111,8 +112,8 @@ estimate = estimate_fisher(model, batches, loss, candidates, perturb=shift, prog
 print(f"mean F(x) over all candidates: {mean_over_candidates(estimate.f):.2e}")
 
 # %% [markdown]
-# How F is spread, by kind. The axis is logarithmic. What to see: F spans several orders of
-# magnitude, and a weight of a value projection mostly holds more than one of a query or key.
+# The figure shows the distribution of F by kind, on a logarithmic axis. F spans several orders of
+# magnitude, and most weights of a value projection have a larger F than those of a query or key.
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
@@ -133,20 +134,20 @@ for share in (0.01, 0.05, 0.2):
     print(f"the best {share:4.0%} of the backbone hold {held:.0%} of all F")
 
 # %% [markdown]
-# ## What the estimators agree on
+# ## Do the estimators agree?
 #
 # `FISHER.ESTIMATOR` names one of several ways to measure F. `diagonal` squares the gradients of
 # each image from one backward pass for the batch, `diagonal_loop` from one pass for each image.
-# `smoothed` draws the squares towards their rank-one fit. `closed_form`, `natural` and
-# `variational` go by the precision $\Lambda$ of a posterior over the weights (Eq. 10 to 14),
-# where at the optimum
+# `smoothed` moves the squares towards their rank-one fit. `closed_form`, `natural` and
+# `variational` estimate the precision $\Lambda$ of a posterior over the weights (Eq. 10 to 14), for
+# which at the optimum
 #
 # $$F = \gamma \Lambda - \gamma \tau^{-2}. \tag{14}$$
 #
-# `batch_mean` is the square of the batch's mean gradient: the common mistake, and ChildTuning's
-# choice. The measure here is practical: of the 5 % of the backbone that `diagonal` would select,
-# how many would each select too? The last two rows say what to expect of noise: `diagonal` again
-# on other crops, and with labels drawn from the model (the true Fisher).
+# `batch_mean` squares the mean gradient of the batch: a common mistake, and ChildTuning's choice.
+# The table shows which share of the 5 % that `diagonal` selects each estimator also selects. The
+# last two lines show the noise: `diagonal` on other crops, and with labels drawn from the model
+# (the true Fisher).
 
 # %%
 chosen = Selection.from_scores(estimate.f, 0.05, base)
@@ -171,26 +172,26 @@ headers = ["estimator", "% in common with diagonal", "mean F", "processor second
 Markdown(tabulate(rows, headers, tablefmt="github", floatfmt=("", ".1f", ".1e", ".0f")))
 
 # %% [markdown]
-# What to see: `diagonal_loop` and `closed_form` select the same as `diagonal`, as they should,
-# and `smoothed` nearly. Other crops agree less, so at so few images noise decides more than
-# smoothing does. The mean of `batch_mean` is about a quarter, for a batch has four images: their
+# `diagonal_loop` and `closed_form` select the same weights as `diagonal`, as they should, and
+# `smoothed` nearly the same. Other crops agree less, so with so few images noise matters more than
+# smoothing. The mean of `batch_mean` is about a quarter, because a batch has four images: their
 # gradients point in unrelated directions and cancel, while their squares do not. `natural` and
-# `variational` have made one step for each of six batches, far from their optimum. (The loss of
-# sampled labels is another one, so only its ranking compares.) With many more images:
-# [docs/results/fisher.md](../docs/results/fisher.md).
+# `variational` have made one step for each of six batches and are far from their optimum. (Sampled
+# labels give another loss, so only the ranking can be compared.)
+# [docs/results/fisher.md](../docs/results/fisher.md) uses many more images.
 #
 # ## The simulated shift
 #
-# Eq. 6 draws the statistics of features anew (see
-# [02_data_and_domains](02_data_and_domains.ipynb) for $\mu, \sigma$ and $\Sigma$):
+# Eq. 6 draws new statistics for the features (see [02_data_and_domains](02_data_and_domains.ipynb)
+# for $\mu, \sigma$ and $\Sigma$):
 #
 # $$\alpha = \mu + \epsilon_\mu \Sigma_\mu, \qquad \beta = \sigma + \epsilon_\sigma \Sigma_\sigma,
 #   \qquad x' = \beta \, \frac{x - \mu}{\sigma} + \alpha, \qquad \epsilon \sim \mathcal{N}(0, 1).
 #   \tag{6}$$
 #
-# The loss draws the same random points for $x$ and $x'$. So with the shift switched off nothing
-# differs on the CPU, not even in the last bit; a good thing to check before believing a difference.
-# On a GPU the last bits may differ, for some sums add in another order every time.
+# The loss draws the same random points for $x$ and $x'$. So with the shift switched off, F(x) and
+# F(x') are equal on the CPU, to the last bit; check this before you believe a difference. On a GPU
+# the last bits may differ, because some sums add in another order every time.
 
 # %%
 off = StatisticsPerturbation(shift.points, num_prefix_tokens=shift.num_prefix_tokens, strength=0.0)
@@ -201,39 +202,41 @@ print(f"mean of exp(-(|eps_mu| + |eps_sigma|)) at strength 1: {estimate.shift_we
 # %% [markdown]
 # ## dF and DRF
 #
-# How much a weight's information reacts to the shift, relative to its size (Eq. 5), and both in
-# one score (Eq. 7):
+# $\Delta F$ says how much the shift changes a weight's information, relative to its size (Eq. 5).
+# DRF joins F and $\Delta F$ in one score (Eq. 7):
 #
 # $$\Delta F = \frac{|F(x) - F(x')|}{\min(F(x), F(x')) + \varepsilon}, \qquad
 #   \mathrm{DRF} = F(x) + e^{-(\epsilon_\mu + \epsilon_\sigma)} \, \Delta F. \tag{5, 7}$$
 #
-# Read literally, the sum compares unlike things: $F$ is small, here below $10^{-3}$ for most
-# weights, and $\Delta F$ a ratio of order one and more, so the ranking is that of $\Delta F$
-# alone. Eq. 15 puts it in terms of $\Lambda$:
+# Read literally, the sum adds numbers of different scales: $F$ is small, here below $10^{-3}$ for
+# most weights, and $\Delta F$ is a ratio of order one and more. So the ranking is that of $\Delta
+# F$ alone. Eq. 15 states the score in terms of $\Lambda$:
 #
 # $$\mathrm{DRF} = \gamma \left( \Lambda_x - \tau^{-2} + e^{-(\epsilon_\mu + \epsilon_\sigma)}
 #   \frac{|\Lambda_x - \Lambda_{x'}|}{\min(\Lambda_x, \Lambda_{x'}) + \varepsilon / \gamma} \right).
 #   \tag{15}$$
 #
-# There $\gamma$ decides: if it is far below $F$, the ranking is that of $F$ alone. The default,
-# `balanced`, is Eq. 15 with $\gamma$ the mean of $F$ over all candidates and $\gamma \tau^{-2}$
-# one hundredth of it: constants that the estimate itself supplies. (They are ours; the paper's
-# text does not give them.) What each form would select from this estimate:
+# Here $\gamma$ decides: if it is far below $F$, the ranking is that of $F$ alone. The default,
+# `balanced`, is Eq. 15 with $\gamma$ the mean of $F$ over all candidates and $\gamma \tau^{-2}$ one
+# hundredth of it. These constants come from the estimate itself; they are ours, because the paper's
+# text does not give any. The exponent uses the absolute values of both $\epsilon$, one pair for
+# each image: a negative $\epsilon$ would amplify $\Delta F$. The table shows which weights each
+# form of the score selects from this estimate:
 
 # %%
 Markdown(table(select_by_each(estimate, share=0.05)))
 
 # %% [markdown]
-# What to see: `eq7` selects what dF does, `eq15` with a fixed $\gamma$ what F does. `balanced`
+# `eq7` selects the same weights as dF, and `eq15` with a fixed $\gamma$ the same as F. `balanced`
 # lies between, here near F: after so short a warm-up, F is concentrated in few weights. After 300
-# iterations on CamVid, the two terms have about equal parts
-# ([docs/results/camvid.md](../docs/results/camvid.md)). Every run logs both overlaps, so that a
-# one-sided score is seen.
+# iterations on CamVid, both terms contribute about equally
+# ([docs/results/camvid.md](../docs/results/camvid.md)). Every run logs both overlaps, so that you
+# notice a one-sided score.
 #
-# ## As the shift grows
+# ## Stronger shifts
 #
-# The strength is a factor on both $\epsilon$ (compare the paper's Fig. 4). What to see: the
-# stronger the shift, the more of the selection is decided by the change, and the less by F.
+# The strength is a factor on both $\epsilon$ (compare the paper's Fig. 4). The stronger the shift,
+# the more $\Delta F$ decides the selection, and the less F does.
 
 # %%
 strengths, common = (0.25, 1.0, 4.0), {"F(x) alone": [], "dF alone": []}
@@ -261,11 +264,11 @@ plt.show()
 # %% [markdown]
 # ## The sensitivity map
 #
-# The mean of each group, over the mean of all candidates, for F and for DRF (the paper's Fig. 6).
-# What to see: values and feed-forward layers of the first half are above average, queries and
-# keys below it, and DRF lifts the deeper half. The paper, on a ViT-L after long training, sees
-# the important weights in the deeper blocks, and Q and K above V. This model is small and has
-# trained for a minute; whether that is the reason, this notebook cannot say.
+# The map shows the mean of each group, divided by the mean over all candidates, for F and for DRF
+# (the paper's Fig. 6). Values and feed-forward layers of the first half are above average, queries
+# and keys below it, and DRF raises the deeper half. The paper, on a ViT-L after long training,
+# finds the important weights in the deeper blocks, and Q and K above V. This model is small and has
+# trained for a minute; this notebook cannot tell whether that is the reason.
 
 # %%
 draw_sensitivity_map([("streets", estimate)], output / "sensitivity.png")
@@ -274,10 +277,10 @@ Image(filename=output / "sensitivity.png", width=760)
 # %% [markdown]
 # ## On real photographs
 #
-# Does another source select other weights? The same estimate on CamVid by day, after CamVid's
-# warm-up, where 04_warmup has made it. The maps of groups are alike; of the single weights, less
-# than a half is the same. (For scale: how much other crops of the same source share, the table
-# above says.)
+# Does another source select other weights? This cell makes the same estimate on CamVid by day,
+# after CamVid's warm-up, if 04_warmup has trained it. The maps of groups are similar, but less than
+# half of the single weights are the same. (For scale, the table above says how much other crops of
+# the same source share.)
 
 # %%
 real_warmup = OUTPUT / "camvid_freeze/model_warmup.pth"
@@ -309,8 +312,8 @@ else:
 # %% [markdown]
 # ## Something to try
 #
-# - Twice the batches: how much more do two halves of the data agree?
-# - `eps_mode="channel"` draws one $\epsilon$ for each channel, as DSU does. Does the selection
-#   change more than by other crops?
+# - Use twice the batches: how much more do two halves of the data agree?
+# - `eps_mode="channel"` draws one $\epsilon$ for each channel, as DSU does. Does this change the
+#   selection more than other crops do?
 # - Perturb only the patch embedding: `StatisticsPerturbation(shift.points[:1], ...)`. In which
 #   blocks does dF fall most?

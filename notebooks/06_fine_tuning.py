@@ -9,12 +9,26 @@
 # ---
 
 # %% [markdown]
-# # 6. Fine-tuning what was selected
+# # 6. Fine-tuning the selected weights
 #
-# Stage 3 of Algorithm 1: the decoder and the weights of the highest DRF train, ever more of them.
-# FisherTune stands beside full fine-tuning and the frozen backbone, all three from one warm-up.
+# ![The three stages: warm-up, estimation, tuning](../docs/images/method.svg)
+#
+# **Summary**
+#
+# - Stage T3 trains the decoder and the weights with the highest DRF.
+# - The trained share grows from 1 % to 5 % of the backbone during the stage.
+# - Three runs continue from one warm-up: `freeze`, `full` and `fishertune`.
+# - They see the same images in the same order, and differ only in the weights that the optimizer
+#   holds.
+# - You see how the share grows, and where the trained weights are.
+# - You check that all other weights keep their value to the bit.
+# - You compare the features of the three models over six domains (t-SNE).
+# - These runs are too short to rank methods: they have forty iterations of tuning.
+# - So the notebook ends with the scores of longer runs on CamVid, which the repository contains.
+#
+# The next cell holds the imports.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import os
 from pathlib import Path
 
@@ -25,9 +39,9 @@ import numpy as np
 import torch
 from IPython.display import Image, Markdown
 
-from fishertune_d2.analysis.compare import compare
 from fishertune_d2.analysis.embedding import draw_embeddings, mean_features
 from fishertune_d2.analysis.features import patch_features, read_images
+from fishertune_d2.analysis.methods import draw, read_methods, scores_by_set, table
 from fishertune_d2.analysis.selection_map import draw_run
 from fishertune_d2.config import read_config
 from fishertune_d2.engine import Trainer
@@ -36,7 +50,7 @@ from fishertune_d2.fisher import Selection, tuned_share
 
 # %matplotlib inline
 
-QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # the project's tests set it
+QUICK = bool(os.environ.get("FISHERTUNE_NOTEBOOK_QUICK"))  # set by the project's tests
 CONFIG = "quick.yaml" if QUICK else "streets.yaml"
 OUTPUT = Path("../outputs/notebooks", "quick" * QUICK)
 
@@ -47,16 +61,16 @@ OUTPUT = Path("../outputs/notebooks", "quick" * QUICK)
 #
 # $$\mathrm{thresh}(t) = d_\min + (d_\max - d_\min) \, e^{-t / T}. \tag{16}$$
 #
-# The text around it names $d_\min$ and $d_\max$ as shares of the weights, which the formula does
-# not reach at the end ($e^{-1}$ is left). The default, `text`, does what the text says: all
-# candidates are ranked once, and the best
+# The text around it names $d_\min$ and $d_\max$ as shares of the weights. The formula does not
+# reach these shares at the end, because $e^{-1}$ remains. The default schedule follows the text: it
+# ranks all candidates once, and trains the best
 #
 # $$d_\min + (d_\max - d_\min) \, \frac{1 - e^{-t / T}}{1 - e^{-1}}$$
 #
-# of the backbone's weights move. It starts at $d_\min$ and ends at $d_\max$ exactly, and what is
-# selected stays selected. The literal threshold is the option `eq16`, with quantiles for $d$;
-# then $d_\min = 0.95$, $d_\max = 0.99$ tune from 1 % to 3.5 %. What to see: `text` grows fast at
-# first.
+# of the backbone's weights. This share starts at $d_\min$ and ends at $d_\max$ exactly, and a
+# selected weight stays selected. The option `eq16` is the literal threshold, with quantiles for
+# $d$; $d_\min = 0.95$ and $d_\max = 0.99$ then train 1 % at the start and 3.5 % at the end. The
+# default grows fast at first.
 
 # %%
 progress = np.linspace(0, 1, 101)
@@ -76,12 +90,11 @@ axes.legend(title="TUNING.SCHEDULE")
 plt.show()
 
 # %% [markdown]
-# ## Three ways from one warm-up
+# ## Three methods from one warm-up
 #
-# All go on from the checkpoint of [04_warmup](04_warmup.ipynb) (made now if it is not there), see
-# the same images in the same order, and differ in what of the backbone the optimizer holds. The
-# backbone's learning rate is each method's own: a sparse selection wants a higher one. The ratio
-# is that of `configs/camvid`, where it was chosen on validation data.
+# All runs continue from the checkpoint of [04_warmup](04_warmup.ipynb), which is trained now if it
+# is missing. Each method has its own learning rate for the backbone, because a sparse selection
+# needs a higher one. `configs/camvid` has the same ratios, chosen on validation data.
 
 # %%
 freeze = OUTPUT / "freeze"
@@ -98,7 +111,7 @@ for name, options in runs.items():
     (OUTPUT / name).mkdir(parents=True, exist_ok=True)
     done = name == "freeze" and (freeze / "results.json").is_file()
     if not done:
-        remove_run(OUTPUT / name)  # what an earlier execution left
+        remove_run(OUTPUT / name)  # delete the files of an earlier execution
     cfg = read_config(CONFIG, options)
     trainers[name] = Trainer(cfg)
     trainers[name].resume_or_load(resume=done)  # 04_warmup's run, if it is there
@@ -107,24 +120,10 @@ for name, options in runs.items():
     models[name] = trainers[name].segmentor.eval()
 
 # %% [markdown]
-# mIoU in percent, and what was tuned:
-
-# %%
-Markdown(compare([OUTPUT / name for name in runs]))
-
-# %% [markdown]
-# Read this with care: it is one seed, forty iterations of tuning and a small model, and
-# differences of a point are noise: even another number of threads changes them. By day, tuning
-# 5 % of the weights moves the score as far as tuning all of them. On the unseen domains forty
-# iterations are too few to tell the three apart.
-# [docs/results/camvid.md](../docs/results/camvid.md) has 300 iterations of tuning on photographs;
-# there FisherTune is far above the frozen backbone at dusk, and below full fine-tuning. The paper
-# reports that it beats full fine-tuning after far longer training on larger models.
+# ## The weights that move
 #
-# ## What moves
-#
-# The share that was tuned in each iteration, as the run logged it, against the schedule. What to
-# see: what moves is the schedule's share in every iteration, and the last one tunes 5 %.
+# The figure compares the share that the run logged in each iteration with the schedule. Each
+# iteration trains the schedule's share, and the last one trains 5 %.
 
 # %%
 cfg, storage = trainers["fishertune"].cfg, trainers["fishertune"].storage
@@ -144,18 +143,18 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Where they lie. What to see: values and feed-forward layers of the first half; the dark groups
-# are hardly touched.
+# The map shows where the trained weights are: in values and feed-forward layers of the first half.
+# The dark groups hardly train.
 
 # %%
 Image(filename=draw_run(OUTPUT / "fishertune"), width=760)
 
 # %% [markdown]
-# ## What stays, to the bit
+# ## The other weights keep their value to the bit
 #
-# A masked gradient is not enough: AdamW's weight decay and old momentum would go on moving what
-# is no longer to be moved. Here the optimizer holds only the selected weights, so that all others
-# keep their value to the bit. Compare the checkpoint at the end with that of the warm-up:
+# Masking the gradient is not enough: AdamW's weight decay and old momentum would still move the
+# masked weights. Here the optimizer holds only the selected weights, so all others keep their value
+# to the bit. This cell compares the final checkpoint with that of the warm-up:
 
 # %%
 start, end = (
@@ -172,15 +171,15 @@ print(f"{moved:,} of {base:,} backbone weights moved ({moved / base:.1%})")
 print(f"{outside} of them were not selected")
 
 # %% [markdown]
-# That is what makes a small delta possible: `python -m fishertune_d2.export delta` writes only
-# these.
+# Therefore the difference to the public weights is small: `python -m fishertune_d2.export delta`
+# writes only these weights.
 #
 # ## The features over domains
 #
-# Each point is an image: the mean of its last block's features over all patches, embedded by
-# t-SNE (as the paper's Fig. 7). t-SNE keeps neighbours together; its axes and the distances
-# between groups mean nothing. So each title also says, without t-SNE, for how many images the
-# most similar other one is of the same domain: the lower, the better the domains mix.
+# Each point is an image: the mean over all patches of its last block's features, embedded by t-SNE
+# (as in the paper's Fig. 7). t-SNE keeps neighbours together; its axes and the distances between
+# groups mean nothing. So each title also gives a number without t-SNE: for how many images the most
+# similar other image is of the same domain. The lower it is, the better the domains mix.
 
 # %%
 domains, count = ["day", "dusk", "night", "fog", "rain", "snow"], 2 if QUICK else 10
@@ -193,34 +192,45 @@ draw_embeddings(features, OUTPUT / "tsne.png")
 Image(filename=OUTPUT / "tsne.png")
 
 # %% [markdown]
-# What to see: the images of night lie apart in all three. Full fine-tuning mixes the domains most,
-# FisherTune a little; after forty iterations no more can be read from it.
+# The images of night are apart in all three models. Full fine-tuning mixes the domains most, and
+# FisherTune a little. After forty iterations nothing more can be read from the figure.
 #
-# ## On real photographs
+# ## The scores of longer runs on CamVid
 #
-# FisherTune on CamVid, from the warm-up of 04_warmup, beside its frozen row, where 04_warmup has
-# made it. Thirty iterations of tuning, one seed.
+# Forty iterations are too few to rank methods: even another number of threads changes such scores
+# by more than the methods differ. The repository contains the scores of longer runs, which anyone
+# can repeat with `python -m fishertune_d2.bench`
+# ([docs/results/selection.md](../docs/results/selection.md)). They trained on CamVid by day for 300
+# iterations of warm-up and 300 of tuning, with three seeds (`full`: one). The test set is CamVid at
+# dusk, which no setting was chosen on. All methods but `full` and `freeze` train 5 % of the
+# backbone; they differ in the choice of the weights:
 
 # %%
-real_freeze = OUTPUT / "camvid_freeze"
-if not (real_freeze / "results.json").is_file():
-    print("04_warmup has not trained on CamVid: nothing to go on from")
-else:
-    folder = OUTPUT / "camvid_fishertune"
-    folder.mkdir(parents=True, exist_ok=True)
-    options = [*runs["fishertune"], "OUTPUT_DIR", str(folder)]
-    options += ["TUNING.WARMUP_CHECKPOINT", str(real_freeze / "model_warmup.pth")]
-    remove_run(folder)
-    trainer = Trainer(read_config("camvid.yaml", options))
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    print(compare([real_freeze, folder]))
+SCORES = "../docs/results/selection.jsonl"
+names = ["freeze", "delta_fisher", "random", "fisher", "fishertune", "full"]
+methods = read_methods(SCORES, names, test=True)
+Markdown(table(methods))
+
+# %%
+draw(scores_by_set(methods), OUTPUT / "camvid.png")
+Image(filename=OUTPUT / "camvid.png", width=760)
+
+# %% [markdown]
+# The figure shows a point for each seed and a bar at the mean. FisherTune is far above the frozen
+# backbone and above a selection by dF alone. It is also above a random selection and a selection by
+# F alone, but three seeds cannot show that: the intervals in the last column contain 0. Full
+# fine-tuning, with one seed, is above FisherTune at this size. The paper reports that FisherTune
+# beats full fine-tuning after far longer training on larger models.
+# [docs/results/tables.md](../docs/results/tables.md) compares more methods.
 
 # %% [markdown]
 # ## Something to try
 #
-# - A control that costs nothing: `"TUNING.METHOD", "random"` tunes as many weights, drawn at
-#   random.
-# - `"TUNING.METHOD", "lora"` (needs peft), `"vpt"`, `"rein"`: other ways to tune little.
-# - Three seeds of each (`"SEED", 43`): how large is the noise that the text above warns of?
-#   `python -m fishertune_d2.bench` does this with confidence intervals.
+# - `"TUNING.METHOD", "random"` trains equally many weights, chosen at random: a control that costs
+#   nothing.
+# - Train few parameters in other ways: `"TUNING.METHOD", "lora"` (needs peft), `"vpt"` or `"rein"`.
+# - Compare the three runs of this notebook: `python -m fishertune_d2.analysis.compare
+#   outputs/notebooks/freeze outputs/notebooks/full outputs/notebooks/fishertune`. Repeat them with
+#   `"SEED", 43`: is the order of the methods the same?
+# - With CamVid under `DETECTRON2_DATASETS`, continue from the warm-up that 04_warmup trained on it:
+#   `read_config("camvid.yaml", ...)` with `"TUNING.WARMUP_CHECKPOINT"`.

@@ -9,20 +9,20 @@
 # ---
 
 # %% [markdown]
-# # 7. FisherTune in someone else's Detectron2 project
+# # 7. FisherTune in another Detectron2 project
 #
 # The tutorials before this one used our trainer and our config. Here the model, the data, the
-# optimizer and the trainer are somebody else's, and FisherTune joins them with one call:
+# optimizer and the trainer belong to another project, and one call adds FisherTune:
 #
 # ```python
 # apply_fishertune(trainer, data_loader, max_iter=..., output_dir=..., warmup=...)
 # ```
 #
-# You will see what that call needs, which weights it may touch, what it does in each of the three
-# stages, and why a zero gradient is not enough to keep a weight where it is. All of it runs on a
-# CPU, without downloads.
+# This notebook shows the arguments of the call, the weights that it may change, its work in each of
+# the three stages, and why a zero gradient is not enough to keep a weight unchanged. All of it runs
+# on a CPU, without downloads. The next cell holds the imports.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import os
 import tempfile
 import warnings
@@ -48,11 +48,11 @@ torch.set_num_threads(1)  # the tensors are small
 torch.manual_seed(0)
 
 # %% [markdown]
-# ## Somebody's model and data
+# ## The other project's model and data
 #
 # The model has Detectron2's own `ViT`, the one of ViTDet, with attention in windows, and a head
-# that says of each patch which of three things it shows. As every Detectron2 model does in
-# training, it takes a list of dicts and returns **losses by name, one number for the whole batch**.
+# that classifies each patch as one of three things. Like every Detectron2 model in training, it
+# takes a list of dicts and returns **losses by name, one number for the whole batch**.
 
 
 # %%
@@ -101,12 +101,12 @@ axes[1, 0].set_title("the class of each patch", loc="left")
 plt.show()
 
 # %% [markdown]
-# ## Which weights it may touch (Eq. 3)
+# ## The weights that may change (Eq. 3)
 #
-# Of every block the query, key and value projections and the feed-forward layers. `find_candidates`
-# reads them off the parameters' names, which are the same in timm and in Detectron2:
-# `blocks.<i>.attn.qkv`, `blocks.<i>.mlp.fc1`, `fc2`. The three projections are one matrix here, and
-# three groups of its rows.
+# The candidates are the query, key and value projections and the feed-forward layers of every
+# block. `find_candidates` recognises them by the parameters' names, which are the same in timm and
+# in Detectron2: `blocks.<i>.attn.qkv`, `blocks.<i>.mlp.fc1`, `fc2`. Here the three projections are
+# one matrix, and three groups of its rows.
 
 # %%
 candidates = fisher.find_candidates(model.backbone)
@@ -116,27 +116,27 @@ for kind in fisher.KINDS:
     print(f"{kind:3} {count:7,} of {total:,} backbone weights, {100 * count / total:.0f} %")
 
 # %% [markdown]
-# ## Their trainer, and one call
+# ## The other project's trainer, and one call
 #
-# SGD with momentum and a strong weight decay holds all weights of the model. Nothing of this is
-# changed; the call registers hooks:
+# SGD with momentum and a strong weight decay holds all weights of the model. The call changes none
+# of this; it registers hooks:
 #
 # | iterations | what happens |
 # |---|---|
-# | 0 to T1 (`warmup`) | the head trains, the backbone stands still |
+# | 0 to T1 (`warmup`) | the head trains, the backbone keeps its values |
 # | at T1 | the Fisher information is measured and all candidates are ranked; no weight changes |
-# | T1 to the end | the head and the selected weights train, ever more of them |
+# | T1 to the end | the head and a growing share of the selected weights train |
 #
 # The Fisher information of weight $n$ is the mean over images of a **square**,
 #
 # $$F_n(x) = \frac{1}{N} \sum_{i=1}^{N} \left(\frac{\partial L_i}{\partial \theta_n}\right)^2
 # \qquad\text{(Eq. 8, 9)}$$
 #
-# and a batch's loss $\frac{1}{B}\sum_i L_i$ does not tell the squares of its parts. So the model is
-# given **one image at a time**, which works for every model that Detectron2 can train. $F(x')$ is
-# measured in the same way, with the statistics of the features shifted (Eq. 6) as they were drawn
-# for the whole batch, and both give the score (Eq. 15). That needs a second data loader: the
-# trainer's own would lose its place.
+# and a batch's loss $\frac{1}{B}\sum_i L_i$ does not contain the squares of its images. So the
+# model receives **one image at a time**, which works for every model that Detectron2 can train.
+# $F(x')$ is measured in the same way, with the statistics of the features shifted (Eq. 6) as they
+# were drawn for the whole batch, and both give the score (Eq. 15). The estimate needs a second data
+# loader, because the trainer's own would lose its position.
 
 # %%
 before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -157,8 +157,8 @@ trainer.train(0, max_iter)
 # %% [markdown]
 # ## What moved
 #
-# The share of the backbone that may move grows from 1 % to 5 % (Eq. 16, `fisher.tuned_share`).
-# Below, beside the loss, is how many of its weights that is.
+# The share of the backbone that may change grows from 1 % to 5 % (Eq. 16, `fisher.tuned_share`).
+# The figure shows the loss, and the number of weights in this share.
 
 # %%
 history = {
@@ -192,26 +192,26 @@ table = [[row, *numbers] for row, numbers in rows.items()]
 print(tabulate(table, ["weights", "all", "moved"], intfmt=","))
 
 # %% [markdown]
-# Not one weight that was not selected has another value than before: not nearly, but to the bit.
-# Where the selected ones are:
+# All weights that were not selected keep their value, to the bit. The map shows where the selected
+# weights are:
 
 # %%
 display(Image(filename=draw_run(output.name), width=760))
 
 # %% [markdown]
-# This ViT began at random, where attention is nearly even over the patches, so queries and keys
-# hardly matter. The map of a pretrained one is another: tutorial 1 draws it.
+# This ViT started from random weights. Its attention is nearly even over the patches, so queries
+# and keys hardly matter. A pretrained model has another map; tutorial 1 draws one.
 
 # %% [markdown]
 # ## Why a zero gradient is not enough
 #
-# One could set the gradients of all other weights to zero and be done, it seems. But an optimizer
-# does more than follow gradients. With momentum $v$ and weight decay $\lambda$, SGD's step is
+# It seems enough to set the gradients of all other weights to zero. But an optimizer does more than
+# follow gradients. With momentum $v$ and weight decay $\lambda$, SGD's step is
 #
 # $$v \leftarrow \mu v + g + \lambda\theta, \qquad \theta \leftarrow \theta - \eta v,$$
 #
-# which moves $\theta$ at $g = 0$ too. `MaskedUpdate`, the hook on the optimizer that
-# `apply_fishertune` uses, masks the gradients before each step **and** puts back what may not move
+# which moves $\theta$ even if $g = 0$. `apply_fishertune` therefore uses `MaskedUpdate`, a hook on
+# the optimizer: it masks the gradients before each step, **and** restores the unselected weights
 # after it.
 
 # %%
@@ -223,12 +223,12 @@ for _ in range(max_iter):
 print(f"a weight of 1 after {max_iter} steps with a gradient of zero: {weight.item():.3f}")
 
 # %% [markdown]
-# ## In a loop of your own
+# ## In your own training loop
 #
-# A live optimizer stays dense: it keeps gradients and moments for weights that never move. If you
-# build the optimizer yourself, after the estimate, `SelectedWeights` leaves it only what moves: one
-# vector for each tensor. This is how our own trainer does it, and it needs no Detectron2, nor does
-# anything in `fishertune_d2.fisher`.
+# An existing optimizer stays dense: it keeps gradients and moments for weights that never change.
+# If you build the optimizer yourself, after the estimate, `SelectedWeights` gives it only the
+# selected weights: one vector for each tensor. Our own trainer does this. It needs no Detectron2,
+# and neither does anything in `fishertune_d2.fisher`.
 
 # %%
 selected = SelectedWeights(model.backbone, selection)
@@ -244,12 +244,12 @@ output.cleanup()
 #
 # - Give `apply_fishertune` a `loss_fn(model, batch)` that returns the loss of **each** image, shape
 #   (B,): `F.cross_entropy(model.predict(batch), labels, reduction="none").mean((1, 2))`. With it,
-#   `estimator="diagonal"` measures the same $F$ in one pass for each batch. How much sooner? Is the
-#   selection the same?
+#   `estimator="diagonal"` measures the same $F$ in one pass for each batch. How much faster is it?
+#   Is the selection the same?
 # - Switch the shift off, `perturb=fisher.StatisticsPerturbation.of_vit(model.backbone,
-#   strength=0.0)`: then $\Delta F = 0$, and $F$ alone decides. `fisher.overlap(a, b)` says which
-#   share of a selection stays.
+#   strength=0.0)`: then $\Delta F = 0$, and $F$ alone decides. `fisher.overlap(a, b)` returns the
+#   share of a selection that stays.
 # - Set `warmup=0`. The head is random when the Fisher information is measured: which blocks are
 #   selected now?
-# - Put the line into your own training script, before the checkpoint is loaded. `docs/reuse.md`
-#   says where, and `examples/vitdet_mask_rcnn.py` does it with Mask R-CNN from a LazyConfig.
+# - Put the call into your own training script, before it loads the checkpoint. `docs/reuse.md` says
+#   where, and `examples/vitdet_mask_rcnn.py` does it with Mask R-CNN from a LazyConfig.

@@ -1,4 +1,4 @@
-"""Every notebook: runs shortened, is paired, kept outputs are fit to be shown, copies no code."""
+"""Each notebook runs when shortened, equals its pair, has clean outputs and copies no code."""
 
 import ast
 import base64
@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import run_notebooks  # noqa: E402
 
 MAX_BYTES = 1_000_000
-MAX_LINES = 20  # of a function or class in a cell: a small model of someone else's, no part of ours
-# At least two folders deep, and not the end of a URL, a tag or a relative path.
+MAX_LINES = 20  # of a function or class in a cell: enough for a small model of the reader's own
+# Matches paths that are two folders deep, and no ends of URLs, tags or relative paths.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~:/<])/(?:[\w.-]+/)+[\w.-]+")
 
 
@@ -64,12 +64,13 @@ def _long_definitions(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def test_runs_shortened(source, environment, tmp_path):
-    # From a copy, so that what it writes does not mix with the runs of the notebooks in full.
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    # A copy of the folder keeps these files apart from those of the whole notebooks.
+    for folder in ("configs", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "notebooks").mkdir()
     for file in run_notebooks.FOLDER.iterdir():
         (tmp_path / "notebooks" / file.name).symlink_to(file)
-    # As after an execution that was cut off: an OUTPUT_DIR that is in use would be refused.
+    # Files of an interrupted execution must not stop the next one.
     for name in ("quickstart", "freeze", "full", "fishertune"):
         folder = tmp_path / "outputs/notebooks/quick" / name
         folder.mkdir(parents=True)

@@ -2,8 +2,8 @@
 """Executes the notebooks, and writes each with its outputs beside its source.
 
 python tools/run_notebooks.py                 # all of notebooks/*.py, in full
-python tools/run_notebooks.py 02_data 05      # those whose names begin so
-python tools/run_notebooks.py --quick         # shortened, as the tests do; the .ipynb stay
+python tools/run_notebooks.py 02_data 05      # notebooks whose names start with these words
+python tools/run_notebooks.py --quick         # shortened, as in the tests; writes no .ipynb
 """
 
 import argparse
@@ -30,33 +30,36 @@ QUICK = "FISHERTUNE_NOTEBOOK_QUICK"
 
 
 def sources(names: Sequence[str] = ()) -> list[Path]:
-    """The notebooks' sources, in order.
+    """Finds the sources of notebooks.
 
     Args:
-        names: how the names of those wanted begin; all without.
+        names: The first letters of the wanted notebooks' names; without any, all notebooks.
+
+    Returns:
+        The sources, in order.
 
     Raises:
-        ValueError: if a name fits none.
+        ValueError: if no notebook starts with a name.
     """
     found = sorted(FOLDER.glob("*.py"))
     for name in names:
         if not any(path.name.startswith(name) for path in found):
             raise ValueError(
-                f"no notebook begins with {name!r}; there are {', '.join(p.stem for p in found)}"
+                f"no notebook starts with {name!r}; there are {', '.join(p.stem for p in found)}"
             )
     return [path for path in found if not names or path.name.startswith(tuple(names))]
 
 
 def quick_environment(folder: Path) -> dict[str, str]:
-    """What shortens the notebooks: the switch that they read, and a few small street scenes.
+    """Draws a few small street scenes, and shortens the notebooks.
 
     Args:
-        folder: where the scenes are drawn; must be empty.
+        folder: An empty folder for the scenes.
 
     Returns:
-        Environment variables.
+        The environment variables that shorten the notebooks.
     """
-    from fishertune_d2.streets.dataset import DOMAINS, write_streets  # seconds, only for this
+    from fishertune_d2.streets.dataset import DOMAINS, write_streets  # a slow import
 
     counts = {("train", "day"): 4, **{("val", domain): 2 for domain in DOMAINS}}
     write_streets(folder / "streets", progress=False, size=(128, 64), counts=counts, workers=1)
@@ -64,17 +67,16 @@ def quick_environment(folder: Path) -> dict[str, str]:
 
 
 def execute(source: Path, environment: Mapping[str, str]) -> NotebookNode:
-    """Executes a notebook in a kernel of this Python, from the folder that it lies in.
+    """Executes a notebook with this Python, in the notebook's folder.
+
+    If a cell fails, nbclient raises a CellExecutionError with the traceback.
 
     Args:
-        source: in the percent format.
-        environment: variables beside those of this process.
+        source: The notebook in the percent format.
+        environment: Variables that are added to those of this process.
 
     Returns:
         The notebook with its outputs.
-
-    Raises:
-        nbclient.exceptions.CellExecutionError: if a cell fails; with the traceback.
     """
     notebook = jupytext.read(source)
     client = NotebookClient(
@@ -91,13 +93,17 @@ def execute(source: Path, environment: Mapping[str, str]) -> NotebookNode:
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Leaves what is worth keeping, the same on every machine and small, in place.
+    """Makes the outputs small and the same on every machine, in place.
 
-    What a cell wrote to stderr goes: progress bars and warnings. Paths become relative ones.
+    Removes stderr (progress bars and warnings), makes paths relative, and stores photographs as
+    JPEG.
+
+    Args:
+        notebook: The executed notebook.
     """
     notebook.metadata.pop("language_info", None)
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number:02}"  # a random one would be a difference in every run
+        cell.id = f"cell-{number:02}"  # a random id would differ in every run
         if cell.cell_type != "code":
             continue
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
@@ -113,7 +119,14 @@ def clean(notebook: NotebookNode) -> None:
 
 
 def as_jpeg(encoded: str) -> str | None:
-    """A PNG as JPEG where that is less than half as large: photographs, not charts; in base64."""
+    """Converts a PNG to JPEG if that halves its size, as for photographs; else returns None.
+
+    Args:
+        encoded: The PNG in base64.
+
+    Returns:
+        The JPEG in base64.
+    """
     file = io.BytesIO()
     picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
     picture.save(file, "JPEG", quality=85, subsampling=0, optimize=True)
@@ -122,16 +135,18 @@ def as_jpeg(encoded: str) -> str | None:
 
 
 def _cpu_seconds() -> float:
-    """Of all kernels that have ended, and of their children."""
+    """Returns the processor time of all finished kernels and their children."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="how names begin; default: all")
-    parser.add_argument("--quick", action="store_true", help="shortened; the .ipynb stay")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="first letters of a name; default: all"
+    )
+    parser.add_argument("--quick", action="store_true", help="shorten them, and write no .ipynb")
     args = parser.parse_args()
     try:
         chosen = sources(args.names)

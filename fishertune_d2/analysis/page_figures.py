@@ -57,7 +57,10 @@ def draw_curves(run: Run) -> list[Curve]:
     """Draws losses, learning rates, the tuned share and the scores that training logged.
 
     Args:
-        run: The run; curves without any logged number are left out.
+        run: The run.
+
+    Returns:
+        The curves of which the run logged a number.
     """
     losses = {"total": run.series("total_loss")} | {
         name: run.series(f"loss_{key}")
@@ -142,6 +145,9 @@ def draw_map(draw: Callable[[Path], None]) -> str:
 
     Args:
         draw: Writes the map as PNG to the path that it receives.
+
+    Returns:
+        The map as a data URI.
     """
     with TemporaryDirectory() as folder, matplotlib.rc_context({"text.parse_math": False}):
         path = Path(folder, "map.png")
@@ -174,6 +180,9 @@ def read_picture(path: Path) -> Picture:
 
     Args:
         path: The PNG.
+
+    Returns:
+        Its panels and its legend.
     """
     *panels, legend = split_picture(path)
     width = _WIDTH // len(_PANELS)
