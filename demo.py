@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Shows what a trained model sees in images and videos, see fishertune_d2/predict/.
+"""Draws a trained model's predictions on images and videos, as fishertune_d2/predict/ does.
 
 python demo.py --config-file OUTPUT_DIR/config.yaml --input street.jpg --output seen.png
 python demo.py --config-file FILE --input FOLDER "night/*.png" drive.mp4 --output seen --confidence

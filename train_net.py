@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains and evaluates a segmentation model with FisherTune, see fishertune_d2/train.py.
+"""Trains and evaluates a segmentation model with FisherTune, as fishertune_d2/train.py does.
 
 python train_net.py --config-file configs/fishertune_dinov2.yaml [--num-gpus N] [--resume]
 python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS OUTPUT_DIR/model_final.pth

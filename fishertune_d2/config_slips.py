@@ -1,7 +1,7 @@
-"""Slips in a config: a misspelt key, a value of a wrong type, a line that YAML reads otherwise.
+"""Finds slips in a config: a misspelt key, a value of a wrong type, a line that YAML misreads.
 
-Detectron2's own messages name neither the file nor what was meant; some slips it does not see, as a
-section that stands twice in a file, of which YAML keeps the second.
+Detectron2's own messages name neither the file nor the nearest key, and it misses some slips: of a
+section that stands twice in a file, YAML keeps the second.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +11,10 @@ from typing import Any
 
 from detectron2.config import CfgNode as CN
 from detectron2.utils.file_io import PathManager
-from yaml import MappingNode, SafeLoader, YAMLError, load
+from yaml import MappingNode, MarkedYAMLError, SafeLoader, YAMLError, load
 
 BASE = "_BASE_"
-# Names less alike than this are not worth a mention; nor are those that much less alike than the
-# best.
+# A name is suggested if it is at least this alike, and at most this much less alike than the best.
 _ALIKE, _LESS_ALIKE = 0.6, 0.1
 
 
@@ -24,14 +23,17 @@ class ConfigError(ValueError):
 
 
 def nearest(word: str, names: Sequence[str]) -> list[str]:
-    """The names that a misspelt word may mean, the nearest first; at most three.
+    """Finds the names that a misspelt word may mean.
 
     Args:
         word: as a user wrote it, in any case.
-        names: that there are. Of dotted ones the last part alone may be meant, too.
+        names: the known names. A word may also mean the last part of a name with dots.
+
+    Returns:
+        At most three names, the nearest first.
     """
     last = word.rpartition(".")[2]
-    # Without a look at the last part, all names of a long section would be near.
+    # If the whole path alone counted, all names of a long section would be near.
     ends = {name: _likeness(last, name.rpartition(".")[2]) for name in names}
     scores = {
         name: max(_likeness(word, name), 0.95 * end) if end >= _ALIKE else 0.0
@@ -39,7 +41,7 @@ def nearest(word: str, names: Sequence[str]) -> list[str]:
     }
     best = max(scores.values(), default=0)
     near = [name for name in names if scores[name] >= max(_ALIKE, best - _LESS_ALIKE)]
-    # Of names as near as each other, the one whose whole path is the most alike.
+    # Of equally near names, the one whose whole path is the most alike comes first.
     near.sort(key=lambda name: (scores[name], _likeness(word, name)), reverse=True)
     return near[:3]
 
@@ -50,7 +52,7 @@ def check_file(file: str, known: CN, within: Sequence[str] = ()) -> None:
     Args:
         file: its path.
         known: has all keys, with values of their types.
-        within: the files that led here by ``_BASE_``, the first first.
+        within: the files that led here by ``_BASE_``, in this order.
 
     Raises:
         ConfigError: names the file in which the slip is.
@@ -83,7 +85,7 @@ def check_options(options: Sequence[Any], known: CN) -> None:
     Raises:
         ConfigError: names the key, or the words that are no pair.
     """
-    keys = set(_keys(known))
+    keys = dict(dotted_items(known))
     for place in range(0, len(options), 2):
         key, *value = options[place : place + 2]
         if str(key).startswith("-"):
@@ -106,11 +108,7 @@ def check_options(options: Sequence[Any], known: CN) -> None:
 
 
 def _read_mapping(file: str) -> dict[str, Any]:
-    """The keys of one file.
-
-    Raises:
-        ConfigError: if it is no YAML, no mapping, or a key stands twice.
-    """
+    """Reads the keys of one file, and refuses one that is no YAML, no mapping, or repeats a key."""
     if file.endswith(".py"):
         raise ConfigError(f"{file} is Python, as of LazyConfig: name a yaml file")
     try:
@@ -119,7 +117,7 @@ def _read_mapping(file: str) -> dict[str, Any]:
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
+        problem = str(getattr(error, "problem", None) or error)
         if "'\\t'" in problem:
             problem = "a tab: YAML takes spaces alone"
         if "tag:yaml.org,2002:python" in problem:
@@ -136,28 +134,24 @@ def _read_mapping(file: str) -> dict[str, Any]:
 
 
 class _Loader(SafeLoader):
-    """PyYAML's safe loader, which refuses a key that stands twice in one section."""
+    """PyYAML's safe loader, but refuses a key that stands twice in one section."""
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                error = YAMLError()
-                error.problem = (
-                    f"{key.value} stands twice, and YAML would keep the second alone: write one"
-                )
-                error.problem_mark = key.start_mark
-                raise error
+                problem = "stands twice, and YAML would keep the second alone: write one"
+                raise MarkedYAMLError(None, None, f"{key.value} {problem}", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
 def _leaves(mapping: Mapping, known: CN, file: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with their dotted paths, and values; into sections that ``known`` has."""
+    """Yields keys with their dotted paths, and values, from the sections that ``known`` has."""
     for name, value in mapping.items():
         key = f"{prefix}{name}"
         section = known.get(name)
-        if "." in str(name) and name in _keys(known):  # as on a command line
+        if "." in str(name) and name in dict(dotted_items(known)):  # as on a command line
             *path, last = str(name).split(".")
             nested = "".join(f"{part}: {{" for part in path) + f"{last}: ...{'}' * len(path)}"
             raise ConfigError(f"{file}: {key} is nested in a file: write {nested}")
@@ -168,16 +162,12 @@ def _leaves(mapping: Mapping, known: CN, file: str, prefix: str = "") -> Iterato
 
 
 def _check_value(key: str, value: Any, known: CN, file: str) -> None:
-    """Checks that there is a key, and that it takes a value.
-
-    Raises:
-        ConfigError: if not.
-    """
+    """Refuses a key that does not exist, and a value of another type than the key's."""
     where = f"{file}: " if file else ""
     default: Any = known
     for part in str(key).split("."):
         if not isinstance(default, CN) or part not in default:
-            names = nearest(str(key), list(_keys(known)))
+            names = nearest(str(key), [name for name, _ in dotted_items(known)])
             near = f"; nearest: {', '.join(names)}" if names else ""
             raise ConfigError(f"{where}{key} is no key{near}")
         default = default[part]
@@ -215,7 +205,7 @@ def _kind(value: Any) -> str:
 
 
 def _example(value: Any, default: Any) -> str:
-    """How the value would be written, or else the default."""
+    """The value as it should be written, or else the default as an example."""
     if isinstance(default, float) and type(value) is int:
         return f"{float(value)}"
     if isinstance(default, str) and isinstance(value, (int, float)):
@@ -225,13 +215,13 @@ def _example(value: Any, default: Any) -> str:
     return f"{default!r}, for example"
 
 
-def _keys(node: CN, prefix: str = "") -> Iterator[str]:
-    """The dotted paths of all keys."""
+def dotted_items(node: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each key with its dotted path, and its value."""
     for name, value in node.items():
         if isinstance(value, CN):
-            yield from _keys(value, f"{prefix}{name}.")
+            yield from dotted_items(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value
 
 
 def _likeness(word: str, name: str) -> float:

@@ -5,8 +5,8 @@
     python -m fishertune_d2.train --config-file FILE --eval-only MODEL.WEIGHTS model_final.pth
     torchrun --nproc-per-node N -m fishertune_d2.train --config-file FILE [MODEL.DEVICE cpu]
 
-FILE is a path, or the name of a config that comes with the package, as fishertune_dinov2.yaml. In a
-checkout train_net.py is the same command.
+FILE is a path, or the name of a config that comes with the package, such as fishertune_dinov2.yaml.
+In a checkout train_net.py is the same command.
 """
 
 import argparse
@@ -35,9 +35,15 @@ from fishertune_d2.engine.output_dir import (
     require_unused,
     require_writable,
 )
+from fishertune_d2.engine.run_record import run_of
 from fishertune_d2.engine.scoring import metrics_by_name
-from fishertune_d2.engine.start_check import require_file, require_possible, require_scorable
-from fishertune_d2.engine.trained_model import build_trained, find_weights, require_device
+from fishertune_d2.engine.start_check import (
+    require_device,
+    require_file,
+    require_possible,
+    require_scorable,
+)
+from fishertune_d2.engine.trained_model import build_trained, find_weights
 from fishertune_d2.unread_keys import warn_of_unread_keys
 
 
@@ -49,18 +55,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
     before = record.read_text() if of_a_run else ""
     default_setup(cfg, args)
     if of_a_run and comm.is_main_process():
-        # Of the run that is there: this one only evaluates, or is not yet accepted to go on.
+        # The earlier run's: this one only evaluates, or is not yet allowed to resume.
         record.write_text(before)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fishertune_d2", abbrev_name="fishertune")
     return cfg
 
 
 def main(args: argparse.Namespace) -> dict | None:
-    """Runs one process.
-
-    Raises:
-        SystemExit: after one sentence, if a user can mend what is wrong.
-    """
+    """Runs one process; ends in one sentence if the user can fix the cause of an error."""
     with ending_in_a_sentence():
         cfg = setup(args)
         return _score(cfg, args) if args.eval_only else _train(cfg, args)
@@ -72,14 +74,10 @@ def _score(cfg: CfgNode, args: argparse.Namespace) -> dict:
     require_own_weights(cfg.OUTPUT_DIR, args.weights)
     check_datasets(cfg.DATASETS.TEST, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
     model = build_trained(cfg, args.weights, build=Trainer.build_model)
-    record = Path(cfg.OUTPUT_DIR, "config.yaml")
-    if (
-        comm.is_main_process()
-        and model.trained_by
-        and not record.with_name("metrics.json").exists()
-    ):
-        # A folder of scores alone says how the model was trained, not what this command left open.
-        record.write_text(model.trained_by.applied_to(cfg).dump())
+    folder, trained_by = Path(cfg.OUTPUT_DIR), run_of(model)
+    if comm.is_main_process() and trained_by and not (folder / "metrics.json").exists():
+        # A folder of scores alone keeps the config of the training, not this command's.
+        (folder / "config.yaml").write_text(trained_by.applied_to(cfg).dump())
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, metrics_by_name(results))
@@ -110,9 +108,11 @@ def _check_data(cfg: CfgNode) -> None:
 def run() -> None:
     """Runs the command, in as many processes as it asks for.
 
+    It exits after one sentence if the user can fix the cause of an error, or with the code of a
+    process that failed or that a signal ended.
+
     Raises:
-        SystemExit: after one sentence, if a user can mend what is wrong, or if a signal ended the
-            run.
+        ProcessExitedException: if a process was killed.
     """
     parser = _parser()
     args = parser.parse_args()
@@ -127,7 +127,7 @@ def run() -> None:
         except ProcessExitedException as error:
             if error.exit_code <= 0:  # killed, for example for its memory
                 raise
-            sys.exit(error.exit_code)  # the process has said why
+            sys.exit(error.exit_code)  # that process has printed its reason
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Refuses, before any process starts, what the config and the machine already rule out."""
+    """Refuses a run that the config or the machine rules out, before any process starts."""
     require_device(cfg.MODEL.DEVICE)
     require_writable(cfg.OUTPUT_DIR)
     if args.eval_only:
@@ -154,7 +154,7 @@ def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ValueError("--resume goes on with a run and --overwrite deletes it: choose one")
     processes = int(os.environ.get("WORLD_SIZE", max(1, args.num_gpus * args.num_machines)))
     require_possible(Trainer.auto_scale_workers(cfg, processes), processes)
-    # Of several processes or machines the first one, for the others start at any time.
+    # Only the first process of the first machine goes on, because the others start at any time.
     if int(os.environ.get("RANK", args.machine_rank)) > 0:
         return
     if args.resume:
@@ -167,7 +167,7 @@ def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _require_startable(cfg: CfgNode) -> None:
-    """Refuses, before a run is deleted for another one, what would stop the other one."""
+    """Refuses to delete a run for a new one that could not start."""
     going = {path.resolve() for path in files_of_run(cfg.OUTPUT_DIR)}
     for key, file in (
         ("TUNING.WARMUP_CHECKPOINT", cfg.TUNING.WARMUP_CHECKPOINT),
@@ -180,9 +180,9 @@ def _require_startable(cfg: CfgNode) -> None:
                 f"--overwrite would delete {file}, from which {key} starts the new run: choose "
                 "another OUTPUT_DIR"
             )
-        if not key.startswith("MODEL.VFM"):  # a word, or found in the network
+        if not key.startswith("MODEL.VFM"):  # which may be a word, or found in the network
             require_file(key, file)
-    logging.disable(logging.WARNING)  # the run itself says them
+    logging.disable(logging.WARNING)  # the run itself logs them
     try:
         _check_data(cfg)
     finally:

@@ -1,10 +1,10 @@
-"""Keys of Detectron2 that nothing here reads, so that a config which sets them says too much.
+"""Keys of Detectron2 that nothing here reads, and the keys to use instead.
 
-A config written for another project of Detectron2 may hold them; they change nothing.
+A config that was written for another Detectron2 project may set them; they change nothing.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,18 +14,19 @@ from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils import comm
 
 from .config import default_config, equal_values
+from .config_slips import dotted_items
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Unread:
-    """Keys that are not read.
+    """Keys that nothing reads.
 
     Attributes:
         keys: patterns of their dotted paths.
-        instead: what to use in their place, or why there is none.
-        unless: whether a config has something that reads them after all.
+        instead: the key to use in their place, or the reason why there is none.
+        unless: tells whether a config has a part that reads them after all.
     """
 
     keys: tuple[str, ...]
@@ -57,7 +58,7 @@ _POLY, _STEPS, _COSINE = "WarmupPolyLR", "WarmupMultiStepLR", "WarmupCosineLR"
 _GAMMA = "WarmupStepWithFixedGammaLR"
 _OTHER_SCHEDULE = "SOLVER.LR_SCHEDULER_NAME {} reads it"
 
-# tests/engine/test_unread_keys.py records what a training reads, and compares it with these rows.
+# tests/engine/test_unread_keys.py compares this table with the keys that a training reads.
 UNREAD = (
     Unread(
         ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"),
@@ -122,7 +123,11 @@ UNREAD = (
         "VFMSegmentor finds no objects",
         _other_model,
     ),
-    Unread(("MODEL.BACKBONE.FREEZE_AT",), "TUNING.METHOD says what of it trains", _other_backbone),
+    Unread(
+        ("MODEL.BACKBONE.FREEZE_AT",),
+        "TUNING.METHOD says which of its weights train",
+        _other_backbone,
+    ),
     Unread(
         ("MODEL.RESNETS.*", "MODEL.FPN.*"),
         "VFMBackbone is neither; MODEL.VFM says which it is",
@@ -144,30 +149,33 @@ def stock_keys() -> dict[str, Any]:
     """The keys of Detectron2 and its DeepLab project by their dotted paths, with their values."""
     cfg = get_cfg()
     add_deeplab_config(cfg)
-    return dict(_leaves(cfg))
+    return dict(dotted_items(cfg))
 
 
 def why_unread(key: str, cfg: CfgNode) -> str | None:
-    """What to use in place of a key that ``cfg`` has nothing to read with; None if it is read."""
-    for row in UNREAD:
-        if any(fnmatchcase(key, pattern) for pattern in row.keys):
-            return None if row.unless(cfg) else row.instead
+    """The remedy for a key that nothing reads with this config; None if something reads it."""
+    for unread in UNREAD:
+        if any(fnmatchcase(key, pattern) for pattern in unread.keys):
+            return None if unread.unless(cfg) else unread.instead
     return None
 
 
 def unread_keys(cfg: CfgNode) -> dict[str, str]:
-    """The keys that a config changes and nothing reads, and what to use instead.
+    """Finds the keys that a config changes and nothing reads.
 
     Args:
-        cfg: compared with Detectron2's defaults and the recipe.
+        cfg: is compared with Detectron2's defaults and the recipe.
+
+    Returns:
+        The remedy by key.
     """
-    start, now = (dict(_leaves(each)) for each in (default_config(), cfg))
+    start, now = (dict(dotted_items(each)) for each in (default_config(), cfg))
     changed = [key for key in stock_keys() if key in now and not equal_values(now[key], start[key])]
     return {key: why for key in changed if (why := why_unread(key, cfg)) is not None}
 
 
 def warn_of_unread_keys(cfg: CfgNode) -> None:
-    """Says in one warning, of the main process, which keys of a config change nothing."""
+    """Names the keys of a config that change nothing, in one warning of the main process."""
     found = unread_keys(cfg)
     if not found or not comm.is_main_process():
         return
@@ -176,11 +184,3 @@ def warn_of_unread_keys(cfg: CfgNode) -> None:
         by_remedy.setdefault(why, []).append(key)
     lines = [f"  {', '.join(keys)}: {why}" for why, keys in by_remedy.items()]
     logger.warning("The config sets keys that nothing here reads:\n%s", "\n".join(lines))
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

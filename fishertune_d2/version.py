@@ -1,4 +1,4 @@
-"""Which FisherTune this is, for the records of runs."""
+"""The version of FisherTune, for the records of runs."""
 
 import subprocess
 from pathlib import Path
@@ -8,12 +8,12 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 
 def commit() -> str | None:
     """The checkout's commit, marked if files differ from it; None outside a checkout."""
-    # Elsewhere git would answer for whatever repository the environment happens to lie in.
+    # Outside a checkout, git would answer for any repository around the environment.
     if not (_CHECKOUT / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=_CHECKOUT, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):  # no git, or a disk that is slow to answer
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow disk
         return None
     return found.stdout.strip() or None

@@ -207,6 +207,15 @@ def test_without_detectron2_the_import_says_how_to_get_it(room, name):
     assert "tools/install_detectron2.py" in last
 
 
+@pytest.mark.parametrize("command", [["train_net.py"], ["demo.py"], ["-m", "fishertune_d2.train"]])
+def test_without_detectron2_a_command_ends_in_one_sentence(command, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['detectron2'] = None")
+    run = _run(tmp_path, sys.executable, *command, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: FisherTune needs Detectron2, which is not installed: run")
+    assert len(run.stderr.splitlines()) == 1
+
+
 def test_without_detectron2_the_fisher_information_can_be_measured():
     run = _without_detectron2("from fishertune_d2.fisher import estimate_fisher; print('here')")
     assert (run.returncode, run.stdout.strip()) == (0, "here"), run.stderr

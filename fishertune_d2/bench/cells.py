@@ -7,7 +7,7 @@ estimate. The configs decide whether settings are equal. The first cell that nee
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,11 +17,12 @@ from detectron2.config import CfgNode
 
 from fishertune_d2.analysis.study import read_results
 from fishertune_d2.config import CONFIGS, get_config_file, read_config
-from fishertune_d2.engine.run_record import changes_estimate, changes_warmup, defining_keys
+from fishertune_d2.engine.run_keys import changes_estimate, changes_warmup, defining_keys
 from fishertune_d2.run import Results, Run, RunError
 from fishertune_d2.tuning import build_tuning_method
 
-from .tables import FREEZE, RATE, Entry, Profile
+from .request import Request
+from .tables import FREEZE, RATE, Entry
 
 
 @dataclass(frozen=True)
@@ -121,56 +122,36 @@ class Cell:
 
 
 def make_cells(
-    entries: Iterable[Entry],
-    vfms: Iterable[str],
-    seeds: Iterable[int],
-    *,
-    profile: Profile,
-    source: str,
-    output: Path,
+    request: Request,
     rates: Mapping[tuple[str, str], Sequence[float]],
-    options: Sequence[str] = (),
+    entries: Sequence[Entry] | None = None,
 ) -> list[Cell]:
-    """Makes the cells of a table, in the order in which they run.
+    """Makes the cells of a table.
 
     An unknown key or method raises a KeyError, and an entry without a config a FileNotFoundError.
 
     Args:
-        entries: The entries.
-        vfms: The foundation models.
-        seeds: The seeds.
-        profile: The setting, which has the configs.
-        source: The table's folder of configs.
-        output: The folder of all cells.
+        request: The table.
         rates: The values of RATE to run, for (vfm, ``Entry.rate_of``); by default the config's.
-        options: Keys and values in turn for every cell.
+        entries: The entries; None uses those of the request.
+
+    Returns:
+        The cells, in the order in which they run.
     """
-    entries, seeds = list(entries), list(seeds)
-    cells = []
-    for vfm in vfms:
-        for entry in entries:
-            for rate in rates.get((vfm, entry.rate_of)) or [None]:
-                for seed in seeds:
-                    cell = _make(entry, vfm, seed, rate, profile, source, output, options)
-                    cells.append(cell)
-    unique = {cell.folder: cell for cell in reversed(cells)}
-    cells = [cell for cell in cells if unique[cell.folder] is cell]
-    return _let_first_make(cells)
+    cells: dict[Path, Cell] = {}
+    for vfm in request.vfms:
+        for entry in request.entries if entries is None else entries:
+            for rate in rates.get((vfm, entry.rate_of)) or (None,):
+                for seed in request.seeds:
+                    cell = _make(request, entry, vfm, seed, rate)
+                    cells.setdefault(cell.folder, cell)
+    return _let_first_make(list(cells.values()))
 
 
-def _make(
-    entry: Entry,
-    vfm: str,
-    seed: int,
-    rate: float | None,
-    profile: Profile,
-    source: str,
-    output: Path,
-    extra: Sequence[str],
-) -> Cell:
-    config, own = _find_config(entry, vfm, profile, source)
+def _make(request: Request, entry: Entry, vfm: str, seed: int, rate: float | None) -> Cell:
+    config, own = _find_config(request, entry, vfm)
     options = ["TUNING.METHOD", entry.method, "MODEL.VFM.NAME", vfm, "SEED", str(seed)]
-    options += [*entry.options, *extra]
+    options += [*entry.options, *request.options]
     cfg = read_config(get_config_file(config), options)
     method = build_tuning_method(cfg)
     multiplier = rate
@@ -180,7 +161,7 @@ def _make(
         options += [RATE, str(multiplier)]
         cfg = read_config(get_config_file(config), options)
     name = entry.name if rate is None else f"{entry.name}@rate={rate:g}"
-    place = output / (source or ".") / vfm
+    place = request.place(vfm)
     recipe = defining_keys(cfg)
     return Cell(
         entry,
@@ -195,15 +176,15 @@ def _make(
     )
 
 
-def _find_config(entry: Entry, vfm: str, profile: Profile, source: str) -> tuple[str, bool]:
+def _find_config(request: Request, entry: Entry, vfm: str) -> tuple[str, bool]:
     """Returns an entry's config, and whether it is its method's own."""
     # configs/fishertune_dinov2.yaml is for dinov2_vitl; a cell always sets MODEL.VFM.NAME.
     models = (vfm, vfm.rpartition("_")[0])
-    tried = []
+    profile, tried = request.profile, []
     for pattern, names in ((profile.config, (entry.method, entry.config)), (profile.base, ("",))):
         for name in names:
             for model in models:
-                path = pattern.format(source=source, method=name, vfm=model)
+                path = pattern.format(source=request.source, method=name, vfm=model)
                 if (CONFIGS / path).is_file():
                     return path, name == entry.method
                 tried.append(path)
@@ -254,30 +235,28 @@ def makers(cells: Sequence[Cell]) -> dict[Path, set[Path]]:
     }
 
 
-def sweep_entries(
-    entry: Entry, key: str, values: Sequence[str], *, vfm: str, profile: Profile, source: str
-) -> list[Entry]:
-    """Returns the entry with each value of a key; for the value of its config the entry itself.
+def sweep_entries(request: Request, key: str, values: Sequence[str]) -> list[Entry]:
+    """Replaces each entry of a table by its variants with the values of a key.
 
     An entry without a config raises a FileNotFoundError.
 
     Args:
-        entry: The entry to change.
+        request: The table; the config of its first foundation model counts.
         key: The key of the config.
         values: The values, as on a command line.
-        vfm: The foundation model whose config counts.
-        profile: The setting, which has the configs.
-        source: The table's folder of configs.
+
+    Returns:
+        The variants; for the value that the config has, the entry itself.
     """
-    config, _ = _find_config(entry, vfm, profile, source)
-    plain = ["TUNING.METHOD", entry.method, *entry.options]
-    before = read_config(get_config_file(config), plain)
-    return [
-        entry
-        if read_config(get_config_file(config), [*plain, key, value]) == before
-        else entry.with_options(f"{key}={value}", key, value)
-        for value in values
-    ]
+    swept = []
+    for entry in request.entries:
+        config, _ = _find_config(request, entry, request.vfms[0])
+        plain = ["TUNING.METHOD", entry.method, *entry.options]
+        before = read_config(get_config_file(config), plain)
+        for value in values:
+            same = read_config(get_config_file(config), [*plain, key, value]) == before
+            swept.append(entry if same else entry.with_options(f"{key}={value}", key, value))
+    return swept
 
 
 def file_name(text: str) -> str:

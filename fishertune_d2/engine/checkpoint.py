@@ -1,9 +1,8 @@
-"""Checkpoints that survive a kill while they are written, and know which run they belong to."""
+"""Checkpoints that survive a kill while they are written, and that fill the model they are for."""
 
 import logging
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fishertune_d2.modeling.weight_files import read_with_notes
 from fishertune_d2.tuning import TuningMethod
 
 from .optimizer import is_backbone
-from .run_record import RunRecord, changes_estimate, changes_warmup
+from .run_record import RunRecord
 from .stages import attach
 
 logger = logging.getLogger(__name__)
@@ -25,13 +24,13 @@ logger = logging.getLogger(__name__)
 class WholeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, whose files are written whole or not at all, under the same names.
 
-    If the last one is damaged all the same, by a disk or a copy, resuming takes the one before.
+    If a disk or a copy damages the last checkpoint all the same, resuming takes the one before.
 
     Args:
         model: the segmentor.
-        save_dir: where checkpoints go.
-        method: its tuning method. A checkpoint of the tuning stage holds what the method adds, so
-            that is attached before the weights are loaded; one of the warm-up does not.
+        save_dir: the folder of the checkpoints.
+        method: its tuning method. A checkpoint of the tuning stage holds the weights that the
+            method adds, so they are attached before it is loaded; one of the warm-up does not.
         accept: called with a checkpoint's record, if it has one, before its weights are loaded;
             raises if the record does not fit.
         complete: refuse a checkpoint that leaves a part of the model as it was initialised.
@@ -56,9 +55,8 @@ class WholeCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``<name>.pth``, then makes it the last checkpoint.
 
-        Raises:
-            OSError: if it cannot be written; names the file and the free space. The checkpoint
-                before it stays the last.
+        If writing fails, the checkpoint before it stays the last, and the OSError names the file
+        and the free space.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -66,13 +64,13 @@ class WholeCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict(), **states, **kwargs}
         path = Path(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
-        # Through a file of Python's, for it names the system's error where torch's does not.
+        # Opened by Python, which names the system's error; torch.save does not.
         with whole_file(path) as temporary, open(temporary, "wb") as file:
             torch.save(data, file)
         self.tag_last_checkpoint(path.name)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint to go on from, also if none is noted as the last."""
+        """Whether there is a checkpoint to resume from, even if none is noted as the last."""
         return super().has_checkpoint() or any(map(is_whole, self._others()))
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -81,13 +79,8 @@ class WholeCheckpointer(DetectionCheckpointer):
         state, notes = read_with_notes(Path(filename))
         return {**(notes if state is not notes else {}), "model": state}
 
-    def _load_model(self, checkpoint: dict[str, Any]):
-        """Loads the weights, of the warm-up or of the tuning stage.
-
-        Raises:
-            ValueError: if the record does not fit, a method has added tensors to the backbone that
-                this one's method does not, or the model is not filled though it has to be.
-        """
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        """Loads the weights, and refuses those of another run, method or model."""
         record = RunRecord.of_checkpoint(checkpoint)
         if self.accept is not None and record is not None:
             self.accept(record)
@@ -98,9 +91,9 @@ class WholeCheckpointer(DetectionCheckpointer):
             _require_some(self.model, incompatible)
         return incompatible
 
-    def _load_weights(self, checkpoint: dict[str, Any]):
-        added = self.method and _lacking(self.model, checkpoint["model"])
-        if not added:
+    def _load_weights(self, checkpoint: dict[str, Any]) -> Any:
+        added = _lacking(self.model, checkpoint["model"]) if self.method else []
+        if self.method is None or not added:
             return super()._load_model(checkpoint)
         attach(self.model, self.method)
         misfits = _lacking(self.model, checkpoint["model"])
@@ -121,7 +114,10 @@ class WholeCheckpointer(DetectionCheckpointer):
             temporary.write_text(last_filename_basename)
 
     def get_checkpoint_file(self) -> str:
-        """The last checkpoint, or, if that is damaged, the newest that is whole.
+        """Finds the last checkpoint, or, if that is damaged, the newest whole one.
+
+        Returns:
+            Its path.
 
         Raises:
             RuntimeError: if every checkpoint is damaged.
@@ -130,14 +126,13 @@ class WholeCheckpointer(DetectionCheckpointer):
         if is_whole(last):
             return str(last)
         others = [path for path in self._others() if path != last]
-        for path in others:
-            if is_whole(path):
-                logger.warning(
-                    "The last checkpoint, %s, is damaged or gone: resuming from the one before, %s",
-                    last if last.name else "which last_checkpoint would name",
-                    path,
-                )
-                return str(path)
+        for path in filter(is_whole, others):
+            logger.warning(
+                "The last checkpoint, %s, is damaged or gone: resuming from the one before, %s",
+                last if last.name else "which last_checkpoint would name",
+                path,
+            )
+            return str(path)
         raise RuntimeError(
             f"cannot resume: the last checkpoint, {last}, is damaged or gone, and so are all "
             f"others in {self.save_dir} ({len(others)}); start again without --resume"
@@ -145,9 +140,18 @@ class WholeCheckpointer(DetectionCheckpointer):
 
     def _others(self) -> list[Path]:
         """The checkpoints of a run in the folder, the newest first."""
-        # Not every .pth: the folder may hold weights that are no state of a run.
+        # Other .pth files in the folder may be weights without a run's state.
         found = Path(self.save_dir).glob("model_*.pth") if self.save_dir else ()
         return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of torch.save is complete, and its checksums hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged archive raises errors of seven kinds
+        return False
 
 
 def _lacking(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
@@ -156,8 +160,16 @@ def _lacking(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return [name for name in state if is_backbone(name) and name not in own]
 
 
+def _left(incompatible: Any) -> set[str]:
+    """Names of the model's tensors that a load has not filled."""
+    return {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+
+
 def _require_complete(incompatible: Any) -> None:
-    wrong = incompatible.incorrect_shapes
+    """Refuses weights that leave a tensor of the model as it was initialised."""
+    left, wrong = _left(incompatible), incompatible.incorrect_shapes
+    if not left:
+        return
     for name, theirs, ours in wrong:
         if name.endswith("predictor.weight"):
             extra = name.endswith("class_predictor.weight")  # Mask2Former's "no object"
@@ -167,26 +179,20 @@ def _require_complete(incompatible: Any) -> None:
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES {then} and name data sets of these classes, or "
                 "take the weights' own config"
             )
-    if not wrong and not incompatible.missing_keys:
-        return
-    trouble = f"{[*incompatible.missing_keys, ''][0]} is not among them"
     if wrong:
         name, theirs, ours = wrong[0]
         trouble = f"{name} has the shape {tuple(theirs)}, in the model {tuple(ours)}"
+    else:
+        trouble = f"{incompatible.missing_keys[0]} is not among them"
     raise ValueError(
-        f"the weights do not fill the model ({len(_left(incompatible))} of its tensors are left): "
-        f"{trouble}. Take the config.yaml that lies beside the weights, or weights of the whole "
-        "segmentation model"
+        f"the weights do not fill the model ({len(left)} of its tensors are left): {trouble}. "
+        "Take the config.yaml that lies beside the weights, or weights of the whole segmentation "
+        "model"
     )
 
 
-def _left(incompatible: Any) -> set[str]:
-    """Names of the model's tensors that a load has not filled."""
-    return {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
-
-
 def _require_some(model: nn.Module, incompatible: Any) -> None:
-    """Refuses weights of which none fits; says how many fit if not all do."""
+    """Refuses weights of which none fits; warns if only some fit."""
     names = model.state_dict().keys()
     filled = len(names) - len(_left(incompatible) & names)
     if not filled:
@@ -201,62 +207,3 @@ def _require_some(model: nn.Module, incompatible: Any) -> None:
             filled,
             len(names),
         )
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of torch.save is there to its end, and its checksums hold."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # a damaged archive raises errors of seven kinds
-        return False
-
-
-class OwnRun:
-    """Lets a trainer's checkpoints carry its record, and lets no other run go on from them.
-
-    Args:
-        record: of the run.
-        output_dir: where its checkpoints are, for the message.
-    """
-
-    def __init__(self, record: RunRecord, output_dir: str):
-        self.record = record
-        self.output_dir = output_dir
-
-    def state_dict(self) -> dict:
-        """Numbers, strings, lists and dicts, which torch.load reads with weights_only."""
-        return self.record.state_dict()
-
-    def load_state_dict(self, state: Mapping) -> None:
-        """Compares a checkpoint's record with this run.
-
-        Raises:
-            ValueError: if they differ; names the keys, their values then and now, and the way to
-                train for longer.
-        """
-        then = RunRecord.of_state(state)
-        try:
-            self.record.require_same_run(then)
-        except ValueError as error:
-            raise ValueError(
-                f"the checkpoint in {self.output_dir} is of another run: {error}. Put that back as "
-                f"it was to go on, or start a new run in another OUTPUT_DIR{self._shortcut(then)}"
-            ) from None
-        self.record = self.record.starting_from(then.start)
-
-    def _shortcut(self, then: RunRecord) -> str:
-        """How a new run can take over the warm-up and the estimate, as far as they are there."""
-        parts = {
-            "TUNING.WARMUP_CHECKPOINT": ("model_warmup.pth", changes_warmup),
-            "FISHER.ESTIMATE": ("fisher.safetensors", changes_estimate),
-        }
-        options = []
-        for key, (name, keys) in parts.items():
-            file = Path(self.output_dir, name)
-            with suppress(ValueError):  # of other settings
-                self.record.require_shareable(then, keys, key)
-                options += [f"{key} {file}"] if file.is_file() else []
-        if not options:
-            return ""
-        return f", which can start from this one's warm-up: {' '.join(options)}"

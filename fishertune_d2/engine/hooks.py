@@ -1,8 +1,8 @@
 """The three stages as hooks: warm-up, estimation, tuning.
 
-They are registered in this order. At the first iteration after warm-up, ``FisherEstimation`` ranks
-the weights, ``WarmupFreeze`` starts the tuning stage with what that trains, and ``ParameterMask``
-lets ever more of the ranked weights move.
+A trainer registers ``FisherEstimation``, ``WarmupFreeze`` and ``ParameterMask`` in this order. At
+the first iteration after warm-up, the first ranks the weights, the second starts the tuning stage,
+and the third lets more and more of the ranked weights move.
 """
 
 import hashlib
@@ -13,11 +13,9 @@ from pathlib import Path
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from tabulate import tabulate
 from torch import Tensor
 
 from fishertune_d2.fisher import (
-    KINDS,
     FisherEstimate,
     Selection,
     overlap,
@@ -35,8 +33,8 @@ logger = logging.getLogger(__name__)
 class LearningRates(HookBase):
     """Steps the trainer's scheduler and writes the learning rates of backbone and head.
 
-    Stands in for Detectron2's LRScheduler hook, which keeps the optimizer it met first. A new
-    stage builds a new one.
+    It replaces Detectron2's LRScheduler hook, which keeps its first optimizer; here each stage
+    builds a new one.
     """
 
     def __init__(self):
@@ -67,8 +65,8 @@ class WarmupFreeze(HookBase):
     under a live optimizer train nothing, and under a live DDP wrapper replicas diverge.
 
     Args:
-        iters: T1. With 0 there is no warm-up.
-        on_end: called after the last warm-up iteration; the trainer saves a checkpoint there.
+        iters: T1; 0 skips the warm-up.
+        on_end: called after the last warm-up iteration, for example to save a checkpoint.
     """
 
     def __init__(self, iters: int, on_end: Callable[[], None] | None = None):
@@ -89,20 +87,20 @@ class WarmupFreeze(HookBase):
 class FisherEstimation(HookBase):
     """Ranks the backbone's weights once, at one iteration (Algorithm 1, step 2).
 
-    Writes ``fisher.safetensors`` (F(x), F(x'), where a method needs them) and
-    ``selection.safetensors`` (the ranked choice) into ``output_dir``. Of several processes, all
-    measure, the first one ranks and writes, and the others read its file. A run resumed after that
-    iteration reads the selection back, and refuses one that is not the one it was trained with.
-    An estimation that was cut off is made again from its beginning.
+    It writes ``fisher.safetensors`` (F(x) and F(x'), if the method needs them) and
+    ``selection.safetensors`` (the ranked weights) into ``output_dir``. All processes measure; the
+    first one ranks and writes, and the others read its file. A run that resumes after this
+    iteration reads the selection back, and refuses any but the one it was trained with. An
+    interrupted estimation starts again from its beginning.
 
     Args:
         estimate: measures F(x) and F(x') on the trainer's model, or returns None if the method
             needs neither; see :func:`fishertune_d2.fisher.estimate_fisher`.
-        scores: from what ``estimate`` returned to one score per weight.
-        start: iteration before which to estimate, T1.
+        scores: turns the result of ``estimate`` into one score per weight.
+        start: the iteration before which to estimate, T1.
         share: the largest share that will be tuned, d_max.
-        base: number of parameters that it is a share of: all of the backbone's.
-        output_dir: where the files go; every process must be able to read them.
+        base: the number of parameters that the share refers to: all of the backbone's.
+        output_dir: the folder of the files; every process must be able to read them.
         eps: guard of dF (Eq. 5) in the log's comparison with dF alone.
     """
 
@@ -136,8 +134,8 @@ class FisherEstimation(HookBase):
         if comm.is_main_process():
             self._select(estimate)
         comm.synchronize()
-        # A process does not rank by itself: one bit of F that differs would change the lengths of
-        # the trained vectors, and DDP needs the same ones everywhere.
+        # Only one process ranks: a single different bit of F would change the lengths of the
+        # trained vectors, which DDP needs to be the same everywhere.
         self.selection = Selection.load(self.selection_file)
         self._digest = _digest(self.selection_file)
 
@@ -146,12 +144,7 @@ class FisherEstimation(HookBase):
         return {"selection": self._digest} if self._digest else {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Reads the selection that the checkpoint was trained with.
-
-        Raises:
-            FileNotFoundError: if the file is gone.
-            ValueError: if it is another one.
-        """
+        """Reads the selection that the checkpoint was trained with, and refuses another one."""
         if not self.selection_file.is_file():
             raise FileNotFoundError(
                 f"the checkpoint was trained with {self.selection_file}, which is gone: put it "
@@ -167,20 +160,20 @@ class FisherEstimation(HookBase):
 
     def _select(self, estimate: FisherEstimate | None) -> None:
         """Ranks the weights, and writes both files."""
-        self.selection = Selection.from_scores(self.scores(estimate), self.share, self.base)
+        selection = Selection.from_scores(self.scores(estimate), self.share, self.base)
         if estimate is not None:
             notes = {key: text for key, text in estimate.notes.items() if key != NOTE}
-            self.selection.notes = notes | {"images": str(estimate.images)}
-            self._log(estimate)
+            selection.notes = notes | {"images": str(estimate.images)}
+            self._log(estimate, selection)
             estimate.save(self.estimate_file)
-        self.selection.save(self.selection_file)
+        selection.save(self.selection_file)
 
-    def _log(self, estimate: FisherEstimate) -> None:
+    def _log(self, estimate: FisherEstimate, selection: Selection) -> None:
         alone = {
             "F": estimate.f,
             "dF": relative_change(estimate.f, estimate.shifted, self.eps),
         }
-        shares = {name: self._overlap(scores) for name, scores in alone.items()}
+        shares = {name: self._overlap(selection, scores) for name, scores in alone.items()}
         self.trainer.storage.put_scalars(
             **{f"fisher/overlap_{name}": value for name, value in shares.items()},
             smoothing_hint=False,
@@ -194,24 +187,24 @@ class FisherEstimation(HookBase):
             100 * shares["dF"],
         )
 
-    def _overlap(self, scores: Mapping[str, Tensor]) -> float:
+    def _overlap(self, selection: Selection, scores: Mapping[str, Tensor]) -> float:
         """The part of the selection that these scores would select as well."""
         if not any(bool(score.any()) for score in scores.values()):
             return 0.0  # dF without a shift
-        return overlap(self.selection, Selection.from_scores(scores, self.share, self.base))
+        return overlap(selection, Selection.from_scores(scores, self.share, self.base))
 
 
 class ParameterMask(HookBase):
-    """Lets only the selected weights move, ever more of them (Algorithm 1, step 3; Eq. 16).
+    """Lets only the selected weights move, more and more of them (Algorithm 1, step 3; Eq. 16).
 
     Args:
-        update: called at the first iteration of the tuning stage; returns what restricts it:
-            ``SelectedWeights``, or, for an optimizer that already holds the dense tensors,
-            ``MaskedUpdate``.
-        start: first iteration of the tuning stage, T1.
+        update: called at the first iteration of the tuning stage; returns the object that
+            restricts the update: ``SelectedWeights``, or, for an optimizer that already holds the
+            dense tensors, ``MaskedUpdate``.
+        start: the first iteration of the tuning stage, T1.
         iters: its length, T3.
-        d_min: share tuned at the first iteration.
-        d_max: share tuned at the last.
+        d_min: the share tuned at the first iteration.
+        d_max: the share tuned at the last.
         schedule: see :func:`fishertune_d2.fisher.tuned_share`.
     """
 
@@ -234,7 +227,7 @@ class ParameterMask(HookBase):
         self._update: SelectedWeights | MaskedUpdate | None = None
 
     def before_step(self) -> None:
-        """Selects what this iteration may move."""
+        """Selects the weights that this iteration may move."""
         step = self.trainer.iter - self.start
         if step < 0:
             return
@@ -242,38 +235,28 @@ class ParameterMask(HookBase):
         share = tuned_share(progress, self.d_min, self.d_max, schedule=self.schedule)
         if self._update is None:
             self._update = self.update()
-            self._log(share)
+            _log_tuned(self._update.selection, share)
         tuned = self._update.grow(share)
         self.trainer.storage.put_scalars(
             **{"fisher/tuned_share": share, "fisher/tuned_parameters": tuned}, smoothing_hint=False
         )
 
     def after_train(self) -> None:
-        """Says what was tuned in the end, and leaves model and optimizer as without the hook."""
+        """Logs the weights tuned in the end, and leaves model and optimizer as without the hook."""
         if self._update is not None and self.trainer.iter >= self.start + self.iters:
-            self._log(None)
+            _log_tuned(self._update.selection, None)
             self._update.release()
 
-    def _log(self, share: float | None) -> None:
-        selection = self._update.selection
-        counts = selection.summary(share)
-        total = sum(counts.values())
-        logger.info(
-            "Tuned: %s of %s backbone weights (%.2f %%), by kind and block:\n%s",
-            f"{total:,}",
-            f"{selection.base:,}",
-            100 * total / selection.base,
-            selection_table(counts),
-        )
 
-
-def selection_table(counts: Mapping[tuple[str, int], int]) -> str:
-    """A text table of ``Selection.summary``: blocks down, kinds across, with sums."""
-    blocks = sorted({block for _, block in counts})
-    rows = [[block, *(counts.get((kind, block), 0) for kind in KINDS)] for block in blocks]
-    rows = [[*row, sum(row[1:])] for row in rows]
-    rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
-    return tabulate(rows, headers=["block", *KINDS, "all"], intfmt=",", disable_numparse=[0])
+def _log_tuned(selection: Selection, share: float | None) -> None:
+    total = sum(selection.summary(share).values())
+    logger.info(
+        "Tuned: %s of %s backbone weights (%.2f %%), by kind and block:\n%s",
+        f"{total:,}",
+        f"{selection.base:,}",
+        100 * total / selection.base,
+        selection.table(share, by_block=True),
+    )
 
 
 def _digest(path: Path) -> str:

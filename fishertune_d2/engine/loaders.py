@@ -1,4 +1,4 @@
-"""The loaders of a config, and what a run's record keeps of its training data."""
+"""The loaders of a config, and the file and class names for a run's record."""
 
 import torch
 from detectron2.config import CfgNode
@@ -45,7 +45,7 @@ def scoring_loader(cfg: CfgNode, name: str) -> DataLoader:
 
 
 def file_names(loader: object) -> list[str] | None:
-    """The training images in the order of the data set; None of a loader that is not ours."""
+    """The training images in the order of the data set; None if the loader is not ours."""
     dicts = getattr(getattr(loader, "dataset", None), "dicts", None)
     return None if dicts is None else [item["file_name"] for item in dicts]
 

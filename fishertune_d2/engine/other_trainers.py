@@ -1,7 +1,22 @@
-"""FisherTune in one call, for a Detectron2 trainer and a model that are not ours."""
+"""FisherTune in one call, for Detectron2 trainers and models that are not ours.
+
+:func:`apply_fishertune` registers hooks and changes nothing else: model, optimizer, DDP wrapper and
+learning rates stay the trainer's. Parts around the ViT train as before: heads, a neck in the
+backbone, and a neck or decoder in the class that holds the blocks
+(:func:`~.vit.parameters_of_vit`). All weights of the ViT that are not selected keep their values to
+the bit, whatever momentum or weight decay the optimizer has. During the warm-up the gradients of
+the ViT are computed and discarded, because flags flipped under a live optimizer or DDP wrapper
+would harm them. So the trainer's optimizer must hold the ViT's candidates, unfrozen.
+
+The data loader is first read after the warm-up. It must not be the trainer's own, which would lose
+its place. The default estimator, ``"diagonal_loop"``, makes one pass for each image and works with
+every loss; ``"diagonal"`` gives the same numbers faster if ``loss_fn`` gives the losses of a whole
+batch. All processes must be able to read ``output_dir``.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +28,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fishertune_d2.config import require_choice
 from fishertune_d2.fisher import (
     ESTIMATORS,
     FisherEstimate,
@@ -50,125 +66,147 @@ def apply_fishertune(
     perturb: StatisticsPerturbation | None = None,
     seed: int = 0,
 ) -> FisherEstimation:
-    """Lets a trainer move, of a ViT in its model, only the weights that FisherTune selects.
+    """Restricts a trainer to the weights of a ViT that FisherTune selects (Algorithm 1).
 
-    Registers hooks and changes nothing else: model, optimizer, DDP wrapper and learning rates stay
-    the trainer's. What is around the ViT trains as before: heads, a neck in the backbone, also a
-    neck or decoder in the class that holds the blocks (:func:`~.vit.parameters_of_vit` says which).
-    The ViT stands still for ``warmup`` iterations; then F(x) and F(x') are measured, once, and of
-    its weights the selected move, ever more of them (Algorithm 1). All others keep their values to
-    the bit, whatever momentum or weight decay the optimizer has. How many weights are which is
-    logged.
-
-    Call it before a checkpoint is loaded: checkpoints then remember the selection, and a resumed
-    run goes on with it. Where there are several processes, call it in each.
+    Call it in each process, before a checkpoint is loaded: checkpoints then hold the selection.
 
     Args:
-        trainer: a ``SimpleTrainer``, ``AMPTrainer``, ``DefaultTrainer`` or what derives from them.
-            Its optimizer holds the candidates of the ViT, unfrozen.
-        data_loader: what the Fisher information is measured on: batches of two images or more, each
-            a list, as Detectron2's training loaders yield them. Not the trainer's own, which would
-            lose its place. It is first read when the warm-up is over.
+        trainer: a ``SimpleTrainer``, ``AMPTrainer``, ``DefaultTrainer`` or a subclass.
+        data_loader: batches of two or more images, as lists; not the trainer's own loader.
         max_iter: T1 + T3, the iteration where training ends.
-        output_dir: where ``fisher.safetensors`` and ``selection.safetensors`` go; all processes
-            must be able to read them there.
-        backbone: name of the submodule that the ViT is, or is in; by default ``backbone``. The ViT
-            is the module in it that holds the blocks, see :func:`~.vit.find_vit`.
-        warmup: T1, in iterations. The backbone's gradients are computed and thrown away meanwhile:
-            flags flipped under a live optimizer or DDP wrapper would harm them.
+        output_dir: folder of ``fisher.safetensors`` and ``selection.safetensors``.
+        backbone: name of the submodule that is or holds the ViT; by default ``backbone``.
+        warmup: T1, the iterations before F(x) and F(x') are measured.
         d_min: share of the ViT that is tuned at first.
         d_max: share that is tuned in the end.
-        schedule: how it grows, see :func:`~fishertune_d2.fisher.tuned_share`.
-        batches: T2, how many are drawn from ``data_loader``, in each process.
-        loss_fn: ``(model, batch) -> (B,)``, the loss of each image. By default
-            :func:`loss_of_one_image`, which serves every model that Detectron2's trainers do.
-        estimator: a key of ``fishertune_d2.fisher.ESTIMATORS``. ``"diagonal_loop"``, one pass for
-            each image, serves every loss; ``"diagonal"`` gives the same numbers sooner where
-            ``loss_fn`` gives those of a whole batch.
+        schedule: growth between them, see :func:`~fishertune_d2.fisher.tuned_share`.
+        batches: T2, the number of batches from ``data_loader`` in each process.
+        loss_fn: ``(model, batch) -> (B,)``; by default :func:`loss_of_one_image`.
+        estimator: a key of ``ESTIMATORS``; ``"diagonal"`` is faster if ``loss_fn`` takes batches.
         perturb: Eq. 6; by default ``StatisticsPerturbation.of_vit``.
-        seed: of the estimate's random numbers.
+        seed: seed of the estimate's random numbers.
 
     Returns:
-        The hook that estimates; its ``selection`` is there after the warm-up.
+        The hook that estimates; it has its ``selection`` after the warm-up.
 
     Raises:
-        OSError: if nothing can be written into ``output_dir``.
-        ValueError: if an argument is out of its range, more weights than there are candidates
-            would be selected, the model has no such backbone, one without
-            a ViT, with several, or that is not trained, or the trainer has FisherTune already.
+        ValueError: if an argument is out of its range, or fits neither trainer nor model.
     """
     if not 0 <= warmup < max_iter:
         raise ValueError(f"warmup is {warmup}: choose 0 or more, and less than max_iter {max_iter}")
-    if any(isinstance(hook, FisherEstimation) for hook in trainer._hooks):
-        raise ValueError("the trainer has FisherTune already: apply it once")
-    if batches < 1:
-        raise ValueError(f"batches is {batches}: choose at least 1 to measure on")
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator is {estimator!r}: choose from {', '.join(ESTIMATORS)}")
-    model = getattr(trainer.model, "module", trainer.model)  # without its DDP wrapper
-    path, vit = find_vit(model, backbone)
-    candidates = find_candidates(vit)
-    parameters = parameters_of_vit(vit)
-    tunable = {candidate.name: candidate.parameter for candidate in candidates}
-    _require_trained(tunable, trainer.optimizer)
-    if perturb is None:
-        perturb = StatisticsPerturbation.of_vit(vit)
-    share = tuned_share(1.0, d_min, d_max, schedule=schedule)
-    base = sum(parameter.numel() for parameter in parameters.values())
-    most = sum(candidate.numel for candidate in candidates)
-    if count_of_share(share, base) > most:
-        raise ValueError(
-            f"d_max {d_max} makes {count_of_share(share, base):,} of the ViT's {base:,} weights, "
-            f"and only {most:,} can be selected: choose at most {int(1000 * most / base) / 1000}"
-        )
-    require_writable(output_dir)  # now, not after the warm-up
-
-    def estimate() -> FisherEstimate:
-        # Models write into the storage on top, and the run's metrics must not show these passes.
-        with EventStorage(get_event_storage().iter):
-            return estimate_fisher(
-                model,
-                islice(_with_spread(data_loader), batches),
-                loss_fn or loss_of_one_image,
-                candidates,
-                estimator=estimator,
-                perturb=perturb,
-                seed=seed,
-                progress=comm.is_main_process(),
-            )
-
+    vit = _ViT(trainer, backbone)
+    share = vit.share(d_min, d_max, schedule)
+    loss = loss_fn or loss_of_one_image
     estimation = FisherEstimation(
-        estimate,
-        domain_related_fisher,
-        start=warmup,
-        share=share,
-        base=base,
-        output_dir=output_dir,
-    )
-    optimizer = trainer.optimizer  # the hooks must not hold the trainer, which holds them
+        vit.estimating(data_loader, batches, loss, estimator, perturb, seed),
+        _scores, start=warmup, share=share, base=vit.base, output_dir=output_dir,
+    )  # fmt: skip
+    require_writable(output_dir)  # now, not after the warm-up
+    mask = ParameterMask(
+        partial(vit.restriction, estimation),
+        start=warmup, iters=max_iter - warmup, d_min=d_min, d_max=d_max, schedule=schedule,
+    )  # fmt: skip
+    vit.log()
+    trainer.register_hooks([*vit.frozen(warmup, max_iter), estimation, mask])
+    return estimation
 
-    def update() -> MaskedUpdate:
+
+class _ViT:
+    """The ViT in a trainer's model, and the hooks that restrict its training.
+
+    Attributes:
+        parameters: the ViT's own weights, by name.
+        tunable: those of them that hold candidates.
+        base: the number of the ViT's own weights.
+    """
+
+    def __init__(self, trainer: TrainerBase, backbone: str | None):
+        if any(isinstance(hook, FisherEstimation) for hook in trainer._hooks):
+            raise ValueError("the trainer has FisherTune already: apply it once")
+        self.optimizer = trainer.optimizer  # the hooks must not hold the trainer, which holds them
+        self.model = getattr(trainer.model, "module", trainer.model)  # without its DDP wrapper
+        self.path, self.module = find_vit(self.model, backbone)
+        self.candidates = find_candidates(self.module)
+        self.parameters = parameters_of_vit(self.module)
+        self.tunable = {candidate.name: candidate.parameter for candidate in self.candidates}
+        self.base = sum(parameter.numel() for parameter in self.parameters.values())
+        self.most = sum(candidate.numel for candidate in self.candidates)
+        _require_trained(self.tunable, self.optimizer)
+
+    def share(self, d_min: float, d_max: float, schedule: str) -> float:
+        """The largest share that is tuned; refuses one that the candidates cannot fill."""
+        share = tuned_share(1.0, d_min, d_max, schedule=schedule)
+        count, most = count_of_share(share, self.base), self.most
+        if count > most:
+            raise ValueError(
+                f"d_max {d_max} makes {count:,} of the ViT's {self.base:,} weights, and only "
+                f"{most:,} can be selected: choose at most {int(1000 * most / self.base) / 1000}"
+            )
+        return share
+
+    def estimating(
+        self,
+        data_loader: Iterable[Sequence],
+        batches: int,
+        loss: Callable[[nn.Module, Sequence], Tensor],
+        estimator: str,
+        perturb: StatisticsPerturbation | None,
+        seed: int,
+    ) -> Callable[[], FisherEstimate]:
+        """The function that measures F(x) and F(x') on the first batches of a loader."""
+        if batches < 1:
+            raise ValueError(f"batches is {batches}: choose at least 1 to measure on")
+        require_choice("estimator", estimator, ESTIMATORS)
+        shift = StatisticsPerturbation.of_vit(self.module) if perturb is None else perturb
+
+        def estimate() -> FisherEstimate:
+            # Models write into the storage on top; the run's metrics must not show these passes.
+            with EventStorage(get_event_storage().iter):
+                return estimate_fisher(
+                    self.model,
+                    islice(_with_spread(data_loader), batches),
+                    loss,
+                    self.candidates,
+                    estimator=estimator,
+                    perturb=shift,
+                    seed=seed,
+                    progress=comm.is_main_process(),
+                )
+
+        return estimate
+
+    def restriction(self, estimation: FisherEstimation) -> MaskedUpdate:
+        """Restricts the optimizer to the weights that the estimation has selected."""
         if estimation.selection is None:
             raise RuntimeError(
-                f"training goes on after iteration {warmup}, where weights are selected, and no "
-                "checkpoint has told which: call apply_fishertune before one is loaded, and resume "
-                "runs that had it from their beginning"
+                f"training goes on after iteration {estimation.start}, where weights are selected, "
+                "and no checkpoint has told which: call apply_fishertune before one is loaded, and "
+                "resume runs that had it from their beginning"
             )
-        return MaskedUpdate(optimizer, tunable, estimation.selection)
+        return MaskedUpdate(self.optimizer, self.tunable, estimation.selection)
 
-    if comm.is_main_process():
-        _log_parts(model, path, base, most)
-    others = {name: p for name, p in parameters.items() if name not in tunable}
-    mask = {"start": warmup, "iters": max_iter - warmup, "d_min": d_min, "d_max": d_max}
-    trainer.register_hooks(
-        [
-            FrozenWeights(optimizer, others, until=max_iter),
-            FrozenWeights(optimizer, tunable, until=warmup),
-            estimation,
-            ParameterMask(update, schedule=schedule, **mask),
+    def frozen(self, warmup: int, max_iter: int) -> list[HookBase]:
+        """Hooks that freeze the candidates in the warm-up, and the ViT's other weights always."""
+        others = {name: p for name, p in self.parameters.items() if name not in self.tunable}
+        return [
+            FrozenWeights(self.optimizer, others, until=max_iter),
+            FrozenWeights(self.optimizer, self.tunable, until=warmup),
         ]
-    )
-    return estimation
+
+    def log(self) -> None:
+        """Logs once what FisherTune does to each part of the model."""
+        if not comm.is_main_process():
+            return
+        around = count_parameters_around(self.model, self.path)
+        logger.info(
+            "FisherTune on %s (%s): %s of its weights may be selected, %s stay frozen in the whole "
+            "run (embeddings, norms, output projections). Other parts train as before: %s",
+            self.path,
+            type(self.module).__name__,
+            f"{self.most:,}",
+            f"{self.base - self.most:,}",
+            ", ".join(f"{count:,} of {name}" for name, count in around.items()) or "nothing",
+        )
 
 
 class FrozenWeights(HookBase):
@@ -187,7 +225,7 @@ class FrozenWeights(HookBase):
         self._update: MaskedUpdate | None = None
 
     def before_step(self) -> None:
-        """Freezes them at the first step, for a checkpoint may be loaded before that."""
+        """Freezes them at the first step, because a checkpoint may be loaded before it."""
         if self.trainer.iter >= self.until:
             self.after_train()
         elif self._update is None:
@@ -204,11 +242,11 @@ class FrozenWeights(HookBase):
 
 
 def loss_of_one_image(model: nn.Module, batch: Sequence) -> Tensor:
-    """What a Detectron2 model returns in training, summed: the loss of an image if given one.
+    """Sums the losses of a Detectron2 model in training: the loss of an image, if given one.
 
-    Of a batch, such a model gives one number for all images. So the Fisher information, squares of
-    gradients of each image, needs the estimator ``diagonal_loop``, which gives it one at a time.
-    All at once pass through the model only where Eq. 6 takes its statistics, without a gradient.
+    Such a model gives one number for all images of a batch. The Fisher information, squares of
+    each image's gradients, therefore needs the estimator ``diagonal_loop``, which passes one image
+    at a time. A whole batch passes only when Eq. 6 takes its statistics, without a gradient.
 
     Args:
         model: returns losses by name, or their sum.
@@ -218,7 +256,7 @@ def loss_of_one_image(model: nn.Module, batch: Sequence) -> Tensor:
         (B,), all equal.
 
     Raises:
-        ValueError: if a gradient is asked for of more than one image.
+        ValueError: if gradients of more than one image are needed.
     """
     if len(batch) > 1 and torch.is_grad_enabled():
         raise ValueError(
@@ -230,18 +268,9 @@ def loss_of_one_image(model: nn.Module, batch: Sequence) -> Tensor:
     return total.reshape(1).expand(len(batch))
 
 
-def _log_parts(model: nn.Module, path: str, base: int, tunable: int) -> None:
-    """Says once what FisherTune does to each part of a model."""
-    around = count_parameters_around(model, path)
-    logger.info(
-        "FisherTune on %s (%s): %s of its weights may be selected, %s stand still for the whole "
-        "run (embeddings, norms, output projections). Left alone, to train as before: %s",
-        path,
-        type(model.get_submodule(path)).__name__,
-        f"{tunable:,}",
-        f"{base - tunable:,}",
-        ", ".join(f"{count:,} of {name}" for name, count in around.items()) or "nothing",
-    )
+def _scores(estimate: FisherEstimate | None) -> Mapping[str, Tensor]:
+    assert estimate is not None  # `estimating` measures one
+    return domain_related_fisher(estimate)
 
 
 def _require_trained(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
@@ -255,7 +284,7 @@ def _require_trained(parameters: Mapping[str, nn.Parameter], optimizer: Optimize
 
 
 def _with_spread(data_loader: Iterable[Sequence]) -> Iterator[Sequence]:
-    """The batches, if Eq. 6 can take statistics over them."""
+    """Yields the batches, and refuses one without the spread that Eq. 6 needs."""
     for batch in data_loader:
         if len(batch) < 2:
             raise ValueError(

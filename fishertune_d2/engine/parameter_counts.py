@@ -43,39 +43,27 @@ def count_parameters(
 
 
 def count_tuned(cfg: CfgNode, backbone: nn.Module, progress: float) -> int:
-    """Counts the weights that train at a point of the tuning stage.
-
-    Args:
-        cfg: MODEL and TUNING are read.
-        backbone: the backbone of this config; stays as it is.
-        progress: the point, from 0 (start of the stage) to 1 (its end).
-
-    Returns:
-        The number of tuned backbone weights, or of added weights if the method adds some.
-    """
+    """Counts the tuned backbone weights, or the added ones, at ``progress`` from 0 to 1."""
     method = build_tuning_method(cfg)
     if method.adds:  # to another model, because what is added may need the head
         model = build_empty(cfg, build_model)
         attach(model, method)
-        backbone = model.backbone
+        backbone = model.get_submodule("backbone")
     if not method.selects:
         return sum(p.numel() for p in method.parameters(backbone).values())
+    base = sum(p.numel() for p in backbone.parameters())
+    return count_of_share(planned_share(cfg, progress), base)
+
+
+def planned_share(cfg: CfgNode, progress: float = 1.0) -> float:
+    """The share that a selective method tunes at a point of the tuning stage, as a config plans."""
     tuning = cfg.TUNING
-    schedule = method.schedule or tuning.SCHEDULE
-    share = tuned_share(progress, tuning.D_MIN, tuning.D_MAX, schedule=schedule)
-    return count_of_share(share, sum(p.numel() for p in backbone.parameters()))
+    schedule = build_tuning_method(cfg).schedule or tuning.SCHEDULE
+    return tuned_share(progress, tuning.D_MIN, tuning.D_MAX, schedule=schedule)
 
 
 def build_empty(cfg: CfgNode, build: Callable[[CfgNode], nn.Module]) -> nn.Module:
-    """Builds a module on the meta device: shapes without numbers, and no weights file is read.
-
-    Args:
-        cfg: stays as it is.
-        build: Detectron2's ``build_model`` or ``build_backbone``.
-
-    Returns:
-        The module.
-    """
+    """Builds a module on the meta device: shapes without numbers, and no weights file is read."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.VFM.WEIGHTS = "random"

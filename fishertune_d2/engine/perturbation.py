@@ -1,20 +1,24 @@
-"""Eq. 6 as a config asks for it: in the estimate, and on the features of training."""
+"""Eq. 6 as a config sets it: in the estimate, and on the features of training."""
+
+from typing import cast
 
 from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.fisher import StatisticsPerturbation
+from fishertune_d2.modeling.vfm import VFMBackbone
 
-# TUNING.FEATURE_PERTURBATION: how often a batch is perturbed. DSU's.
+# TUNING.FEATURE_PERTURBATION: the share of batches that are perturbed, as in DSU.
 PERTURBED = 0.5
 
 
 def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> StatisticsPerturbation:
     """Eq. 6 at FISHER.PERTURB.POINTS of the backbone, on a batch with probability ``p``."""
-    perturb, points = cfg.FISHER.PERTURB, backbone.perturbation_points()
+    vfm, perturb = cast(VFMBackbone, backbone), cfg.FISHER.PERTURB
+    points = vfm.perturbation_points()
     return StatisticsPerturbation(
         [points[i] for i in perturb.POINTS],
-        num_prefix_tokens=backbone.num_prefix_tokens,
+        num_prefix_tokens=vfm.num_prefix_tokens,
         strength=perturb.STRENGTH,
         eps_mode=perturb.EPS_MODE,
         p=p,
@@ -24,12 +28,15 @@ def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> Sta
 def perturbation_of_training(
     cfg: CfgNode, backbone: nn.Module, processes: int
 ) -> StatisticsPerturbation | None:
-    """Eq. 6 for the steps of training; None unless TUNING.FEATURE_PERTURBATION asks for it.
+    """Builds Eq. 6 for the steps of training, if TUNING.FEATURE_PERTURBATION asks for it.
 
     Args:
         cfg: the run's config.
-        backbone: of the run's model.
+        backbone: the backbone of the run's model.
         processes: how many share a batch.
+
+    Returns:
+        The perturbation, or None.
 
     Raises:
         ValueError: if a process has one image a step, or blocks are computed again.

@@ -1,17 +1,16 @@
-"""SIGTERM and SIGINT, by which schedulers and Ctrl-C ask a run to leave, end in a checkpoint.
+"""Writes a checkpoint when a scheduler (SIGTERM) or Ctrl-C (SIGINT) asks a run to stop.
 
-The iteration that is running is finished, ``model_preempted.pth`` is written, and the process exits
-with ``EXIT_CODE``. Not 143 or 130: a process that was killed by the signal has these too, with no
-checkpoint. Between iterations there is nothing to finish: in the estimation and in an evaluation
-the process exits at once, with the same code, and the checkpoint before them stands (there each
-process has to be told, as schedulers do).
+The run finishes its iteration, writes ``model_preempted.pth``, and exits with ``EXIT_CODE``. Not
+143 or 130, which a process that the signal killed has too, without a checkpoint. The estimation and
+an evaluation stop at once, with the same code, and leave the checkpoint before them; there the
+signal must reach every process, as schedulers send it.
 
-SLURM requeues what it preempts itself; a script tells the two ends apart by the code:
+SLURM requeues the jobs that it preempts; a script recognises the others by the code:
 
     srun python train_net.py --config-file FILE --resume
     [ $? -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
 
-To torchrun every code but 0 is a failure: it stops the other processes, which is why all of them
+For torchrun every code but 0 is a failure, on which it stops the other processes. So all of them
 leave after the same iteration, and none before the checkpoint is complete.
 """
 
@@ -38,10 +37,10 @@ EXIT_CODE = os.EX_TEMPFAIL  # 75: "temporary failure, the user is invited to ret
 
 
 class Preemption(HookBase):
-    """Leaves after the iteration in which a signal came to any of the processes.
+    """Leaves after the iteration in which a signal reached any of the processes.
 
-    It is registered after the hooks that belong to an iteration, the checkpointer's too, and before
-    the evaluation's. Processes agree by one small all-gather in each iteration, on the CPU.
+    Register it after the hooks that belong to an iteration, the checkpointer's too, and before the
+    evaluation's. Processes agree by one small all-gather in each iteration, on the CPU.
 
     Args:
         save: writes the checkpoint; called by every process.
@@ -54,7 +53,7 @@ class Preemption(HookBase):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Answers the signals meanwhile; the handlers before are put back after."""
+        """Handles the signals meanwhile, and restores the handlers before it afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets no other thread have handlers
             return
@@ -62,7 +61,7 @@ class Preemption(HookBase):
             yield
 
     def at_once(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        """The same work, which a signal ends on the spot, for no checkpoint can keep it."""
+        """Wraps work that a signal stops at once, because no checkpoint can hold a part of it."""
 
         def interruptible() -> Result:
             self._at_once = True
@@ -79,9 +78,7 @@ class Preemption(HookBase):
         return interruptible
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._signal = (
-            number  # and no logging, for it may have come in the middle of a logger's own
-        )
+        self._signal = number  # no logging here: the signal may have interrupted a logger
         if self._at_once:
             sys.exit(EXIT_CODE)
 
@@ -104,14 +101,13 @@ class Preemption(HookBase):
 
 @contextmanager
 def forwarding() -> Iterator[None]:
-    """In a process that only waits for others: passes the signals on to them, and waits on.
-
-    Without it a scheduler's signal would end this process, and with it the job, at once.
-    """
+    """Passes the signals on to the child processes, for a process that only waits for them."""
+    # Without it a scheduler's signal would end this process, and with it the job, at once.
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in active_children():
-            os.kill(child.pid, number)
+            if child.pid is not None:
+                os.kill(child.pid, number)
 
     with handling(forward):
         yield
@@ -119,7 +115,7 @@ def forwarding() -> Iterator[None]:
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Lets ``handler`` receive SIGNALS meanwhile; only the main thread can."""
+    """Lets ``handler`` receive SIGNALS meanwhile; only works in the main thread."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

@@ -1,4 +1,4 @@
-"""Starts a run in one process or several: by Detectron2's launcher, or as torchrun started it."""
+"""Starts a run in one or several processes, by Detectron2's launcher or under torchrun."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from threading import Thread
 
@@ -17,11 +17,11 @@ from detectron2.utils import comm
 
 from . import preemption
 
-# What torchrun tells each of its processes, beside where they meet.
+# The variables that torchrun gives each of its processes, beside the address where they meet.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# What torch.distributed says where another process is gone.
+# The message of torch.distributed if another process is gone.
 _LEFT_ALONE = re.compile(r"Connection (closed|reset) by (remote )?peer")
-# How long a process waits for the others when it leaves, in seconds.
+# Seconds that a process waits for the others when it leaves.
 _PATIENCE = 10
 
 
@@ -31,23 +31,22 @@ def launch(main: Callable[[Namespace], object], args: Namespace, *, device: str)
     A process that torchrun started joins the others of its run: by NCCL on GPUs, one for each
     process, or by gloo on CPUs. Otherwise this is the only process so far, and Detectron2's
     launcher starts as many as ``--num-gpus`` and its other options say. However ``main`` ends, its
-    process leaves the others' group, and waits at most 10 seconds for them.
+    process leaves the others' group, and waits at most 10 seconds for them. A ValueError refuses
+    processes that are asked for in both ways, and more of them than this machine has GPUs.
 
     Args:
-        main: what to run; a function of a module, for Detectron2's launcher pickles it.
-        args: of Detectron2's ``default_argument_parser``.
+        main: a function of a module, because Detectron2's launcher pickles it.
+        args: from Detectron2's ``default_argument_parser``.
         device: MODEL.DEVICE.
-
-    Raises:
-        ValueError: if processes are asked for in both ways, or torchrun started more of them than
-            this machine has GPUs.
     """
     if all(name in os.environ for name in _TORCHRUN):
         _join_torchrun(args, device)
         _run(main, args)
     elif args.num_gpus * args.num_machines > 1:  # this process only waits for the others
         options = {name: getattr(args, name) for name in ("num_machines", "machine_rank")}
-        gpus = nullcontext() if device.startswith("cuda") else _hidden_gpus()
+        gpus: AbstractContextManager = (
+            nullcontext() if device.startswith("cuda") else _hidden_gpus()
+        )
         with preemption.forwarding(), gpus:
             detectron2_launch(
                 partial(_run, main), args.num_gpus, dist_url=args.dist_url, args=(args,), **options
@@ -57,18 +56,14 @@ def launch(main: Callable[[Namespace], object], args: Namespace, *, device: str)
 
 
 def _run(main: Callable[[Namespace], object], args: Namespace) -> None:
-    """Runs one of several processes, and leaves their group whatever happens.
-
-    Raises:
-        SystemExit: if another process has stopped, which has said why.
-    """
+    """Runs one of several processes, leaves their group, and exits if another has stopped."""
     try:
         main(args)
-        comm.synchronize()  # or who is done first would wait in vain for the others
-    except RuntimeError as error:  # of torch.distributed, which has no class of its own for it
+        comm.synchronize()  # or the first process that is done would wait in vain for the others
+    except RuntimeError as error:  # torch.distributed has no class of its own for this error
         if _LEFT_ALONE.search(str(error)) is None:
             raise
-        # Or the parent may see this end first, and hide the reason of the other one's.
+        # The parent shows only the first process that ends, so let the other one end first.
         time.sleep(_PATIENCE + 1)
         print(
             f"Process {comm.get_rank()} stops because another process of this run has stopped",
@@ -76,7 +71,7 @@ def _run(main: Callable[[Namespace], object], args: Namespace) -> None:
         )
         sys.exit(1)
     finally:
-        # In a thread, for NCCL waits for what other processes may never send.
+        # In a thread, because NCCL waits for messages that other processes may never send.
         leaving = Thread(target=torch.distributed.destroy_process_group, daemon=True)
         leaving.start()
         leaving.join(_PATIENCE)
@@ -84,7 +79,7 @@ def _run(main: Callable[[Namespace], object], args: Namespace) -> None:
 
 @contextmanager
 def _hidden_gpus() -> Iterator[None]:
-    """Lets processes that are started meanwhile see no GPU, or Detectron2 gives them NCCL."""
+    """Hides the GPUs from processes that start meanwhile, to which Detectron2 would give NCCL."""
     name = "CUDA_VISIBLE_DEVICES"
     before = os.environ.get(name)
     os.environ[name] = ""

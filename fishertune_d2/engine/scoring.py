@@ -22,7 +22,7 @@ from .loaders import scoring_loader
 from .output_dir import remove_pictures
 from .parameter_counts import count_parameters
 from .precision import scoring_autocast, set_matmul_precision
-from .run_record import RunRecord
+from .run_record import RunRecord, run_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,45 +39,35 @@ def score_datasets(
 
     Writes ``results.json`` (mIoU of the source and of each unseen domain, their average, IoU by
     class, counts of parameters, the protocol) and the pictures into OUTPUT_DIR. Facts about the
-    training are those of the run that trained the model (its attribute ``trained_by``), whatever
-    ``cfg`` says; they are null if that run is not known.
+    training come from the run that trained the model (its attribute ``trained_by``), whatever
+    ``cfg`` says; they are null if that run is unknown.
 
-    A test set that cannot be scored does not stop the others: the results say why, and the error
+    If a test set cannot be scored, the others still are: the results name the reason, and the error
     follows at the end.
 
     Args:
         cfg: DATASETS, DATALOADER, SOLVER.AMP, TEST and OUTPUT_DIR are read.
-        model: the segmentor, without DDP wrapper.
-        build_loader: from the config and the name of a test set to its images.
-        build_evaluator: from both to its evaluator; a ``DomainGeneralizationEvaluator`` by default.
+        model: the segmentor, without DDP wrapper; :func:`require_trained` checks it.
+        build_loader: builds the loader of a test set from the config and its name.
+        build_evaluator: builds its evaluator; a ``DomainGeneralizationEvaluator`` by default.
         evaluators: one for each test set, in place of ``build_evaluator``.
 
     Returns:
-        By data set what its evaluator returned, and ``"unseen": {"mIoU": average}``; empty on all
+        The result of each data set's evaluator, and ``"unseen": {"mIoU": average}``; empty on all
         ranks but the first.
 
     Raises:
-        ValueError: if a part of the model is as it was initialised, or the evaluators are not as
-            many as the test sets.
-        DatasetError: if a test set could not be scored, when all others are.
+        DatasetError: if a test set could not be scored, after all others are.
     """
     require_trained(model)
     if comm.is_main_process():
         remove_pictures(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)
     set_matmul_precision(cfg)
-    evaluators = _as_list(cfg, build_evaluator, evaluators)
     results: OrderedDict = OrderedDict()
     failed: dict[str, str] = {}
-    device, training = next(model.parameters()).device, model.training
-    for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
-        together = _Together(evaluator)
-        try:
-            with scoring_autocast(cfg, device):
-                result = inference_on_dataset(model, build_loader(cfg, name), together)
-        except DatasetError as error:
-            model.train(training)  # Detectron2 restores the mode only where nothing fails
-            together.fail(error)
-        trouble = together.trouble()
+    pairs = zip(cfg.DATASETS.TEST, _as_list(cfg, build_evaluator, evaluators), strict=True)
+    for name, evaluator in pairs:
+        result, trouble = _score(cfg, model, partial(build_loader, cfg, name), evaluator)
         if trouble:
             failed[name] = trouble
             logger.error("%s is not scored: %s", name, trouble)
@@ -91,10 +81,26 @@ def score_datasets(
     return results if comm.is_main_process() else OrderedDict()
 
 
-class _Together(DatasetEvaluator):
-    """An evaluator whose processes learn of each other's errors before they gather their counts.
+def _score(
+    cfg: CfgNode, model: nn.Module, load: Callable[[], Iterable], evaluator: DatasetEvaluator
+) -> tuple[Any, str]:
+    """Scores one test set; returns the evaluator's result, and what stopped a process if any."""
+    together = _Together(evaluator)
+    device, training = next(model.parameters()).device, model.training
+    result = None
+    try:
+        with scoring_autocast(cfg, device):
+            result = inference_on_dataset(model, load(), together)
+    except DatasetError as error:
+        model.train(training)  # Detectron2 restores the mode only if nothing fails
+        together.fail(error)
+    return result, together.trouble()
 
-    Without that, the others would wait for the counts of a process that could not read an image.
+
+class _Together(DatasetEvaluator):
+    """Tells the processes of each other's errors before the evaluator gathers their counts.
+
+    Otherwise they would wait for the counts of a process that could not read an image.
     """
 
     def __init__(self, evaluator: DatasetEvaluator):
@@ -113,14 +119,14 @@ class _Together(DatasetEvaluator):
         return None if self._errors else self.evaluator.evaluate()
 
     def fail(self, error: DatasetError) -> None:
-        """Takes in the error that this process met."""
-        if self._asked:  # of the first process, after the counts
+        """Records the error that stopped this process."""
+        if self._asked:  # an error of the first process, after the counts
             self._errors.append(str(error))
         else:
             self._ask(str(error))
 
     def trouble(self) -> str:
-        """What stopped any of the processes, the same in each; empty if nothing did."""
+        """The errors that stopped any of the processes, the same in each; empty if none did."""
         errors = [error for each in comm.all_gather(self._errors) for error in each]
         return "; ".join(dict.fromkeys(errors))
 
@@ -130,11 +136,7 @@ class _Together(DatasetEvaluator):
 
 
 def metrics_by_name(results: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The results in the form of TEST.EXPECTED_RESULTS: metrics by data set, and of ``"unseen"``.
-
-    Args:
-        results: what :func:`score_datasets` returned; another test's are left as they are.
-    """
+    """Brings results into the form of TEST.EXPECTED_RESULTS: metrics by data set and "unseen"."""
     return {
         name: result.get("sem_seg", result) if isinstance(result, Mapping) else result
         for name, result in (results or {}).items()
@@ -142,13 +144,8 @@ def metrics_by_name(results: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def require_trained(model: nn.Module) -> None:
-    """Refuses a model that is not the trained one: a load has not filled it, or left tensors over.
-
-    Raises:
-        ValueError: names a tensor that is as it was initialised, or that has no place in the model,
-            and the remedy.
-    """
-    door = (
+    """Refuses a model that no load has filled, or that has no place for a loaded tensor."""
+    remedy = (
         "fill it by `fishertune_d2.engine.trained_model.build_trained(cfg, weights)` or "
         "--eval-only, which attach the tuning of the run and load all of its checkpoint"
     )
@@ -156,15 +153,15 @@ def require_trained(model: nn.Module) -> None:
     if untrained:
         raise ValueError(
             f"the model has tensors that are as they were initialised ({len(untrained)}, the first "
-            f"is {untrained[0]}), so its scores would be those of random weights: {door}, or train "
-            "it first"
+            f"is {untrained[0]}), so its scores would be those of random weights: {remedy}, or "
+            "train it first"
         )
     unplaced = sorted(getattr(model, "unplaced", ()))
     if unplaced:
         raise ValueError(
             f"the model has no place for tensors that were loaded into it ({len(unplaced)}, the "
             f"first is {unplaced[0]}), as when it lacks the TUNING.METHOD that they belong to, so "
-            f"its scores would not be those of what was trained: {door}"
+            f"its scores would not be those of the trained model: {remedy}"
         )
 
 
@@ -188,18 +185,18 @@ def _as_list(
 
 
 def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping[str, str]) -> None:
-    """Writes results.json and the table of those results that hold an mIoU; adds the average."""
+    """Writes results.json and the table of the results that hold an mIoU; adds the average."""
     ours = {name: r for name, r in results.items() if "mIoU" in (r or {}).get("sem_seg", {})}
     if len(ours) < len(results):
         others = ", ".join(name for name in results if name not in ours)
-        logger.info("The evaluators of %s return no sem_seg mIoU: no table of them", others)
+        logger.info("No table of %s, whose evaluators return no sem_seg mIoU", others)
     if not ours:
         return
-    record = getattr(model, "trained_by", None)
+    record = run_of(model)
     trained = record.applied_to(cfg) if record else cfg
     mapper = SegmentationMapper(cfg, is_train=False)
     summary = summarize(ours, trained.DATASETS.TRAIN, _protocol(cfg, record), mapper)
-    # Not of the model, which may hold vectors of selected weights beside them.
+    # Counted on an empty model: the trained one may also hold vectors of selected weights.
     counts = count_parameters(trained, iterations=record.iterations if record else None)
     summary |= counts if record else counts | {"tuned_parameters": None}
     if failed:
@@ -216,14 +213,14 @@ def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping
 
 def _protocol(cfg: CfgNode, record: RunRecord | None) -> dict:
     protocol = {"mode": cfg.TEST.MODE, "class_rule": cfg.TEST.CLASS_RULE}
-    # Without this entry: float32, which older results were scored in.
+    # Without this entry the precision is float32, as in older results.
     if cfg.SOLVER.AMP.ENABLED:
         protocol["precision"] = cfg.SOLVER.AMP.PRECISION
     elif cfg.SOLVER.MATMUL_PRECISION != "highest":
         protocol["precision"] = f"float32, {cfg.SOLVER.MATMUL_PRECISION} matrix products"
     if cfg.TEST.MODE == "slide":
         protocol |= {"crop": list(cfg.TEST.CROP_SIZE), "stride": list(cfg.TEST.STRIDE)}
-    trained = record.config if record else {}
+    trained: Mapping[str, Any] = record.config if record else {}
     names = trained.get("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     iterations = record.iterations if record else None
     return {

@@ -1,6 +1,9 @@
-"""Starts a run from another run's warm-up or Fisher estimate, if its own would be the same."""
+"""Decides what a run may take over: its own checkpoint, another run's warm-up or estimate."""
 
 import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
 from detectron2.engine.train_loop import TrainerBase
 from torch import nn
@@ -9,10 +12,53 @@ from fishertune_d2.fisher import FisherEstimate
 from fishertune_d2.tuning import TuningMethod
 
 from .checkpoint import WholeCheckpointer
-from .run_record import NOTE, Keys, RunRecord, changes_estimate, changes_warmup
+from .run_keys import Keys, changes_estimate, changes_warmup
+from .run_record import NOTE, RunRecord
 from .start_check import require_file
 
 logger = logging.getLogger(__name__)
+
+
+class OwnRun:
+    """Puts a run's record into its checkpoints, and refuses to resume from another run's.
+
+    Args:
+        record: the record of the run.
+        output_dir: the folder of its checkpoints, for the message.
+    """
+
+    def __init__(self, record: RunRecord, output_dir: str):
+        self.record = record
+        self.output_dir = output_dir
+
+    def state_dict(self) -> dict:
+        """The record's, for a checkpoint."""
+        return self.record.state_dict()
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Refuses a checkpoint's record of another run, and names the way to train for longer."""
+        then = RunRecord.of_state(state)
+        try:
+            self.record.require_same_run(then)
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint in {self.output_dir} is of another run: {error}. Put that back as "
+                f"it was to go on, or start a new run in another OUTPUT_DIR{self._shortcut(then)}"
+            ) from None
+        self.record = self.record.starting_from(then.start)
+
+    def _shortcut(self, then: RunRecord) -> str:
+        """Names the warm-up and the estimate that a new run can take over, if there are any."""
+        options = []
+        for key, name, keys in (
+            ("TUNING.WARMUP_CHECKPOINT", "model_warmup.pth", changes_warmup),
+            ("FISHER.ESTIMATE", "fisher.safetensors", changes_estimate),
+        ):
+            file = Path(self.output_dir, name)
+            with suppress(ValueError):  # of other settings
+                self.record.require_shareable(then, keys, key)
+                options += [f"{key} {file}"] if file.is_file() else []
+        return f", which can start from this one's warm-up: {' '.join(options)}" if options else ""
 
 
 def load_warmup(
@@ -31,11 +77,10 @@ def load_warmup(
         model: the segmentor, without DDP wrapper.
         method: its tuning method.
         trainer: gets the iteration and the optimizer's state.
-        record: of the run that starts.
+        record: the record of the run that starts.
         iters: TUNING.WARMUP_ITERS.
 
     Raises:
-        FileNotFoundError: if there is no such file.
         ValueError: if it is not from the end of a warm-up of this length, was made with other
             settings, or does not fill the model.
     """
@@ -60,20 +105,13 @@ def load_warmup(
         checkpointer.load(file)
         require_end(trainer.iter + 1)
     except ValueError as error:
-        raise error if name in str(error) else ValueError(f"{name}: {error}") from error
+        if name in str(error):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_estimate(file: str, record: RunRecord) -> None:
-    """Refuses a FISHER.ESTIMATE that this run would not have made, before anything is trained.
-
-    Args:
-        file: a fisher.safetensors of another run.
-        record: of the run that starts.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or was made with other settings.
-    """
+    """Refuses, before anything trains, a FISHER.ESTIMATE that this run would not have made."""
     require_file("FISHER.ESTIMATE", file)
     note = FisherEstimate.load_notes(file).get(NOTE)
     if note is not None:

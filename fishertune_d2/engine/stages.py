@@ -1,4 +1,4 @@
-"""What each stage of training trains, in one place for the trainer and the plan."""
+"""The parameters that each stage of training trains, for the trainer and the plan."""
 
 from contextlib import nullcontext
 
@@ -14,63 +14,58 @@ STAGES = ("warmup", "tuning")
 
 
 def attach(model: nn.Module, method: TuningMethod) -> None:
-    """Adds what ``method`` adds to the segmentor, unless that is there already.
-
-    What the method makes on the CPU is moved to the segmentor's device. On the meta device nothing
-    is made elsewhere, so that no memory is taken.
-
-    Args:
-        model: the segmentor, without DDP wrapper.
-        method: the tuning method.
-
-    Raises:
-        ValueError: if the method does not work on the segmentor's backbone.
-    """
-    backbone = model.backbone
+    """Adds the method's weights to the segmentor once; the method refuses an unfit backbone."""
+    backbone, head = model.get_submodule("backbone"), model.get_submodule("sem_seg_head")
     if not method.adds or getattr(backbone, "attached", False):
         return
     device = next(backbone.parameters()).device
-    # Where a GPU is the default device, peft fills GPU tensors from a CPU generator, which fails.
+    # On the meta device the method builds them there, so that they take no memory. Elsewhere the
+    # default device must not be a GPU: peft would fill its tensors from a CPU generator, and fail.
     with device if device.type == "meta" else nullcontext():
-        method.attach(backbone, model.sem_seg_head)
+        method.attach(backbone, head)
     _move_all(backbone, device)
-    _move_all(model.sem_seg_head, device)
-    backbone.attached = True
+    _move_all(head, device)
+    backbone.attached = True  # type: ignore[assignment]  # torch types attributes as tensors
 
 
 def prepare_stage(
     model: nn.Module, stage: str, method: TuningMethod, selection: Selection | None
 ) -> tuple[list[nn.Parameter], SelectedWeights | None]:
-    """Lets what a stage trains require a gradient, and nothing else; frees earlier gradients.
+    """Lets the parameters that a stage trains require a gradient, and no others.
 
-    What the method adds is attached when tuning begins; its part in the head is trained as the rest
-    of the decoder is.
+    It frees earlier gradients, and adds the method's weights when tuning begins. Weights that the
+    method adds to the head train like the rest of the decoder.
 
     Args:
         model: the segmentor, without DDP wrapper.
-        stage: ``"warmup"``, the decoder alone; ``"tuning"``, also what ``method`` trains.
+        stage: ``"warmup"`` trains the decoder alone; ``"tuning"`` also the method's parameters.
         method: the tuning method.
-        selection: what is tuned, if ``method`` selects.
+        selection: the selected weights, if ``method`` selects.
 
     Returns:
-        What of the backbone is trained, and what makes it trainable if it is a selection.
+        The trained backbone parameters, and the ``SelectedWeights`` (None unless the method
+        selects).
 
     Raises:
-        ValueError: if there is no such stage, or the method does not work on this backbone.
+        ValueError: if there is no such stage.
         RuntimeError: if the method selects weights and none are selected yet.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: choose from {STAGES}")
-    tuned, selected = [], None
+    tuned: list[nn.Parameter] = []
+    selected = None
     if stage == "tuning":
         attach(model, method)
-    if stage == "tuning" and not method.selects:
-        tuned = list(method.parameters(model.backbone).values())
-    elif stage == "tuning":
-        if selection is None:
-            raise RuntimeError("no weights are selected yet: the estimation hook does that first")
-        selected = SelectedWeights(model.backbone, selection)
-        tuned = list(selected.parameters().values())
+        backbone = model.get_submodule("backbone")
+        if method.selects:
+            if selection is None:
+                raise RuntimeError(
+                    "no weights are selected yet: the estimation hook does that first"
+                )
+            selected = SelectedWeights(backbone, selection)
+            tuned = list(selected.parameters().values())
+        else:
+            tuned = list(method.parameters(backbone).values())
     trained = {p for name, p in model.named_parameters() if not is_backbone(name)} | {*tuned}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
@@ -79,7 +74,7 @@ def prepare_stage(
 
 
 def _move_all(module: nn.Module, device: torch.device) -> None:
-    """Moves what lies elsewhere, and leaves the parameters that are there as the same objects."""
+    """Moves tensors from other devices; parameters that are on this one stay the same objects."""
     for part in module.modules():
         own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
         if any(tensor.device != device for tensor in own):

@@ -1,39 +1,55 @@
-"""Refuses at the start what the config, the files and the machine already rule out.
+"""Refuses at the start whatever the config, the files and the machine already rule out.
 
 A run that would fail after its warm-up, or in the test after its last iteration, fails here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from fishertune_d2.config import require_choice
 from fishertune_d2.data import require_ignore_value
 from fishertune_d2.evaluation.evaluator import CLASS_RULES
-from fishertune_d2.fisher import ESTIMATORS, LABELS, count_of_share, tuned_share
+from fishertune_d2.fisher import ESTIMATORS, LABELS, count_of_share
 from fishertune_d2.fisher.perturb import EPS_MODES
 from fishertune_d2.fisher.score import FORMS
-from fishertune_d2.tuning import TuningMethod, build_tuning_method
+from fishertune_d2.tuning import SelectiveMethod, TuningMethod, build_tuning_method
 
-from .parameter_counts import build_empty
+from .parameter_counts import build_empty, planned_share
 from .precision import ESTIMATE_DTYPES
 from .stages import attach
 
-# Of Detectron2 and its DeepLab project.
-_SCHEDULES = (
-    "WarmupPolyLR",
-    "WarmupCosineLR",
-    "WarmupMultiStepLR",
-    "WarmupStepWithFixedGammaLR",
-)
-# Of FISHER.PERTURB.POINTS: the patch embedding, and the blocks at 1/3, 1/2 and 2/3.
+# The values that keys can have, in training and in evaluation.
+_SCORING_CHOICES = {"INPUT.FORMAT": ("RGB", "BGR"), "TEST.CLASS_RULE": CLASS_RULES}
+# And those of keys that only training reads.
+_TRAINING_CHOICES: dict[str, Iterable[str]] = {
+    "FISHER.ESTIMATOR": ESTIMATORS,
+    "FISHER.FORM": FORMS,
+    "FISHER.LABELS": LABELS,
+    "FISHER.PRECISION": ESTIMATE_DTYPES,
+    "FISHER.PERTURB.EPS_MODE": EPS_MODES,
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    # Detectron2's, and its DeepLab project's.
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupPolyLR",
+        "WarmupCosineLR",
+        "WarmupMultiStepLR",
+        "WarmupStepWithFixedGammaLR",
+    ),
+    "SOLVER.OPTIMIZER": ("ADAMW", "SGD"),
+    "SOLVER.WARMUP_METHOD": ("constant", "linear"),
+}
+# The number of FISHER.PERTURB.POINTS: the patch embedding, and the blocks at 1/3, 1/2 and 2/3.
 _POINTS = 4
 
 
 def require_possible(cfg: CfgNode, processes: int = 1) -> None:
-    """Checks what needs neither data, nor files, nor a model.
+    """Checks everything that needs neither data, nor files, nor a model.
 
     Args:
         cfg: the run's config.
@@ -44,8 +60,7 @@ def require_possible(cfg: CfgNode, processes: int = 1) -> None:
     """
     require_scorable(cfg)
     method = build_tuning_method(cfg)
-    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg)]
-    troubles += _batches(cfg, processes)
+    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg), *_batches(cfg, processes)]
     if method.selects and cfg.TUNING.WARMUP_ITERS < cfg.SOLVER.MAX_ITER:
         troubles += _shift(cfg, method)
     if troubles:
@@ -53,26 +68,14 @@ def require_possible(cfg: CfgNode, processes: int = 1) -> None:
 
 
 def require_scorable(cfg: CfgNode) -> None:
-    """Checks what training and evaluation have in common.
-
-    Raises:
-        ValueError: with the key, its value and the remedy.
-    """
+    """Checks the keys that training and evaluation have in common."""
     require_ignore_value(cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
-    for key, value, known in (
-        ("INPUT.FORMAT", cfg.INPUT.FORMAT, ("RGB", "BGR")),
-        ("TEST.CLASS_RULE", cfg.TEST.CLASS_RULE, CLASS_RULES),
-    ):
-        if value not in known:
-            raise ValueError(f"{key} is {value!r}: choose from {', '.join(known)}")
+    for key, known in _SCORING_CHOICES.items():
+        require_choice(key, _value(cfg, key), known)
 
 
 def require_file(key: str, file: str) -> None:
-    """Checks that a file is there that a key names; addresses are left to Detectron2.
-
-    Raises:
-        FileNotFoundError: with the key and the file.
-    """
+    """Refuses a file that a key names and that is not there; Detectron2 checks addresses."""
     if not file or "://" in file:
         return
     if Path(file).is_dir():
@@ -81,45 +84,47 @@ def require_file(key: str, file: str) -> None:
         raise FileNotFoundError(f"{key} is {file}, and there is no such file")
 
 
+def require_device(device: str) -> None:
+    """Refuses a MODEL.DEVICE that PyTorch does not find."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"MODEL.DEVICE is {device!r}: choose cuda, cuda:1 or cpu") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is {device!r}, and PyTorch finds no GPU: add MODEL.DEVICE cpu to the "
+            "command (--opts MODEL.DEVICE cpu for predict), or run python -m fishertune_d2.doctor"
+        )
+
+
 def require_fillable(cfg: CfgNode, method: TuningMethod, backbone: nn.Module) -> None:
-    """Checks that a selective method has as many weights to choose from as it will tune.
-
-    Args:
-        cfg: TUNING is read.
-        method: the run's tuning method.
-        backbone: of the run's model.
-
-    Raises:
-        ValueError: with the largest TUNING.D_MAX that can be filled.
-    """
-    if not method.selects:
+    """Refuses a TUNING.D_MAX for which a selective method has too few weights to choose from."""
+    if not isinstance(method, SelectiveMethod):
         return
     tuning, base = cfg.TUNING, sum(p.numel() for p in backbone.parameters())
-    schedule = method.schedule or tuning.SCHEDULE
-    share = tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, schedule=schedule)
+    share = planned_share(cfg)
     count = count_of_share(share, base)
-    most = sum(c.numel for c in method.candidates(backbone))
+    most = sum(candidate.numel for candidate in method.candidates(backbone))
     if count > most:
         raise ValueError(
             f"TUNING.METHOD {tuning.METHOD} chooses among {most:,} weights, and would tune "
             f"{count:,} in the end, a share of {share:.4g} of the backbone's {base:,} "
             f"(TUNING.D_MIN {tuning.D_MIN}, TUNING.D_MAX {tuning.D_MAX}, TUNING.SCHEDULE "
-            f"{schedule}): tune a share of at most {int(10_000 * most / base) / 10_000}"
+            f"{method.schedule or tuning.SCHEDULE}): tune a share of at most "
+            f"{int(10_000 * most / base) / 10_000}"
         )
 
 
 def require_attachable(cfg: CfgNode, method: TuningMethod) -> None:
-    """Checks that a method that adds weights can add them to this backbone and this head.
-
-    Args:
-        cfg: the run's config.
-        method: the run's tuning method.
-
-    Raises:
-        ValueError: of the method, with its reason.
-    """
+    """Refuses a method that cannot add its weights to this backbone and this head."""
     if method.adds:
         attach(build_empty(cfg, build_model), method)  # another model: the warm-up is without
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
 
 
 def _schedule(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
@@ -136,53 +141,43 @@ def _schedule(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
         )
     if method.selects:
         try:
-            schedule = method.schedule or tuning.SCHEDULE
-            tuned_share(1.0, tuning.D_MIN, tuning.D_MAX, schedule=schedule)
+            planned_share(cfg)
         except ValueError as error:
             yield f"TUNING.SCHEDULE, TUNING.D_MIN and TUNING.D_MAX do not fit: {error}"
 
 
 def _choices(cfg: CfgNode) -> Iterator[str]:
-    fisher = cfg.FISHER
-    for key, value, known in (
-        ("FISHER.ESTIMATOR", fisher.ESTIMATOR, ESTIMATORS),
-        ("FISHER.FORM", fisher.FORM, FORMS),
-        ("FISHER.LABELS", fisher.LABELS, LABELS),
-        ("FISHER.PRECISION", fisher.PRECISION, ESTIMATE_DTYPES),
-        ("FISHER.PERTURB.EPS_MODE", fisher.PERTURB.EPS_MODE, EPS_MODES),
-        ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("horizontal", "vertical", "none")),
-        ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, _SCHEDULES),
-        ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("ADAMW", "SGD")),
-        ("SOLVER.WARMUP_METHOD", cfg.SOLVER.WARMUP_METHOD, ("constant", "linear")),
-    ):
-        if value not in known:
-            yield f"{key} is {value!r}: choose from {', '.join(known)}"
-    clip, ways = cfg.SOLVER.CLIP_GRADIENTS, ("full_model", "norm", "value")
-    if clip.ENABLED and clip.CLIP_TYPE not in ways:
-        yield (
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}: choose from {', '.join(ways)}"
-        )
-    points = fisher.PERTURB.POINTS
+    choices = dict(_TRAINING_CHOICES)
+    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        choices["SOLVER.CLIP_GRADIENTS.CLIP_TYPE"] = ("full_model", "norm", "value")
+    for key, known in choices.items():
+        try:
+            require_choice(key, _value(cfg, key), known)
+        except ValueError as error:
+            yield str(error)
+    points = cfg.FISHER.PERTURB.POINTS
     if not points or not set(points) <= set(range(_POINTS)):
         yield f"FISHER.PERTURB.POINTS is {list(points)}: choose from 0 to {_POINTS - 1}"
 
 
 def _sizes(cfg: CfgNode) -> Iterator[str]:
     crop, edges = cfg.INPUT.CROP, cfg.INPUT.MIN_SIZE_TRAIN
-    if crop.ENABLED and (len(crop.SIZE) != 2 or min(crop.SIZE) < 1):
+    period, warmup = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TUNING.WARMUP_CHECKPOINT
+    if crop.ENABLED and not _positive(crop.SIZE, count=2):
         yield f"INPUT.CROP.SIZE is {list(crop.SIZE)}: give a height and a width in pixels"
-    if not edges or min(edges) < 1:
+    if not _positive(edges):
         yield f"INPUT.MIN_SIZE_TRAIN is {list(edges)}: give at least one short edge in pixels"
-    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+    if period < 1:
+        yield f"SOLVER.CHECKPOINT_PERIOD is {period}: choose at least 1 iteration"
+    if warmup and cfg.MODEL.WEIGHTS:
         yield (
-            f"SOLVER.CHECKPOINT_PERIOD is {cfg.SOLVER.CHECKPOINT_PERIOD}: choose at least 1 "
-            "iteration"
+            f"TUNING.WARMUP_CHECKPOINT {warmup} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} both say "
+            "where training starts: leave one of them empty"
         )
-    if cfg.TUNING.WARMUP_CHECKPOINT and cfg.MODEL.WEIGHTS:
-        yield (
-            f"TUNING.WARMUP_CHECKPOINT {cfg.TUNING.WARMUP_CHECKPOINT} and MODEL.WEIGHTS "
-            f"{cfg.MODEL.WEIGHTS} both say where training starts: leave one of them empty"
-        )
+
+
+def _positive(sizes: Sequence[int], count: int | None = None) -> bool:
+    return bool(sizes) and min(sizes) >= 1 and len(sizes) == (count or len(sizes))
 
 
 def _batches(cfg: CfgNode, processes: int) -> Iterator[str]:

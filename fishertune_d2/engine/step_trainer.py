@@ -1,12 +1,12 @@
-"""One training step: autocast, a batch passed through the model in parts, and the log of losses."""
+"""One training step: autocast, a batch that passes in parts, and the log of losses."""
 
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -21,26 +21,25 @@ class StepTrainer(SimpleTrainer):
     """Detectron2's SimpleTrainer and AMPTrainer in one, on any device, with gradient accumulation.
 
     AMPTrainer refuses CPUs and always scales losses, which only float16 needs. Both download the
-    losses in each step; here those of ``LOG_PERIOD`` steps are downloaded together, after the
-    optimizer's step. The log and metrics.json get the losses of every step all the same.
+    losses in each step; this class downloads those of ``LOG_PERIOD`` steps together, after the
+    optimizer's step. The log and metrics.json still get the losses of every step.
 
     Args:
-        model: returns losses by name, each a sum over something divided by its number. With more
-            than one part, it must say those numbers: see ``VFMSegmentor.loss_divisors`` and
-            ``require_splittable``.
+        model: returns losses by name, each a sum divided by a number. With more than one part, it
+            must state those numbers: see ``VFMSegmentor.loss_divisors`` and
+            ``require_splittable``, which refuses a model that does not.
         data_loader: yields batches, lists of images.
-        dtype: what autocast computes in; None for no autocast. float16 gets a GradScaler.
-        parts: how many parts a batch is passed through the model in. The gradients add up to those
-            of the whole batch, and activations are kept for one part at a time.
+        dtype: the dtype of autocast; None for no autocast. float16 gets a GradScaler.
+        parts: how many parts of a batch pass through the model one after the other. The gradients
+            add up to those of the whole batch, and activations are kept for one part at a time.
 
     Raises:
-        ValueError: if ``parts`` is not positive, or the model does not say what one of its losses
-            is divided by.
+        ValueError: if ``parts`` is not positive.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,  # a segmentor, or its DDP wrapper
         data_loader: DataLoader,
         *,
         dtype: torch.dtype | None = None,
@@ -89,8 +88,7 @@ class StepTrainer(SimpleTrainer):
     def write_losses(self) -> None:
         """Writes the losses of the steps since the last call; every process must call it.
 
-        Raises:
-            FloatingPointError: if a loss is not finite.
+        Detectron2 raises a FloatingPointError if a loss is not finite.
         """
         if not self._unwritten:
             return
@@ -101,13 +99,13 @@ class StepTrainer(SimpleTrainer):
             self.write_metrics(step, data_time, iteration)
         self._unwritten = []
 
-    def _exchanging_gradients(self, now: bool):
-        """Processes add up their gradients once for all parts."""
-        ranks = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if ranks and not now else nullcontext()
+    def _exchanging_gradients(self, now: bool) -> AbstractContextManager:
+        """Lets processes add up their gradients once for all parts."""
+        several = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if several and not now else nullcontext()
 
     def state_dict(self) -> dict:
-        """Iteration, optimizer and, of float16, the scaler."""
+        """Iteration, optimizer and, for float16, the scaler."""
         return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -118,7 +116,7 @@ class StepTrainer(SimpleTrainer):
 
 
 def largest_part(images: int, parts: int) -> int:
-    """Images in the largest part of a batch."""
+    """The number of images in the largest part of a batch."""
     return -(-images // parts)
 
 
@@ -129,7 +127,7 @@ def _split(batch: list, parts: int) -> list[list]:
 
 
 def _as_shares(losses: dict, own: dict, whole: dict) -> dict:
-    """Makes losses of a part, which divide by its own numbers, shares of the whole batch's."""
+    """Turns the losses of a part, divided by its own numbers, into shares of the whole batch's."""
     require_divisors(losses, whole)
     kinds = {name: kind_of_loss(name) for name in losses}
     return {name: loss * (own[kinds[name]] / whole[kinds[name]]) for name, loss in losses.items()}

@@ -1,6 +1,6 @@
-"""Builds a trained model for scoring and prediction: every tensor is the checkpoint's, or none is.
+"""Builds a trained model for scoring and prediction, with every tensor from its checkpoint.
 
-The one door through which ``--eval-only``, ``bench`` and ``predict`` load a model.
+``--eval-only``, ``bench`` and ``predict`` all load a model through this module.
 """
 
 import logging
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
@@ -18,8 +17,8 @@ from fishertune_d2.data import dataset_metadata
 from fishertune_d2.tuning import build_tuning_method
 
 from .checkpoint import WholeCheckpointer
-from .run_record import RunRecord
-from .start_check import require_file
+from .run_record import RunRecord, remember_run
+from .start_check import require_device, require_file
 
 
 def build_trained(
@@ -31,7 +30,7 @@ def build_trained(
     :class:`RunRecord`, or None if the checkpoint has none.
 
     Args:
-        cfg: with it the model has to compute what it computed in training.
+        cfg: its MODEL.DEVICE must be there, and its model must compute the same as in training.
         weights: a checkpoint of the whole model.
         build: builds the model; Detectron2's ``build_model``, or a trainer's.
 
@@ -39,9 +38,8 @@ def build_trained(
         The model in evaluation mode.
 
     Raises:
-        FileNotFoundError: if the checkpoint is not there.
-        ValueError: if MODEL.DEVICE is not there, the checkpoint's run had other settings that
-            change predictions, or the checkpoint does not fill the model.
+        ValueError: if the checkpoint's run had other settings that change predictions, or the
+            checkpoint does not fill the model.
     """
     require_device(cfg.MODEL.DEVICE)
     require_file("MODEL.WEIGHTS", weights)
@@ -49,13 +47,13 @@ def build_trained(
     empty = cfg.clone()
     empty.defrost()
     empty.MODEL.VFM.WEIGHTS = "random"  # the checkpoint holds the backbone's weights
-    with _without_word_of_random_weights():
+    with _silent_about_random_weights():
         model = build(empty)
-    model.trained_by = None
+    remember_run(model, None)
 
     def accept(record: RunRecord) -> None:
         record.require_same_predictions(cfg, _classes_of(cfg))
-        model.trained_by = record
+        remember_run(model, record)
 
     checkpointer = WholeCheckpointer(model, method=method, accept=accept, complete=True)
     try:
@@ -66,16 +64,8 @@ def build_trained(
 
 
 def find_weights(cfg: CfgNode, resume: bool) -> str:
-    """The checkpoint that ``--eval-only`` scores.
-
-    Args:
-        cfg: MODEL.WEIGHTS and OUTPUT_DIR are read.
-        resume: take the last checkpoint in OUTPUT_DIR if there is one, as Detectron2 does.
-
-    Raises:
-        ValueError: if the config names none.
-    """
-    if resume:
+    """The checkpoint that ``--eval-only`` scores; refuses a config that names none."""
+    if resume:  # take the last checkpoint in OUTPUT_DIR if there is one, as Detectron2 does
         checkpointer = WholeCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)
         if checkpointer.has_checkpoint():
             return checkpointer.get_checkpoint_file()
@@ -89,32 +79,15 @@ def find_weights(cfg: CfgNode, resume: bool) -> str:
     return cfg.MODEL.WEIGHTS
 
 
-def require_device(device: str) -> None:
-    """Refuses a device that PyTorch does not find.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"MODEL.DEVICE is {device!r}: choose cuda, cuda:1 or cpu") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"MODEL.DEVICE is {device!r}, and PyTorch finds no GPU: add MODEL.DEVICE cpu to the "
-            "command (--opts MODEL.DEVICE cpu for predict), or run python -m fishertune_d2.doctor"
-        )
-
-
 def _classes_of(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
-    """The names of the classes of the test sets, where a test set is registered here."""
+    """The names of the classes of the test sets that are registered here."""
     names = [name for name in cfg.DATASETS.TEST if name in DatasetCatalog]
     return {name: dataset_metadata(name).classes for name in names}
 
 
 @contextmanager
-def _without_word_of_random_weights() -> Iterator[None]:
-    """Silences the warning about random weights: the checkpoint replaces all of them."""
+def _silent_about_random_weights() -> Iterator[None]:
+    """Silences the warning about random weights, because the checkpoint replaces them all."""
     log = logging.getLogger("fishertune_d2.modeling.public_weights")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -22,27 +22,23 @@ from torch.utils.data import DataLoader
 from fishertune_d2.compat import wrap_for_ranks
 from fishertune_d2.data import DatasetError
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
-from fishertune_d2.fisher import (
-    FisherEstimate,
-    estimate_fisher,
-    find_candidates,
-    tuned_share,
-)
-from fishertune_d2.tuning import build_tuning_method, require_same_shapes
+from fishertune_d2.fisher import FisherEstimate, estimate_fisher, find_candidates
+from fishertune_d2.tuning import SelectedWeights, build_tuning_method, require_same_shapes
 from fishertune_d2.unread_keys import warn_of_unread_keys
 
-from .checkpoint import OwnRun, WholeCheckpointer
+from .checkpoint import WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
 from .image_losses import SegmentationLoss
 from .loaders import class_names, file_names, scoring_loader, training_loader
 from .optimizer import build_optimizer, carry_state, is_backbone
 from .output_dir import require_unused, require_writable
+from .parameter_counts import planned_share
 from .perturbation import build_perturbation, perturbation_of_training
 from .precision import ESTIMATE_DTYPES, autocast_dtype, set_matmul_precision
 from .preemption import Preemption
-from .run_record import NOTE, RunRecord, fingerprint
+from .run_record import NOTE, RunRecord, fingerprint, remember_run
 from .scoring import metrics_by_name, score_datasets
-from .sharing import check_estimate, load_warmup
+from .sharing import OwnRun, check_estimate, load_warmup
 from .stages import prepare_stage
 from .start_check import require_attachable, require_file, require_fillable, require_possible
 from .step_trainer import StepTrainer
@@ -52,15 +48,14 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Warms up the decoder, estimates the Fisher information, tunes what it selects.
+    """Warms up the decoder, estimates the Fisher information, tunes the selected weights.
 
-    What a stage trains is built when the stage begins: which parameters require a gradient, the
-    optimizer (the decoder's moments are carried over), the schedule and the DDP wrapper.
+    Each stage builds its own trainable parameters, optimizer (the decoder's moments are carried
+    over), schedule and DDP wrapper when it begins.
 
-    Every random number of a step is a function of SEED, rank and iteration, and the data of SEED
-    and position, so that a resumed run goes on as if it had not stopped (on the CPU to the bit, on
-    a GPU up to rounding), and methods that are compared see the same images and draw the same
-    points.
+    The random numbers of a step depend on SEED, rank and iteration alone, and the data on SEED and
+    position. So a resumed run goes on as if it had not stopped (on the CPU to the bit, on a GPU up
+    to rounding), and methods that are compared see the same images and draw the same points.
 
     Attributes:
         stage: ``"warmup"`` or ``"tuning"``.
@@ -68,23 +63,17 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        """Builds model, data and hooks; trains nothing yet.
-
-        Raises:
-            ValueError: if the config cannot work, see ``engine.start_check``, or
-                TUNING.FEATURE_PERTURBATION is on and a process has one image a step.
-            OSError: if OUTPUT_DIR cannot be written in.
-        """
+        """Builds model, data and hooks; refuses a config that cannot work (``start_check``)."""
         warn_of_unread_keys(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         require_possible(cfg, comm.get_world_size())
         require_writable(cfg.OUTPUT_DIR)
-        # Not DefaultTrainer's: it wraps with DDP once and for all, and fails to on CPUs.
+        # Not DefaultTrainer's, which builds one DDP wrapper for all stages, and fails on CPUs.
         TrainerBase.__init__(self)
         set_matmul_precision(cfg)
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
-        loader = self.build_train_loader(cfg)  # first, for it finds missing data within a second
+        loader = self.build_train_loader(cfg)  # first: it finds missing data within a second
         seed_all_rng(cfg.SEED)
         model = self.build_model(cfg)
         require_nothing_around(model)
@@ -92,22 +81,18 @@ class Trainer(DefaultTrainer):
         require_attachable(cfg, self.method)
         dtype = autocast_dtype(cfg)
         self._trainer = StepTrainer(model, loader, dtype=dtype, parts=cfg.SOLVER.ACCUMULATE)
-        require_fillable(cfg, self.method, model.backbone)
-        record = RunRecord.of_run(
-            cfg, file_names(loader), class_names(cfg), fingerprint(model.backbone)
-        )
+        require_fillable(cfg, self.method, self.backbone)
+        start = fingerprint(self.backbone)
+        record = RunRecord.of_run(cfg, file_names(loader), class_names(cfg), start)
         self._run = OwnRun(record, cfg.OUTPUT_DIR)
         self._resumes = False
+        own, this = self._run, weakref.proxy(self)
         self.checkpointer = WholeCheckpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            method=self.method,
-            run=self._run,
-            trainer=weakref.proxy(self),
+            model, cfg.OUTPUT_DIR, method=self.method, run=own, trainer=this
         )
         self._preemption = Preemption(self._save_and_leave)
         self._estimation = self._build_estimation()
-        self._perturbation = perturbation_of_training(cfg, model.backbone, comm.get_world_size())
+        self._perturbation = perturbation_of_training(cfg, self.backbone, comm.get_world_size())
         self.stage = ""
         self.start_stage("warmup")
         self.register_hooks(self.build_hooks())
@@ -117,18 +102,18 @@ class Trainer(DefaultTrainer):
         """The model without its DDP wrapper."""
         return getattr(self.model, "module", self.model)
 
-    def start_stage(self, stage: str) -> None:
-        """Builds what ``stage`` trains; a stage that has begun already is left alone.
+    @property
+    def backbone(self) -> nn.Module:
+        """The segmentor's backbone."""
+        return self.segmentor.get_submodule("backbone")
 
-        Raises:
-            ValueError: if there is no such stage, or the method does not work on this backbone.
-            RuntimeError: if the method selects weights and none are selected yet.
-        """
+    def start_stage(self, stage: str) -> None:
+        """Starts ``"warmup"`` or ``"tuning"``, unless it has begun already."""
         if stage == self.stage:
             return
-        model, old = self.segmentor, self.optimizer
+        model, old = self.segmentor, self._trainer.optimizer
         selection = self._estimation.selection if self._estimation else None
-        # What a method adds begins as SEED says, whether the warm-up was this run's or another's.
+        # Weights that a method adds start as SEED says, after this run's warm-up or another's.
         torch.manual_seed(self.cfg.SEED)
         tuned, self._selected = prepare_stage(model, stage, self.method, selection)
         self.optimizer = self.build_optimizer(self.cfg, model)
@@ -159,26 +144,22 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         ret.append(self._preemption)
-        # After the checkpointer: should evaluation fail, the checkpoint is there.
+        # After the checkpointer, so that the checkpoint is there if evaluation fails.
         evaluate = self._preemption.at_once(self._evaluate)
         ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
 
-    @property
-    def _schedule(self) -> str:
-        return self.method.schedule or self.cfg.TUNING.SCHEDULE
-
     def _build_estimation(self) -> FisherEstimation | None:
-        cfg, backbone = self.cfg, self.segmentor.backbone
+        cfg, backbone = self.cfg, self.backbone
         if not self.method.selects:
             return None
         return FisherEstimation(
             self._preemption.at_once(self._estimate),
             lambda estimate: self.method.scores(backbone, estimate),
             start=cfg.TUNING.WARMUP_ITERS,
-            share=tuned_share(1.0, cfg.TUNING.D_MIN, cfg.TUNING.D_MAX, schedule=self._schedule),
+            share=planned_share(cfg),
             base=sum(p.numel() for p in backbone.parameters()),
             output_dir=cfg.OUTPUT_DIR,
             eps=cfg.FISHER.EPS,
@@ -186,23 +167,28 @@ class Trainer(DefaultTrainer):
 
     def _build_mask(self) -> ParameterMask:
         tuning = self.cfg.TUNING
+
+        def selected() -> SelectedWeights:
+            assert self._selected is not None  # the tuning stage of a selective method has begun
+            return self._selected
+
         return ParameterMask(
-            lambda: self._selected,
+            selected,
             start=tuning.WARMUP_ITERS,
             iters=self.max_iter - tuning.WARMUP_ITERS,
             d_min=tuning.D_MIN,
             d_max=tuning.D_MAX,
-            schedule=self._schedule,
+            schedule=self.method.schedule or tuning.SCHEDULE,
         )
 
     def _estimate(self) -> FisherEstimate | None:
         """F(x) and F(x') of the backbone, measured or from FISHER.ESTIMATE."""
-        fisher, backbone = self.cfg.FISHER, self.segmentor.backbone
+        fisher, backbone = self.cfg.FISHER, self.backbone
         if not self.method.estimates:
             return None
         if fisher.ESTIMATE:
             logger.info("Taking the Fisher information from %s", fisher.ESTIMATE)
-            estimate = FisherEstimate.load(fisher.ESTIMATE).to(self.segmentor.device)
+            estimate = FisherEstimate.load(fisher.ESTIMATE).to(next(backbone.parameters()).device)
             require_same_shapes(self.method.parameters(backbone), estimate)
             return estimate
         logger.info("Estimating the Fisher information; no weight changes meanwhile")
@@ -222,17 +208,15 @@ class Trainer(DefaultTrainer):
         return estimate
 
     def _estimation_batches(self) -> Iterator[list[dict]]:
-        """This process's share of T2 batches, in another order than training sees.
-
-        The k-th of all goes to process k modulo their number, whole, because Eq. 6 takes its
-        statistics over a batch. So all processes together see what one alone would see.
-        """
+        """This process's share of T2 batches, in another order than training's."""
+        # Batch k goes as a whole to process k modulo their number, because Eq. 6 takes its
+        # statistics over a batch. So all processes together see the batches that one alone would.
         processes = comm.get_world_size()
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.SOLVER.IMS_PER_BATCH = cfg.FISHER.IMS_PER_BATCH * processes
         cfg.SEED += 1
-        # The method that training calls, so that a subclass's data are estimated on, too.
+        # The method that training calls, so that a subclass estimates on its own data, too.
         loader = self.build_train_loader(cfg)
         return islice(loader, ceil(cfg.FISHER.BATCHES / processes))
 
@@ -248,12 +232,6 @@ class Trainer(DefaultTrainer):
 
         Args:
             resume: go on with the run in OUTPUT_DIR, if it has a checkpoint.
-
-        Raises:
-            FileNotFoundError: if a file that the config names is not there.
-            ValueError: if the checkpoint is of another run, TUNING.WARMUP_CHECKPOINT is not from
-                the end of the warm-up that this run would make, or FISHER.ESTIMATE not the estimate
-                that it would make.
         """
         self._resumes = resume
         warmup, fisher_estimate = self.cfg.TUNING.WARMUP_CHECKPOINT, self.cfg.FISHER.ESTIMATE
@@ -288,7 +266,7 @@ class Trainer(DefaultTrainer):
         self._set_learning_rates(self.iter + 1)  # the checkpoint's iteration is done
 
     def _set_learning_rates(self, iteration: int) -> None:
-        # Detectron2's schedules are functions of the iteration; a new one stands at 0.
+        # Detectron2's schedules are functions of the iteration; a new one starts at 0.
         self.scheduler.last_epoch = iteration
         rates = self.scheduler.get_lr()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -298,7 +276,7 @@ class Trainer(DefaultTrainer):
         """Trains from ``start_iter`` to the end; returns the test results if they are checked."""
         if comm.is_main_process() and not self._resumes:
             require_unused(self.cfg.OUTPUT_DIR)
-        # The loader was built before a checkpoint could tell how far training had come.
+        # The loader was built before a checkpoint set the first iteration.
         sampler = getattr(self.data_loader, "sampler", None)
         if hasattr(sampler, "start"):
             sampler.start = self.start_iter * self.cfg.SOLVER.IMS_PER_BATCH
@@ -332,17 +310,17 @@ class Trainer(DefaultTrainer):
             ) from error
 
     def _shift(self, seed: int) -> AbstractContextManager:
-        """Eq. 6 on this step's features, if it is asked for in training."""
+        """Eq. 6 on this step's features, if TUNING.FEATURE_PERTURBATION asks for it."""
         if self._perturbation is None or self.stage != "tuning":
             return nullcontext()
-        # Numbers of its own, so that the loss draws the same points as without.
+        # A generator of its own, so that the loss draws the same points as without Eq. 6.
         return self._perturbation.drawing(torch.Generator().manual_seed(seed))
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """Detectron2's, for SOLVER.REFERENCE_WORLD_SIZE; T1 keeps its part of T1 + T3."""
+        """Scales as Detectron2 does by SOLVER.REFERENCE_WORLD_SIZE; T1 keeps its part of T1+T3."""
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
-        if scaled is not cfg:  # a copy, then
+        if scaled is not cfg:  # a copy, which may be changed
             scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
             scaled.defrost()
             scaled.TUNING.WARMUP_ITERS = round(cfg.TUNING.WARMUP_ITERS / scale)
@@ -367,20 +345,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        """The images of one test set, one after the other."""
+        """The images of one test set, in order."""
         return scoring_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """Scores one test set.
-
-        Args:
-            cfg: TEST is read.
-            dataset_name: the test set.
-            output_folder: where pictures go; None for OUTPUT_DIR.
-        """
+        """The evaluator of one test set, whose pictures go to the folder, or to OUTPUT_DIR."""
         return DomainGeneralizationEvaluator(
             cfg, dataset_name, output_dir=output_folder or cfg.OUTPUT_DIR
         )
@@ -392,16 +364,7 @@ class Trainer(DefaultTrainer):
         model: nn.Module,
         evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
     ) -> dict:
-        """Scores a model on every test set, and writes the table; see ``engine.scoring``.
-
-        As Detectron2's, it calls :meth:`build_test_loader` and :meth:`build_evaluator` of the class
-        for each test set.
-
-        Args:
-            cfg: see ``score_datasets``.
-            model: the segmentor, without DDP wrapper.
-            evaluators: one for each test set, in place of :meth:`build_evaluator`'s.
-        """
+        """Scores a model on every test set and writes the table; see ``scoring.score_datasets``."""
         return score_datasets(
             cfg,
             model,
@@ -412,7 +375,7 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> dict:
         done = min(self.iter + 1, self.max_iter)
-        self.segmentor.trained_by = self._run.record.after(done)
+        remember_run(self.segmentor, self._run.record.after(done))
         try:
             results = self.test(self.cfg, self.segmentor)
         except DatasetError as error:
@@ -420,6 +383,6 @@ class Trainer(DefaultTrainer):
                 raise
             logger.error("Training goes on after a test set could not be scored: %s", error)
             return {}
-        # DefaultTrainer compares what has this name with TEST.EXPECTED_RESULTS.
+        # DefaultTrainer compares the attribute of this name with TEST.EXPECTED_RESULTS.
         self._last_eval_results = metrics_by_name(results)
         return results

@@ -1,4 +1,4 @@
-"""Where the ViT is in a model, found by its blocks, and which weights are its own."""
+"""Finds the ViT in a model by its blocks, and the weights that are its own."""
 
 import re
 from collections.abc import Mapping
@@ -7,17 +7,17 @@ from torch import nn
 
 from fishertune_d2.fisher import find_candidates
 
-# What stages and methods ask of a VFMBackbone.
+# The attributes of a VFMBackbone that stages and methods read.
 _ASKED_FOR = ("vit", "perturbation_points", "unused_parameters", "num_prefix_tokens")
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-# What the classes of ViTs call their own parts: embeddings, tokens, and norms behind the blocks.
+# The names that classes of ViTs give their own parts: embeddings, tokens, norms behind the blocks.
 _OWN_PARTS = re.compile(
     r"(patch|pixel|time|type)_embed(s|dings?|\d+)?|embeds?|embeddings|rope"
     r"|(\w+_)?pos(ition|itional)?(_embed(s|dings?)?|_bias|_block)?(_\d+|_window)?"
     r"|(cls|class|reg|register|storage|dist|mask)_(tokens?|embed(ding)?)(_\d+)?"
     r"|(fc_|ln_|layer_?|final_|pre_|post_|scale\d_)?norm(_pre|_post|\d*)|ln_(pre|post|f)"
 )
-# What they call parts behind the blocks, where such a part is built before these.
+# The names that they give parts behind the blocks, some of which are built before the blocks.
 _LATER_PARTS = re.compile(r"neck|fpn|head|decode|pyramid")
 
 
@@ -25,15 +25,15 @@ def find_vit(model: nn.Module, backbone: str | None = None) -> tuple[str, nn.Mod
     """Finds the module that holds the blocks, whatever is around it.
 
     A backbone may wrap a ViT: Detectron2's FPN has it in ``bottom_up``, ViTDet's pyramid in
-    ``net``, and ``VFMBackbone`` in ``vit``. A backbone in stages, each with blocks of its own, is
-    taken from the module that holds all stages.
+    ``net``, and ``VFMBackbone`` in ``vit``. If a backbone has stages with blocks of their own, the
+    ViT is the module that holds all stages.
 
     Args:
         model: a model with a backbone.
         backbone: name of the submodule to look in; by default ``backbone``.
 
     Returns:
-        The name of the ViT in ``model``, and the ViT. If it is there under two names, one of them.
+        The name of the ViT in ``model`` (one of them if it has several), and the ViT.
 
     Raises:
         ValueError: if there is no such submodule, it has no blocks, or more than one ViT.
@@ -62,18 +62,10 @@ def find_vit(model: nn.Module, backbone: str | None = None) -> tuple[str, nn.Mod
 
 
 def parameters_of_vit(vit: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a ViT, without those of a neck, decoder or head in the same class.
-
-    A class such as SAM's or BEiT's for detection builds its neck beside its blocks. The ViT's own
-    are the blocks, embeddings, tokens and norms, by the names that classes of ViTs give them, and
-    the modules built before the blocks, such as a stem. Every other part is a neck or a head.
-
-    Args:
-        vit: the module that holds the blocks.
-
-    Returns:
-        Parameters by their names in ``vit``.
-    """
+    """The weights of a ViT by name, without those of a neck, decoder or head in its class."""
+    # SAM's class, or BEiT's for detection, builds its neck beside its blocks. The ViT's own parts
+    # are the blocks, embeddings, tokens and norms, recognised by their names, and the modules built
+    # before the blocks, such as a stem. Every other part is a neck or a head.
     blocks = {candidate.name.partition(".")[0] for candidate in find_candidates(vit)}
     children = [name for name, _ in vit.named_children()]
     first = min(children.index(name) for name in blocks)
@@ -83,15 +75,7 @@ def parameters_of_vit(vit: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def count_parameters_around(model: nn.Module, path: str) -> Mapping[str, int]:
-    """How many weights of a model are not the ViT's.
-
-    Args:
-        model: the model.
-        path: the name of the ViT in it.
-
-    Returns:
-        Counts by the model's children, and by the parts of the ViT's class that are not the ViT's.
-    """
+    """Counts the weights around the ViT ``path``, by child of the model or part of its class."""
     own = {id(parameter) for parameter in parameters_of_vit(model.get_submodule(path)).values()}
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -104,18 +88,9 @@ def count_parameters_around(model: nn.Module, path: str) -> Mapping[str, int]:
 
 
 def require_nothing_around(model: nn.Module) -> None:
-    """Refuses a backbone that the three-stage trainer would leave untrained in part, or fail on.
-
-    Its stages and methods take all that is named ``backbone.`` for the ViT: a neck in there, which
-    is random at first, would stand still for the whole run.
-
-    Args:
-        model: the segmentor.
-
-    Raises:
-        ValueError: if the backbone has weights around its ViT, or not the methods of a
-            ``VFMBackbone``.
-    """
+    """Refuses a backbone with weights around its ViT, or without a ``VFMBackbone``'s methods."""
+    # Stages and methods treat everything named ``backbone.`` as the ViT: a neck in it, which starts
+    # from random weights, would stay frozen for the whole run.
     path, vit = find_vit(model)
     own = {id(parameter) for parameter in parameters_of_vit(vit).values()}
     around = {n: p.numel() for n, p in model.backbone.named_parameters() if id(p) not in own}
@@ -144,7 +119,7 @@ def _paths_of_blocks(module: nn.Module) -> list[str]:
 
 
 def _common_path(module: nn.Module, paths: list[str]) -> str | None:
-    """The path of the ViT that all paths are parts of; None if they are parts of several."""
+    """The path of the ViT that holds all paths; None if several ViTs hold them."""
     if len(paths) == 1:
         return paths[0]
     if len({re.sub(r"\d+", "", path) for path in paths}) > 1:
@@ -156,7 +131,7 @@ def _common_path(module: nn.Module, paths: list[str]) -> str | None:
     while len({tuple(part[: shared + 1]) for part in parts}) == 1:
         shared += 1
     common = parts[0][:shared]
-    # What holds the list of stages, not the list.
+    # The module that holds the list of stages, not the list.
     while isinstance(module.get_submodule(".".join(common)), _LISTS):
         common.pop()
     return ".".join(common)

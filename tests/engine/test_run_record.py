@@ -5,13 +5,13 @@ import torch
 
 from fishertune_d2.config import default_config
 from fishertune_d2.engine import Trainer
-from fishertune_d2.engine.run_record import (
-    RunRecord,
+from fishertune_d2.engine.run_keys import (
     changes_estimate,
     changes_predictions,
     changes_warmup,
     differing_keys,
 )
+from fishertune_d2.engine.run_record import RunRecord
 
 CLASSES = ["ground", "wall", "sky"]
 
@@ -72,6 +72,13 @@ def test_a_note_and_a_checkpoint_give_back_the_record(tmp_path):
     read = RunRecord.of_checkpoint(torch.load(file, weights_only=True))
     assert (read.classes, read.images, read.iterations) == (tuple(CLASSES), 2, 7)
     assert RunRecord.of_checkpoint({"model": {}}) is None
+
+
+def test_a_schedule_that_was_renamed_is_the_same_schedule():
+    _record().require_same_run(_record(TUNING__SCHEDULE="text"))
+    _record(TUNING__SCHEDULE="text").require_same_run(_record())
+    with pytest.raises(ValueError, match="TUNING.SCHEDULE was 'text' and is 'linear'"):
+        _record(TUNING__SCHEDULE="linear").require_same_run(_record(TUNING__SCHEDULE="text"))
 
 
 def test_keys_that_one_side_lacks_are_not_compared():
