@@ -1,37 +1,32 @@
 """The optimizer of one training stage."""
 
 from itertools import chain
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-# Embeddings that are parameters of their own, or of an nn.Embedding: the head's, and those that
-# tuning methods add: tokens, prompts, and factors, which would decay towards 0, not to where they
-# began (of what Rein's tokens add; of a layer's outputs in IA3, of a weight's columns in DoRA).
-_EMBEDDINGS = (
-    "queries_embedder",
-    "queries_features",
-    "level_embed",
-    "learnable_tokens",
-    "prompts",
-    ".scale",
-    "ia3_l",
-    "lora_magnitude_vector",
-)
+from fishertune_d2.tuning import build_tuning_method
+
+# The head's embeddings, by parts of their names. Tuning methods name their own (``undecayed``).
+_HEAD_EMBEDDINGS = ("queries_embedder", "queries_features", "level_embed")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (or SGD) over the parameters that require a gradient now.
+    """Builds AdamW (or SGD) for the parameters that require a gradient now.
 
-    The backbone's learning rate is BASE_LR * BACKBONE_MULTIPLIER, that of biases BIAS_LR_FACTOR
-    times what their part has. Norms have WEIGHT_DECAY_NORM, biases WEIGHT_DECAY_BIAS if it is set,
-    embeddings, tokens and prompts WEIGHT_DECAY_EMBED.
+    The backbone's learning rate is BASE_LR * BACKBONE_MULTIPLIER. Biases have BIAS_LR_FACTOR times
+    the rate of their part. Norms have WEIGHT_DECAY_NORM, biases WEIGHT_DECAY_BIAS if it is set, and
+    the head's embeddings and the tuning method's ``undecayed`` parameters WEIGHT_DECAY_EMBED.
 
     Args:
-        cfg: SOLVER is read.
-        model: its parameters named ``backbone.*`` count as the backbone's.
+        cfg: SOLVER and TUNING are read.
+        model: its parameters named ``backbone.*`` are the backbone's.
+
+    Returns:
+        The optimizer.
 
     Raises:
         ValueError: if SOLVER.OPTIMIZER is unknown.
@@ -43,28 +38,30 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        # Not Detectron2's bias_lr_factor, which takes the backbone's multiplier away from biases.
+        # Detectron2's bias_lr_factor would drop the backbone's multiplier from biases.
         lr_factor_func=lambda name: _rate(name, solver),
     )
-    embeddings = {p for name, p in model.named_parameters() if any(e in name for e in _EMBEDDINGS)}
-    groups = [part for group in groups for part in _split(group, embeddings, solver)]
+    parts = (*_HEAD_EMBEDDINGS, *build_tuning_method(cfg).undecayed)
+    undecayed = {p for name, p in model.named_parameters() if any(part in name for part in parts)}
+    groups = [part for group in groups for part in _split(group, undecayed, solver)]
+    # Not False, with which torch would step one tensor at a time, on GPUs too.
+    options: dict[str, Any] = {"fused": True if solver.FUSED else None}
+    optimizer_class: type[torch.optim.Optimizer]
     if solver.OPTIMIZER == "ADAMW":
-        optimizer_class, options = torch.optim.AdamW, {}
+        optimizer_class = torch.optim.AdamW
     elif solver.OPTIMIZER == "SGD":
-        optimizer_class, options = torch.optim.SGD, {"momentum": solver.MOMENTUM}
-        options["nesterov"] = solver.NESTEROV
+        optimizer_class = torch.optim.SGD
+        options |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
     else:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: choose ADAMW or SGD")
     clip = solver.CLIP_GRADIENTS
-    # Not False, with which torch would step one tensor at a time, on GPUs too.
-    options["fused"] = True if solver.FUSED else None
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         return _clip_full_model(optimizer_class, clip.CLIP_VALUE, clip.NORM_TYPE)(groups, **options)
     return maybe_add_gradient_clipping(cfg, optimizer_class)(groups, **options)
 
 
 def is_backbone(name: str) -> bool:
-    """Whether a parameter of the segmentor belongs to the backbone, by its name."""
+    """Whether a parameter of the segmentor, given by name, belongs to the backbone."""
     return name.startswith("backbone.")
 
 
@@ -75,30 +72,28 @@ def _rate(name: str, solver: CfgNode) -> float:
 
 
 def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
-    """Gives ``new`` the moments that ``old`` has for the parameters in both."""
+    """Copies the moments of the parameters that both optimizers hold."""
     for group in new.param_groups:
         for parameter in group["params"]:
             if parameter in old.state:
                 new.state[parameter] = old.state[parameter]
 
 
-def _split(group: dict, embeddings: set, solver: CfgNode) -> list[dict]:
-    """Takes the embeddings out of a parameter group into one with their own weight decay."""
-    plain = [p for p in group["params"] if p not in embeddings]
-    embedded = [p for p in group["params"] if p in embeddings]
+def _split(group: dict, undecayed: set, solver: CfgNode) -> list[dict]:
+    """Moves the undecayed parameters of a group into a group of their own."""
+    plain = [p for p in group["params"] if p not in undecayed]
+    rest = [p for p in group["params"] if p in undecayed]
     parts = [
         {**group, "params": plain},
-        {**group, "params": embedded, "weight_decay": solver.WEIGHT_DECAY_EMBED},
+        {**group, "params": rest, "weight_decay": solver.WEIGHT_DECAY_EMBED},
     ]
     return [part for part in parts if part["params"]]
 
 
 def _clip_full_model(optimizer_class: type, max_norm: float, norm_type: float) -> type:
-    """``optimizer_class`` that scales all gradients together to a norm of at most ``max_norm``.
+    """Makes ``optimizer_class`` scale all gradients together to a norm of at most ``max_norm``."""
 
-    Detectron2's own clipping looks at one parameter at a time; Mask2Former's configs ask for this.
-    """
-
+    # Detectron2's own clipping treats each parameter alone. Mask2Former's configs ask for this one.
     class FullModelClipping(optimizer_class):
         def step(self, closure=None):
             parameters = chain.from_iterable(group["params"] for group in self.param_groups)

@@ -1,7 +1,7 @@
-"""Ways to tune a backbone: one file each, one registry.
+"""Methods that tune a backbone: one file each, one registry.
 
-``MaskedUpdate`` and ``SelectedWeights`` are pure PyTorch, and there without Detectron2 too; the
-methods are chosen by its config.
+``MaskedUpdate`` and ``SelectedWeights`` are pure PyTorch and work without Detectron2. The methods
+need it, because they are built from its config.
 """
 
 from importlib import import_module
@@ -14,6 +14,7 @@ from .selected_weights import SelectedWeights
 
 __all__ = [
     "TUNING_REGISTRY",
+    "AddingMethod",
     "MaskedUpdate",
     "SelectedWeights",
     "SelectiveMethod",
@@ -23,9 +24,15 @@ __all__ = [
 ]
 
 if compat.has_detectron2():
-    from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod, build_tuning_method
+    from .registry import (
+        TUNING_REGISTRY,
+        AddingMethod,
+        SelectiveMethod,
+        TuningMethod,
+        build_tuning_method,
+    )
 
-    # A method registers itself when its file is imported, so that a further one needs no line here.
+    # A method registers itself when its file is imported, so that a new one needs no line here.
     for _module in iter_modules(__path__):
         import_module(f".{_module.name}", __name__)
 else:

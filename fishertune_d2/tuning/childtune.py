@@ -1,17 +1,18 @@
 """ChildTuning-D: the weights that matter most for the task, chosen once (Xu et al., EMNLP 2021).
 
-The score is F(x), as ``fisher`` has it. What makes it ChildTuning is that the choice does not grow:
-a "child" of the network, of D_MAX of its weights, is found before tuning and trained from the first
-step to the last.
+The score is F(x), as in the method ``fisher``. Unlike there, the choice does not grow: a "child" of
+the network with a share D_MAX of its weights is chosen before tuning, and all of it trains from the
+first step to the last.
 
-Where this differs from the authors' code, and why:
+Differences from the authors' code, with reasons:
 
-- They square the mean gradient of a batch. Squares per image are Eq. 9, and the default;
+- They square the mean gradient of a batch. The default here squares per image (Eq. 9);
   FISHER.ESTIMATOR batch_mean squares as they do.
-- They choose among all parameters named "layer", norms and the attention's output included. Here
-  every method that selects chooses among the candidates of Eq. 3, so that scores are compared, not
-  what they range over. D_MAX is a share of the whole backbone all the same.
-- Their mask lets weight decay shrink what was not chosen. Here that stays as it is, to the bit.
+- They choose among all parameters named "layer", including norms and the attention's output. Here
+  all selecting methods choose among the candidates of Eq. 3, so that a comparison is one of scores
+  alone. D_MAX is a share of the whole backbone in both.
+- Their mask lets weight decay shrink the weights that were not chosen. Here these do not change by
+  a bit.
 """
 
 from detectron2.config import CfgNode

@@ -1,4 +1,4 @@
-"""Either term of DRF by itself: F(x), or dF (Table 4's rows)."""
+"""Each term of DRF alone: F(x), or dF (two methods of Table 4)."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod
 
 
 class FisherOnly(SelectiveMethod):
-    """Trains the candidates that matter most for the task, whatever a shift does to them."""
+    """Trains the candidates that matter most for the task, and ignores the shift."""
 
     def scores(self, backbone: nn.Module, estimate: FisherEstimate) -> Mapping[str, Tensor]:
         """F(x), Eq. 4."""
@@ -19,7 +19,7 @@ class FisherOnly(SelectiveMethod):
 
 
 class ChangeOnly(SelectiveMethod):
-    """Trains the candidates that react most to the shift, whether they matter or not.
+    """Trains the candidates whose F changes most under the shift, and ignores F itself.
 
     Args:
         eps: guard of the ratio in Eq. 5.

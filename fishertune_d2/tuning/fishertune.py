@@ -1,6 +1,7 @@
 """FisherTune: the weights with the highest domain-related Fisher information."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from detectron2.config import CfgNode
 from torch import Tensor, nn
@@ -13,19 +14,19 @@ from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod
 class FisherTune(SelectiveMethod):
     """Trains the candidates of Eq. 3 that DRF (Eq. 7, 15) ranks highest.
 
-    Args:
-        form: how F and dF become one score, see
-            :func:`fishertune_d2.fisher.domain_related_fisher`, also for the other arguments.
+    The arguments are those of :func:`fishertune_d2.fisher.domain_related_fisher`.
     """
 
     compares_domains = True
 
     def __init__(self, *, form: str, gamma: float, tau: float, eps: float, rho: float):
-        self.score_options = {"form": form, "gamma": gamma, "tau": tau, "eps": eps, "rho": rho}
+        self._drf = partial(
+            domain_related_fisher, form=form, gamma=gamma, tau=tau, eps=eps, rho=rho
+        )
 
     def scores(self, backbone: nn.Module, estimate: FisherEstimate) -> Mapping[str, Tensor]:
         """DRF."""
-        return domain_related_fisher(estimate, **self.score_options)
+        return self._drf(estimate)
 
 
 @TUNING_REGISTRY.register()

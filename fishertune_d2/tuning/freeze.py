@@ -1,4 +1,4 @@
-"""No fine-tuning: the backbone stays frozen, only the decoder trains."""
+"""No fine-tuning: the backbone stays frozen, and only the decoder trains."""
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -7,7 +7,7 @@ from .registry import TUNING_REGISTRY, TuningMethod
 
 
 class Freeze(TuningMethod):
-    """Trains nothing of the backbone."""
+    """Trains no parameter of the backbone."""
 
     options = ()
 

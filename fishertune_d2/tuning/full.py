@@ -1,7 +1,11 @@
 """Full fine-tuning: the whole backbone."""
 
+from typing import cast
+
 from detectron2.config import CfgNode
 from torch import nn
+
+from fishertune_d2.modeling.vfm import VFMBackbone
 
 from .registry import TUNING_REGISTRY, TuningMethod
 
@@ -12,8 +16,8 @@ class Full(TuningMethod):
     options = ()
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
-        """All parameters, but for those that the forward pass does not reach."""
-        unused = backbone.unused_parameters()
+        """All parameters, except those that the forward pass does not reach."""
+        unused = cast(VFMBackbone, backbone).unused_parameters()
         return {name: p for name, p in backbone.named_parameters() if name not in unused}
 
 

@@ -1,19 +1,18 @@
-"""Lets an optimizer move some entries of its parameters and no others, to the bit.
+"""Restricts an existing optimizer to some entries of its parameters, exact to the bit.
 
 A gradient of zero does not freeze a weight: AdamW's decay shrinks it (18 % in 40 k steps at a
-learning rate of 1e-4 and a decay of 0.05), and momentum gathered before goes on moving it. So the
-gradient is masked before each step, which also keeps it out of gradient clipping and of the
-moments, and what is not selected is put back after it.
+learning rate of 1e-4 and a decay of 0.05), and earlier momentum still moves it. So a hook masks the
+gradient before each step, which also keeps it out of gradient clipping and of the moments, and
+another hook restores the entries that are not selected afterwards.
 
-This pays for dense gradients and moments, and fits an optimizer that is there already; it is also
-what :class:`fishertune_d2.tuning.SelectedWeights`, which pays for the selected alone, is tested
-against.
+Gradients and moments stay dense. :class:`fishertune_d2.tuning.SelectedWeights` costs less, because
+it holds the selected entries alone; its tests compare it with this class.
 """
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from fishertune_d2.fisher import FisherEstimate, Selection
@@ -22,15 +21,15 @@ from fishertune_d2.fisher import FisherEstimate, Selection
 class MaskedUpdate:
     """Restricts a stock optimizer to a growing selection of entries.
 
-    Both hooks give the same result when they run twice in a step, as they do where a clipping
-    optimizer calls its parent's ``step`` (Detectron2's do). The cost is that of the dense tensors:
-    gradients, moments, and one copy of the parameters.
+    Both hooks may run twice in a step without harm, as they do where a clipping optimizer calls its
+    parent's ``step`` (Detectron2's do). Memory: dense gradients, dense moments, and one copy of the
+    parameters.
 
     Args:
-        optimizer: holds the parameters; any ``torch.optim.Optimizer``.
-        parameters: those to restrict, by the name they have in ``selection``. Others of the
-            optimizer are left alone.
-        selection: the ranked choice.
+        optimizer: any ``torch.optim.Optimizer`` that holds the parameters.
+        parameters: the parameters to restrict, by their names in ``selection``. The optimizer's
+            other parameters are not restricted.
+        selection: the selected entries.
 
     Raises:
         ValueError: if a name or shape does not fit the selection.
@@ -50,7 +49,7 @@ class MaskedUpdate:
             for name, parameter in self.parameters.items()
         }
         self._selected = dict.fromkeys(self.parameters, 0)
-        # What is not selected has never moved, so the values of now are those to put back.
+        # Entries that are not selected have never moved, so these are the values to restore.
         self._fixed = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._hooks = [
             optimizer.register_step_pre_hook(self._mask_gradients),
@@ -58,10 +57,13 @@ class MaskedUpdate:
         ]
 
     def grow(self, share: float) -> int:
-        """Selects up to ``share`` of the selection's base; what was selected stays.
+        """Selects up to ``share`` of the selection's base; selected entries stay selected.
+
+        Args:
+            share: in [0, 1].
 
         Returns:
-            How many entries are selected now.
+            The number of selected entries.
         """
         for name, mask in self.masks.items():
             joining = self.selection.prefix(name, share)[self._selected[name] :]
@@ -71,33 +73,33 @@ class MaskedUpdate:
         return sum(self._selected.values())
 
     def release(self) -> None:
-        """Leaves the optimizer as it was; from now on it moves every entry."""
+        """Removes the hooks; from now on the optimizer moves every entry."""
         for hook in self._hooks:
             hook.remove()
 
     def _mask_gradients(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                # Not by a product, which makes NaN of an infinite gradient.
+                # A product with the mask would turn an infinite gradient into NaN.
                 parameter.grad.masked_fill_(~self.masks[name], 0)
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for name, parameter in self.parameters.items():
-            _put_back(parameter, self._fixed[name], self.masks[name])
-
-
-def _put_back(parameter: Tensor, fixed: Tensor, moved: Tensor) -> None:
-    parameter.copy_(torch.where(moved, parameter, fixed))
+            parameter.copy_(torch.where(self.masks[name], parameter, self._fixed[name]))
 
 
 def require_same_shapes(
     parameters: Mapping[str, nn.Parameter], found: Selection | FisherEstimate
 ) -> None:
-    """Refuses parameters that a selection or an estimate was not made for.
+    """Refuses a selection or an estimate of another model.
+
+    Args:
+        parameters: the model's, by name.
+        found: the selection or the estimate.
 
     Raises:
-        ValueError: if a name or shape differs; names the first, and the file.
+        ValueError: if a name or shape differs; it names the first, and the file.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if shapes == found.shapes:

@@ -1,10 +1,8 @@
 """LoRA, and any other tuner of peft that works inside a model's linear layers.
 
-peft puts a layer of its own around each one it tunes, so that the frozen weight of ``q_proj`` goes
-by the name ``q_proj.base_layer.weight`` in a checkpoint of the tuning stage. Fused layers are
-split first, see :mod:`fishertune_d2.tuning.split_qkv`.
-
-peft is imported by these methods alone.
+peft wraps each layer that it tunes, so that the frozen weight of ``q_proj`` has the name
+``q_proj.base_layer.weight`` in a checkpoint of the tuning stage. Fused layers are split first, see
+:mod:`fishertune_d2.tuning.split_qkv`. Only these methods import peft.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,28 +20,33 @@ from fishertune_d2.compat import require_versions
 from .registry import TUNING_REGISTRY, TuningMethod
 from .split_qkv import PROJECTIONS, join_qkv, split_qkv
 
-# Tuners that are known by a name, and are another one's option in peft.
+# Tuners with a name of their own that are an option of another tuner in peft.
 _OPTIONS_OF = {"DORA": ("LORA", {"use_dora": True})}
-# Tuners that read the values of tensors while they are built; the meta device has no values.
+# Tuners that read values of tensors when they are built; tensors on the meta device have none.
 _READ_VALUES = ("BOFT", "FROD", "SHIRA", "UNILORA")
+# The backbone's attribute with the names of the parameters that a tuner has added.
+_TUNED_NAMES = "tuned_names"
 
 
 class PeftTuner(TuningMethod):
-    """Trains what a tuner of peft adds to the layers with certain names.
+    """Trains the parameters that a tuner of peft adds to the layers with certain names.
+
+    If peft is missing or too old, an ImportError says how to install it.
 
     Args:
-        tuner: peft's name of it, or ``"DORA"``, in upper or lower case.
+        tuner: peft's name of the tuner, or ``"DORA"``, in upper or lower case.
         targets: names of the layers: ``"q_proj"``, ``"k_proj"`` and ``"v_proj"`` in every family,
             or a timm name such as ``"fc2"``.
-        options: of peft's config of that tuner.
+        options: options of peft's config of that tuner.
 
     Raises:
-        ImportError: if peft is not installed, or too old; says how to.
         ValueError: if there is no such tuner or option, or the tuner cannot work here.
     """
 
     options = ("LORA", "PEFT")
     adds = True
+    # Factors: of a layer's outputs or inputs in IA3, of a weight's columns in DoRA.
+    undecayed = ("ia3_l", "lora_magnitude_vector")
 
     def __init__(self, tuner: str, targets: Sequence[str], options: Mapping[str, Any]):
         name, implied = _OPTIONS_OF.get(tuner.upper(), (tuner.upper(), {}))
@@ -62,29 +65,28 @@ class PeftTuner(TuningMethod):
             raise ValueError(
                 f"TUNING.PEFT.OPTIONS names {', '.join(unknown)}: {name} has {', '.join(known)}"
             )
-        if "feedforward_modules" in known:  # where IA3 scales what comes in, not what goes out
-            options.setdefault(
-                "feedforward_modules", [each for each in targets if each.startswith("fc")]
-            )
+        if "feedforward_modules" in known:  # the layers of which IA3 scales inputs, not outputs
+            feedforward = [each for each in targets if each.startswith("fc")]
+            options.setdefault("feedforward_modules", feedforward)
         self._config, self._options = config, options
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
-        """Splits what is fused, if need be, and puts the tuner's layers around their targets.
+        """Splits fused layers if a target needs it, and wraps the targets in the tuner's layers.
+
+        Args:
+            backbone: a ``VFMBackbone``.
+            head: stays the same.
 
         Raises:
             ValueError: if a target does not exist, or peft cannot tune it.
         """
-        vit = backbone.vit
+        vit = backbone.get_submodule("vit")
         if not set(self.targets).isdisjoint(PROJECTIONS):
             split_qkv(vit)
-        names = {name.rpartition(".")[2] for name, module in vit.named_modules() if name}
-        missing = [target for target in self.targets if target not in names]
+        modules = [(name.rpartition(".")[2], module) for name, module in vit.named_modules()]
+        missing = [target for target in self.targets if target not in dict(modules)]
         if missing:
-            linear = {
-                name.rpartition(".")[2]
-                for name, module in vit.named_modules()
-                if isinstance(module, nn.Linear)
-            }
+            linear = {name for name, module in modules if isinstance(module, nn.Linear)}
             raise ValueError(
                 f"TUNING.PEFT.TARGETS names {', '.join(missing)}: this backbone has "
                 f"{', '.join(sorted(linear))}"
@@ -99,23 +101,26 @@ class PeftTuner(TuningMethod):
             raise ValueError(
                 f"peft cannot put {self.name} around {', '.join(self.targets)}: {error}"
             ) from error
-        # peft tells trained from frozen by these flags, which other stages set anew.
-        backbone.tuned_names = [n for n, p in backbone.named_parameters() if p.requires_grad]
+        # peft marks trained parameters by these flags, which other stages overwrite.
+        tuned = [name for name, p in backbone.named_parameters() if p.requires_grad]
+        setattr(backbone, _TUNED_NAMES, tuned)
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
-        """What the tuner added and trains."""
-        parameters = dict(backbone.named_parameters())
-        return {name: parameters[name] for name in backbone.tuned_names}
+        """The parameters that the tuner added and trains."""
+        return {name: backbone.get_parameter(name) for name in getattr(backbone, _TUNED_NAMES)}
 
     def merge(self, backbone: nn.Module) -> None:
-        """Writes each layer's change into its weight, and joins what was fused.
+        """Writes each layer's change into its weight, and joins the split layers.
+
+        Args:
+            backbone: a backbone after :meth:`attach`.
 
         Raises:
-            ValueError: if the tuner has no such change.
+            ValueError: if the tuner's change is none of the weights.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        vit = backbone.vit
+        vit = backbone.get_submodule("vit")
         layers = {n: m for n, m in vit.named_modules() if isinstance(m, BaseTunerLayer)}
         for name, layer in layers.items():
             try:
@@ -126,13 +131,14 @@ class PeftTuner(TuningMethod):
                     f"({error}): keep the run's checkpoint"
                 ) from error
             vit.set_submodule(name, layer.get_base_layer())
-        del vit.peft_config, backbone.tuned_names
+        delattr(vit, "peft_config")
+        delattr(backbone, _TUNED_NAMES)
         join_qkv(vit)
 
 
 @contextmanager
 def _values(vit: nn.Module, targets: Sequence[str]) -> Iterator[None]:
-    """Gives the targets in a model on the meta device random weights on the CPU meanwhile."""
+    """Gives the targets of a model on the meta device random weights on the CPU for a while."""
     for name, module in list(vit.named_modules()):
         if name.rpartition(".")[2] in targets:
             for parameter in module.to_empty(device="cpu").parameters():
@@ -143,7 +149,7 @@ def _values(vit: nn.Module, targets: Sequence[str]) -> Iterator[None]:
 
 
 def _usable_tuners() -> dict[str, tuple[type, type]]:
-    """The tuners of peft, by name, that are all inside the layers; each with its config's class."""
+    """The tuners of peft that work inside layers alone, by name, each with its config's class."""
     mapping = _import_peft().mapping
     base = _import_peft().tuners.tuners_utils.BaseTuner
     return {
@@ -151,9 +157,9 @@ def _usable_tuners() -> dict[str, tuple[type, type]]:
         for kind, tuner in sorted(mapping.PEFT_TYPE_TO_TUNER_MAPPING.items())
         if issubclass(tuner, base)
         and tuner.forward is base.forward
-        # AdaLoRA and its like move their budget about after a step.
+        # AdaLoRA and similar tuners move their budget after each step.
         and not hasattr(tuner, "update_and_allocate")
-        and kind.value != "TRAINABLE_TOKENS"  # rows of an embedding of words
+        and kind.value != "TRAINABLE_TOKENS"  # for embeddings of words
     }
 
 
@@ -162,7 +168,7 @@ def _import_peft() -> ModuleType:
     try:
         import peft
     except ModuleNotFoundError as error:
-        if error.name != "peft":  # peft is there, but lacks something itself
+        if error.name != "peft":  # peft is installed, but one of its own dependencies is missing
             raise
         raise ImportError(
             "TUNING.METHOD lora and peft need peft: pip install 'fishertune-d2[baselines]'"
@@ -172,7 +178,7 @@ def _import_peft() -> ModuleType:
 
 @TUNING_REGISTRY.register()
 def lora(cfg: CfgNode) -> TuningMethod:
-    """``TUNING.METHOD lora``: on queries and values, as its authors do (arXiv:2106.09685)."""
+    """``TUNING.METHOD lora``, on queries and values as its authors (arXiv:2106.09685)."""
     options = {"r": cfg.TUNING.LORA.RANK, "lora_alpha": cfg.TUNING.LORA.ALPHA}
     return PeftTuner("LORA", ["q_proj", "v_proj"], options)
 

@@ -1,4 +1,4 @@
-"""A random choice of weights: of all candidates, of one kind (Table 4), of a group (Fig. 3)."""
+"""Random choices of weights: among all candidates, one kind (Table 4), or a group (Fig. 3)."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ class RandomChoice(SelectiveMethod):
     """Trains candidates drawn uniformly.
 
     Args:
-        seed: of the draw.
-        kinds: which kinds to draw from.
-        depth: which blocks to draw from: this part of them, (0.0, 0.5) being the first half.
+        seed: seed of the draw.
+        kinds: the kinds to draw from.
+        depth: the part of the blocks to draw from; (0.0, 0.5) is the first half.
     """
 
     options = ("GROUP",)
@@ -34,18 +34,18 @@ class RandomChoice(SelectiveMethod):
         self.depth = depth
 
     def scores(self, backbone: nn.Module, estimate: FisherEstimate | None) -> Mapping[str, Tensor]:
-        """Uniform numbers in (0, 1] for the candidates to draw from, 0 for the others."""
+        """Uniform numbers in (0, 1] for the candidates to draw from, and 0 elsewhere."""
         generator = torch.Generator().manual_seed(self.seed)
         scores = {name: torch.zeros_like(p) for name, p in self.parameters(backbone).items()}
         for candidate in self.candidates(backbone):
             score, rows = scores[candidate.name], candidate.rows
-            # float32 has 24 bits: among millions, ties occur, and are broken by position.
+            # float32 has 24 bits: among millions, ties occur, and the position breaks them.
             drawn = 1.0 - torch.rand(score[rows].shape, generator=generator)
             score[rows] = drawn.to(score)
         return scores
 
     def candidates(self, backbone: nn.Module) -> list[Candidate]:
-        """Those of the kinds and of the blocks to draw from."""
+        """The candidates of the kinds and blocks to draw from."""
         every = find_candidates(backbone)
         blocks = 1 + max(candidate.block for candidate in every)
         first, end = (round(part * blocks) for part in self.depth)
@@ -78,7 +78,13 @@ def random_v(cfg: CfgNode) -> TuningMethod:
 
 @TUNING_REGISTRY.register()
 def group(cfg: CfgNode) -> TuningMethod:
-    """``TUNING.METHOD group``: of ``cfg.TUNING.GROUP``.
+    """``TUNING.METHOD group``.
+
+    Args:
+        cfg: SEED and TUNING.GROUP are read.
+
+    Returns:
+        The method.
 
     Raises:
         ValueError: if there is no such kind, or the depth is no part of 0 to 1.
@@ -88,6 +94,6 @@ def group(cfg: CfgNode) -> TuningMethod:
         raise ValueError(f"TUNING.GROUP.KINDS is {list(kinds)}: choose from {', '.join(KINDS)}")
     if len(depth) != 2 or not 0.0 <= depth[0] < depth[1] <= 1.0:
         raise ValueError(
-            f"TUNING.GROUP.DEPTH is {list(depth)}: give where it begins and ends, from 0.0 to 1.0"
+            f"TUNING.GROUP.DEPTH is {list(depth)}: give its start and its end, from 0.0 to 1.0"
         )
     return RandomChoice(cfg.SEED, kinds, depth)

@@ -5,6 +5,7 @@ A method is one file: a class, and a registered function ``name(cfg) -> TuningMe
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fishertune_d2.config_slips import nearest
 from fishertune_d2.fisher import Candidate, FisherEstimate, find_candidates
+from fishertune_d2.modeling.vfm import VFMBackbone
 
 TUNING_REGISTRY = Registry("TUNING")
 
@@ -77,12 +79,13 @@ class TuningMethod:
         """
         raise NotImplementedError
 
-    def scores(self, backbone: nn.Module, estimate: FisherEstimate | None) -> Mapping[str, Tensor]:
+    def scores(self, backbone: nn.Module, estimate: FisherEstimate) -> Mapping[str, Tensor]:
         """One score for each weight of the parameters; only called if ``selects``.
 
         Args:
             backbone: as in :meth:`parameters`.
-            estimate: F(x) and F(x'); None if not ``estimates``.
+            estimate: F(x) and F(x'). A method that does not estimate gets None, and says so in its
+                signature.
         """
         raise NotImplementedError
 
@@ -91,7 +94,7 @@ class SelectiveMethod(TuningMethod):
     """Base class of methods that select among the candidates of Eq. 3 by a score."""
 
     selects = True
-    options = ()
+    options: tuple[str, ...] | None = ()
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that hold a candidate: whole tensors, of which selected weights move."""
@@ -114,6 +117,19 @@ class AddingMethod(TuningMethod):
     name: str
     no_merge: str
 
+    def build_module(self, backbone: VFMBackbone, head: nn.Module | None) -> nn.Module:
+        """Builds the module with the added parameters, and hooks it into the blocks.
+
+        Args:
+            backbone: see :meth:`attach`.
+            head: see :meth:`attach`.
+        """
+        raise NotImplementedError
+
+    def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
+        """Adds the module to the backbone."""
+        setattr(backbone, self.name, self.build_module(cast(VFMBackbone, backbone), head))
+
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters of the added module."""
         added = backbone.get_submodule(self.name).named_parameters()
@@ -132,6 +148,16 @@ class AddingMethod(TuningMethod):
             f"TUNING.METHOD {self.name} cannot be merged: {self.no_merge}. Export the run's "
             "checkpoint"
         )
+
+
+def linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
+    """A layer with PyTorch's initialisation, on a tensor's device and of its dtype."""
+    return nn.Linear(inputs, outputs, device=like.device, dtype=like.dtype)
+
+
+def uniform(shape: tuple[int, ...], bound: float, like: Tensor) -> nn.Parameter:
+    """A parameter of numbers between -bound and bound, on a tensor's device and of its dtype."""
+    return nn.Parameter(like.new_empty(shape).uniform_(-bound, bound))
 
 
 def build_tuning_method(cfg: CfgNode) -> TuningMethod:

@@ -1,7 +1,7 @@
 """Rein (Wei et al., CVPR 2024): learned tokens refine the patches after every block.
 
-The same tokens become the queries of the Mask2Former decoder, so each stands for what one query
-looks for. Parameters have the names and layouts of the public code (``w1oves/Rein``).
+The same tokens become the queries of the Mask2Former decoder, so that each token corresponds to one
+query. Parameters have the names and layouts of the public code (``w1oves/Rein``).
 
 Shapes: B images, n patches, D channels, L blocks, m tokens (as many as queries), r the rank, C the
 channels of a query.
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishertune_d2.compat import without_autocast
+from fishertune_d2.modeling.vfm import VFMBackbone
 
-from .registry import TUNING_REGISTRY, TuningMethod
+from .registry import TUNING_REGISTRY, AddingMethod, linear, uniform
 
 
 class ReinTokens(nn.Module):
@@ -59,10 +60,10 @@ class ReinTokens(nn.Module):
         return self.learnable_tokens_a[block] @ self.learnable_tokens_b[block]
 
     def change(self, patches: Tensor, block: int) -> Tensor:
-        """What is added to the patches after a block, but for its factor ``scale``.
+        """The change of the patches after a block, without its factor ``scale``.
 
         Args:
-            patches: (..., D); each is treated by itself.
+            patches: (..., D); each patch has its own change.
             block: its index.
 
         Returns:
@@ -75,48 +76,46 @@ class ReinTokens(nn.Module):
     def after_block(
         self, block: int, prefix: int, module: nn.Module, args: tuple, output: Tensor
     ) -> Tensor:
-        """A forward hook: refines the patches; class token and registers stay as they are.
+        """A forward hook: refines the patches; class token and registers stay unchanged.
 
         Args:
             block: its index.
-            prefix: how many tokens precede the patches.
+            prefix: the number of tokens before the patches.
             module: the block.
-            args: what went into it.
-            output: what came out, (B, prefix + n, D), or (B, h, w, D) without a prefix.
+            args: its input.
+            output: its output, (B, prefix + n, D), or (B, h, w, D) without a prefix.
 
         Returns:
-            What the next block, and the pyramid, get instead.
+            The new output, for the next block and the pyramid.
         """
         patches = output[:, prefix:]
         refined = patches + (self.scale * self.change(patches, block)).to(patches.dtype)
         return torch.cat([output[:, :prefix], refined], dim=1)
 
     def queries(self) -> Tensor:
-        """The decoder's query embeddings, (m, C): maximum and mean over the blocks, and the last.
-
-        In full precision, as the embedding that they replace.
-        """
+        """The decoder's query embeddings, (m, C), from maximum, mean and last of the blocks."""
+        # In full precision, as the embedding that they replace.
         with without_autocast(self.scale.device):
             each = self.transform(self.tokens(slice(None)))
-            # The order of the public code's weights: the three numbers of a channel in a row.
+            # The order of the public code's weights: the three numbers of a channel side by side.
             joined = torch.stack([each.amax(0), each.mean(0), each[-1]], dim=-1)
             return self.merge(joined.flatten(1))
 
 
 class LinkedQueries(nn.Module):
-    """Stands in for an ``nn.Embedding`` of which transformers reads ``weight``.
+    """Replaces an ``nn.Embedding`` of which transformers reads ``weight``.
 
-    It has no parameters: those that it computes with stay where they are registered.
+    It has no parameters of its own: it computes with those of the tokens and the projection.
 
     Args:
-        tokens: of the backbone.
-        project: from query embeddings to what is returned; None returns them as they are.
+        tokens: the backbone's tokens.
+        project: a layer after the query embeddings; None for the embeddings themselves.
     """
 
     def __init__(self, tokens: ReinTokens, project: nn.Linear | None = None):
         super().__init__()
-        # As attributes they would be registered, and saved and counted, a second time. Inside a
-        # tuple they are not, and a deep copy of the segmentor still leads to its own tokens.
+        # As attributes they would be registered, saved and counted a second time. In a tuple they
+        # are not, and a deep copy of the segmentor still refers to its own tokens.
         self._sources = (tokens, project)
 
     @property
@@ -130,40 +129,46 @@ class LinkedQueries(nn.Module):
             return project(queries)
 
 
-class Rein(TuningMethod):
-    """Trains tokens, and what turns them into changes and queries; the backbone stays frozen.
+class Rein(AddingMethod):
+    """Trains tokens and the layers that make changes and queries of them, in ``backbone.rein``.
 
     On a ViT-L with 100 tokens these are the 2,990,081 parameters that are published. The layer from
-    query embeddings to query features is the head's (``querys2feat``, 65,792 more) and takes the
-    place of the features that the head would learn.
+    query embeddings to query features is the head's (``querys2feat``, 65,792 more) and replaces the
+    features that the head would learn. A warm-up would train queries that the tokens then replace,
+    and the authors have none.
 
     Args:
-        num_tokens: m, and how many queries the head has from then on.
+        num_tokens: m, the head's number of queries.
         rank: r.
         query_width: C, the head's.
     """
 
     options = ("REIN",)
-    adds = True
-    # Where the tokens are in the backbone, and what they are.
     name = "rein"
-    module = ReinTokens
+    # Tokens, and the factor on the change.
+    undecayed = ("learnable_tokens", ".scale")
+    takes_warmup = False
+    no_merge = (
+        "its change of a patch depends on the patch, so it cannot become a part of the backbone's "
+        "weights"
+    )
+    module: type[ReinTokens] = ReinTokens
 
     def __init__(self, *, num_tokens: int, rank: int, query_width: int):
         self.token_sizes = {"num_tokens": num_tokens, "rank": rank, "query_width": query_width}
 
-    def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
-        """Adds the tokens to the backbone, and makes them the queries of the head.
+    def build_module(self, backbone: VFMBackbone, head: nn.Module | None) -> ReinTokens:
+        """Builds the tokens, and makes them the queries of the head.
 
-        The queries that the head has learned until then, as in a warm-up, are dropped.
+        The head's learned queries, for example from a warm-up, are dropped.
 
         Args:
             backbone: a ``VFMBackbone``.
-            head: a ``Mask2FormerHead``. None to count only: ``transform`` and ``merge`` are without
-                use then, and would get no gradient.
+            head: a ``Mask2FormerHead``; another head raises a ValueError. None to count only: then
+                ``transform`` and ``merge`` have no use and get no gradient.
 
-        Raises:
-            ValueError: if the head has no queries to replace.
+        Returns:
+            The tokens.
         """
         vit = backbone.vit
         tokens = self.module(
@@ -175,40 +180,24 @@ class Rein(TuningMethod):
         )
         if head is not None:
             link(tokens, head)
-        setattr(backbone, self.name, tokens)
         for i, block in enumerate(vit.blocks):
             # A partial of a bound method, which a deep copy rebinds; it would share a closure.
             hook = partial(tokens.after_block, i, backbone.num_prefix_tokens)
             block.register_forward_hook(hook)
-
-    def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
-        """What was added to the backbone."""
-        added = getattr(backbone, self.name)
-        return {f"{self.name}.{name}": p for name, p in added.named_parameters()}
-
-    def merge(self, backbone: nn.Module) -> None:
-        """Impossible.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            f"what TUNING.METHOD {self.name} adds to a patch depends on the patch, so it cannot "
-            "become part of the backbone's weights: what to export is the checkpoint itself"
-        )
+        return tokens
 
 
 def attend(
     features: Tensor, scores: Tensor, tokens: Tensor, to_features: nn.Linear, to_change: nn.Linear
 ) -> Tensor:
-    """Features with what the tokens say about them, projected.
+    """Adds to each feature its attended tokens, and projects the sum.
 
     Args:
         features: (..., D).
         scores: (..., m), of each feature with each token.
-        tokens: (m, D). The first is attended to and says nothing.
-        to_features: D to D, from tokens.
-        to_change: D to D, of the result.
+        tokens: (m, D). The first takes a share of the attention and adds nothing.
+        to_features: D to D, applied to the tokens.
+        to_change: D to D, applied to the sum.
 
     Returns:
         (..., D).
@@ -221,7 +210,7 @@ def link(tokens: ReinTokens, head: nn.Module) -> None:
     """Replaces a Mask2Former head's learned queries and their features by functions of the tokens.
 
     Args:
-        tokens: of the backbone.
+        tokens: the backbone's tokens.
         head: gets a layer ``querys2feat``.
 
     Raises:
@@ -239,24 +228,14 @@ def link(tokens: ReinTokens, head: nn.Module) -> None:
     head.transformer.queries_features = LinkedQueries(tokens, head.querys2feat)
 
 
-def uniform(shape: tuple[int, ...], bound: float, like: Tensor) -> nn.Parameter:
-    """A parameter of numbers between ``-bound`` and ``bound``, of a tensor's device and dtype."""
-    return nn.Parameter(like.new_empty(shape).uniform_(-bound, bound))
-
-
-def linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
-    """A layer with PyTorch's initialisation (also the published one), made as :func:`uniform`'s."""
-    return nn.Linear(inputs, outputs, device=like.device, dtype=like.dtype)
-
-
 @TUNING_REGISTRY.register()
-def rein(cfg: CfgNode) -> TuningMethod:
+def rein(cfg: CfgNode) -> Rein:
     """``TUNING.METHOD rein``: as many tokens as the head has queries."""
     return Rein(**token_options(cfg))
 
 
 def token_options(cfg: CfgNode) -> dict[str, int]:
-    """What cfg says of the tokens: the arguments of :class:`Rein`."""
+    """Reads the arguments of :class:`Rein` from cfg."""
     return {
         "num_tokens": cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES,
         "rank": cfg.TUNING.REIN.RANK,

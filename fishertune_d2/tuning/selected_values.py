@@ -1,10 +1,14 @@
-"""The values of all selected entries, behind one another in memory.
+"""The values of all selected entries, contiguous in memory, and the weights that they are part of.
 
-So what happens to every one of them is one operator, however many tensors they come from.
+One operator on the contiguous memory updates all values, however many tensors they come from.
 """
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
@@ -14,16 +18,16 @@ from fishertune_d2.fisher import entries_within
 class SelectedValues:
     """The values of the selected entries of a model's tensors of one dtype and device.
 
-    Values beyond the share that is selected are put back after each step of the optimizer, for
-    weight decay moves them, and they must be the tensor's when they join.
+    Values that are not selected yet are restored after each step of the optimizer: weight decay
+    moves them, and they must equal the tensor's numbers when they join.
 
     Args:
         flat: the values, tensor by tensor, each best first; (N,).
-        ranks: of each tensor its entries' ranks among all of the selection, ascending; (n,) int64.
+        ranks: for each tensor its entries' ranks in the whole selection, ascending; (n,) int64.
 
     Attributes:
-        tensors: for each tensor the dense one, ``original``, and its entries, ``[0]``, whose values
-            are a part of ``flat``.
+        tensors: for each tensor its parametrization, which holds the dense tensor and the
+            :class:`Entries`, whose values are a part of ``flat``.
         stepping: whether an optimizer that holds the values is in its step.
     """
 
@@ -33,48 +37,56 @@ class SelectedValues:
         self.tensors: list[ParametrizationList] = []
         self.stepping = False
         self._count = 0
-        # The ranks that tell which values count yet, and what the others are: those of the dense
-        # tensors when these had the versions. int32 halves the memory; no ViT has 2^31 entries.
+        # The ranks decide which values are selected yet; the start values are the dense tensors'
+        # numbers at these versions. int32 halves the memory; no ViT has 2^31 entries.
         self._rank: Tensor | None = torch.cat(ranks).to(flat.device, torch.int32)
         self._start: Tensor | None = None
         self._versions: list[int] = []
-        # A buffer for gradients, and the parts of it that are taken, by where they begin.
+        # A buffer for gradients, and the starts of its parts that are in use.
         self._gradients: Tensor | None = None
         self._taken: set[int] = set()
 
     def held_by(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer moves these values."""
-        own = {id(tensor[0].values) for tensor in self.tensors}
+        own = {id(entries.values) for entries, _ in self.pairs()}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
+    def pairs(self) -> Iterator[tuple["Entries", nn.Parameter]]:
+        """The entries and the dense tensor of each parametrization."""
+        for tensor in self.tensors:
+            yield cast(Entries, tensor[0]), cast(nn.Parameter, tensor.original)
+
     def extra_tensors(self) -> list[Tensor]:
-        """The ranks and the values to put back; none once all values count."""
+        """The ranks and the values to restore; none once all values are selected."""
         return [tensor for tensor in (self._rank, self._start) if tensor is not None]
 
     def grow(self, count: int) -> int:
-        """Lets the entries of a rank below ``count`` count; those that did before still do.
+        """Selects the entries of a rank below ``count``; selected entries stay selected.
+
+        Args:
+            count: number of selected entries in all tensors of the model.
 
         Returns:
-            How many entries of these tensors count.
+            The number of selected entries in these tensors.
         """
         if count > self._count:
-            if any(tensor[0].values._version != tensor[0].written for tensor in self.tensors):
+            if any(entries.values._version != entries.written for entries, _ in self.pairs()):
                 self.write()
             self._count = count
-            for tensor, ranks in zip(self.tensors, self.ranks, strict=True):
-                tensor[0].active = entries_within(ranks, count)
-        return sum(tensor[0].active for tensor in self.tensors)
+            for (entries, _), ranks in zip(self.pairs(), self.ranks, strict=True):
+                entries.active = entries_within(ranks, count)
+        return sum(entries.active for entries, _ in self.pairs())
 
     @torch.no_grad()
     def write(self) -> None:
-        """Writes the values that count into the dense tensors, and puts the others back."""
+        """Writes the selected values into the dense tensors, and restores the others."""
         self.stepping = False
         if self._rank is not None:
-            self._put_back()
-        for tensor in self.tensors:
-            entries, active = tensor[0], tensor[0].active
+            self._restore(self._rank)
+        for entries, original in self.pairs():
+            active = entries.active
             # Not through .data: a backward pass that still needs the old numbers must fail.
-            dense, values = tensor.original.view(-1), entries.values.data
+            dense, values = original.view(-1), entries.values.data
             if active:
                 dense.index_copy_(0, entries.index[:active], values[:active])
             entries.written = entries.values._version
@@ -82,10 +94,10 @@ class SelectedValues:
             self._versions = self._versions_now()
 
     def gradient_of(self, place: slice, like: Tensor) -> Tensor:
-        """Zeros for the gradient of one tensor's values, a part of a buffer that all share.
+        """Zeros for the gradient of one tensor's values, from a buffer that all tensors share.
 
         Args:
-            place: where these values lie in ``flat``.
+            place: the place of these values in ``flat``.
             like: gives the dtype and the device.
 
         Returns:
@@ -93,38 +105,111 @@ class SelectedValues:
         """
         buffer = self._gradients
         fits = buffer is not None and (buffer.dtype, buffer.device) == (like.dtype, like.device)
-        # A part that is taken may be a gradient by now. Such parts keep the old buffer.
-        if not fits or place.start in self._taken:
-            self._gradients, self._taken = like.new_zeros(self.flat.shape), set()
-        part = self._gradients[place]
+        # A part in use may be a gradient by now. Such parts keep the old buffer.
+        if buffer is None or not fits or place.start in self._taken:
+            buffer, self._taken = like.new_zeros(self.flat.shape), set()
         self._taken.add(place.start)
-        if len(self._taken) == len(self.tensors):
-            self._gradients = None
-        return part
+        self._gradients = None if len(self._taken) == len(self.tensors) else buffer
+        return buffer[place]
 
-    def _put_back(self) -> None:
-        """Gives values that do not count yet what their dense tensors hold."""
-        if all(tensor[0].active == len(tensor[0].values) for tensor in self.tensors):
+    def _restore(self, rank: Tensor) -> None:
+        """Sets values that are not selected yet to the numbers in their dense tensors."""
+        if all(entries.active == len(entries.values) for entries, _ in self.pairs()):
             self._rank = self._start = None
             return
-        self._join()
-        if (
-            self._start is None or self._versions_now() != self._versions
-        ):  # after a checkpoint was loaded
-            parts = [tensor.original.view(-1)[tensor[0].index] for tensor in self.tensors]
+        rank = self._make_contiguous(rank)
+        # The versions differ after a checkpoint was loaded.
+        if self._start is None or self._versions_now() != self._versions:
+            parts = [original.view(-1)[entries.index] for entries, original in self.pairs()]
             self._start = torch.cat(parts)
-        torch.where(self._rank < self._count, self.flat, self._start, out=self.flat)
+        torch.where(rank < self._count, self.flat, self._start, out=self.flat)
 
     def _versions_now(self) -> list[int]:
-        return [tensor.original._version for tensor in self.tensors]
+        return [original._version for _, original in self.pairs()]
 
-    def _join(self) -> None:
-        """Puts the values behind one another again, where a copy or a move has parted them."""
-        values = [tensor[0].values for tensor in self.tensors]
+    def _make_contiguous(self, rank: Tensor) -> Tensor:
+        """Makes the values contiguous again after a copy or a move; returns the ranks there."""
+        values = [entries.values for entries, _ in self.pairs()]
         storage = self.flat.untyped_storage()._cdata
-        if all(each.untyped_storage()._cdata == storage for each in values):
-            return
-        self.flat = torch.cat([each.data for each in values])
-        for each, part in zip(values, self.flat.split([len(v) for v in values]), strict=True):
-            each.data = part
-        self._rank, self._start = self._rank.to(self.flat.device), None
+        if any(each.untyped_storage()._cdata != storage for each in values):
+            self.flat = torch.cat([each.data for each in values])
+            for each, part in zip(values, self.flat.split([len(v) for v in values]), strict=True):
+                each.data = part
+            rank, self._start = rank.to(self.flat.device), None
+            self._rank = rank
+        return rank
+
+
+class Entries(nn.Module):
+    """Computes a weight from its frozen dense tensor and the values of its selected entries.
+
+    Args:
+        shared: all values of tensors of this dtype and device.
+        place: the place of these values in ``shared.flat``.
+        index: (n,), the places of the entries in the flattened dense tensor, best first; int64.
+
+    Attributes:
+        values: (n,), a part of ``shared.flat``.
+        active: the number of selected values, which come first.
+        written: the version of ``values`` that is in the dense tensor.
+    """
+
+    index: Tensor
+
+    def __init__(self, shared: SelectedValues, place: slice, index: Tensor):
+        super().__init__()
+        self.shared, self.place = shared, place
+        self.register_buffer("index", index, persistent=False)
+        self.values = nn.Parameter(shared.flat[place])
+        self.active = 0
+        self.written = self.values._version
+
+    def forward(self, dense: Tensor) -> Tensor:
+        """Returns the dense tensor; its gradient goes to the selected values."""
+        compiling = torch.compiler.is_compiling()
+        # An optimizer's step was followed by a write. Other changes of the values are written here.
+        if not compiling and self.values._version != self.written:
+            self.shared.write()
+        if not torch.is_grad_enabled():
+            return dense
+        index = self.index[: self.active]
+        if compiling:  # torch.compile cannot trace the shared buffer of gradients
+            return _SelectedGradient.apply(self.values, dense, index)
+        return _SharedGradient.apply(self.values, dense, index, self)
+
+
+class _SelectedGradient(torch.autograd.Function):
+    """The identity on a dense weight; the selected entries of its gradient go to their values."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, dense: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = len(values)
+        return dense.view_as(dense)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        selected = gradient.new_zeros(ctx.count)
+        selected[: len(index)] = gradient.reshape(-1).index_select(0, index)
+        return selected, None, None
+
+
+class _SharedGradient(torch.autograd.Function):
+    """The same with one operator, into a buffer of zeros that all tensors share."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, dense: Tensor, index: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.entries = entries
+        return dense.view_as(dense)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (index,) = ctx.saved_tensors
+        selected = ctx.entries.shared.gradient_of(ctx.entries.place, gradient)
+        if len(index):
+            torch.index_select(gradient.reshape(-1), 0, index, out=selected[: len(index)])
+        return selected, None, None, None

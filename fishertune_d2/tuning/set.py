@@ -1,15 +1,16 @@
-"""SET (Yi et al., ACM MM 2024; the paper's SDT): Rein's tokens, on spectra of the patches.
+"""SET (Yi et al., ACM MM 2024; the paper's SDT): Rein's tokens on the spectra of the patches.
 
-A patch's channels are transformed to frequencies. One set of tokens refines the phases, which carry
-content, another the amplitudes, which carry style; the latter's attention is normalised, so that
-style shifts it less. What comes out is transformed back and added, as Rein's change is. Names and
-layouts are those of the public code (``JingjunYi/SET``, commit b349b3f).
+A Fourier transform runs over a patch's channels. One set of tokens refines the phases, which carry
+content, another set the amplitudes, which carry style. The attention of the latter is normalised,
+so that style shifts it less. The inverse transform gives the change, which is added as in Rein.
+Names and layouts are those of the public code (``JingjunYi/SET``, commit b349b3f).
 
-Three things about that code. Its two-dimensional transform runs over images and channels, so that
-an image's result depends on the others of its batch, and its size on their number; here it runs
-over channels, which is the same for a batch of one. The way back reads the lower D / 2 + 1
-frequencies, so that the other outputs of the last layers count as parameters and do nothing. And
-it has 7,546,881 parameters on a ViT-L, as here; the 6.94 M of FisherTune's tables it does not give.
+Three remarks on that code. First, its two-dimensional transform runs over images and channels, so
+that an image's result depends on the other images of its batch, and its size on their number. Here
+it runs over channels alone, which is the same for a batch of one. Second, the inverse transform
+reads the lower D / 2 + 1 frequencies, so that the other outputs of the last layers count as
+parameters and have no effect. Third, it has 7,546,881 parameters on a ViT-L, as here, not the
+6.94 M of FisherTune's tables.
 
 Shapes: as in :mod:`.rein`.
 """
@@ -23,18 +24,18 @@ from torch.nn import functional as F
 
 from fishertune_d2.compat import without_autocast
 
-from .registry import TUNING_REGISTRY, TuningMethod
-from .rein import Rein, ReinTokens, attend, linear, token_options, uniform
+from .registry import TUNING_REGISTRY, linear, uniform
+from .rein import Rein, ReinTokens, attend, token_options
 
 
 class SpectralTokens(ReinTokens):
     """Rein's tokens for the phases, and a second set, of full rank, for the amplitudes.
 
-    The queries are made of the first.
+    The queries come from the first set.
 
     Args:
         patch_size: side of a patch in pixels.
-        options: the others of :class:`.ReinTokens`; ``num_tokens`` is the size of each set.
+        options: the other arguments of :class:`.ReinTokens`; each set has ``num_tokens``.
     """
 
     def __init__(self, *, patch_size: int, **options):
@@ -47,14 +48,14 @@ class SpectralTokens(ReinTokens):
         self.mlp_delta_f2 = linear(width, width, like)
 
     def change(self, patches: Tensor, block: int) -> Tensor:
-        """As Rein's, by way of phase and amplitude."""
+        """The change of the patches, computed on phase and amplitude."""
         with without_autocast(patches.device):  # a transform in half precision needs powers of two
             dtype = torch.promote_types(patches.dtype, torch.float32)
             phase, amplitude = decompose(patches.to(dtype))
             first, second = self.tokens(block), self.learnable_tokens2[block]
             scores = F.linear(phase, first)
             phase = attend(phase, scores, first, self.mlp_token2feat, self.mlp_delta_f)
-            # The published instance norm takes a patch as a channel: mean and variance are those of
+            # The published instance norm treats a patch as a channel: mean and variance run over
             # its scores with all tokens, without learned factors.
             scores = F.layer_norm(F.linear(amplitude, second), second.shape[:1])
             amplitude = attend(amplitude, scores, second, self.mlp_token2feat2, self.mlp_delta_f2)
@@ -62,7 +63,7 @@ class SpectralTokens(ReinTokens):
 
 
 class SpectralRein(Rein):
-    """Trains the spectral tokens; all else is Rein's."""
+    """Trains the spectral tokens, in ``backbone.set``; everything else is Rein's."""
 
     name = "set"
     module = SpectralTokens
@@ -77,10 +78,11 @@ def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compose(phase: Tensor, amplitude: Tensor) -> Tensor:
-    """The real signals of given spectra, times the square root of a half, as published."""
+    """The real signals of the spectra, times the square root of a half, as published."""
     width = phase.shape[-1]
     imaginary = amplitude * phase.sin()
-    # A real signal has none at frequencies 0 and D / 2. CPUs leave it out; cuFFT may not.
+    # The spectrum of a real signal is real at frequencies 0 and D / 2. CPUs ignore an imaginary
+    # part there; cuFFT may not.
     imaginary[..., 0] = 0
     if width % 2 == 0:
         imaginary[..., width // 2] = 0
@@ -89,11 +91,11 @@ def compose(phase: Tensor, amplitude: Tensor) -> Tensor:
 
 
 def _off_zero(x: Tensor, least: float = 1e-5) -> Tensor:
-    # Where the derivatives of root and angle have no bound.
+    # Near 0 the derivatives of root and angle have no bound.
     return torch.where(x.abs() < least, least, x)
 
 
 @TUNING_REGISTRY.register()
-def set(cfg: CfgNode) -> TuningMethod:
+def set(cfg: CfgNode) -> SpectralRein:
     """``TUNING.METHOD set``: as many tokens of each kind as the head has queries."""
     return SpectralRein(**token_options(cfg))

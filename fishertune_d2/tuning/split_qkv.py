@@ -1,10 +1,13 @@
-"""Queries, keys and values as three layers, where timm computes them with one.
+"""Splits timm's fused layers of queries, keys and values into three layers, and joins them again.
 
-Some methods treat the three differently, and peft chooses whole layers, by their names. While a
-model is split, its fused layer ``blocks.<i>.attn.qkv`` has in its place the layers ``q_proj``,
-``k_proj`` and ``v_proj`` below ``blocks.<i>.attn.qkv``, with rows of the same memory. Models that
-have the three apart (EVA-02 L and B) have them below ``blocks.<i>.attn``, by the same names.
+Some methods treat the three differently, and peft chooses whole layers by their names. In a split
+model the layers ``q_proj``, ``k_proj`` and ``v_proj`` below ``blocks.<i>.attn.qkv`` replace the
+fused layer. Their weights are rows of the same memory. Models with three separate layers (EVA-02 L
+and B) have them below ``blocks.<i>.attn``, with the same names.
 """
+
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +16,25 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class SplitQKV(nn.Module):
-    """What a fused layer computes, by three.
+    """Computes the output of a fused layer with three layers.
 
     Args:
-        attn: timm's attention module. Where its biases stand beside the fused layer (EVA-02 S and
-            Ti, without one for keys), they become the layers' own.
+        attn: timm's attention module. Separate biases beside the fused layer (EVA-02 S and Ti,
+            without one for keys) move into the layers.
     """
 
     def __init__(self, attn: nn.Module):
         super().__init__()
-        weights = attn.qkv.weight.chunk(3)
+        fused = attn.get_submodule("qkv")
+        weights = fused.get_parameter("weight").chunk(3)
         self.biases_apart = getattr(attn, "q_bias", None) is not None
-        biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+        biases: Sequence[Tensor | None] = (None, None, None)
         if self.biases_apart:
-            biases = attn.q_bias, None, attn.v_bias
-            attn.q_bias = attn.v_bias = None
+            biases = attn.get_parameter("q_bias"), None, attn.get_parameter("v_bias")
+            for name in ("q_bias", "v_bias"):
+                setattr(attn, name, None)
+        elif fused.bias is not None:
+            biases = fused.get_parameter("bias").chunk(3)
         for name, weight, bias in zip(PROJECTIONS, weights, biases, strict=True):
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
             layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -41,8 +48,8 @@ class SplitQKV(nn.Module):
 
     @torch.no_grad()
     def join(self, attn: nn.Module) -> None:
-        """Puts a fused layer, and its biases, back into ``attn``."""
-        q, k, v = (self.get_submodule(name) for name in PROJECTIONS)
+        """Replaces this layer in ``attn`` by a fused one with its biases."""
+        q, k, v = (cast(nn.Linear, self.get_submodule(name)) for name in PROJECTIONS)
         weight = torch.cat([q.weight, k.weight, v.weight])
         fused = nn.Linear(weight.shape[1], weight.shape[0], k.bias is not None, device="meta")
         fused.weight = nn.Parameter(weight)
@@ -55,13 +62,16 @@ class SplitQKV(nn.Module):
 
 def split_qkv(vit: nn.Module) -> None:
     """Splits every fused layer of a timm ViT; the state dict gets the names above."""
-    for block in vit.blocks:
-        if getattr(block.attn, "qkv", None) is not None:
-            block.attn.qkv = SplitQKV(block.attn)
+    for block in vit.get_submodule("blocks").children():
+        attn = block.get_submodule("attn")
+        if getattr(attn, "qkv", None) is not None:
+            attn.qkv = SplitQKV(attn)
 
 
 def join_qkv(vit: nn.Module) -> None:
-    """Undoes :func:`split_qkv`, with the weights as they are now."""
-    for block in vit.blocks:
-        if isinstance(getattr(block.attn, "qkv", None), SplitQKV):
-            block.attn.qkv.join(block.attn)
+    """Undoes :func:`split_qkv`; the weights keep their current values."""
+    for block in vit.get_submodule("blocks").children():
+        attn = block.get_submodule("attn")
+        layer = getattr(attn, "qkv", None)
+        if isinstance(layer, SplitQKV):
+            layer.join(attn)

@@ -1,21 +1,21 @@
-"""Visual query tuning (Tu et al., CVPR 2023), and a use of it in dense prediction, which is ours.
+"""Visual query tuning (Tu et al., CVPR 2023), with our extension to dense prediction.
 
-The published method gives each block query tokens of its own. They are asked with, but neither
-attended to nor passed on: attention takes its queries from them and from the image's tokens, its
-keys and values from the image's tokens alone. So the image's tokens stay what they are without,
-and what a block makes of its queries is a summary of that layer. A linear classifier then reads
-the summaries of all layers beside the final class token.
+The published method gives each block its own query tokens. They attend, but nothing attends to
+them, and the next block does not see them: attention takes its queries from them and from the
+image's tokens, and its keys and values from the image's tokens alone. So the image's tokens do not
+change, and a block's output for its queries is a summary of that layer. A linear classifier then
+reads the summaries of all layers beside the final class token.
 
-A decoder of places has no class token, and the authors define no use there. What comes closest: a
-linear layer on the concatenation of a place's features and a summary. It adds a projection of the
-summary to every place alike. So here, to each of the four maps that form the pyramid,
+A dense decoder has no class token; the paper does not cover this case. The closest equivalent is a
+linear layer on the concatenation of a place's features and a summary, which adds the same
+projection of the summary to every place. Therefore each of the four maps of the pyramid becomes
 
-    map + W mean(what the blocks from the tapped one before up to this one made of their queries)
+    map + W mean(query outputs of the blocks after the previous tapped one, up to this one)
 
 with one W for all maps, without bias, and 0 at first. The mean over the tokens of a block is an
-option of the authors; the mean over blocks, W, and where it enters are ours. So is the number of
-queries: the paper's 3.01 M fit no number of queries alone (122 make 3.00 M, 123 make 3.02 M); 80
-queries and W make 3.01 M on a ViT-L.
+option of the authors. The mean over blocks, W and its place are ours. So is the number of queries:
+no number of queries alone makes the paper's 3.01 M (122 make 3.00 M, 123 make 3.02 M); 80 queries
+and W make 3.01 M on a ViT-L.
 
 Shapes: B images, N tokens (prefix tokens, then patches), n queries, D channels.
 """
@@ -26,23 +26,22 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from .registry import TUNING_REGISTRY, TuningMethod
+from fishertune_d2.modeling.vfm import VFMBackbone
+
+from .registry import TUNING_REGISTRY, AddingMethod
 from .vpt import Prompts
 
 
 class Queries(Prompts):
-    """Prompts that only ask; what they gather is added to the backbone's maps.
+    """Prompts that attend but are not attended to; their outputs are added to the backbone's maps.
 
     Args:
         backbone: a ``VFMBackbone``; it and its blocks get hooks.
         num_tokens: n.
-        dropout: of the queries' numbers (the authors': 0.1).
-
-    Raises:
-        ValueError: if ``num_tokens`` is below 1, or the blocks see windows, not one sequence.
+        dropout: dropout of the queries (the authors': 0.1).
     """
 
-    def __init__(self, backbone: nn.Module, num_tokens: int, dropout: float = 0.1):
+    def __init__(self, backbone: VFMBackbone, num_tokens: int, dropout: float = 0.1):
         super().__init__(backbone, num_tokens, dropout, "vqt")
         self.taps = backbone.taps
         weight = self.prompts[0].new_zeros(backbone.vit.embed_dim, backbone.vit.embed_dim)
@@ -53,25 +52,25 @@ class Queries(Prompts):
     def insert(
         self, layer: int, block: nn.Module, args: tuple, kwargs: Mapping
     ) -> tuple[tuple, Mapping]:
-        """Puts a block's queries into its input, and hides them from attention's keys."""
+        """Puts a block's queries into its input, and masks them among attention's keys."""
         args, kwargs = super().insert(layer, block, args, kwargs)
         x = args[0]
-        # Masking a key is leaving it out, for softmax gives it exactly 0.
+        # A masked key is left out: softmax gives it exactly 0.
         attended = torch.ones(1, 1, 1, x.shape[1], dtype=torch.bool, device=x.device)
         attended[..., self.start : self.start + self.num_tokens] = False
         return args, {**kwargs, "attn_mask": attended}
 
     def remove(self, layer: int, block: nn.Module, args: tuple, x: Tensor) -> Tensor:
-        """Takes the queries out of a block's output, and keeps their mean, (B, D)."""
+        """Removes the queries from a block's output, and keeps their mean, (B, D)."""
         self._summaries[layer] = x[:, self.start : self.start + self.num_tokens].mean(dim=1)
-        # No trained number has reached the image's tokens, which autograd cannot know: without
-        # this it would go back through all blocks for gradients of 0.
+        # No trained number reaches the image's tokens, but autograd does not know: without detach
+        # it would go back through all blocks for gradients of 0.
         return super().remove(layer, block, args, x).detach()
 
     def add(
         self, backbone: nn.Module, args: tuple, maps: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The pyramid, (B, D, h, w) each, with the summaries added."""
+        """Adds the summaries to the pyramid's maps, (B, D, h, w) each."""
         enriched, first = {}, 0
         for (name, features), tap in zip(maps.items(), self.taps, strict=True):
             layers = range(first, tap + 1)
@@ -81,40 +80,27 @@ class Queries(Prompts):
         return enriched
 
 
-class VQT(TuningMethod):
-    """Trains queries in every block, and the layer that reads what they gather.
+class VQT(AddingMethod):
+    """Trains queries in every block and the layer that reads their outputs, in ``backbone.vqt``.
 
     Args:
         num_tokens: queries in each block.
     """
 
     options = ("VQT",)
-    adds = True
+    name = "vqt"
+    undecayed = ("prompts",)
+    no_merge = "queries are tokens, and no weight of the backbone can replace a token"
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
 
-    def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
-        """Adds queries and the linear layer, as ``backbone.vqt``."""
-        backbone.vqt = Queries(backbone, self.num_tokens)
-
-    def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
-        """The queries and the linear layer's weight."""
-        return {f"vqt.{name}": p for name, p in backbone.vqt.named_parameters()}
-
-    def merge(self, backbone: nn.Module) -> None:
-        """Cannot be done.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "TUNING.METHOD vqt cannot be merged: queries are tokens, which no weight of the "
-            "backbone can stand for. Export the run's checkpoint"
-        )
+    def build_module(self, backbone: VFMBackbone, head: nn.Module | None) -> Queries:
+        """Builds the queries and the linear layer."""
+        return Queries(backbone, self.num_tokens)
 
 
 @TUNING_REGISTRY.register()
-def vqt(cfg: CfgNode) -> TuningMethod:
+def vqt(cfg: CfgNode) -> VQT:
     """``TUNING.METHOD vqt``."""
     return VQT(cfg.TUNING.VQT.NUM_TOKENS)

@@ -27,25 +27,46 @@ def _model() -> nn.Module:
     return model
 
 
-def test_rates_and_decays_of_each_part():
-    model = _model()
-    for name in ("learnable_tokens_a", "prompts", "scale", "ia3_l", "lora_A"):  # those added
-        model.backbone.add_module(f"of_{name}", added := nn.Module())
-        added.register_parameter(name, nn.Parameter(torch.ones(2)))
-    optimizer = build_optimizer(_cfg(), model)
+def _rates_and_decays(cfg, model: nn.Module) -> dict[str, tuple[float, float]]:
     names = {p: name for name, p in model.named_parameters()}
-    found = {
+    return {
         names[p]: (group["lr"], group["weight_decay"])
-        for group in optimizer.param_groups
+        for group in build_optimizer(cfg, model).param_groups
         for p in group["params"]
     }
-    assert found == {
+
+
+@pytest.mark.parametrize(
+    ("method", "added"),
+    [
+        ("rein", {"rein.learnable_tokens_a": 0.0, "rein.scale": 0.0, "rein.merge": 0.05}),
+        ("set", {"set.learnable_tokens2": 0.0, "set.scale": 0.0, "set.transform": 0.05}),
+        ("vpt", {"vpt.prompts.0": 0.0}),
+        ("vqt", {"vqt.prompts.0": 0.0, "vqt.weight": 0.05}),
+        ("adaptformer", {"adaptformer.down.0": 0.05}),
+        ("lora", {"q_proj.lora_A.default": 0.05}),
+        ("peft", {"fc2.ia3_l.default": 0.0, "q_proj.lora_magnitude_vector.default": 0.0}),
+        ("fishertune", {"prompts": 0.05}),  # of no method that adds them
+    ],
+)
+def test_added_parameters_decay_as_their_method_says(method, added):
+    cfg, model = _cfg(), _model()
+    cfg.TUNING.METHOD = method
+    for name in added:
+        *path, last = name.split(".")
+        owner = model.backbone
+        for part in path:
+            owner.add_module(part, owner := getattr(owner, part, nn.Module()))
+        owner.register_parameter(last, nn.Parameter(torch.ones(2)))
+    found = _rates_and_decays(cfg, model)
+    assert {name: found[f"backbone.{name}"] for name in added} == {
+        name: (0.05, decay) for name, decay in added.items()
+    }
+
+
+def test_rates_and_decays_of_each_part():
+    assert _rates_and_decays(_cfg(), _model()) == {
         "backbone.weight": (0.05, 0.05),
-        "backbone.of_learnable_tokens_a.learnable_tokens_a": (0.05, 0.0),
-        "backbone.of_prompts.prompts": (0.05, 0.0),
-        "backbone.of_scale.scale": (0.05, 0.0),
-        "backbone.of_ia3_l.ia3_l": (0.05, 0.0),
-        "backbone.of_lora_A.lora_A": (0.05, 0.05),
         "head.linear.weight": (0.1, 0.05),
         "head.linear.bias": (0.1, 0.05),
         "head.norm.weight": (0.1, 0.0),
@@ -58,19 +79,11 @@ def test_rates_and_decays_of_each_part():
 def test_biases_have_their_own_rate_and_decay():
     model = _model()
     model.backbone.bias.requires_grad_(True)
-    names = {p: name for name, p in model.named_parameters()}
-
-    def found(**solver) -> dict[str, tuple[float, float]]:
-        return {
-            names[p]: (group["lr"], group["weight_decay"])
-            for group in build_optimizer(_cfg(**solver), model).param_groups
-            for p in group["params"]
-        }
-
-    before, after = found(), found(BIAS_LR_FACTOR=2.0, WEIGHT_DECAY_BIAS=0.01)
+    before = _rates_and_decays(_cfg(), model)
+    after = _rates_and_decays(_cfg(BIAS_LR_FACTOR=2.0, WEIGHT_DECAY_BIAS=0.01), model)
     biases = {"backbone.bias": 0.1, "head.linear.bias": 0.2, "head.norm.bias": 0.2}
     assert after == before | {name: (rate, 0.01) for name, rate in biases.items()}
-    assert found(BIAS_LR_FACTOR=1.0) == before
+    assert _rates_and_decays(_cfg(BIAS_LR_FACTOR=1.0), model) == before
 
 
 def test_sgd_takes_nesterovs_momentum():
