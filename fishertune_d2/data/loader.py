@@ -61,6 +61,7 @@ class _SeededItems(Dataset[dict[str, Any]]):
 
     def __init__(self, dicts: Sequence[dict[str, Any]], mapper: Mapper, seed: int):
         self.items = _MappedItems(dicts, mapper)
+        self.dicts = self.items.dicts  # whose file names go into a run's record
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
