@@ -154,6 +154,9 @@ def _make(request: Request, entry: Entry, vfm: str, seed: int, rate: float | Non
     options += [*entry.options, *request.options]
     cfg = read_config(get_config_file(config), options)
     method = build_tuning_method(cfg)
+    if not method.takes_warmup and "TUNING.WARMUP_ITERS" not in options:
+        options += ["TUNING.WARMUP_ITERS", "0"]
+        cfg = read_config(get_config_file(config), options)
     multiplier = rate
     if rate is None and RATE not in options and not own and getattr(method, "adds", False):
         multiplier = 1.0  # added parameters learn as fast as the head, as in their papers

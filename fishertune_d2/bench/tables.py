@@ -115,13 +115,8 @@ def _group(name: str) -> Entry:
     return Entry(name, "group", "fishertune", "random", options)
 
 
-# Their authors use no warm-up either: it would train queries that the tokens then replace.
-_WITHOUT_WARMUP = {name: ("TUNING.WARMUP_ITERS", "0") for name in ("rein", "set")}
-
-
 def _with_perturbation(method: str) -> Entry:
-    options = (*_WITHOUT_WARMUP.get(method, ()), "TUNING.FEATURE_PERTURBATION", "True")
-    return _variant(f"{method}_fp", method, *options)
+    return _variant(f"{method}_fp", method, "TUNING.FEATURE_PERTURBATION", "True")
 
 
 ENTRIES: dict[str, Entry] = {
@@ -130,7 +125,6 @@ ENTRIES: dict[str, Entry] = {
         *(_selected(name) for name in ("fisher", "delta_fisher")),
         *(_selected(name) for name in ("random", "random_q", "random_k", "random_v")),
         _selected("childtune"),
-        *(_variant(name, name, *options) for name, options in _WITHOUT_WARMUP.items()),
         *(_peft(name) for name in ("dora", "vera", "ia3")),
         *map(_group, _GROUPS),
         _variant("share_2.5", "fishertune", *_SHARE_OF_GROUP),

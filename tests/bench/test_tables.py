@@ -1,6 +1,7 @@
 """Every table can be planned in every profile, from the configs as they are."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,16 @@ def test_which_entries_share_an_estimate(tmp_path):
     assert of[FREEZE] is of["full"] is of["random_q"] is None
     assert len({cell.shared[WARMUP] for cell in cells.values()}) == 1
     assert cells[FREEZE].makes == {WARMUP} and cells["fishertune"].makes == {ESTIMATE}
+
+
+@pytest.mark.parametrize("profile", ["camvid", "paper"])
+def test_methods_without_a_warmup_train_without_unless_it_is_asked_for(profile, tmp_path):
+    names = ["rein", "set", "rein_fp", "vpt"]
+    plan = partial(_plan, tmp_path, names, table="table1", profile=profile)
+    warmups = {cell.entry.name: cell.recipe["TUNING.WARMUP_ITERS"] for cell in plan()}
+    assert warmups.pop("vpt") > 0 and warmups == dict.fromkeys(names[:3], 0)
+    asked = plan(options=("TUNING.WARMUP_ITERS", "7"))
+    assert {cell.recipe["TUNING.WARMUP_ITERS"] for cell in asked} == {7}
 
 
 def test_nothing_is_shared_between_seeds_and_models_or_without_a_warm_up(tmp_path):
