@@ -14,6 +14,7 @@ from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils.file_io import PathManager
 
 from .config_slips import ConfigError, check_file, check_options, nearest
+from .renamed_configs import current_config
 
 # The configs that come with the package: inside of it in a wheel, else at the top of the checkout.
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -61,7 +62,7 @@ def get_config_file(name: str) -> str:
     Raises:
         FileNotFoundError: if there is none; it names the folder of the configs.
     """
-    path = CONFIGS / name
+    path = CONFIGS / current_config(name)[0]
     if not path.is_file():
         raise FileNotFoundError(f"no config {name!r} comes with FisherTune: they lie in {CONFIGS}")
     return str(path)
@@ -111,6 +112,7 @@ def read_config(file: str, options: Sequence[str] = ()) -> CN:
             wrong; it names the nearest keys.
     """
     cfg = default_config()
+    file, former = current_config(file)
     path = find_config(file)
     check_file(path, cfg)
     check_options(options, cfg)
@@ -119,7 +121,7 @@ def read_config(file: str, options: Sequence[str] = ()) -> CN:
         cfg.merge_from_file(path, allow_unsafe=False)
     except (AssertionError, KeyError) as error:  # of an older VERSION, or of sections in _BASE_
         raise ConfigError(f"{path}: {error.args[0] if error.args else error}") from error
-    cfg.merge_from_list(list(options))
+    cfg.merge_from_list([*former, *options])
     cfg.freeze()
     return cfg
 

@@ -44,6 +44,7 @@ from fishertune_d2.engine.start_check import (
     require_scorable,
 )
 from fishertune_d2.engine.trained_model import build_trained, find_weights
+from fishertune_d2.renamed_configs import current_config
 from fishertune_d2.unread_keys import warn_of_unread_keys
 
 
@@ -119,7 +120,8 @@ def run() -> None:
     if not args.config_file:
         parser.error("--config-file is needed, for example --config-file configs/demo.yaml")
     with ending_in_a_sentence():
-        args.config_file = find_config(args.config_file)
+        name, former = current_config(args.config_file)
+        args.config_file, args.opts = find_config(name), [*former, *args.opts]
         cfg = read_config(args.config_file, args.opts)
         _check_start(cfg, args)
         try:

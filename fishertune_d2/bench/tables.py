@@ -157,7 +157,7 @@ def entry_names() -> list[str]:
     return list(dict.fromkeys(methods + variants))
 
 
-_GTAV, _CITYSCAPES = "", "cityscapes_to_bdd100k/"
+_GTAV, _CITYSCAPES = "", "cityscapes/"
 _L = ("dinov2_vitl", "eva02_vitl")
 _CBM = ("cityscapes_val", "bdd100k_val", "mapillary_val")
 
@@ -170,8 +170,8 @@ class Table:
         title: The title.
         entries: Names for ``find_entry``.
         vfms: The foundation models in the profile ``paper``.
-        source: The folder of configs in the profile ``paper``, which fixes the training data. All
-            configs/cityscapes_to_*/ train the same model, so the tables share those of one.
+        source: The folder of configs in the profile ``paper``, which fixes the training data;
+            tables of one folder share its models.
         test: The test sets in the profile ``paper``, with the source's own.
         search: Whether the learning rate of each entry is chosen first, if the profile has dev
             sets; False uses those of the configs.

@@ -37,7 +37,7 @@ def test_headers_are_true(short, method):
     assert (cfg.MODEL.VFM.NAME, cfg.TUNING.METHOD) == (NAMES[short], method)
     assert cfg.OUTPUT_DIR == f"outputs/{method}_{short}"
     assert f"#   python train_net.py --config-file configs/{file} [--num-gpus N]\n" in text
-    assert "# Expected result: not measured here yet." in text
+    assert "# Expected result: neither time nor score is measured here yet." in text
 
     row = VFMS[NAMES[short]]
     if method == "fishertune":
