@@ -1,13 +1,14 @@
 """The canvas of the built-in scenes: a pinhole camera, and polygons painted far to near.
 
-Everything is painted twice as large as wanted. The colour is then averaged over 2 x 2 pixels, the
-label is taken from one of them: edges are smooth in the picture and crisp in the label. Beside the
-colour, the canvas keeps the number of the surface at every pixel, and for every surface its class
-and its plane. The inverse depth of a plane is affine in the pixel coordinates, so that label, depth
-and world position of every pixel follow from that one number.
+Everything is painted at twice the size of the picture. The colour is then averaged over 2 x 2
+pixels and the label is taken from one of them, so that edges are smooth in the picture and crisp in
+the label. The canvas also keeps the number of the surface at every pixel, and the class and plane
+of every surface. The inverse depth of a plane is affine in the pixel coordinates, so the number
+gives the label, depth and world position of every pixel.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -24,12 +25,15 @@ from fishertune_d2.streets.world import (
     Colour,
 )
 
-NEAR = 0.4  # metres; what is closer to the camera is cut off
+NEAR = 0.4  # metres; anything closer to the camera is cut off
 SCALE = 2  # supersampling
-SUBPIXEL_BITS = 4  # of the coordinates that OpenCV is given
-# How much of a surface that faces up is covered when snow lies, per class; others: 0.85.
+SUBPIXEL_BITS = 4  # of the coordinates passed to OpenCV
+# Share of a surface facing up that snow covers when it lies, per class; others: 0.85.
 SNOW_COVER = {ROAD: 0.72, SIDEWALK: 0.9, TERRAIN: 0.97, VEGETATION: 0.8}
 SNOW: Colour = (228, 232, 240)
+
+Cutout = tuple[np.ndarray, np.ndarray, int]
+"""A shape (N, 3) in world coordinates, its colour (3,), and its train id."""
 
 
 @dataclass
@@ -37,12 +41,12 @@ class Painting:
     """A painted scene.
 
     Attributes:
-        colour: (H, W, 3) float32, 0..255, as under the look's light, without weather.
-        glow: (H, W, 3) float32, 0..255, what shines by itself; zeros where lamps are off.
+        colour: (H, W, 3) float32, 0..255, under the look's light, without weather.
+        glow: (H, W, 3) float32, 0..255, light that things emit; zeros where lamps are off.
         label: (H, W) uint8 train ids, 255 for the hood.
         depth: (H, W) float32, metres along the optical axis; infinite in the sky.
         world: (H, W, 3) float32, the world point at each pixel (far away in the sky).
-        up: (H, W) bool, the surface faces up.
+        up: (H, W) bool, whether the surface faces up.
     """
 
     colour: np.ndarray
@@ -57,8 +61,8 @@ class Projection:
     """The pinhole camera at a picture size; pixel centres have integer coordinates.
 
     Args:
-        camera: position, direction and opening angle.
-        size: width and height of the picture in pixels.
+        camera: Position, direction and opening angle.
+        size: Width and height of the picture in pixels.
     """
 
     def __init__(self, camera: Camera, size: tuple[int, int]) -> None:
@@ -73,28 +77,28 @@ class Projection:
 
     @property
     def horizon(self) -> float:
-        """The row on which a flat ground vanishes."""
+        """The pixel row at which a flat ground vanishes."""
         down, forward = self.axes[1], self.axes[2]
         level = np.array([forward[0], 0, forward[2]])
         return self.centre[1] + self.focal * float(down @ level / (forward @ level))
 
     def to_camera(self, points: np.ndarray) -> np.ndarray:
-        """World points (..., 3) as (right, down, forward) from the camera, in metres."""
+        """Converts world points (..., 3) to (right, down, forward) from the camera, in metres."""
         return (points - self.position) @ self.axes.T
 
     def to_pixels(self, seen: np.ndarray) -> np.ndarray:
-        """Camera points (..., 3) with positive depth as pixel coordinates (..., 2), x then y."""
+        """Converts camera points (..., 3) with positive depth to pixels (..., 2), x then y."""
         return seen[..., :2] * (self.focal / seen[..., 2:]) + self.centre
 
     def rays(self) -> tuple[np.ndarray, np.ndarray]:
-        """(1, W) and (H, 1) float32: right and down per unit of depth for columns and rows."""
+        """Returns (1, W) and (H, 1) float32: right and down per unit of depth of each pixel."""
         x = (np.arange(self.size[0], dtype=np.float32) - self.centre[0]) / self.focal
         y = (np.arange(self.size[1], dtype=np.float32) - self.centre[1]) / self.focal
         return x[None, :].astype(np.float32), y[:, None].astype(np.float32)
 
 
 def clip_near(seen: np.ndarray) -> np.ndarray:
-    """The part of a polygon (N, 3) in camera coordinates that lies beyond the near plane."""
+    """Cuts a polygon (N, 3) in camera coordinates at the near plane; returns the far part."""
     kept = []
     for here, after in zip(seen, np.roll(seen, -1, axis=0), strict=True):
         inside, next_inside = here[2] >= NEAR, after[2] >= NEAR
@@ -106,16 +110,16 @@ def clip_near(seen: np.ndarray) -> np.ndarray:
 
 
 class Canvas:
-    """What models paint on: surfaces, which are labelled, and details on them, which are not.
+    """Models paint on it: surfaces, which are labelled, and details on them, which are not.
 
     Args:
-        projection: of the wanted picture.
+        projection: Projection of the picture.
         background: (H, W, 3) uint8, the sky.
-        sun: unit vector towards a sun that shines, or None.
-        lamps: keep a second picture of what glows.
-        snow: snow lies on what faces up.
-        mirrored: paint the scene as the ground would mirror it (each point below the ground as
-            far as it is above), for wet roads.
+        sun: Unit vector towards a sun that shines, or None.
+        lamps: Whether a second picture keeps the emitted light.
+        snow: Whether snow lies on surfaces that face up.
+        mirrored: Whether the scene is painted as the ground would mirror it (each point as far
+            below the ground as it is above), for wet roads.
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class Canvas:
         self.colour = cv2.resize(background, (width * SCALE, height * SCALE))
         self.ids = np.zeros(self.colour.shape[:2], np.int32)
         self.glow = np.zeros_like(self.colour) if lamps else None
+        # Of each surface, by its number; the first is the sky.
         self.classes, self.planes, self.faces_up = [SKY], [(0.0, 0.0, 1e-4)], [False]
 
     def may_show(self, foot: np.ndarray, reach: float) -> bool:
@@ -142,7 +147,7 @@ class Canvas:
         return z + reach > NEAR and abs(x) < half_width * (z + reach) + reach
 
     def shade(self, normal: tuple[float, float, float] | None) -> np.ndarray:
-        """The light (3,) on a surface with this world normal (None: round or facing anywhere)."""
+        """Returns the light (3,) on a surface with this world normal (None: a round surface)."""
         if normal is None:
             normal, soften = (0.0, 0.3, -0.4), 0.5
         else:
@@ -162,15 +167,15 @@ class Canvas:
         convex: bool = True,
         glow: Colour | None = None,
     ) -> np.ndarray | None:
-        """Paint a flat polygon.
+        """Paints a flat polygon.
 
         Args:
             points: (N, 3) world coordinates in order around the polygon.
-            colour: under white light; None leaves the picture as it is (a see-through fence).
-            label: train id.
-            normal: unit normal in the world. The polygon is left out if it looks away.
-            convex: False costs a little more.
-            glow: what it emits when lamps are on.
+            colour: Colour under white light; None leaves the picture as it is (a railing).
+            label: Train id.
+            normal: Unit normal in the world; a polygon that looks away is left out.
+            convex: Whether the polygon is convex; False costs a little more.
+            glow: Emitted light when lamps are on.
 
         Returns:
             The light (3,) that fell on it, for its details, or None if it is not in view.
@@ -187,13 +192,14 @@ class Canvas:
         if self._outside(pixels):
             return None
         shade = self.shade(normal)
-        fill = cv2.fillConvexPoly if convex else _fill
+        fill: Callable[..., object] = cv2.fillConvexPoly if convex else _fill
         up = normal is not None and normal[1] > 0.3
         if colour is not None:
+            albedo = np.array(colour)
             if up and self.snow and label != VOID:
                 cover = SNOW_COVER.get(label, 0.85)
-                colour = np.array(colour) * (1 - cover) + np.array(SNOW) * cover
-            lit = np.minimum(np.asarray(colour) * shade, 255).tolist()
+                albedo = albedo * (1 - cover) + np.array(SNOW) * cover
+            lit = np.minimum(albedo * shade, 255).tolist()
             fill(self.colour, pixels, lit, shift=SUBPIXEL_BITS)
         if self.glow is not None:
             fill(self.glow, pixels, glow or (0, 0, 0), shift=SUBPIXEL_BITS)
@@ -210,13 +216,14 @@ class Canvas:
         shade: np.ndarray,
         glow: np.ndarray | None = None,
     ) -> None:
-        """Paint convex polygons on the surface painted last; its label and depth hold for them.
+        """Paints convex polygons on the last surface, whose label and depth they get.
 
         Args:
-            polygons: (M, N, 3) world coordinates; those that reach behind the camera are left out.
+            polygons: (M, N, 3) world coordinates; polygons that reach behind the camera are left
+                out.
             colours: (M, 3) or (3,) under white light.
-            shade: the light (3,) on them.
-            glow: (M, 3) or (3,) emitted when lamps are on; None: nothing.
+            shade: The light (3,) on them.
+            glow: (M, 3) or (3,), emitted light when lamps are on; None emits nothing.
         """
         polygons = np.asarray(polygons, dtype=np.float64)
         seen = self._see(polygons)
@@ -233,13 +240,8 @@ class Canvas:
             for polygon, colour in zip(pixels, shine, strict=True):
                 cv2.fillConvexPoly(self.glow, polygon, colour, shift=SUBPIXEL_BITS)
 
-    def cutouts(self, parts: list[tuple[np.ndarray, Colour, int]]) -> None:
-        """Paint many flat shapes that face the camera, each at one depth: leaves, limbs, wheels.
-
-        Args:
-            parts: shape (N, 3) in world coordinates, colour, train id; painted in this order.
-                Those that reach behind the camera are left out.
-        """
+    def cutouts(self, parts: Sequence[Cutout]) -> None:
+        """Paints flat shapes that face the camera, each at one depth, in order: leaves, limbs."""
         if not parts:
             return
         seen = self._see(np.concatenate([points for points, _, _ in parts]))
@@ -251,7 +253,7 @@ class Canvas:
         shade = self.shade(None)
         lit = np.clip(np.array([colour for _, colour, _ in parts]) * shade, 0, 255).tolist()
         for index, (_, _, label) in enumerate(parts):
-            if not ahead[index]:
+            if not ahead[index]:  # it reaches behind the camera
                 continue
             outline = [pixels[starts[index] : starts[index + 1]]]
             cv2.fillPoly(self.colour, outline, lit[index], shift=SUBPIXEL_BITS)
@@ -263,8 +265,7 @@ class Canvas:
             self.faces_up.append(False)
 
     def haze(self, points: np.ndarray, colour: Colour, label: int, share: float) -> None:
-        """A surface (N, 3), not convex, of which only a share covers what is behind (twigs)."""
-        behind = self.colour
+        """Paints a surface (N, 3), maybe not convex, that covers only a share of its background."""
         seen = self._see(np.asarray(points, dtype=np.float64))
         if seen[:, 2].min() < NEAR:
             return
@@ -278,7 +279,7 @@ class Canvas:
         cv2.addWeighted(region, share, behind, 1 - share, 0, dst=region)
 
     def darken_ground(self, polygons: list[np.ndarray], share: float) -> None:
-        """Leave only a share of the light inside convex ground polygons (N, 3): shadows."""
+        """Leaves only a share of the light inside convex ground polygons (N, 3): shadows."""
         mask = np.zeros(self.ids.shape, np.uint8)
         for points in polygons:
             seen = self._see(points)
@@ -289,13 +290,12 @@ class Canvas:
                 cv2.fillConvexPoly(mask, hull, 255, shift=SUBPIXEL_BITS)
         top = max(int(self.projection.horizon * SCALE), 0)
         if top < len(mask) and mask[top:].any():
-            light = 255 - cv2.blur(mask[top:], (5, 5)) * (1 - share)
+            light = np.uint8(255 - cv2.blur(mask[top:], (5, 5)) * (1 - share))
             ground = self.colour[top:]
-            light = cv2.merge([light.astype(np.uint8)] * 3)
-            cv2.multiply(ground, light, dst=ground, scale=1 / 255)
+            cv2.multiply(ground, cv2.merge([light] * 3), dst=ground, scale=1 / 255)
 
     def finish(self) -> Painting:
-        """Scale down; look up label, depth and world position."""
+        """Scales the picture down, and looks up label, depth and world position."""
         width, height = self.projection.size
         colour = cv2.resize(self.colour, (width, height), interpolation=cv2.INTER_AREA)
         colour = colour.astype(np.float32)
@@ -326,7 +326,7 @@ class Canvas:
         return self.projection.to_camera(points * (1, -1, 1) if self.mirrored else points)
 
     def _pixels(self, seen: np.ndarray) -> np.ndarray:
-        """Camera points as OpenCV's fixed-point coordinates on the enlarged canvas."""
+        """Converts camera points to OpenCV's fixed-point coordinates on the enlarged canvas."""
         enlarged = self.projection.to_pixels(seen) * SCALE + (SCALE - 1) / 2
         return np.rint(np.clip(enlarged, -3e4, 3e4) * (1 << SUBPIXEL_BITS)).astype(np.int32)
 
@@ -341,11 +341,9 @@ def _fill(picture: np.ndarray, pixels: np.ndarray, colour: Colour, shift: int) -
 
 
 def _inverse_depth(seen: np.ndarray) -> tuple[float, float, float]:
-    """The plane n . P = d of a polygon (N, 3) as n / d: 1 / depth = (n / d) . (x, y, 1).
-
-    Newell's normal, which any order of vertices and any vertex on a line leaves well defined. A
-    polygon seen edge-on gets the mean depth instead.
-    """
+    """Returns n / d of a polygon's plane n . P = d, so that 1 / depth = (n / d) . (x, y, 1)."""
+    # n is Newell's normal, which is well defined for any order of vertices, even with vertices on a
+    # line. A polygon seen edge-on gets its mean depth instead.
     nx = ny = nz = cx = cy = cz = 0.0
     corners = seen.tolist()  # plain floats: faster than arrays for a handful of corners
     ax, ay, az = corners[-1]

@@ -1,35 +1,22 @@
-"""How houses are built: walls of a material, fronts with windows, shops, roofs and chimneys."""
+"""Paints houses: walls of a material, fronts with windows, shops, roofs and chimneys."""
 
 import math
 
 import numpy as np
 
 from fishertune_d2.streets.canvas import Canvas
-from fishertune_d2.streets.world import BUILDING, Colour, Thing
+from fishertune_d2.streets.world import BUILDING, Colour, Thing, as_colour
 
 WARM, COLD = (255, 206, 132), (226, 236, 255)  # light of lamps and rooms
-MATERIALS = np.array(
-    [
-        [150, 82, 64],
-        [128, 70, 58],
-        [172, 142, 98],
-        [188, 160, 116],
-        [206, 200, 186],
-        [224, 218, 204],
-        [158, 150, 140],
-        [120, 116, 112],
-        [196, 176, 140],
-        [182, 150, 136],
-        [140, 132, 120],
-        [214, 190, 150],
-        [92, 84, 80],
-    ],
-    float,
-)  # bricks, stones, renders and concretes
+MATERIALS = np.array([  # bricks, stones, renders and concretes
+    [150, 82, 64], [128, 70, 58], [172, 142, 98], [188, 160, 116], [206, 200, 186], [224, 218, 204],
+    [158, 150, 140], [120, 116, 112], [196, 176, 140], [182, 150, 136], [140, 132, 120],
+    [214, 190, 150], [92, 84, 80],
+], float)  # fmt: skip
 
 
 def rectangles(plane: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Upright rectangles on a plane.
+    """Returns upright rectangles on a plane.
 
     Args:
         plane: (3, 3) origin, and unit vectors along and up, in world coordinates.
@@ -41,47 +28,28 @@ def rectangles(plane: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     origin, along, up = plane
     a0, u0 = boxes[:, 0], boxes[:, 1]
     a1, u1 = a0 + boxes[:, 2], u0 + boxes[:, 3]
-    corners = np.stack(
-        [
-            np.stack([a0, u0], 1),
-            np.stack([a1, u0], 1),
-            np.stack([a1, u1], 1),
-            np.stack([a0, u1], 1),
-        ],
-        axis=1,
-    )
+    corners = np.stack([np.stack([a0, a1, a1, a0], 1), np.stack([u0, u0, u1, u1], 1)], axis=-1)
     return origin + corners[..., :1] * along + corners[..., 1:] * up
 
 
 def facing(thing: Thing, along: float, across: float) -> tuple[float, float, float]:
-    """A horizontal direction of a thing's frame as a world vector."""
+    """Converts a horizontal direction in a thing's frame to a world vector."""
     sin, cos = math.sin(thing.heading), math.cos(thing.heading)
     return (along * sin + across * cos, 0.0, along * cos - across * sin)
 
 
 def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A house from its front-near corner: gable ends, front with windows, roof, chimney."""
+    """Paints a house from its front-near corner: gable ends, roof, chimneys, front."""
     length, depth, height, side = thing.length, thing.width, thing.height, thing.side
-    wall = np.clip(
-        MATERIALS[rng.integers(len(MATERIALS))] * rng.uniform(0.75, 1.12) + rng.normal(0, 6, 3),
-        20,
-        250,
-    )
+    material = MATERIALS[rng.integers(len(MATERIALS))]
+    wall = np.clip(material * rng.uniform(0.75, 1.12) + rng.normal(0, 6, 3), 20, 250)
     pitched = rng.random() < 0.65
     rise = rng.uniform(1.5, 3.8) if pitched else 0.0
     roof = np.array([[128, 74, 58], [84, 82, 86], [104, 92, 84]])[rng.integers(3)]
     far = side * depth
-    ends = ((length, 1.0), (0.0, -1.0))
-    for at, direction in ends:
-        gable = thing.place(
-            [
-                [at, 0, 0],
-                [at, far, 0],
-                [at, far, height],
-                [at, far / 2, height + rise],
-                [at, 0, height],
-            ]
-        )
+    outline = ((0, 0), (far, 0), (far, height), (far / 2, height + rise), (0, height))
+    for at, direction in ((length, 1.0), (0.0, -1.0)):
+        gable = thing.place([(at, *corner) for corner in outline])
         shade = canvas.surface(gable, tuple(wall * 0.96), BUILDING, facing(thing, direction, 0))
         if shade is not None and direction < 0 and rng.random() < 0.6:
             boxes = np.array([[depth * 0.3, h, 0.9, 1.3] for h in np.arange(1, height - 2, 3)])
@@ -97,15 +65,8 @@ def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
         canvas.surface(thing.place(slopes), tuple(roof.astype(float)), BUILDING, normal)
         for at in rng.uniform(0.1, 0.9, int(rng.integers(0, 3))) * length:
             top = height + rise + rng.uniform(0.8, 1.6)
-            upright(
-                canvas,
-                thing.place([at, far / 2, 0]),
-                height + rise * 0.6,
-                top,
-                0.9,
-                tuple(wall * 0.8),
-                BUILDING,
-            )
+            foot, brick = thing.place([at, far / 2, 0]), as_colour(wall * 0.8)
+            upright(canvas, foot, height + rise * 0.6, top, 0.9, brick, BUILDING)
     front = thing.place([[0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
     shade = canvas.surface(front, tuple(wall), BUILDING, facing(thing, 0, -side))
     if shade is not None:
@@ -121,7 +82,7 @@ def _paint_front(
     wall: np.ndarray,
     shade: np.ndarray,
 ) -> None:
-    """Windows, door or shop, cornice on a front; far fronts get the coarse features only."""
+    """Paints windows, door or shop, cornice and drainpipe on a front."""
     length, height = thing.length, thing.height
     storey = rng.uniform(2.7, 3.5)
     floors = max(int(height / storey), 1)
@@ -132,56 +93,20 @@ def _paint_front(
     pitch = length / columns
     wide = pitch * (rng.uniform(0.75, 0.94) if modern else rng.uniform(0.3, 0.55))
     tall = storey * (rng.uniform(0.6, 0.85) if modern else rng.uniform(0.42, 0.62))
-    sill = (storey - tall) * 0.55
-    trim = (
-        np.clip(wall * rng.uniform(0.7, 1.35), 20, 245)
-        if modern
-        else np.full(3, rng.uniform(60, 235))
-    )
+    if modern:
+        trim = np.clip(wall * rng.uniform(0.7, 1.35), 20, 245)
+    else:
+        trim = np.full(3, rng.uniform(60, 235))
     shop = thing.kind == "shop"
-    first = 1 if shop else 0
-    column, floor = np.meshgrid(np.arange(columns), np.arange(first, floors))
-    boxes = np.stack(
-        [
-            column.ravel() * pitch + (pitch - wide) / 2,
-            floor.ravel() * storey + sill,
-            np.full(column.size, wide),
-            np.full(column.size, tall),
-        ],
-        axis=1,
-    )
-    glass = rng.choice([[44, 50, 58], [70, 80, 92], [110, 124, 138], [30, 32, 36]])
-    panes = glass * rng.uniform(0.6, 1.35, (len(boxes), 1))
-    curtains = rng.random(len(boxes)) < 0.2
-    panes[curtains] = [168, 160, 146]
-    lit = (rng.random(len(boxes)) < 0.28)[:, None]
-    rooms = (
-        lit
-        * np.where(rng.random((len(boxes), 1)) < 0.75, WARM, COLD)
-        * rng.uniform(0.45, 1.0, (len(boxes), 1))
-    )
-    if thing.distance < 75 and len(boxes):
-        frame = 0.09
-        grown = boxes + [-frame, -frame, 2 * frame, 2 * frame]
-        canvas.details(rectangles(plane, grown), trim, shade)
-    if len(boxes):
-        canvas.details(rectangles(plane, boxes), panes, shade, rooms)
-    if thing.distance < 28 and len(boxes) and not modern:  # glazing bars, sills
-        bars = np.concatenate(
-            [
-                boxes * [1, 1, 0, 1] + [wide / 2 - 0.03, 0, 0.06, 0],
-                boxes * [1, 1, 1, 0] + [0, tall * 0.55, 0, 0.06],
-            ]
-        )
-        canvas.details(rectangles(plane, bars), trim, shade)
-        sills = boxes * [1, 1, 1, 0] + [-0.12, -0.16, 0.24, 0.14]
-        canvas.details(rectangles(plane, sills), trim * 0.9, shade)
+    column, floor = np.meshgrid(np.arange(columns), np.arange(1 if shop else 0, floors))
+    along = column.ravel() * pitch + (pitch - wide) / 2
+    up = floor.ravel() * storey + (storey - tall) * 0.55
+    size = np.broadcast_to([wide, tall], (len(along), 2))
+    boxes = np.column_stack([along, up, size])
+    _paint_windows(canvas, rng, plane, boxes, trim, shade, thing.distance, bars=not modern)
     band = rng.uniform(0.2, 0.6)
-    canvas.details(
-        rectangles(plane, np.array([[0, height - band, length, band]])),
-        np.clip(wall * rng.uniform(0.75, 1.25), 0, 245),
-        shade,
-    )
+    cornice = rectangles(plane, np.array([[0, height - band, length, band]]))
+    canvas.details(cornice, np.clip(wall * rng.uniform(0.75, 1.25), 0, 245), shade)
     if shop:
         _paint_shop(canvas, rng, plane, length, min(storey, 4.2), shade)
     else:
@@ -189,12 +114,44 @@ def _paint_front(
         door = np.array([[at - 0.12, 0, 1.24, 2.35], [at, 0, 1.0, 2.15]])
         colours = np.array([trim, rng.uniform(25, 150, 3)])
         canvas.details(rectangles(plane, door), colours, shade)
-    if rng.random() < 0.5:  # drainpipe
-        canvas.details(
-            rectangles(plane, np.array([[0.15, 0, 0.1, height]])),
-            np.full(3, rng.uniform(30, 120)),
-            shade,
-        )
+    if rng.random() < 0.5:
+        drainpipe = rectangles(plane, np.array([[0.15, 0, 0.1, height]]))
+        canvas.details(drainpipe, np.full(3, rng.uniform(30, 120)), shade)
+
+
+def _paint_windows(
+    canvas: Canvas,
+    rng: np.random.Generator,
+    plane: np.ndarray,
+    boxes: np.ndarray,
+    trim: np.ndarray,
+    shade: np.ndarray,
+    distance: float,
+    bars: bool,
+) -> None:
+    """Paints equal windows (M, 4) as in `rectangles`; far fronts get only the coarse features."""
+    glass = rng.choice([[44, 50, 58], [70, 80, 92], [110, 124, 138], [30, 32, 36]])
+    panes = glass * rng.uniform(0.6, 1.35, (len(boxes), 1))
+    curtains = rng.random(len(boxes)) < 0.2
+    panes[curtains] = [168, 160, 146]
+    lit = (rng.random(len(boxes)) < 0.28)[:, None]
+    light = np.where(rng.random((len(boxes), 1)) < 0.75, WARM, COLD)
+    rooms = lit * light * rng.uniform(0.45, 1.0, (len(boxes), 1))
+    if not len(boxes):
+        return
+    if distance < 75:
+        frame = 0.09
+        grown = boxes + [-frame, -frame, 2 * frame, 2 * frame]
+        canvas.details(rectangles(plane, grown), trim, shade)
+    canvas.details(rectangles(plane, boxes), panes, shade, rooms)
+    if distance < 28 and bars:  # glazing bars, sills
+        wide, tall = boxes[0, 2:]
+        upright_bars = boxes * [1, 1, 0, 1] + [wide / 2 - 0.03, 0, 0.06, 0]
+        level_bars = boxes * [1, 1, 1, 0] + [0, tall * 0.55, 0, 0.06]
+        both = np.concatenate([upright_bars, level_bars])
+        canvas.details(rectangles(plane, both), trim, shade)
+        sills = boxes * [1, 1, 1, 0] + [-0.12, -0.16, 0.24, 0.14]
+        canvas.details(rectangles(plane, sills), trim * 0.9, shade)
 
 
 def _paint_shop(
@@ -205,7 +162,7 @@ def _paint_shop(
     storey: float,
     shade: np.ndarray,
 ) -> None:
-    """Shop windows under a coloured fascia, with goods, a door and sometimes an awning."""
+    """Paints shop windows under a coloured fascia, with goods, a door and sometimes an awning."""
     colour = rng.uniform(20, 220, 3)
     colour = colour * 0.55 + colour.mean() * 0.45
     lettering = rng.uniform(170, 250, 3) if colour.mean() < 130 else rng.uniform(20, 80, 3)
@@ -222,10 +179,8 @@ def _paint_shop(
     canvas.details(rectangles(plane, panes), glass, shade, shine * lit)
     goods = np.stack(
         [
-            rng.uniform(0, length - 0.8, 3 * count),
-            rng.uniform(0.5, 1.3, 3 * count),
-            rng.uniform(0.2, 0.8, 3 * count),
-            rng.uniform(0.2, 0.9, 3 * count),
+            rng.uniform(low, high, 3 * count)
+            for low, high in ((0, length - 0.8), (0.5, 1.3), (0.2, 0.8), (0.2, 0.9))
         ],
         1,
     )
@@ -268,13 +223,13 @@ def upright(
     label: int,
     taper: float = 1.0,
 ) -> np.ndarray | None:
-    """A post (billboard) at a ground point, in metres."""
+    """Paints a post, in metres, at a ground point; it faces the camera. Returns its light."""
     sideways = canvas.projection.axes[0]
     low, high = sideways * (width / 2), sideways * (width / 2 * taper)
     base, tip = np.array([foot[0], bottom, foot[2]]), np.array([foot[0], top, foot[2]])
     points = np.array([base - low, base + low, tip + high, tip - high])
     shade = canvas.surface(points, colour, label)
-    if shade is not None and width > 0.1:  # a lighter flank makes it round
+    if shade is not None and width > 0.1:  # a darker flank makes it look round
         flank = points.copy()
         flank[[0, 3]] += (points[[1, 2]] - points[[0, 3]]) * 0.62
         canvas.details(flank[None], np.array(colour) * 0.66, shade)

@@ -1,10 +1,10 @@
-"""How things beside the road are built: plants, boundaries, furniture; the table of all models."""
+"""Paints things beside the road: plants, boundaries, furniture; holds the table of all models."""
 
 import math
 
 import numpy as np
 
-from fishertune_d2.streets.canvas import Canvas
+from fishertune_d2.streets.canvas import Canvas, Cutout
 from fishertune_d2.streets.houses import (
     MATERIALS,
     WARM,
@@ -30,6 +30,7 @@ from fishertune_d2.streets.world import (
     WALL,
     Colour,
     Thing,
+    as_colour,
     grey,
 )
 
@@ -44,28 +45,26 @@ def _blob(
     count: int = 14,
     ragged: float = 0.22,
 ) -> np.ndarray:
-    """A ragged round outline (count, 3) that faces the camera; ``radius`` is (across, up)."""
+    """Returns a ragged round outline (count, 3) facing the camera; ``radius`` is (across, up)."""
     angle = np.linspace(0, 2 * math.pi, count, endpoint=False)
     reach = 1 + rng.uniform(-ragged, ragged, count)
     across, rise = np.cos(angle) * reach * radius[0], np.sin(angle) * reach * radius[1]
     return centre + across[:, None] * sideways + rise[:, None] * np.array([0.0, 1.0, 0.0])
 
 
+def _front(thing: Thing, height: float) -> np.ndarray:
+    """Returns (4, 3) world corners of a thing's front, from its origin along its length."""
+    length = thing.length
+    return thing.place([[0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
+
+
 def paint_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A trunk, and a crown of leaf clusters that are lighter towards the top and the sun."""
+    """Paints a trunk, and a crown of leaf clusters, lighter towards the top and the sun."""
     foot, sideways = np.array([thing.x, 0.0, thing.z]), canvas.projection.axes[0]
     height, radius = thing.height, thing.width / 2
     bark = np.array([88, 74, 58]) * rng.uniform(0.6, 1.3)
-    upright(
-        canvas,
-        foot,
-        0,
-        height * 0.6,
-        0.05 * height * rng.uniform(0.6, 1.1),
-        tuple(bark),
-        VEGETATION,
-        0.6,
-    )
+    width = 0.05 * height * rng.uniform(0.6, 1.1)
+    upright(canvas, foot, 0, height * 0.6, width, as_colour(bark), VEGETATION, 0.6)
     hue = rng.dirichlet([3, 1, 0.5, 0.35])
     leaf = hue @ np.array([[72, 104, 40], [102, 122, 50], [48, 78, 44], [150, 108, 44]])
     leaf = leaf * rng.uniform(0.75, 1.35)
@@ -75,7 +74,7 @@ def paint_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     angle = rng.uniform(0, 2 * math.pi, count)
     spread = np.sqrt(rng.random(count)) * radius
     bottom = height * (0.15 if conifer else rng.uniform(0.25, 0.38))
-    leaves = []
+    leaves: list[Cutout] = []
     for index in range(count):
         part = level[index]
         narrow = (1.05 - part) if conifer else math.sqrt(max(1 - (2 * part - 0.9) ** 2 * 0.75, 0.1))
@@ -91,7 +90,7 @@ def paint_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
         if canvas.snow and part > 0.3:
             white = 0.75 * min((part - 0.3) * 2, 1) * rng.uniform(0.4, 1)
             colour = colour * (1 - white) + 225 * white
-        else:
+        else:  # the same number of draws under every domain
             rng.uniform(0.4, 1)
         outline = _blob(centre, np.array([size, size * 0.8]), sideways, rng)
         leaves.append((outline, colour, VEGETATION))
@@ -99,7 +98,7 @@ def paint_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
 
 
 def paint_bare_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A leafless tree: branches in a haze of twigs; the label is the crown's outline."""
+    """Paints a leafless tree: branches in a haze of twigs; the label is the crown's outline."""
     foot, sideways = np.array([thing.x, 0.0, thing.z]), canvas.projection.axes[0]
     height, radius = thing.height, thing.width / 2
     bark = np.array([82, 72, 62]) * rng.uniform(0.45, 1.15)
@@ -113,26 +112,12 @@ def paint_bare_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> N
         x, y, angle, length, width, depth = grow.pop()
         x1, y1 = x + math.cos(angle) * length, y + math.sin(angle) * length
         nx, ny = -math.sin(angle) * width / 2, math.cos(angle) * width / 2
-        branches.append(
-            [
-                [x - nx, y - ny],
-                [x + nx, y + ny],
-                [x1 + nx * 0.6, y1 + ny * 0.6],
-                [x1 - nx * 0.6, y1 - ny * 0.6],
-            ]
-        )
+        base, tip = [[x - nx, y - ny], [x + nx, y + ny]], (nx * 0.6, ny * 0.6)
+        branches.append([*base, [x1 + tip[0], y1 + tip[1]], [x1 - tip[0], y1 - tip[1]]])
         if depth < (5 if thing.distance < 45 else 3):
             for turn in rng.normal([-0.45, 0.45], 0.2):
-                grow.append(
-                    (
-                        x1,
-                        y1,
-                        angle + turn,
-                        length * rng.uniform(0.62, 0.82),
-                        width * 0.62,
-                        depth + 1,
-                    )
-                )
+                shorter = length * rng.uniform(0.62, 0.82)
+                grow.append((x1, y1, angle + turn, shorter, width * 0.62, depth + 1))
     flat = np.array(branches)
     flat[..., 1] = np.minimum(flat[..., 1], height)
     points = foot + flat[..., :1] * sideways + flat[..., 1:] * np.array([0, 1.0, 0])
@@ -140,14 +125,16 @@ def paint_bare_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> N
 
 
 def paint_hedge(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A row of bushes along the sidewalk."""
+    """Paints a row of bushes along the sidewalk."""
     leaf = np.array([66, 92, 42]) * rng.uniform(0.7, 1.2) + rng.normal(0, 6, 3)
     height, sideways = min(thing.height, 1.9), canvas.projection.axes[0]
-    box = thing.place(
-        [[0, 0, 0], [thing.length, 0, 0], [thing.length, 0, height * 0.85], [0, 0, height * 0.85]]
+    canvas.surface(
+        _front(thing, height * 0.85),
+        as_colour(leaf * 0.75),
+        VEGETATION,
+        facing(thing, 0, -thing.side),
     )
-    canvas.surface(box, tuple(leaf * 0.75), VEGETATION, facing(thing, 0, -thing.side))
-    bushes = []
+    bushes: list[Cutout] = []
     for along in np.arange(thing.length, 0, -0.75 if thing.distance < 40 else -1.6):
         for level in (0.35, 0.75):
             at = thing.place([along, thing.side * 0.3, height * level])
@@ -160,46 +147,33 @@ def paint_hedge(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
 
 
 def paint_wall(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A free-standing wall with a coping, of brick, stone or concrete."""
+    """Paints a free-standing wall with a coping, of brick, stone or concrete."""
     colour = MATERIALS[rng.integers(len(MATERIALS))] * rng.uniform(0.6, 1.0)
     length, height, inner = thing.length, thing.height, thing.side * thing.width
-    canvas.surface(
-        thing.place([[0, 0, 0], [0, inner, 0], [0, inner, height], [0, 0, height]]),
-        tuple(colour * 0.95),
-        WALL,
-        facing(thing, -1, 0),
-    )
-    canvas.surface(
-        thing.place(
-            [[0, 0, height], [length, 0, height], [length, inner, height], [0, inner, height]]
-        ),
-        tuple(colour),
-        WALL,
-        (0, 1, 0),
-    )
-    front = thing.place([[0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
+    end = thing.place([[0, 0, 0], [0, inner, 0], [0, inner, height], [0, 0, height]])
+    canvas.surface(end, as_colour(colour * 0.95), WALL, facing(thing, -1, 0))
+    top = [[0, 0, height], [length, 0, height], [length, inner, height], [0, inner, height]]
+    canvas.surface(thing.place(top), as_colour(colour), WALL, (0, 1, 0))
+    front = _front(thing, height)
     shade = canvas.surface(front, tuple(colour), WALL, facing(thing, 0, -thing.side))
     if shade is not None:
         plane = np.array([front[0], facing(thing, 1, 0), (0, 1, 0)])
         courses = np.array([[0, h, length, 0.03] for h in np.arange(0.2, height - 0.1, 0.3)])
         canvas.details(rectangles(plane, courses), colour * 0.85, shade)
-        canvas.details(
-            rectangles(plane, np.array([[0, height - 0.12, length, 0.12]])),
-            np.clip(colour * 1.2, 0, 240),
-            shade,
-        )
+        coping = rectangles(plane, np.array([[0, height - 0.12, length, 0.12]]))
+        canvas.details(coping, np.clip(colour * 1.2, 0, 240), shade)
         piers = np.array([[a, 0, 0.4, height] for a in np.arange(0, length - 0.4, 3.5)])
         canvas.details(rectangles(plane, piers), colour * 1.08, shade)
 
 
 def paint_fence(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A railing one looks through, or planks. The label is the whole fence, as people draw it."""
+    """Paints a see-through railing, or planks. The label is the whole fence, as people draw it."""
     length, height = thing.length, thing.height
     solid = thing.width > 0.2 and rng.random() < 0.5
     wood = np.array([132, 104, 74]) * rng.uniform(0.6, 1.3)
     metal = np.array(grey(rng, 25, 190, 5))
-    outline = thing.place([[0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
-    shade = canvas.surface(outline, tuple(wood) if solid else None, FENCE)
+    outline = _front(thing, height)
+    shade = canvas.surface(outline, as_colour(wood) if solid else None, FENCE)
     if shade is None:
         return
     plane = np.array([outline[0], facing(thing, 1, 0), (0, 1, 0)])
@@ -215,33 +189,28 @@ def paint_fence(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
 
 
 def paint_lamp(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A street lamp: a mast with an arm over the road."""
+    """Paints a street lamp: a mast with an arm over the road."""
     colour = grey(rng, 40, 170)
     foot = np.array([thing.x, 0.0, thing.z])
     upright(canvas, foot, 0, thing.height, thing.width, colour, POLE, 0.6)
     head = thing.place([0, -thing.side * thing.length, thing.height])
     lift, reach = np.array([0, 0.1, 0]), (head - foot) * [1, 0, 1]
     top = foot + [0, thing.height, 0]
-    canvas.surface(
-        np.array([top - lift, top + reach - lift / 2, top + reach + lift / 2, top]), colour, POLE
-    )
+    arm = np.array([top - lift, top + reach - lift / 2, top + reach + lift / 2, top])
+    canvas.surface(arm, colour, POLE)
     bulb = head + canvas.projection.axes[0] * np.array([[-0.3], [0.3], [0.3], [-0.3]])
-    canvas.surface(
-        bulb + np.array([[0, -0.16, 0], [0, -0.16, 0], [0, 0, 0], [0, 0, 0]]),
-        (190, 190, 180),
-        POLE,
-        glow=WARM,
-    )
+    bulb = bulb + np.array([[0, -0.16, 0], [0, -0.16, 0], [0, 0, 0], [0, 0, 0]])
+    canvas.surface(bulb, (190, 190, 180), POLE, glow=WARM)
 
 
 def lamp_heads(things: list[Thing]) -> np.ndarray:
-    """(N, 3) world positions of the street lamps' bulbs."""
+    """Returns (N, 3) world positions of the street lamps' bulbs."""
     heads = [t.place([0, -t.side * t.length, t.height]) for t in things if t.kind == "lamp"]
     return np.array(heads).reshape(-1, 3)
 
 
 def paint_bollard(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A bollard."""
+    """Paints a bollard."""
     foot = np.array([thing.x, 0.0, thing.z])
     upright(canvas, foot, 0, thing.height, thing.width, grey(rng, 25, 150), POLE)
 
@@ -255,19 +224,19 @@ def _plate(
     colour: Colour,
     label: int,
 ) -> np.ndarray | None:
-    """A flat shape (N, 2) in units of ``scale`` metres, across the street; gives the light."""
+    """Paints a shape (N, 2), in units of ``scale`` metres, across the street; returns its light."""
     points = centre + shape[:, :1] * scale * np.array(facing(thing, 0, 1))
     return canvas.surface(points + shape[:, 1:] * scale * np.array([0, 1.0, 0]), colour, label)
 
 
 def regular(count: int, turn: float = 0.0) -> np.ndarray:
-    """(count, 2) corners of a regular polygon of radius 1; the first points up at turn 0."""
+    """Returns (count, 2) corners of a regular polygon of radius 1; at turn 0 the first is on top."""
     angle = np.linspace(0, 2 * math.pi, count, endpoint=False) + turn
     return np.stack([np.sin(angle), np.cos(angle)], axis=1)
 
 
 def paint_sign(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A traffic sign on a post: round, triangular, octagonal or a panel; some show their back."""
+    """Paints a sign on a post: round, triangular, octagonal or a panel; some show their back."""
     foot = np.array([thing.x, 0.0, thing.z])
     upright(canvas, foot, 0, thing.height + 0.3, 0.08, grey(rng, 90, 170), POLE)
     red, blue, white = (186, 30, 36), (28, 76, 160), (232, 232, 228)
@@ -292,11 +261,8 @@ def paint_sign(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
         across = np.array(facing(thing, 0, 1))
 
         def flat(points: np.ndarray) -> np.ndarray:
-            return (
-                centre
-                + points[..., :1] * radius * across
-                + points[..., 1:] * radius * np.array([0, 1.0, 0])
-            )
+            sideways = centre + points[..., :1] * radius * across
+            return sideways + points[..., 1:] * radius * np.array([0, 1.0, 0])
 
         canvas.details(flat(shape * 0.78)[None], np.array(face), shade)
         if rim != (128, 130, 132):
@@ -304,7 +270,7 @@ def paint_sign(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
 
 
 def paint_traffic_light(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """Three lamps in a dark box on a post, one of them lit."""
+    """Paints three lamps in a dark box on a post; one of them is lit."""
     foot = np.array([thing.x, 0.0, thing.z])
     box = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float)
     upright(canvas, foot, 0, thing.height - 0.6, 0.12, grey(rng, 40, 120), POLE)
@@ -343,8 +309,8 @@ MODELS = {
     "motorcyclist": paint_motorcyclist,
     **dict.fromkeys(("car", "van", "truck", "bus", "train"), paint_vehicle),
 }
-"""What paints each kind of thing: ``model(canvas, thing, rng)``.
+"""The painter of each kind of thing, called as ``model(canvas, thing, rng)``.
 
-A model paints one :class:`Thing` on a canvas. Its generator comes from the thing's seed, so that a
-thing looks the same under every domain: all draws happen whether or not a light is on.
+The generator comes from the thing's seed, so that a thing looks the same under every domain: the
+same numbers are drawn whether or not a light is on.
 """

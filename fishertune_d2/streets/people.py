@@ -1,31 +1,19 @@
-"""How people and cycles are built: figures from limbs, cycles from wheels; riders."""
+"""Paints people and cycles: figures made of limbs, cycles made of wheels, and riders."""
 
 import math
 
 import numpy as np
 
-from fishertune_d2.streets.canvas import Canvas
-from fishertune_d2.streets.vehicles import (
-    HEADLIGHT,
-    PAINT_SHARES,
-    PAINTS,
-    TAILLIGHT,
-    oval,
-)
-from fishertune_d2.streets.world import (
-    BICYCLE,
-    MOTORCYCLE,
-    PERSON,
-    RIDER,
-    Thing,
-)
+from fishertune_d2.streets.canvas import Canvas, Cutout
+from fishertune_d2.streets.vehicles import HEADLIGHT, PAINT_SHARES, PAINTS, TAILLIGHT, oval
+from fishertune_d2.streets.world import BICYCLE, MOTORCYCLE, PERSON, RIDER, Thing, as_colour
 
 SKINS = np.array([[224, 178, 148], [198, 150, 118], [142, 98, 72], [92, 62, 48]], float)
-Parts = list[tuple[np.ndarray, np.ndarray, int]]  # what Canvas.cutouts takes
+Parts = list[Cutout]
 
 
 def _limb(start: np.ndarray, end: np.ndarray, width: float, taper: float = 0.8) -> np.ndarray:
-    """A tapered bar (6, 2) between two points of a plane, with rounded-off ends."""
+    """Returns a tapered bar (6, 2) between two points of a plane, with rounded ends."""
     direction = end - start
     direction = direction / max(float(np.hypot(*direction)), 1e-6)
     normal = np.array([-direction[1], direction[0]]) * width / 2
@@ -35,12 +23,13 @@ def _limb(start: np.ndarray, end: np.ndarray, width: float, taper: float = 0.8) 
 
 
 class _Figure:
-    """Shapes (sideways, up) in metres in a vertical plane through a thing, appended to ``parts``.
+    """Collects shapes (sideways, up) in metres in a vertical plane through a thing.
 
     Args:
-        thing: stands in the plane's origin.
-        sideways: the plane's horizontal direction in the world.
-        parts: painted later, in order; figures in several planes may share it.
+        thing: The thing, at the plane's origin.
+        sideways: The plane's horizontal direction in the world.
+        parts: Receives the shapes, which are painted later, in order. Figures in several planes may
+            share it.
     """
 
     def __init__(self, thing: Thing, sideways: np.ndarray, parts: Parts) -> None:
@@ -48,6 +37,7 @@ class _Figure:
         self.foot = np.array([thing.x, 0.0, thing.z])
 
     def part(self, flat: np.ndarray, colour: np.ndarray, label: int) -> None:
+        """Adds a shape (N, 2)."""
         points = self.foot + flat[:, :1] * self.sideways
         points[:, 1] += flat[:, 1]
         self.parts.append((points, colour, label))
@@ -61,10 +51,11 @@ def _clothes(rng: np.random.Generator) -> np.ndarray:
 
 
 def paint_person(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A walking or standing person; the stride shows as far as the heading is across the view."""
+    """Paints a walking or standing person; the stride shows as far as the heading is sideways."""
     unit, stride = thing.height / 1.75, float(rng.uniform(0, 0.36))
     across = abs(math.sin(thing.heading)) + 0.25
-    figure = _Figure(thing, canvas.projection.axes[0], parts := [])
+    parts: Parts = []
+    figure = _Figure(thing, canvas.projection.axes[0], parts)
     trousers, coat, skin = _clothes(rng) * 0.8, _clothes(rng), SKINS[rng.integers(len(SKINS))]
     hair = np.array([[40, 30, 24], [24, 22, 22], [120, 90, 56], [150, 146, 140]])[rng.integers(4)]
     hip, shoulder = 0.90 * unit, 1.45 * unit
@@ -81,18 +72,11 @@ def paint_person(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None
         figure.part(_limb(foot, foot + [0.09 * sign * across, 0], 0.09 * unit), shoes, PERSON)
     broad = (0.21 if across < 0.8 else 0.17) * unit
     hem = 0.55 * unit if long_coat else hip - 0.08
-    torso = np.array(
-        [
-            [-broad * 0.85, hem],
-            [broad * 0.85, hem],
-            [broad * 0.8, hip + 0.2],
-            [broad, shoulder - 0.05],
-            [broad * 0.45, shoulder + 0.05],
-            [-broad * 0.45, shoulder + 0.05],
-            [-broad, shoulder - 0.05],
-            [-broad * 0.8, hip + 0.2],
-        ]
-    )
+    torso = np.array([
+        [-broad * 0.85, hem], [broad * 0.85, hem], [broad * 0.8, hip + 0.2],
+        [broad, shoulder - 0.05], [broad * 0.45, shoulder + 0.05],
+        [-broad * 0.45, shoulder + 0.05], [-broad, shoulder - 0.05], [-broad * 0.8, hip + 0.2],
+    ])  # fmt: skip
     figure.part(torso, coat, PERSON)
     for sign in (-1, 1):
         start = np.array([sign * broad * 0.95, shoulder - 0.06])
@@ -113,7 +97,7 @@ def paint_person(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None
 
 
 def _cycle_plane(canvas: Canvas, thing: Thing) -> np.ndarray:
-    """The direction of a cycle's length, never so far foreshortened that it vanishes."""
+    """Returns the direction of a cycle's length, turned so far that it does not vanish."""
     direction = np.array([math.sin(thing.heading), 0.0, math.cos(thing.heading)])
     sideways = canvas.projection.axes[0]
     shown = float(direction @ sideways)
@@ -123,7 +107,7 @@ def _cycle_plane(canvas: Canvas, thing: Thing) -> np.ndarray:
 
 
 def _add_bicycle(figure: _Figure, rng: np.random.Generator) -> None:
-    """Wheels, frame, bars and saddle in the plane of the bicycle."""
+    """Adds wheels, frame, bars and saddle in the plane of the bicycle."""
     colour = _clothes(rng) * 0.8
     tyre, radius = np.array([26.0, 26, 28]), 0.34
     for centre in (-0.53, 0.53):
@@ -138,14 +122,8 @@ def _add_bicycle(figure: _Figure, rng: np.random.Generator) -> None:
             figure.part(_limb(hub - spoke, hub + spoke, 0.012, 1), np.full(3, 120.0), BICYCLE)
     rear, crank, seat = np.array([-0.53, radius]), np.array([-0.08, 0.3]), np.array([-0.2, 0.86])
     head, fork = np.array([0.36, 0.86]), np.array([0.53, radius])
-    for start, end in (
-        (rear, crank),
-        (rear, seat),
-        (crank, seat),
-        (crank, head),
-        (seat, head),
-        (head, fork),
-    ):
+    frame = ((rear, crank), (rear, seat), (crank, seat), (crank, head), (seat, head), (head, fork))
+    for start, end in frame:
         figure.part(_limb(start, end, 0.055, 1), colour, BICYCLE)
     figure.part(_limb(seat + [-0.12, 0.08], seat + [0.14, 0.06], 0.07), tyre, BICYCLE)
     figure.part(_limb(head, head + [-0.03, 0.2], 0.05), tyre, BICYCLE)
@@ -153,63 +131,53 @@ def _add_bicycle(figure: _Figure, rng: np.random.Generator) -> None:
 
 
 def paint_bicycle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A parked bicycle."""
-    _add_bicycle(_Figure(thing, _cycle_plane(canvas, thing), parts := []), rng)
+    """Paints a parked bicycle."""
+    parts: Parts = []
+    _add_bicycle(_Figure(thing, _cycle_plane(canvas, thing), parts), rng)
     canvas.cutouts(parts)
 
 
 def paint_cyclist(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A rider on a bicycle: the bicycle is class bicycle, the person class rider."""
-    plane = _cycle_plane(canvas, thing)
-    _add_bicycle(_Figure(thing, plane, parts := []), rng)
+    """Paints a rider on a bicycle: the bicycle is class bicycle, the person class rider."""
+    parts: Parts = []
+    _add_bicycle(_Figure(thing, _cycle_plane(canvas, thing), parts), rng)
     _add_rider(canvas, thing, rng, parts, saddle=0.92, reach=0.30, hands=1.06, helmet=0.5)
     canvas.cutouts(parts)
 
 
 def paint_motorcycle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A motorcycle or scooter: two fat wheels, engine, tank, seat, windshield, lights."""
+    """Paints a motorcycle or scooter: two fat wheels, engine, tank, seat, windshield, lights."""
     plane = _cycle_plane(canvas, thing)
     sideways = canvas.projection.axes[0]
-    figure = _Figure(thing, plane, parts := [])
+    parts: Parts = []
+    figure = _Figure(thing, plane, parts)
     body, dark = PAINTS[rng.choice(len(PAINTS), p=PAINT_SHARES)], np.array([32.0, 32, 34])
-    wide = _Figure(thing, sideways, parts)  # what shows from the front and from behind
+    wide = _Figure(thing, sideways, parts)  # visible from the front and from behind
     wide.part(oval((0, 0.32), (0.09, 0.32)), dark, MOTORCYCLE)
     for centre in (-0.68, 0.72):
         figure.part(oval((centre, 0.32), (0.32, 0.32), 16), dark, MOTORCYCLE)
         figure.part(oval((centre, 0.32), (0.17, 0.17), 12), np.full(3, 130.0), MOTORCYCLE)
-    figure.part(
-        np.array([[-0.45, 0.3], [0.42, 0.26], [0.5, 0.6], [-0.4, 0.62]]), dark * 1.9, MOTORCYCLE
-    )
-    figure.part(
-        np.array(
-            [
-                [-0.9, 0.66],
-                [-0.2, 0.56],
-                [0.45, 0.62],
-                [0.5, 0.95],
-                [0.1, 0.98],
-                [-0.3, 0.78],
-                [-0.85, 0.84],
-            ]
-        ),
-        body,
-        MOTORCYCLE,
-    )
+    engine = np.array([[-0.45, 0.3], [0.42, 0.26], [0.5, 0.6], [-0.4, 0.62]])
+    figure.part(engine, dark * 1.9, MOTORCYCLE)
+    tank_and_seat = np.array([
+        [-0.9, 0.66], [-0.2, 0.56], [0.45, 0.62], [0.5, 0.95], [0.1, 0.98], [-0.3, 0.78],
+        [-0.85, 0.84],
+    ])  # fmt: skip
+    figure.part(tank_and_seat, body, MOTORCYCLE)
     figure.part(_limb(np.array([0.72, 0.32]), np.array([0.48, 1.0]), 0.09), dark, MOTORCYCLE)
-    wide.part(
-        np.array([[-0.2, 0.45], [0.2, 0.45], [0.26, 0.85], [-0.26, 0.85]]), body * 0.9, MOTORCYCLE
-    )
+    shield = np.array([[-0.2, 0.45], [0.2, 0.45], [0.26, 0.85], [-0.26, 0.85]])
+    wide.part(shield, body * 0.9, MOTORCYCLE)
     wide.part(_limb(np.array([-0.36, 1.02]), np.array([0.36, 1.02]), 0.06), dark, MOTORCYCLE)
     canvas.cutouts(parts)
     toward = math.cos(thing.heading) < 0
     light = np.array(HEADLIGHT if toward else TAILLIGHT)
     lamp = figure.foot + oval((0, 0.8), (0.09, 0.08), 8)[:, :1] * sideways
     lamp = lamp + oval((0, 0.8), (0.09, 0.08), 8)[:, 1:] * np.array([0, 1.0, 0])
-    canvas.surface(lamp, tuple(light * 0.8), MOTORCYCLE, glow=tuple(light.tolist()))
+    canvas.surface(lamp, as_colour(light * 0.8), MOTORCYCLE, glow=as_colour(light))
 
 
 def paint_motorcyclist(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
-    """A motorcycle and its rider."""
+    """Paints a motorcycle and its rider."""
     paint_motorcycle(canvas, thing, rng)
     parts: Parts = []
     _add_rider(canvas, thing, rng, parts, saddle=0.84, reach=0.42, hands=1.04, helmet=1.0)
@@ -226,7 +194,7 @@ def _add_rider(
     hands: float,
     helmet: float,
 ) -> None:
-    """A seated person: legs to the pedals, back bent towards the bars."""
+    """Adds a seated person: legs to the pedals, back bent towards the bars."""
     plane = _cycle_plane(canvas, thing)
     figure = _Figure(thing, plane, parts)
     wide = _Figure(thing, canvas.projection.axes[0], parts)
@@ -239,32 +207,17 @@ def _add_rider(
         knee = np.array([0.22, (saddle + pedal[1]) / 2 + 0.12])
         figure.part(_limb(hip, knee, 0.17), trousers * 0.9, RIDER)
         figure.part(_limb(knee, np.array(pedal), 0.13), trousers, RIDER)
-        wide.part(
-            _limb(np.array([offset * 0.8, saddle]), np.array([offset, pedal[1]]), 0.14),
-            trousers,
-            RIDER,
-        )
+        leg = _limb(np.array([offset * 0.8, saddle]), np.array([offset, pedal[1]]), 0.14)
+        wide.part(leg, trousers, RIDER)
     figure.part(_limb(hip, shoulder, 0.30, 1.0), coat * 0.92, RIDER)
-    wide.part(
-        np.array(
-            [
-                [-0.16, saddle - 0.05],
-                [0.16, saddle - 0.05],
-                [0.22, saddle + 0.5],
-                [0.1, saddle + 0.6],
-                [-0.1, saddle + 0.6],
-                [-0.22, saddle + 0.5],
-            ]
-        ),
-        coat,
-        RIDER,
-    )
+    torso = np.array([
+        [-0.16, saddle - 0.05], [0.16, saddle - 0.05], [0.22, saddle + 0.5], [0.1, saddle + 0.6],
+        [-0.1, saddle + 0.6], [-0.22, saddle + 0.5],
+    ])  # fmt: skip
+    wide.part(torso, coat, RIDER)
     for sign in (-1, 1):
-        wide.part(
-            _limb(np.array([sign * 0.2, saddle + 0.48]), np.array([sign * 0.28, hands]), 0.1),
-            coat * 0.85,
-            RIDER,
-        )
+        arm = _limb(np.array([sign * 0.2, saddle + 0.48]), np.array([sign * 0.28, hands]), 0.1)
+        wide.part(arm, coat * 0.85, RIDER)
     figure.part(_limb(shoulder, np.array([reach, hands]), 0.1), coat * 0.85, RIDER)
     shift = plane * (0.14 if abs(float(plane @ canvas.projection.axes[0])) > 0.3 else 0.0)
     head = _Figure(thing, canvas.projection.axes[0], parts)

@@ -235,11 +235,9 @@ def _paint_ends(
             glow = np.array(ROOM) * (0.5 if label in (BUS, TRAIN) else 0.0)
             canvas.details(pane, np.array([46.0, 54, 62]), shade, glow)
             if display and label in (BUS, TRAIN):
-                sign, amber = (
-                    [-half * 0.6, half * 0.6, height * 0.86, height * 0.95],
-                    (230.0, 150, 40),
-                )
-                canvas.details(boxes([sign]), np.array(amber), shade, np.array(amber))
+                amber = np.array([230.0, 150, 40])
+                sign = boxes([[-half * 0.6, half * 0.6, height * 0.86, height * 0.95]])
+                canvas.details(sign, amber, shade, amber)
         if label == TRUCK and end < 0:
             canvas.details(boxes([[-0.03, 0.03, height * 0.25, height * 0.95]]), paint * 0.6, shade)
         low = height * (0.44 if label == CAR and thing.kind == "car" else 0.24)
