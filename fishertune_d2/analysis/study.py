@@ -123,6 +123,9 @@ def read_results(run: str | Path) -> Results:
     Args:
         run: The run's folder, or its path in a study's table.
 
+    Returns:
+        The scores.
+
     Raises:
         RunError: There are no scores, or the file that should hold them is damaged.
     """

@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from fishertune_d2.analysis.study import split_place
@@ -23,9 +22,10 @@ from fishertune_d2.tuning import TUNING_REGISTRY
 
 from .cells import file_name, sweep_entries
 from .launch import Local, Submitit
+from .request import Request
 from .runner import Runner
 from .tables import PROFILES, TABLES, Entry, Table, entry_names, find_entry, sweep
-from .tasks import Request, Search, Test, Train
+from .tasks import Search, Test, Train
 
 
 def main(arguments: Sequence[str] | None = None, train: Sequence[str] | None = None) -> int:
@@ -142,7 +142,6 @@ def _find_task(args: argparse.Namespace) -> Train:
         name=f"sweep_{file_name(args.values[0])}" if args.values else args.table,
         table=table,
         profile_name=args.profile,
-        profile=profile,
         entries=[find_entry(name) for name in args.methods or table.entries],
         vfms=list(args.vfm or profile.vfms or table.vfms),
         seeds=args.seeds,
@@ -151,7 +150,8 @@ def _find_task(args: argparse.Namespace) -> Train:
     )
     _require_registered(request.entries)
     if args.values:
-        request = _swept(request, *args.values)
+        key, *values = args.values
+        request = replace(request, entries=sweep_entries(request, key, values))
     if args.test:
         return Test(request)
     if args.search is None:
@@ -181,13 +181,6 @@ def _require_registered(entries: Sequence[Entry]) -> None:
         raise KeyError(
             f"no tuning method for {', '.join(unknown)}; there are {', '.join(entry_names())}"
         )
-
-
-def _swept(request: Request, key: str, *values: str) -> Request:
-    """Replaces each entry by its variants with the values of a key."""
-    where = {"vfm": request.vfms[0], "profile": request.profile, "source": request.source}
-    swept = [sweep_entries(entry, key, values, **where) for entry in request.entries]
-    return replace(request, entries=list(chain(*swept)))
 
 
 def _find_launcher(args: argparse.Namespace, output: Path) -> Local | Submitit:

@@ -161,6 +161,9 @@ class Runner:
         """Links the files that the cell made to their shared paths, and those that it took back.
 
         So each shared file takes its disk space once.
+
+        Returns:
+            DONE, or the reason for the failure.
         """
         for what, path in cell.shared.items():
             file = cell.folder / what.file

@@ -110,9 +110,9 @@ _GROUPS = tuple(f"{kind}_{part}" for kind in ("q", "k", "v", "ffn") for part in 
 
 def _group(name: str) -> Entry:
     kind, part = name.split("_")
-    options = ("TUNING.GROUP.KINDS", f"['{kind.upper()}']")
-    options += ("TUNING.GROUP.DEPTH", str(list(_THIRDS[part])), *_SHARE_OF_GROUP)
-    return Entry(name, "group", "fishertune", "random", options)
+    kinds = ("TUNING.GROUP.KINDS", f"['{kind.upper()}']")
+    depth = ("TUNING.GROUP.DEPTH", str(list(_THIRDS[part])))
+    return Entry(name, "group", "fishertune", "random", (*kinds, *depth, *_SHARE_OF_GROUP))
 
 
 def _with_perturbation(method: str) -> Entry:

@@ -7,8 +7,8 @@ finished cells or with the chosen learning rates.
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -17,68 +17,10 @@ from fishertune_d2.data import DatasetError, load_datasets
 
 from .cells import Cell, digest, make_cells, needs_rate
 from .learning_rates import describe, read_choices, require_unseen, write_choices
+from .request import Request
 from .result_table import paper_numbers, read_lines, write_table
 from .runner import Runner, require_same_recipe
-from .tables import FREEZE, RATE, Entry, Profile, Table, find_entry
-
-
-@dataclass(frozen=True)
-class Request:
-    """The table that a command asks for.
-
-    Attributes:
-        name: The name of the table, and of the files that show it.
-        table: The table.
-        profile_name: The name of the setting.
-        profile: The setting.
-        entries: The entries.
-        vfms: The foundation models.
-        seeds: The seeds.
-        output: The folder of all cells, or a study's table, which can only be reported.
-        options: Keys and values in turn for every cell.
-    """
-
-    name: str
-    table: Table
-    profile_name: str
-    profile: Profile
-    entries: Sequence[Entry]
-    vfms: Sequence[str]
-    seeds: Sequence[int]
-    output: Path
-    options: Sequence[str]
-
-    @property
-    def source(self) -> str:
-        """The folder of configs that fixes the training data, in the profile ``paper``."""
-        return self.table.source if "{source}" in self.profile.base else ""
-
-    @property
-    def searches(self) -> bool:
-        """Whether learning rates are searched; otherwise they are the config's or given."""
-        return bool(self.profile.rates) and self.table.search and RATE not in self.options
-
-    def place(self, vfm: str) -> Path:
-        """Returns the folder of a foundation model's cells."""
-        return self.output / self.source / vfm
-
-    def cells(
-        self,
-        entries: Sequence[Entry],
-        seeds: Sequence[int],
-        rates: Mapping[tuple[str, str], Sequence[float]],
-    ) -> list[Cell]:
-        """Makes cells; see ``make_cells``."""
-        return make_cells(
-            entries,
-            self.vfms,
-            seeds,
-            profile=self.profile,
-            source=self.source,
-            output=self.output,
-            rates=rates,
-            options=self.options,
-        )
+from .tables import FREEZE, find_entry
 
 
 class Train:
@@ -120,7 +62,7 @@ class Train:
                 "the learning rate is not chosen yet for "
                 f"{', '.join(dict.fromkeys(still_open))}: run the same with --search first"
             )
-        return request.cells(request.entries, request.seeds, rates)
+        return make_cells(request, rates)
 
     def require_ready(self) -> None:
         """Checks the folders of the cells and the data sets.
@@ -252,7 +194,8 @@ class Search(Train):
                 tried = [float(rate) for rate in before[name]["mIoU"]] if name in before else []
                 rates[vfm, name] = self.rates or tried or request.profile.rates
         frozen = [entry for entry in request.entries if entry.method == FREEZE]  # for its warm-up
-        return request.cells([*frozen, *map(find_entry, names)], request.seeds[:1], rates)
+        one_seed = replace(request, seeds=request.seeds[:1])
+        return make_cells(one_seed, rates, [*frozen, *map(find_entry, names)])
 
     def require_ready(self) -> None:
         """Also refuses entries that were scored on the test sets."""

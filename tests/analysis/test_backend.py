@@ -17,8 +17,8 @@ import matplotlib
 matplotlib.use("svg")
 import torch
 from fishertune_d2.analysis import (
-    compare, convergence, domains, embedding, features, forms, methods, selection_map, sensitivity_map,
-    shift_curve, statistics
+    compare, convergence, domains, embedding, features, forms, methods, selection_map,
+    sensitivity_map, shift_curve, statistics
 )
 from fishertune_d2.fisher import FisherEstimate, Selection
 import fishertune_d2.report

@@ -8,6 +8,7 @@ import pytest
 from detectron2.modeling import build_backbone
 
 from fishertune_d2.bench.cells import ESTIMATE, WARMUP, make_cells, makers
+from fishertune_d2.bench.request import Request
 from fishertune_d2.bench.tables import FREEZE, PROFILES, TABLES, find_entry
 from fishertune_d2.config import read_config
 from fishertune_d2.engine.parameter_counts import build_empty
@@ -17,13 +18,21 @@ from fishertune_d2.tuning import TUNING_REGISTRY
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _plan(names, tmp_path, profile="camvid", vfms=("dinov2_vits",), seeds=(1,), **options):
-    options = {"source": "", "rates": {}, **options}
-    entries = [find_entry(name) for name in names]
+def _plan(
+    tmp_path,
+    names=None,
+    table="selection",
+    profile="camvid",
+    vfms=("dinov2_vits",),
+    seeds=(1,),
+    rates=None,
+    options=(),
+):
+    entries = [find_entry(name) for name in names or TABLES[table].entries]
     entries = [entry for entry in entries if entry.method in TUNING_REGISTRY]
-    return make_cells(
-        entries, vfms, seeds, profile=PROFILES[profile], output=tmp_path / "out", **options
-    )
+    output = tmp_path / "out"
+    request = Request(table, TABLES[table], profile, entries, vfms, seeds, output, options)
+    return make_cells(request, rates or {})
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -31,8 +40,7 @@ def _plan(names, tmp_path, profile="camvid", vfms=("dinov2_vits",), seeds=(1,), 
 def test_every_table_has_its_configs(name, profile, tmp_path):
     table = TABLES[name]
     vfms = PROFILES[profile].vfms or table.vfms
-    source = table.source if profile == "paper" else ""
-    cells = _plan(table.entries, tmp_path, profile, vfms, source=source)
+    cells = _plan(tmp_path, table=name, profile=profile, vfms=vfms)
     assert len(cells) >= 3 * len(vfms)
     for cell in cells:
         assert cell.recipe["MODEL.VFM.NAME"] == cell.vfm and cell.recipe["SEED"] == 1
@@ -51,7 +59,7 @@ def test_every_table_has_its_configs(name, profile, tmp_path):
 
 
 def test_which_entries_share_an_estimate(tmp_path):
-    cells = {cell.entry.name: cell for cell in _plan(TABLES["selection"].entries, tmp_path)}
+    cells = {cell.entry.name: cell for cell in _plan(tmp_path)}
     of = {name: cell.shared.get(ESTIMATE) for name, cell in cells.items()}
     plain = ("fishertune", "fisher", "delta_fisher", "eq7", "eq15", "rank", "share_1", "share_20")
     assert len({of[name] for name in plain}) == 1
@@ -74,15 +82,15 @@ def test_methods_without_a_warmup_train_without_unless_it_is_asked_for(profile, 
 
 
 def test_nothing_is_shared_between_seeds_and_models_or_without_a_warm_up(tmp_path):
-    cells = _plan([FREEZE, "full"], tmp_path, vfms=("dinov2_vits", "tiny"), seeds=(1, 2))
+    cells = _plan(tmp_path, [FREEZE, "full"], vfms=("dinov2_vits", "tiny"), seeds=(1, 2))
     assert len({cell.shared[WARMUP] for cell in cells}) == 4
-    (cell,) = _plan([FREEZE], tmp_path, options=["TUNING.WARMUP_ITERS", "0"])
+    (cell,) = _plan(tmp_path, [FREEZE], options=["TUNING.WARMUP_ITERS", "0"])
     assert cell.shared == {}
 
 
 def test_rates_are_cells_of_their_own_that_share_the_rest(tmp_path):
     rates = {("dinov2_vits", "fishertune"): (0.3, 3.0)}
-    cells = _plan([FREEZE, "fishertune", "share_20"], tmp_path, rates=rates)
+    cells = _plan(tmp_path, [FREEZE, "fishertune", "share_20"], rates=rates)
     assert [cell.folder.name for cell in cells] == [
         *("freeze_1", "fishertune@rate=0.3_1", "fishertune@rate=3_1"),
         *("share_20@rate=0.3_1", "share_20@rate=3_1"),  # a variant takes its method's
@@ -93,14 +101,17 @@ def test_rates_are_cells_of_their_own_that_share_the_rest(tmp_path):
 
 def test_the_papers_cells_from_cityscapes_are_trained_once(tmp_path):
     folders = [
-        {cell.folder for cell in _plan(table.entries, tmp_path, "paper", table.vfms, source=source)}
-        for table, source in ((TABLES[name], TABLES[name].source) for name in ("table2", "table3"))
+        {
+            cell.folder
+            for cell in _plan(tmp_path, table=name, profile="paper", vfms=TABLES[name].vfms)
+        }
+        for name in ("table2", "table3")
     ]
     assert folders[1] < folders[0]
 
 
 def test_the_recipe_is_what_a_json_file_holds(tmp_path):
-    (cell,) = _plan(["full"], tmp_path)
+    (cell,) = _plan(tmp_path, ["full"])
     assert json.loads(json.dumps(cell.recipe)) == cell.recipe
 
 

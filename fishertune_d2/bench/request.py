@@ -1,0 +1,51 @@
+"""The table that a command asks for, with its setting, models, seeds and options."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .tables import PROFILES, RATE, Entry, Profile, Table
+
+
+@dataclass(frozen=True)
+class Request:
+    """A table to fill.
+
+    Attributes:
+        name: The name of the table, and of the files that show it.
+        table: The table.
+        profile_name: The name of the setting.
+        entries: The entries.
+        vfms: The foundation models.
+        seeds: The seeds.
+        output: The folder of all cells, or a study's table, which can only be reported.
+        options: Keys and values in turn for every cell.
+    """
+
+    name: str
+    table: Table
+    profile_name: str
+    entries: Sequence[Entry]
+    vfms: Sequence[str]
+    seeds: Sequence[int]
+    output: Path
+    options: Sequence[str] = ()
+
+    @property
+    def profile(self) -> Profile:
+        """The setting."""
+        return PROFILES[self.profile_name]
+
+    @property
+    def source(self) -> str:
+        """The folder of configs that fixes the training data, in the profile ``paper``."""
+        return self.table.source if "{source}" in self.profile.base else ""
+
+    @property
+    def searches(self) -> bool:
+        """Whether learning rates are searched; otherwise they are the config's or given."""
+        return bool(self.profile.rates) and self.table.search and RATE not in self.options
+
+    def place(self, vfm: str) -> Path:
+        """Returns the folder of a foundation model's cells."""
+        return self.output / self.source / vfm
