@@ -105,7 +105,7 @@ def test_training_learns_two_images():
     ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     totals = []
-    for _ in range(60):
+    for _ in range(40):
         losses = model(batch)
         total = sum(losses.values())
         optimizer.zero_grad()

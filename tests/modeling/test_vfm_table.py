@@ -1,6 +1,8 @@
 """The table's facts, and its models at their real size, on the meta device."""
 
 from collections import Counter
+from dataclasses import replace
+from functools import cache
 
 import timm
 import torch
@@ -11,28 +13,36 @@ from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
 from fishertune_d2.modeling.vfm_table import IMAGENET, OPENAI, Pixels, pixel_statistics
 
 
-def on_meta(name, patch_size=16, img_size=(512, 512)) -> VFMBackbone:
+@cache  # the tests only read the models
+def on_meta(name: str) -> VFMBackbone:
+    """Returns a VFM without memory for its weights, for 512 x 512 pixels and patches of 16."""
     with torch.device("meta"):
-        return VFMBackbone(
-            name=name, weights="random", img_size=img_size, patch_size=patch_size
-        ).eval()
+        return VFMBackbone(name=name, weights="random", img_size=(512, 512), patch_size=16).eval()
 
 
 @mark.parametrize("name", VFMS)
-def test_rows_agree_with_timm(name):
-    row = VFMS[name]
-    public = timm.models.get_pretrained_cfg(row.timm_name)
+def test_entries_agree_with_timm(name):
+    vfm = VFMS[name]
+    public = timm.models.get_pretrained_cfg(vfm.timm_name)
     assert public.hf_hub_id
-    assert (3, row.img_size, row.img_size) == tuple(public.input_size)
-    assert row.pixels.mean == approx([255 * m for m in public.mean], abs=1e-3)
-    assert row.pixels.std == approx([255 * s for s in public.std], abs=1e-3)
-    assert row.source.startswith("https://")
+    assert (3, vfm.img_size, vfm.img_size) == tuple(public.input_size)
+    assert vfm.pixels.mean == approx([255 * m for m in public.mean], abs=1e-3)
+    assert vfm.pixels.std == approx([255 * s for s in public.std], abs=1e-3)
+    assert vfm.source.startswith("https://")
     if public.url:
-        assert row.source == public.url
+        assert vfm.source == public.url
     # timm gives OpenAI's CLIP its own default; its authors' repository says MIT.
     if name != "clip_vitl":
-        assert row.licence.lower().replace(" ", "-") == public.license
-    assert on_meta(name, patch_size=0).size_divisibility == row.patch_size
+        assert vfm.licence.lower().replace(" ", "-") == public.license
+
+
+@mark.parametrize("name", VFMS)
+def test_patch_size_0_is_the_size_of_the_training(name, monkeypatch):
+    vfm = VFMS[name]
+    monkeypatch.setitem(VFMS, name, replace(vfm, options={**vfm.options, "depth": 6}))
+    with torch.device("meta"):
+        backbone = VFMBackbone(name=name, weights="random", img_size=(512, 512), patch_size=0)
+    assert backbone.size_divisibility == vfm.patch_size
 
 
 @mark.parametrize("name", VFMS)
@@ -113,7 +123,7 @@ def test_parameters_and_candidates(name):
 
 
 def test_the_papers_count_of_sam_keeps_all_relative_positions():
-    """The paper's 632.18 M: 127 relative positions, of images of 1024, in four blocks."""
+    """The paper counts 632.18 M: 127 relative positions, of images of 1024, in four blocks."""
     total = sum(p.numel() for p in on_meta("sam_vith").parameters())
     assert (total + 4 * 2 * (127 - 63) * 80) / 1e6 == approx(632.18, abs=0.005)
 
