@@ -1,9 +1,9 @@
-"""FisherTune on Detectron2's SimpleTrainer, with a model and an optimizer of one's own.
+"""FisherTune on Detectron2's SimpleTrainer, with your own model and optimizer.
 
     python examples/simple_trainer.py
 
-Needs no data, no download and no GPU; it takes some seconds. SGD with momentum and weight decay
-holds all weights, and of the backbone it moves the selected ones alone.
+It takes some seconds and needs no data, no download and no GPU. SGD with momentum and weight decay
+holds all weights, but moves only the selected weights of the backbone.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from fishertune_d2.fisher import Selection
 
 
 class Classifier(nn.Module):
-    """As Detectron2's trainers want it: from a batch of dicts to losses by name."""
+    """The interface of Detectron2's trainers: from a batch of dicts to losses by name."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Classifier(nn.Module):
 
 
 def draw_batches(seed: int) -> Iterator[list[dict]]:
-    """Without end: batches of 8 noisy images, each with a tint of red, green or blue."""
+    """Yields endless batches of 8 noisy images, each with a tint of red, green or blue."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         labels = torch.randint(3, (8,), generator=generator).tolist()
@@ -48,8 +48,8 @@ def draw_batches(seed: int) -> Iterator[list[dict]]:
 
 
 def main(max_iter: int = 60) -> tuple[dict[str, Tensor], nn.Module, Selection, list[float]]:
-    """Trains and prints what moved; returns the weights before, model, selection and losses."""
-    setup_logger(name="fishertune_d2")  # shows what is selected
+    """Trains and prints the moved weights; returns weights before, model, selection and losses."""
+    setup_logger(name="fishertune_d2")  # logs the selected weights
     torch.manual_seed(0)
     model = Classifier()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

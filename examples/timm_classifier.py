@@ -1,9 +1,9 @@
-"""FisherTune on a timm classifier, in a plain PyTorch loop. Needs no Detectron2.
+"""FisherTune on a timm classifier, in a plain PyTorch loop without Detectron2.
 
     python examples/timm_classifier.py
 
-Needs no data, no download and no GPU either; it takes some seconds. The loop has the three stages
-of Algorithm 1: the head alone, the Fisher information, the head and the selected weights.
+It takes some seconds and needs no data, no download and no GPU. The loop has the three stages of
+Algorithm 1: train the head alone, select by Fisher information, train head and selected weights.
 """
 
 import timm
@@ -19,7 +19,7 @@ Batch = list[tuple[Tensor, int]]
 
 
 def draw_batch(generator: torch.Generator) -> Batch:
-    """Eight noisy images, each with a tint of red, green or blue, and which one it is."""
+    """Draws eight noisy images, each with a tint of red, green or blue, and the tints as labels."""
     labels = torch.randint(3, (8,), generator=generator).tolist()
     images = torch.randn(8, 3, 64, 64, generator=generator)
     for image, label in zip(images, labels, strict=True):
@@ -28,17 +28,17 @@ def draw_batch(generator: torch.Generator) -> Batch:
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """What the model says of a batch, (B, 3)."""
+    """The model's logits, (B, 3)."""
     return model(torch.stack([image for image, _ in batch]))
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """Its classes, (B,)."""
+    """The labels of a batch, (B,)."""
     return torch.tensor([label for _, label in batch])
 
 
 def train_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
-    """One step; returns the loss."""
+    """Trains for one step and returns the loss."""
     loss = F.cross_entropy(logits_of(model, batch), labels_of(batch))
     optimizer.zero_grad()
     loss.backward()
@@ -47,28 +47,13 @@ def train_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """For what requires a gradient now, with momentum and a strong weight decay."""
+    """An optimizer of the trainable parameters, with momentum and a strong weight decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)
 
 
-def select(model: nn.Module, batches: list[Batch], share: float) -> fisher.Selection:
-    """The share of the backbone with the highest domain-related Fisher information."""
-    estimate = fisher.estimate_fisher(
-        model,
-        batches,
-        fisher.SoftmaxLikelihood(logits_of),
-        fisher.find_candidates(model),
-        labels="sampled",
-        perturb=fisher.StatisticsPerturbation.of_vit(model),
-    )
-    scores = fisher.domain_related_fisher(estimate.f, estimate.shifted, estimate.shift_weight)
-    base = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
-    return fisher.Selection.from_scores(scores, share, base)
-
-
 def main(max_iter: int = 60) -> tuple[dict[str, Tensor], nn.Module, fisher.Selection, list[float]]:
-    """Trains and prints what moved; returns the weights before, model, selection and losses."""
+    """Trains and prints the moved weights; returns weights before, model, selection and losses."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = timm.create_model("test_vit", img_size=64, num_classes=3)
@@ -79,15 +64,19 @@ def main(max_iter: int = 60) -> tuple[dict[str, Tensor], nn.Module, fisher.Selec
     warmup, optimizer = max_iter // 4, adamw(model)
     losses = [train_step(model, draw_batch(generator), optimizer) for _ in range(warmup)]
 
-    selection = select(model, [draw_batch(generator) for _ in range(4)], share=0.05)
+    batches = [draw_batch(generator) for _ in range(4)]
+    likelihood = fisher.SoftmaxLikelihood(logits_of)
+    backbone = sum(p.numel() for name, p in before.items() if not name.startswith("head."))
+    selection = fisher.select(model, batches, likelihood, 0.05, base=backbone, labels="sampled")
+    print(selection)
 
-    selected = SelectedWeights(model, selection)  # their values are parameters of the model now
+    selected = SelectedWeights(model, selection)  # its values are parameters of the model now
     optimizer = adamw(model)
     for step in range(max_iter - warmup):
         progress = step / (max_iter - warmup - 1)
         selected.grow(fisher.tuned_share(progress, d_min=0.01, d_max=0.05))  # Eq. 16
         losses.append(train_step(model, draw_batch(generator), optimizer))
-    selected.release()  # leaves the plain model, with the tuned weights in it
+    selected.release()  # restores the plain model, with the tuned weights in it
 
     print(table(before, model, selection, backbone=""))
     print(f"loss: {losses[0]:.2f} at first, {losses[-1]:.2f} in the end")

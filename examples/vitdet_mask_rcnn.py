@@ -2,9 +2,9 @@
 
     python examples/vitdet_mask_rcnn.py
 
-Needs no data, no download, no GPU and no compiled part of Detectron2; it takes half a minute. The
-configs are Detectron2's own (configs/common/models/mask_rcnn_vitdet.py and what trains it),
-made small.
+It takes half a minute and needs no data, no download, no GPU and no compiled part of Detectron2.
+The configs are small versions of Detectron2's own: configs/common/models/mask_rcnn_vitdet.py, its
+optimizer and its data loader.
 """
 
 import json
@@ -29,7 +29,7 @@ from fishertune_d2.fisher import Selection
 SIDE, CHANNELS = 128, 32  # of an image in pixels, and of a map of the pyramid
 
 model = get_config("common/models/mask_rcnn_vitdet.py").model
-# Its ViT's weights are what FisherTune selects from. From here to the optimizer: made small.
+# FisherTune selects among the weights of its ViT. The lines up to the optimizer make it small.
 model.backbone.net.update(img_size=SIDE, embed_dim=48, depth=6, num_heads=2)
 model.backbone.net.update(window_size=3, window_block_indexes=[0, 1, 3, 4])
 model.backbone.update(out_channels=CHANNELS, square_pad=SIDE)
@@ -53,7 +53,7 @@ train.update(total_batch_size=2, num_workers=0)
 
 
 def draw_data(root: Path) -> None:
-    """Eight pictures of a square and a triangle, and COCO's json for them."""
+    """Draws eight pictures of a square and a triangle, and writes COCO's JSON for them."""
     random = np.random.default_rng(0)
     images, annotations = [], []
     for i in range(8):
@@ -72,8 +72,8 @@ def draw_data(root: Path) -> None:
 
 
 def main(max_iter: int = 40) -> tuple[dict[str, Tensor], nn.Module, Selection, list[float]]:
-    """Trains and prints what moved; returns the weights before, model, selection and losses."""
-    setup_logger(name="fishertune_d2")  # shows what is selected
+    """Trains and prints the moved weights; returns weights before, model, selection and losses."""
+    setup_logger(name="fishertune_d2")  # logs the selected weights
     torch.manual_seed(0)
     detector = instantiate(model)
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}

@@ -21,9 +21,11 @@ def _run_example(page: str, about: str, **variables) -> dict:
 
 
 def test_without_detectron2():
-    variables = _run_example("reuse.md", "estimate_fisher")
-    chosen = sum(int(mask.sum()) for mask in variables["masks"].values())
-    assert chosen == int(0.05 * variables["base"])
+    short = _run_example("reuse.md", "fisher.select(")
+    base = sum(p.numel() for p in short["model"].parameters())
+    assert sum(int(mask.sum()) for mask in short["masks"].values()) == int(0.05 * base)
+    parts = _run_example("reuse.md", "estimate_fisher", **short)
+    assert parts["selection"].count(0.05) == int(0.05 * base)
 
 
 def test_export(tmp_path, monkeypatch):

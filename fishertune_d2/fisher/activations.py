@@ -20,18 +20,7 @@ _FAIRSCALE = "fairscale.nn.checkpoint.checkpoint_activations"
 
 @contextmanager
 def keeping_activations(model: nn.Module) -> Iterator[None]:
-    """Switches activation checkpoints off inside the context, and on again afterwards.
-
-    Args:
-        model: holds modules of timm or transformers, or modules that fairscale has wrapped.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: if a backward pass meets a checkpoint of another kind.
-        RuntimeError: any other RuntimeError of the context.
-    """
+    """Switches off the checkpoints of timm, transformers and fairscale; refuses other kinds."""
     switched = [
         (module, flag) for module in model.modules() for flag in _FLAGS if vars(module).get(flag)
     ]

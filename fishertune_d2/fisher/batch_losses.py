@@ -59,22 +59,12 @@ class BatchLosses:
         self._drawn = perturb is None
 
     def together(self) -> Tensor:
-        """The losses of all images from one forward pass, (B,); raises as :meth:`alone` does."""
+        """The losses of all images from one forward pass, (B,)."""
         with seeded(self.seed), self._drawing():
             return self._losses(self._batch, range(self.size))
 
     def alone(self, image: int) -> Tensor:
-        """The loss of one image from a forward pass over this image alone.
-
-        A wrong shape from ``loss_fn`` raises a ValueError, a loss that is not finite a
-        FloatingPointError, which names the image.
-
-        Args:
-            image: its index in the batch.
-
-        Returns:
-            A scalar.
-        """
+        """The loss of one image, given by its index, from a forward pass over it alone; ()."""
         if not self._drawn:
             with torch.no_grad():
                 self.together()

@@ -1,7 +1,17 @@
-"""Measures F(x) and F(x') over batches (Eq. 4 to 14)."""
+"""Measures F(x) and F(x') over batches (Eq. 4 to 14).
+
+x and x' see the same random numbers (a loss that draws points draws the same ones), so that their
+difference is the shift's. With the shift switched off, the difference is exactly 0 on the CPU; on a
+GPU it is a rounding error, because some backward passes add in varying order. During the estimate
+dropout and stochastic depth are off, batch norms use and keep their running statistics, and no
+activations are checkpointed. In a process group, every process gives its own batches, as many as
+the others, and sums are reduced over processes before the mean is taken. Random numbers belong to
+the k-th batch of all, which is batch k // W of process k % W.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +44,8 @@ def estimate_fisher(
 ) -> FisherEstimate:
     """Measures F(x), and F(x') if a perturbation is given, without changing any weight.
 
-    x and x' see the same random numbers (a loss that draws points draws the same ones), so that
-    their difference is the shift's. With the shift switched off, the difference is exactly 0 on the
-    CPU; on a GPU it is a rounding error, because some backward passes add in varying order. During
-    the estimate dropout and stochastic depth are off, batch norms use and keep their running
-    statistics, and no activations are checkpointed. In a process group, every process gives its own
-    batches, as many as the others, and sums are reduced over processes before the mean is taken.
-    Random numbers belong to the k-th batch of all, which is batch k // W of process k % W.
-
     A loss or gradient that is not finite raises a FloatingPointError, which names the parameter and
-    the image. A model that does not fit the estimator, or whose activation checkpoints cannot be
-    switched off, raises a ValueError.
+    the image. A model that does not fit the estimator raises a ValueError with the remedy.
 
     Args:
         model: any module that holds the candidates; its mode and weights stay the same.
@@ -56,10 +57,8 @@ def estimate_fisher(
         estimator: a key of :data:`ESTIMATORS`, or a function from the candidates to an estimator,
             such as ``partial(Variational, resolution="row")``.
         labels: ``"ground_truth"``, those in the batch (the empirical Fisher), or ``"sampled"``,
-            drawn from the model (Eq. 4's expectation). For the latter, ``loss_fn.sampled(model,
-            batch)`` replaces ``loss_fn``. It must draw labels from the model's own distribution and
-            return their negative log-likelihood, (B,); see
-            :class:`fishertune_d2.fisher.SoftmaxLikelihood`.
+            drawn from the model (Eq. 4's expectation): ``loss_fn.sampled(model, batch)`` draws them
+            and returns their negative log-likelihood, (B,); see :class:`.SoftmaxLikelihood`.
         perturb: Eq. 6 with the points to perturb.
         seed: seed of the random numbers of the perturbation and the loss.
         progress: show a bar, on a terminal.
@@ -68,10 +67,62 @@ def estimate_fisher(
 
     Returns:
         The estimate, on the device of the parameters.
-
-    Raises:
-        ValueError: if there is no batch or no candidate, or an argument is unknown.
     """
+    _require_known(candidates, labels, autocast)
+    name, on_x = _build_estimator(estimator, candidates)
+    notes = {"estimator": name, "labels": labels, "seed": str(seed)}
+    domains: list[tuple[StatisticsPerturbation | None, Estimator]] = [(None, on_x)]
+    if perturb is not None:
+        notes |= {"strength": str(perturb.strength), "eps_mode": perturb.eps_mode}
+        domains.append((perturb, on_x.fresh()))
+    batch_losses = partial(
+        BatchLosses, model, loss_fn=_with_labels(loss_fn, labels), autocast=autocast
+    )
+    with _ready_to_measure(model, candidates):
+        images, weight = _pass_all(batches, domains, batch_losses, seed, progress)
+    measured = [gathered.fisher() for _, gathered in domains]
+    _require_finite_sums(*measured)
+    shifted = measured[1] if perturb is not None else {}
+    return FisherEstimate(measured[0], shifted, weight, images, notes)
+
+
+def _pass_all(
+    batches: Iterable[Sequence],
+    domains: Sequence[tuple[StatisticsPerturbation | None, Estimator]],
+    batch_losses: Callable[..., BatchLosses],
+    seed: int,
+    progress: bool,
+) -> tuple[int, float]:
+    """Updates all estimators; returns the images of all processes and the mean shift weight."""
+    rank, world = rank_and_size()
+    device = next(iter(domains[0][1].parameters.values())).device
+    # Images seen and the sum of their shift weights; float64 to count exactly.
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    for step, batch in enumerate(tqdm(batches, "Fisher", disable=None if progress else True)):
+        for perturb, estimator in domains:
+            losses = batch_losses(
+                batch=batch,
+                perturb=perturb,
+                seed=mixed_seed(seed, step * world + rank),
+                name=f"batch {step}",
+                device_type=device.type,
+            )
+            estimator.update(losses)
+        counts[0] += len(batch)
+        shift = domains[-1][0]
+        counts[1] += len(batch) if shift is None else shift.weights().sum().item()
+    sum_over_processes([counts])
+    images, weights = counts.tolist()
+    if images == 0:
+        raise ValueError("no batch to estimate the Fisher information from")
+    return int(images), weights / images
+
+
+def _require_known(
+    candidates: Sequence[Candidate], labels: str, autocast: torch.dtype | None
+) -> None:
+    if labels not in LABELS:
+        raise ValueError(f"unknown labels {labels!r}: choose from {LABELS}")
     if autocast not in (None, torch.bfloat16):
         raise ValueError(
             f"autocast must be None or torch.bfloat16: got {autocast}; squares of gradients "
@@ -79,46 +130,6 @@ def estimate_fisher(
         )
     if not candidates:
         raise ValueError("there is no candidate to estimate the Fisher information of")
-    loss_fn = _with_labels(loss_fn, labels)
-    name, on_x = _build_estimator(estimator, candidates)
-    notes = {"estimator": name, "labels": labels, "seed": str(seed)}
-    domains: list[tuple[StatisticsPerturbation | None, Estimator]] = [(None, on_x)]
-    if perturb is not None:
-        notes |= {"strength": str(perturb.strength), "eps_mode": perturb.eps_mode}
-        domains.append((perturb, on_x.fresh()))
-    rank, world = rank_and_size()
-    device = candidates[0].parameter.device
-    # Images seen and the sum of their shift weights; float64 to count exactly.
-    counts = torch.zeros(2, dtype=torch.float64, device=device)
-
-    with _ready_to_measure(model, candidates):
-        for step, batch in enumerate(tqdm(batches, "Fisher", disable=None if progress else True)):
-            for shift, gathered in domains:
-                gathered.update(
-                    BatchLosses(
-                        model,
-                        batch,
-                        loss_fn,
-                        perturb=shift,
-                        seed=mixed_seed(seed, step * world + rank),
-                        name=f"batch {step}",
-                        autocast=autocast,
-                        device_type=device.type,
-                    )
-                )
-            counts[0] += len(batch)
-            if perturb is not None:
-                counts[1] += perturb.weights().sum().item()
-
-    sum_over_processes([counts])
-    images, weights = counts.tolist()
-    if images == 0:
-        raise ValueError("no batch to estimate the Fisher information from")
-    measured = [gathered.fisher() for _, gathered in domains]
-    _require_finite_sums(*measured)
-    f, shifted = measured if perturb is not None else (measured[0], {})
-    weight = weights / images if perturb is not None else 1.0
-    return FisherEstimate(f, shifted, weight, int(images), notes)
 
 
 def _build_estimator(
@@ -133,8 +144,6 @@ def _build_estimator(
 
 
 def _with_labels(loss_fn: LossFn, labels: str) -> LossFn:
-    if labels not in LABELS:
-        raise ValueError(f"unknown labels {labels!r}: choose from {LABELS}")
     if labels == "ground_truth":
         return loss_fn
     if not hasattr(loss_fn, "sampled"):

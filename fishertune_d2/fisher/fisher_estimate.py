@@ -74,19 +74,7 @@ class FisherEstimate(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> "FisherEstimate":
-        """Reads a file of :meth:`save`, also one from an untrusted source.
-
-        A missing file raises a FileNotFoundError.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The estimate, on the CPU.
-
-        Raises:
-            ValueError: if the file is damaged, has another format, or holds no valid estimate.
-        """
+        """Reads a file of :meth:`save`, also from an untrusted source; refuses damaged files."""
         with open_tensors(path, _FORMAT) as file:
             weight, images = file.json("shift_weight", float), file.json("images", int)
             if not 0 <= weight <= 1 or images < 1:

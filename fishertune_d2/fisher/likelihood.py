@@ -29,18 +29,7 @@ class SoftmaxLikelihood:
         self.labels = labels
 
     def __call__(self, model: nn.Module, batch: Sequence) -> Tensor:
-        """Cross entropy with the labels in the batch, mean over the labelled positions.
-
-        Args:
-            model: the first argument of ``logits``.
-            batch: B images with labels.
-
-        Returns:
-            (B,)
-
-        Raises:
-            ValueError: if it was built without ``labels``.
-        """
+        """Cross entropy with the labels in the batch, mean over the labelled positions, (B,)."""
         if self.labels is None:
             raise ValueError("SoftmaxLikelihood was built without labels: use labels='sampled'")
         logits = self.logits(model, batch)

@@ -11,6 +11,7 @@ Shapes in this module:
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -108,14 +109,7 @@ class StatisticsPerturbation:
 
     @contextmanager
     def drawing(self, generator: torch.Generator | None = None) -> Iterator[None]:
-        """Perturbs one forward pass over a batch, with newly drawn eps and Sigma, and keeps these.
-
-        Args:
-            generator: draws eps, on the CPU; by default torch's own.
-
-        Yields:
-            Nothing.
-        """
+        """Perturbs a forward pass over a batch by new draws of a CPU generator; keeps the draws."""
         self._drawn = []
         apply = bool(torch.rand((), generator=generator) < self.p)
         shared: list[Tensor] = []  # eps_mu and eps_sigma
@@ -138,41 +132,23 @@ class StatisticsPerturbation:
 
     @contextmanager
     def replaying(self, image: int) -> Iterator[None]:
-        """Perturbs a forward pass over one image with its draws from the last batch.
-
-        Args:
-            image: its index in that batch.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            RuntimeError: if the last drawn batch did not reach all points.
-        """
+        """Perturbs a forward pass over one image, given by index, with its last draws."""
         if len(self._drawn) != len(self.points):
             raise RuntimeError(
                 f"nothing to replay: {len(self._drawn)} of {len(self.points)} points were reached "
                 "under drawing(); run the model on the whole batch there first"
             )
 
-        def make(shift: _Shift):
-            def hook(module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
-                tokens = self._patches(x)
-                mu, sigma = token_statistics(tokens)
-                return self._replace(x, shift_statistics(tokens, mu, sigma, shift))
+        def hook(shift: _Shift, module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
+            tokens = self._patches(x)
+            return self._replace(x, shift_statistics(tokens, *token_statistics(tokens), shift))
 
-            return hook
-
-        with self._hooked([make(shift.of_image(image)) for shift in self._drawn]):
+        with self._hooked([partial(hook, shift.of_image(image)) for shift in self._drawn]):
             yield
 
     def weights(self) -> Tensor:
-        """exp(-(|eps_mu| + |eps_sigma|)) of the last drawn batch (Eq. 7).
-
-        Returns:
-            (B,), in (0, 1]. With ``eps_mode="channel"`` the magnitudes are averaged over points and
-            channels.
-        """
+        """exp(-(|eps_mu| + |eps_sigma|)) of the last drawn batch (Eq. 7), (B,), in (0, 1]."""
+        # With eps_mode "channel" the magnitudes are averaged over points and channels.
         magnitudes = [(s.eps_mu.abs() + s.eps_sigma.abs()).mean(dim=(1, 2)) for s in self._drawn]
         return torch.exp(-torch.stack(magnitudes).mean(dim=0))
 
@@ -215,21 +191,10 @@ def token_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shift_statistics(tokens: Tensor, mu: Tensor, sigma: Tensor, shift: _Shift) -> Tensor:
-    """Eq. 6, in a form that returns ``tokens`` to the bit where eps is 0.
-
-    beta * (x - mu) / sigma + alpha = x + (x - mu) * eps_sigma * Sigma_sigma / sigma
-    + eps_mu * Sigma_mu. The right side has no rounding where both eps are 0, so that dF is exactly
-    0 with the shift switched off.
-
-    Args:
-        tokens: (B, N, C).
-        mu: (B, 1, C).
-        sigma: (B, 1, C).
-        shift: the draws of this point.
-
-    Returns:
-        (B, N, C)
-    """
+    """Eq. 6 on (B, N, C), in a form that returns ``tokens`` to the bit where eps is 0."""
+    # beta * (x - mu) / sigma + alpha = x + (x - mu) * eps_sigma * Sigma_sigma / sigma
+    # + eps_mu * Sigma_mu. The right side has no rounding where both eps are 0, so that dF is
+    # exactly 0 with the shift switched off.
     scale = shift.eps_sigma * shift.spread_sigma / sigma
     return tokens + (tokens - mu) * scale + shift.eps_mu * shift.spread_mu
 

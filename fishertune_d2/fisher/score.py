@@ -93,17 +93,7 @@ def fisher_from_precision(precision: Tensor, gamma: float, prior_precision: floa
 
 
 def mean_over_candidates(f: Mapping[str, Tensor]) -> float:
-    """Mean of F over its entries above 0, which are candidates.
-
-    Args:
-        f: F by parameter name.
-
-    Returns:
-        The mean.
-
-    Raises:
-        ValueError: if F is 0 everywhere.
-    """
+    """Mean of F over its entries above 0, which are candidates; refuses an F of 0 everywhere."""
     sums = torch.stack([value.sum(dtype=torch.float64) for value in f.values()])
     counts = torch.stack([torch.count_nonzero(value) for value in f.values()])
     total, count = sum(sums.tolist()), sum(counts.tolist())
@@ -131,18 +121,10 @@ def _eq15(
 
 
 def _ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rank of each entry among all entries above 0, scaled to (0, 1]; 0 stays 0.
-
-    The range of values is cut into parts, which are sorted one by one on the values' device: most
-    of the time goes into the sort. Memory: the ranks and one copy of the values on the CPU, and the
-    entries of one part, or all entries of one value if these are more.
-
-    Args:
-        values: by name; not negative.
-
-    Returns:
-        The ranks by name, on the CPU.
-    """
+    """Rank of each entry among all entries above 0, scaled to (0, 1], on the CPU; 0 stays 0."""
+    # Parts of the range of values are sorted one by one, on the values' device, because the sort
+    # takes most of the time. Memory: the ranks and one copy of the values on the CPU, and the
+    # entries of one part, or all entries of one value if these are more.
     flat, device = flat_on_cpu(values), next(iter(values.values())).device
     ranks = torch.zeros_like(flat)
     total, before = int(torch.count_nonzero(flat > 0)), 0

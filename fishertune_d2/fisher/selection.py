@@ -103,17 +103,7 @@ class Selection:
         return cls(indices, ranks, shapes, share, base)
 
     def count(self, share: float) -> int:
-        """The number of weights in a share.
-
-        Args:
-            share: in [0, 1].
-
-        Returns:
-            The number.
-
-        Raises:
-            ValueError: if it is more than the selection holds.
-        """
+        """The number of weights in a share; refuses a larger share than that of the selection."""
         if share > self.share:
             raise ValueError(f"{self.source} holds a share of {self.share}: got {share}")
         return count_of_share(share, self.base)
@@ -149,15 +139,7 @@ class Selection:
         return sizes
 
     def table(self, share: float | None = None, *, by_block: bool = False) -> str:
-        """A text table: blocks down, kinds across, sums; counts and shares of each group.
-
-        Args:
-            share: in [0, 1]; by default all that is selected.
-            by_block: a line for each block; else for each third of the depth.
-
-        Returns:
-            The table.
-        """
+        """A text table of counts and shares within ``share``, by kind and third of the depth."""
         counts, sizes = self.summary(share), self.group_sizes()
         depth = 1 + max((block for _, block in sizes), default=-1)
         edges = range(depth + 1) if by_block else sorted({i * depth // 3 for i in range(4)})
@@ -190,19 +172,7 @@ class Selection:
 
     @classmethod
     def load(cls, path: str | Path) -> "Selection":
-        """Reads a file of :meth:`save`, also one from an untrusted source.
-
-        A missing file raises a FileNotFoundError.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The selection.
-
-        Raises:
-            ValueError: if the file is damaged, has another format, or holds no valid ranking.
-        """
+        """Reads a file of :meth:`save`, also from an untrusted source; refuses damaged files."""
         with open_tensors(path, _FORMAT) as file:
             share, base, shapes = _read_header(file)
             indices = {name: file.tensor(f"indices/{name}") for name in shapes}
@@ -233,15 +203,7 @@ def overlap(a: Selection, b: Selection) -> float:
 
 
 def entries_within(ranks: Tensor, count: int) -> int:
-    """The number of entries of one parameter among the best ``count`` of all parameters.
-
-    Args:
-        ranks: the parameter's ranks in :attr:`Selection.ranks`, (n,).
-        count: see :meth:`Selection.count`.
-
-    Returns:
-        The number.
-    """
+    """The number of one parameter's ``Selection.ranks`` that are below ``count``."""
     return int(torch.searchsorted(ranks, count))
 
 

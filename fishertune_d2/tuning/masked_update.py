@@ -57,14 +57,7 @@ class MaskedUpdate:
         ]
 
     def grow(self, share: float) -> int:
-        """Selects up to ``share`` of the selection's base; selected entries stay selected.
-
-        Args:
-            share: in [0, 1].
-
-        Returns:
-            The number of selected entries.
-        """
+        """Selects up to a share of the base, beside earlier entries; returns how many there are."""
         for name, mask in self.masks.items():
             joining = self.selection.prefix(name, share)[self._selected[name] :]
             if len(joining):
@@ -92,15 +85,7 @@ class MaskedUpdate:
 def require_same_shapes(
     parameters: Mapping[str, nn.Parameter], found: Selection | FisherEstimate
 ) -> None:
-    """Refuses a selection or an estimate of another model.
-
-    Args:
-        parameters: the model's, by name.
-        found: the selection or the estimate.
-
-    Raises:
-        ValueError: if a name or shape differs; it names the first, and the file.
-    """
+    """Refuses a selection or an estimate of another model, by names and shapes."""
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if shapes == found.shapes:
         return

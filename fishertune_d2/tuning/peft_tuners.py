@@ -71,15 +71,7 @@ class PeftTuner(TuningMethod):
         self._config, self._options = config, options
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
-        """Splits fused layers if a target needs it, and wraps the targets in the tuner's layers.
-
-        Args:
-            backbone: a ``VFMBackbone``.
-            head: stays the same.
-
-        Raises:
-            ValueError: if a target does not exist, or peft cannot tune it.
-        """
+        """Splits fused layers if a target needs it, and wraps the targets in the tuner's layers."""
         vit = backbone.get_submodule("vit")
         if not set(self.targets).isdisjoint(PROJECTIONS):
             split_qkv(vit)
@@ -110,14 +102,7 @@ class PeftTuner(TuningMethod):
         return {name: backbone.get_parameter(name) for name in getattr(backbone, _TUNED_NAMES)}
 
     def merge(self, backbone: nn.Module) -> None:
-        """Writes each layer's change into its weight, and joins the split layers.
-
-        Args:
-            backbone: a backbone after :meth:`attach`.
-
-        Raises:
-            ValueError: if the tuner's change is none of the weights.
-        """
+        """Writes each layer's change into its weight, if it has one, and joins the split layers."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         vit = backbone.get_submodule("vit")

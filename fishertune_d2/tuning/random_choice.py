@@ -78,17 +78,7 @@ def random_v(cfg: CfgNode) -> TuningMethod:
 
 @TUNING_REGISTRY.register()
 def group(cfg: CfgNode) -> TuningMethod:
-    """``TUNING.METHOD group``.
-
-    Args:
-        cfg: SEED and TUNING.GROUP are read.
-
-    Returns:
-        The method.
-
-    Raises:
-        ValueError: if there is no such kind, or the depth is no part of 0 to 1.
-    """
+    """``TUNING.METHOD group``; refuses unknown kinds and depths outside 0 to 1."""
     kinds, depth = tuple(cfg.TUNING.GROUP.KINDS), tuple(cfg.TUNING.GROUP.DEPTH)
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"TUNING.GROUP.KINDS is {list(kinds)}: choose from {', '.join(KINDS)}")

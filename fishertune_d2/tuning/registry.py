@@ -118,12 +118,7 @@ class AddingMethod(TuningMethod):
     no_merge: str
 
     def build_module(self, backbone: VFMBackbone, head: nn.Module | None) -> nn.Module:
-        """Builds the module with the added parameters, and hooks it into the blocks.
-
-        Args:
-            backbone: see :meth:`attach`.
-            head: see :meth:`attach`.
-        """
+        """Builds the module with the added parameters, and hooks it into the blocks."""
         raise NotImplementedError
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
@@ -136,14 +131,7 @@ class AddingMethod(TuningMethod):
         return {f"{self.name}.{name}": parameter for name, parameter in added}
 
     def merge(self, backbone: nn.Module) -> None:
-        """Refuses; a method that can merge overrides this.
-
-        Args:
-            backbone: stays the same.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refuses with ``no_merge``; a method that can merge overrides this."""
         raise ValueError(
             f"TUNING.METHOD {self.name} cannot be merged: {self.no_merge}. Export the run's "
             "checkpoint"
@@ -161,17 +149,7 @@ def uniform(shape: tuple[int, ...], bound: float, like: Tensor) -> nn.Parameter:
 
 
 def build_tuning_method(cfg: CfgNode) -> TuningMethod:
-    """Builds the method that ``cfg.TUNING.METHOD`` names.
-
-    Args:
-        cfg: TUNING is read, and what the method needs.
-
-    Returns:
-        The method.
-
-    Raises:
-        ValueError: if there is no such method; the message lists all methods.
-    """
+    """Builds the method that ``cfg.TUNING.METHOD`` names; refuses unknown ones and lists all."""
     method, methods = cfg.TUNING.METHOD, [name for name, _ in TUNING_REGISTRY]
     if method not in methods:
         near = nearest(method, methods)

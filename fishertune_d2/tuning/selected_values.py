@@ -61,14 +61,7 @@ class SelectedValues:
         return [tensor for tensor in (self._rank, self._start) if tensor is not None]
 
     def grow(self, count: int) -> int:
-        """Selects the entries of a rank below ``count``; selected entries stay selected.
-
-        Args:
-            count: number of selected entries in all tensors of the model.
-
-        Returns:
-            The number of selected entries in these tensors.
-        """
+        """Selects the entries of a rank below ``count``; returns how many there are here now."""
         if count > self._count:
             if any(entries.values._version != entries.written for entries, _ in self.pairs()):
                 self.write()
@@ -94,15 +87,7 @@ class SelectedValues:
             self._versions = self._versions_now()
 
     def gradient_of(self, place: slice, like: Tensor) -> Tensor:
-        """Zeros for the gradient of one tensor's values, from a buffer that all tensors share.
-
-        Args:
-            place: the place of these values in ``flat``.
-            like: gives the dtype and the device.
-
-        Returns:
-            (n,)
-        """
+        """Zeros, (n,), for the gradient of the values at ``place``, from a shared buffer."""
         buffer = self._gradients
         fits = buffer is not None and (buffer.dtype, buffer.device) == (like.dtype, like.device)
         # A part in use may be a gradient by now. Such parts keep the old buffer.

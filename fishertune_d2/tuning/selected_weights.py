@@ -81,14 +81,7 @@ class SelectedWeights:
         return [tensor for values in self._values for tensor in values.extra_tensors()]
 
     def grow(self, share: float) -> int:
-        """Selects up to ``share`` of the selection's base; selected entries stay selected.
-
-        Args:
-            share: in [0, 1].
-
-        Returns:
-            The number of selected entries.
-        """
+        """Selects up to a share of the base, beside earlier entries; returns how many there are."""
         count = self.selection.count(share)
         return sum(values.grow(count) for values in self._values)
 
