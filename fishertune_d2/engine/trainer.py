@@ -157,7 +157,8 @@ class Trainer(DefaultTrainer):
             return None
         return FisherEstimation(
             self._preemption.at_once(self._estimate),
-            lambda estimate: self.method.scores(backbone, estimate),
+            # Only a method that does not estimate gets None, and its signature allows that.
+            lambda found: self.method.scores(backbone, found),  # type: ignore[arg-type]
             start=cfg.TUNING.WARMUP_ITERS,
             share=planned_share(cfg),
             base=sum(p.numel() for p in backbone.parameters()),

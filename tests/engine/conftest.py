@@ -2,7 +2,9 @@
 
 import multiprocessing
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from fishertune_d2.config import default_config
 from fishertune_d2.data import register_sem_seg
+from fishertune_d2.engine import Trainer
 
 from ..conftest import DEVICE
 
@@ -100,36 +103,74 @@ def tiny_cfg(tiny_data, tiny_head, device, tmp_path) -> Callable[..., CfgNode]:
 
     Keys are given with a double underscore for the dot.
     """
+    return partial(make_cfg, tmp_path, {**tiny_head, "MODEL.DEVICE": device})
 
-    def make(output: str = "out", **overrides) -> CfgNode:
-        cfg = default_config()
-        options = {
-            **tiny_head,
-            "MODEL.DEVICE": device,
-            "MODEL.VFM.NAME": "tiny",
-            "MODEL.VFM.WEIGHTS": "random",
-            "MODEL.VFM.IMG_SIZE": [48, 64],
-            "DATASETS.TRAIN": ("tiny_day",),
-            "DATASETS.TEST": ("tiny_day", "tiny_night"),
-            "INPUT.MIN_SIZE_TRAIN": [48, 64],
-            "INPUT.CROP.SIZE": [48, 64],
-            "TEST.MODE": "whole",
-            "TEST.PICTURES": 1,
-            "SOLVER.IMS_PER_BATCH": 2,
-            "SOLVER.BASE_LR": 1e-3,
-            "SOLVER.BACKBONE_MULTIPLIER": 1.0,
-            "SOLVER.MAX_ITER": 7,
-            "SOLVER.CHECKPOINT_PERIOD": 1,
-            "TUNING.WARMUP_ITERS": 3,
-            "FISHER.BATCHES": 2,
-            "FISHER.IMS_PER_BATCH": 2,
-            "DATALOADER.NUM_WORKERS": 0,
-            "OUTPUT_DIR": str(tmp_path / output),
-        }
-        options |= {key.replace("__", "."): value for key, value in overrides.items()}
-        for key, value in options.items():
-            cfg.merge_from_list([key, value])
-        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        return cfg
 
-    return make
+def make_cfg(root: Path, options: dict, output: str = "out", **overrides) -> CfgNode:
+    cfg = default_config()
+    options = {
+        **options,
+        "MODEL.VFM.NAME": "tiny",
+        "MODEL.VFM.WEIGHTS": "random",
+        "MODEL.VFM.IMG_SIZE": [48, 64],
+        "DATASETS.TRAIN": ("tiny_day",),
+        "DATASETS.TEST": ("tiny_day", "tiny_night"),
+        "INPUT.MIN_SIZE_TRAIN": [48, 64],
+        "INPUT.CROP.SIZE": [48, 64],
+        "TEST.MODE": "whole",
+        "TEST.PICTURES": 1,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.BASE_LR": 1e-3,
+        "SOLVER.BACKBONE_MULTIPLIER": 1.0,
+        "SOLVER.MAX_ITER": 7,
+        "SOLVER.CHECKPOINT_PERIOD": 1,
+        "TUNING.WARMUP_ITERS": 3,
+        "FISHER.BATCHES": 2,
+        "FISHER.IMS_PER_BATCH": 2,
+        "DATALOADER.NUM_WORKERS": 0,
+        "OUTPUT_DIR": str(root / output),
+    }
+    options |= {key.replace("__", "."): value for key, value in overrides.items()}
+    for key, value in options.items():
+        cfg.merge_from_list([key, value])
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    return cfg
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_data, tiny_head, device, tmp_path_factory) -> Path:
+    """The folder of an undisturbed run of ``tiny_cfg()``. Tests that write must copy it."""
+    root = tmp_path_factory.mktemp("finished")
+    with on_one_thread():
+        trainer = Trainer(make_cfg(root, {**tiny_head, "MODEL.DEVICE": device}))
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+    return root / "out"
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """One thread, for fixtures that live longer than a test: sums on two differ in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def final_state(folder: str | Path) -> dict:
+    """The last checkpoint of a finished run."""
+    return torch.load(Path(folder) / "model_final.pth", weights_only=True)
+
+
+def same_end(one: str | Path, other: str | Path) -> bool:
+    """Whether two finished runs have the same weights and optimizer's moments."""
+    ends = [final_state(folder) for folder in (one, other)]
+    models = [end["model"] for end in ends]
+    moments = [end["trainer"]["_trainer"]["optimizer"]["state"] for end in ends]
+    if models[0].keys() != models[1].keys() or moments[0].keys() != moments[1].keys():
+        return False
+    return all(same(models[1][name], value) for name, value in models[0].items()) and all(
+        same(moments[1][i][key], value)
+        for i, state in moments[0].items()
+        for key, value in state.items()
+    )

@@ -15,7 +15,7 @@ from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.checkpoint import WholeCheckpointer
 
-from .conftest import same
+from .conftest import same_end
 
 
 class _Broken(HookBase):
@@ -41,14 +41,6 @@ def _train(cfg, hook: HookBase | None = None, resume: bool = False) -> Trainer:
     else:
         trainer.train()
     return trainer
-
-
-def _same_end(*cfgs) -> bool:
-    expected, got = (
-        torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["model"]
-        for cfg in cfgs
-    )
-    return all(same(got[name], expected[name]) for name in expected)
 
 
 @pytest.fixture
@@ -164,14 +156,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(checkpointer, tmp_path):
     assert _resumed(checkpointer) == 3
 
 
-def test_a_run_with_a_truncated_last_checkpoint_ends_as_the_undisturbed_one(tiny_cfg):
-    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
-    _train(whole)
+def test_a_run_with_a_truncated_last_checkpoint_ends_as_the_undisturbed_one(tiny_cfg, finished_run):
+    parts = tiny_cfg("parts")
     _train(parts, _Broken(4))
     os.truncate(Path(parts.OUTPUT_DIR) / "model_0000003.pth", 1000)
     trainer = _train(parts, resume=True)
     assert trainer.start_iter == 3  # behind the warm-up, so the estimation was made again
-    assert _same_end(whole, parts)
+    assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
 def test_resuming_names_the_keys_that_contradict_the_checkpoint(tiny_cfg):
@@ -194,9 +185,8 @@ def test_resuming_names_the_keys_that_contradict_the_checkpoint(tiny_cfg):
     assert "or start a new run in another OUTPUT_DIR" in str(refused.value)
 
 
-def test_where_files_are_and_what_is_written_when_may_change(tiny_cfg):
-    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
-    _train(whole)
+def test_where_files_are_and_what_is_written_when_may_change(tiny_cfg, finished_run):
+    parts = tiny_cfg("parts")
     _train(parts, _Broken(4))
     changed = tiny_cfg(
         "parts",
@@ -208,7 +198,7 @@ def test_where_files_are_and_what_is_written_when_may_change(tiny_cfg):
         TEST__EVAL_PERIOD=6,
     )
     _train(changed, resume=True)
-    assert _same_end(whole, parts)
+    assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
 def test_a_checkpoint_from_before_there_were_records_resumes(tiny_cfg):
@@ -243,10 +233,10 @@ def test_resuming_with_other_images_says_so(tiny_cfg, tiny_data):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_breaks_in_the_middle_of_an_epoch_costs_nothing(tiny_cfg, tiny_data, workers):
-    options = {"DATALOADER__NUM_WORKERS": workers, "SOLVER__MAX_ITER": 6}
-    whole, parts = tiny_cfg("whole", **options), tiny_cfg("parts", **options)
-    _train(whole)
+def test_an_image_that_breaks_in_the_middle_of_an_epoch_costs_nothing(
+    tiny_cfg, tiny_data, finished_run, workers
+):
+    parts = tiny_cfg("parts", DATALOADER__NUM_WORKERS=workers)
     trainer = Trainer(parts)
     epoch = [index for _, index in islice(trainer.data_loader.sampler, 6)]
     path = tiny_data / "tiny_day" / "images" / f"{epoch[-1]}.png"
@@ -258,4 +248,4 @@ def test_an_image_that_breaks_in_the_middle_of_an_epoch_costs_nothing(tiny_cfg, 
     finally:
         path.write_bytes(content)
     assert _train(parts, resume=True).start_iter == 2
-    assert _same_end(whole, parts)
+    assert same_end(finished_run, parts.OUTPUT_DIR)

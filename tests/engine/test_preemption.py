@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.preemption import EXIT_CODE, SIGNALS, forwarding
 
-from .conftest import EXACT, same
+from .conftest import EXACT, same_end
 
 
 class _Signal(HookBase):
@@ -46,27 +46,13 @@ def _last(cfg: CfgNode) -> tuple[str, int]:
     return name, torch.load(Path(cfg.OUTPUT_DIR) / name, weights_only=True)["iteration"]
 
 
-def _final(cfg: CfgNode) -> dict:
-    return torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
-
-
-def _same_end(*cfgs: CfgNode) -> bool:
-    expected, got = (_final(cfg) for cfg in cfgs)
-    moments, again = (each["trainer"]["_trainer"]["optimizer"]["state"] for each in (expected, got))
-    return all(same(got["model"][n], v) for n, v in expected["model"].items()) and all(
-        same(again[i]["exp_avg_sq"], moments[i]["exp_avg_sq"]) for i in moments
-    )
-
-
 @pytest.fixture
-def cfgs(tiny_cfg) -> tuple[CfgNode, CfgNode]:
-    """Of a run that will be left alone and of one that will not; both save at the end alone."""
-    return tuple(tiny_cfg(name, SOLVER__CHECKPOINT_PERIOD=100) for name in ("whole", "parts"))
+def parts(tiny_cfg) -> CfgNode:
+    """The config of a run that is disturbed, and saves only at its end."""
+    return tiny_cfg("parts", SOLVER__CHECKPOINT_PERIOD=100)
 
 
-def test_a_signal_ends_the_iteration_and_the_run_goes_on_from_there(cfgs):
-    whole, parts = cfgs
-    _run(whole)
+def test_a_signal_ends_the_iteration_and_the_run_goes_on_from_there(parts, finished_run):
     handlers = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(SystemExit) as left:
         _run(parts, _Signal(1, signal.SIGTERM))
@@ -77,13 +63,11 @@ def test_a_signal_ends_the_iteration_and_the_run_goes_on_from_there(cfgs):
     assert left.value.code == EXIT_CODE
     assert _last(parts) == ("model_preempted.pth", 4)
     _run(parts, resume=True)
-    assert _same_end(whole, parts)
+    assert same_end(finished_run, parts.OUTPUT_DIR)
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
-def test_in_the_estimation_it_leaves_at_once(cfgs):
-    whole, parts = cfgs
-    _run(whole)
+def test_in_the_estimation_it_leaves_at_once(parts, finished_run):
     trainer = Trainer(parts)
     batches = trainer._estimation_batches()
 
@@ -98,13 +82,11 @@ def test_in_the_estimation_it_leaves_at_once(cfgs):
     assert left.value.code == EXIT_CODE
     assert _last(parts) == ("model_warmup.pth", 2)
     _run(parts, resume=True)
-    assert _same_end(whole, parts)
+    assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
 @pytest.mark.parametrize("when", ["in the last iteration", "in the evaluation"])
-def test_an_evaluation_is_left_to_the_resumed_run(cfgs, when, monkeypatch):
-    whole, parts = cfgs
-    _run(whole)
+def test_an_evaluation_is_left_to_the_resumed_run(parts, finished_run, when, monkeypatch):
 
     def interrupted(cfg, model):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -117,9 +99,9 @@ def test_an_evaluation_is_left_to_the_resumed_run(cfgs, when, monkeypatch):
     results = Path(parts.OUTPUT_DIR) / "results.json"
     assert not results.exists()
     _run(parts, resume=True)
-    assert _same_end(whole, parts)
+    assert same_end(finished_run, parts.OUTPUT_DIR)
     if EXACT:
-        assert results.read_text() == (Path(whole.OUTPUT_DIR) / "results.json").read_text()
+        assert results.read_text() == (finished_run / "results.json").read_text()
     assert results.exists()
 
 
@@ -131,10 +113,11 @@ def _rank(rank: int, rendezvous: Path, cfg: CfgNode, iteration: int) -> None:
     _run(cfg, *([_Signal(iteration)] if rank == 1 else []), resume=True)
 
 
-def test_processes_leave_after_the_same_iteration_if_one_is_told_to(cfgs, start_process, tmp_path):
-    whole, parts = cfgs
-    for cfg in cfgs:
-        cfg.MODEL.DEVICE = "cpu"  # gloo, and two processes
+def test_processes_leave_after_the_same_iteration_if_one_is_told_to(
+    tiny_cfg, parts, start_process, tmp_path
+):
+    whole = tiny_cfg("whole", MODEL__DEVICE="cpu")  # gloo, and two processes
+    parts.MODEL.DEVICE = "cpu"
 
     def run(name: str, cfg: CfgNode, iteration: int) -> list[int]:
         arguments = tmp_path / name, cfg, iteration
@@ -147,7 +130,7 @@ def test_processes_leave_after_the_same_iteration_if_one_is_told_to(cfgs, start_
     assert run("preempted", parts, 4) == [EXIT_CODE, EXIT_CODE]
     assert _last(parts) == ("model_preempted.pth", 4)
     assert run("resumed", parts, -1) == [0, 0]
-    assert _same_end(whole, parts)
+    assert same_end(whole.OUTPUT_DIR, parts.OUTPUT_DIR)
 
 
 def _wait_for_a_signal(ready: Path) -> None:

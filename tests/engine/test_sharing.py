@@ -1,6 +1,7 @@
 """A warm-up or an estimate of other settings is refused before anything is trained."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from fishertune_d2.engine import Trainer
 from fishertune_d2.fisher import FisherEstimate
 
-from .conftest import same
+from .conftest import final_state, same_end
 
 
 def _train(cfg) -> Path:
@@ -22,9 +23,9 @@ def _train(cfg) -> Path:
 
 
 @pytest.fixture
-def run(tiny_cfg) -> Path:
-    """The folder of a finished run."""
-    return _train(tiny_cfg("run", DATASETS__TEST=()))
+def run(finished_run, tmp_path) -> Path:
+    """The folder of a finished run, of ``tiny_cfg("run")``."""
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 # Keys with which the run would have made another warm-up, and another estimate.
@@ -97,7 +98,7 @@ def test_a_file_that_is_not_there_is_missed_at_the_start(tiny_cfg, key):
 
 
 def test_the_way_that_a_refused_resume_names_trains_for_longer(tiny_cfg, run, caplog):
-    longer = tiny_cfg("run", DATASETS__TEST=(), SOLVER__MAX_ITER=9, TUNING__D_MAX=0.04)
+    longer = tiny_cfg("run", SOLVER__MAX_ITER=9, TUNING__D_MAX=0.04)
     with pytest.raises(ValueError, match="can start from this one's warm-up: ") as refused:
         Trainer(longer).resume_or_load(resume=True)
     assert "SOLVER.MAX_ITER was 7 and is 9" in str(refused.value)
@@ -110,8 +111,7 @@ def test_the_way_that_a_refused_resume_names_trains_for_longer(tiny_cfg, run, ca
         out = _train(cfg)
     words = [r.getMessage() for r in caplog.records if "was made in a run where" in r.getMessage()]
     assert len(words) == 2 and all("SOLVER.MAX_ITER was 7 and is 9" in line for line in words)
-    ends = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (run, out)]
-    assert [end["iteration"] for end in ends] == [6, 8]
+    assert [final_state(folder)["iteration"] for folder in (run, out)] == [6, 8]
     first, second = (FisherEstimate.load(folder / "fisher.safetensors") for folder in (run, out))
     assert first.notes == second.notes  # the note still names the run that measured it
     assert all(torch.equal(second[name], first[name]) for name in first)
@@ -119,7 +119,7 @@ def test_the_way_that_a_refused_resume_names_trains_for_longer(tiny_cfg, run, ca
 
 def test_other_settings_of_the_warm_up_leave_no_shortcut(tiny_cfg, run):
     with pytest.raises(ValueError, match="SEED was 42 and is 1.*another OUTPUT_DIR$"):
-        Trainer(tiny_cfg("run", DATASETS__TEST=(), SEED=1)).resume_or_load(resume=True)
+        Trainer(tiny_cfg("run", SEED=1)).resume_or_load(resume=True)
 
 
 def test_a_shared_warm_up_and_estimate_give_the_same_end(tiny_cfg, run):
@@ -128,7 +128,4 @@ def test_a_shared_warm_up_and_estimate_give_the_same_end(tiny_cfg, run):
         "FISHER__ESTIMATE": str(run / "fisher.safetensors"),
     }
     out = _train(tiny_cfg("shared", DATASETS__TEST=(), **files))
-    expected, got = (
-        torch.load(folder / "model_final.pth", weights_only=True)["model"] for folder in (run, out)
-    )
-    assert all(same(got[name], expected[name]) for name in expected)
+    assert same_end(run, out)

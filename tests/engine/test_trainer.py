@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.fisher import FisherEstimate, Selection
 
-from .conftest import EXACT, same
+from .conftest import EXACT, same_end
 
 
 def _run(cfg, resume: bool = False, hook: HookBase | None = None) -> Trainer:
@@ -160,22 +159,13 @@ def test_other_methods(tiny_cfg, method):
 
 # Killed in warm-up, between warm-up and estimation, and in the tuning stage.
 @pytest.mark.parametrize("iteration", [2, 3, 5])
-def test_resume_gives_the_same_weights(tiny_cfg, iteration):
-    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
-    _run(whole)
+def test_resume_gives_the_same_weights(tiny_cfg, finished_run, iteration):
+    parts = tiny_cfg("parts")
     with pytest.raises(_Killed):
         _run(parts, hook=_KillBefore(iteration))
     torch.manual_seed(99)  # a new process has another random state
     _run(parts, resume=True)
-    expected = torch.load(Path(whole.OUTPUT_DIR) / "model_final.pth", weights_only=True)
-    got = torch.load(Path(parts.OUTPUT_DIR) / "model_final.pth", weights_only=True)
-    for name, value in expected["model"].items():
-        assert same(got["model"][name], value), name
-    moments = expected["trainer"]["_trainer"]["optimizer"]["state"]
-    again = got["trainer"]["_trainer"]["optimizer"]["state"]
-    assert moments.keys() == again.keys()
-    for key, state in moments.items():
-        assert same(again[key]["exp_avg"], state["exp_avg"])
+    assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
 class _KillInEstimation(HookBase):
@@ -187,28 +177,24 @@ class _KillInEstimation(HookBase):
         raise _Killed
 
 
-def test_resume_after_a_kill_in_the_middle_of_the_estimation(tiny_cfg):
-    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
-    _run(whole)
+def test_resume_after_a_kill_in_the_middle_of_the_estimation(tiny_cfg, finished_run):
+    parts = tiny_cfg("parts")
     trainer = Trainer(parts)
     trainer._estimation_batches = _KillInEstimation(trainer)
     with pytest.raises(_Killed):
         trainer.train()
     _run(parts, resume=True)
-    expected, got = (_state(Path(c.OUTPUT_DIR) / "model_final.pth") for c in (whole, parts))
-    assert all(same(got[name], expected[name]) for name in expected)
+    assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
-def test_methods_can_share_one_warmup(tiny_cfg):
-    freeze = tiny_cfg("freeze", TUNING__METHOD="freeze")
+def test_methods_can_share_one_warmup(tiny_cfg, finished_run):
+    freeze = tiny_cfg("freeze", TUNING__METHOD="freeze", DATASETS__TEST=())
     _run(freeze)
     warmup = str(Path(freeze.OUTPUT_DIR) / "model_warmup.pth")
-    alone, shared = tiny_cfg("alone"), tiny_cfg("shared", TUNING__WARMUP_CHECKPOINT=warmup)
-    _run(alone)
+    shared = tiny_cfg("shared", TUNING__WARMUP_CHECKPOINT=warmup)
     trainer = _run(shared)
     assert trainer.start_iter == 3
-    expected, got = (_state(Path(c.OUTPUT_DIR) / "model_final.pth") for c in (alone, shared))
-    assert all(same(got[name], expected[name]) for name in expected)
+    assert same_end(finished_run, shared.OUTPUT_DIR)
 
     longer = tiny_cfg("longer", TUNING__WARMUP_CHECKPOINT=warmup, TUNING__WARMUP_ITERS=4)
     with pytest.raises(ValueError, match="after 3 iterations, but TUNING.WARMUP_ITERS is 4"):
@@ -230,13 +216,10 @@ def test_resume_refuses_another_selection(tiny_cfg):
         Trainer(cfg).resume_or_load(resume=True)
 
 
-def test_eval_only_from_a_checkpoint_gives_the_same_results(tiny_cfg):
+def test_eval_only_from_a_checkpoint_gives_the_same_results(tiny_cfg, finished_run):
     cfg = tiny_cfg()
-    _run(cfg)
-    results = Path(cfg.OUTPUT_DIR) / "results.json"
-    trained = json.loads(results.read_text())
-    shutil.move(results, results.with_suffix(".old"))
-    weights = Path(cfg.OUTPUT_DIR) / "model_final.pth"
+    trained = json.loads((finished_run / "results.json").read_text())
+    results, weights = Path(cfg.OUTPUT_DIR) / "results.json", finished_run / "model_final.pth"
     Trainer.test(cfg, build_trained(cfg, str(weights)))
     assert json.loads(results.read_text()) == trained
 
@@ -274,16 +257,12 @@ def test_every_selective_method_trains(tiny_cfg, method):
             assert torch.equal(value[still], warm[name][still]), name
 
 
-def test_runs_can_share_one_estimate(tiny_cfg):
-    alone = tiny_cfg("alone", TUNING__D_MAX=0.02)
-    _run(alone)
-    file = Path(alone.OUTPUT_DIR) / "fisher.safetensors"
-    shared = tiny_cfg("shared", TUNING__D_MAX=0.02, FISHER__ESTIMATE=str(file))
+def test_runs_can_share_one_estimate(tiny_cfg, finished_run):
+    shared = tiny_cfg("shared", FISHER__ESTIMATE=str(finished_run / "fisher.safetensors"))
     trainer = Trainer(shared)
     trainer._estimation_batches = None  # not needed
     trainer.train()
-    expected, got = (_state(Path(c.OUTPUT_DIR) / "model_final.pth") for c in (alone, shared))
-    assert all(same(got[name], expected[name]) for name in expected)
+    assert same_end(finished_run, shared.OUTPUT_DIR)
 
 
 def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -337,10 +316,9 @@ class _Spoil(HookBase):
     ],
 )
 def test_a_loss_that_is_not_finite_names_what_met_it_and_costs_nothing(
-    tiny_cfg, iteration, what, expected
+    tiny_cfg, finished_run, iteration, what, expected
 ):
-    whole, parts = tiny_cfg("whole"), tiny_cfg("parts")
-    _run(whole)
+    parts = tiny_cfg("parts")
     with pytest.raises(FloatingPointError, match=expected) as stopped:
         _run(parts, hook=_Spoil(iteration, what))
     assert "The last checkpoint stands" in str(stopped.value)
@@ -350,8 +328,7 @@ def test_a_loss_that_is_not_finite_names_what_met_it_and_costs_nothing(
     names = ", ".join(item["file_name"] for item in next(iter(trainer.data_loader)))
     assert re.search(expected, str(stopped.value)).group(1) == names
     _run(parts, resume=True)
-    expected, got = (_state(Path(c.OUTPUT_DIR) / "model_final.pth") for c in (whole, parts))
-    assert all(same(got[name], expected[name]) for name in expected)
+    assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
 def test_a_prediction_that_is_not_finite_in_the_estimation_names_the_image(tiny_cfg):
