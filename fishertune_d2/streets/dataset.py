@@ -1,15 +1,15 @@
 """The built-in data set: generated street scenes with all 19 classes in six domains.
 
-``render_scene`` makes one picture with its label, ``write_streets`` a data set in the folder layout
-of Cityscapes with a domain in the place of a city, and ``ensure_streets`` the one that the project
-trains and tests on. By hand::
+``render_scene`` renders one picture with its label. ``write_streets`` writes a data set in the
+folder layout of Cityscapes, with domains in place of cities. ``ensure_streets`` writes the data set
+that the project trains and tests on, as does the command::
 
     python -m fishertune_d2.streets --output datasets/streets
 
-The source is the day; only it has a training split. All domains have a validation split of the same
-seeds, none of which is used for training: what a model loses from day to night is lost on the same
-streets. A seed gives the same bytes in every run; between machines, floating-point routines may
-round the last bit of an image differently, but not the label's.
+The source domain is day; only day has a training split. All domains have a validation split of the
+same seeds, which training does not use, so that scores by day and at night compare the same
+streets. A seed gives the same bytes in every run. Between machines, floating-point routines may
+round the last bit of an image differently, but not of a label.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from fishertune_d2.streets.weather import LOOKS, render_domain
 
 DOMAINS = ("day", "dusk", "night", "fog", "rain", "snow")
 
-# Raise it with every change that alters a picture: an older data set is then generated anew.
+# Raise it with every change that alters a picture, so that older data sets are generated anew.
 GENERATOR_VERSION = "2"
 VERSION_FILE = "GENERATOR_VERSION"
 
-# Cityscapes' 2:1 at a quarter of its side: small enough that two CPU cores make the data set in
-# one to two minutes and train on it in a few, large enough that a person at 30 m is 20 pixels tall.
+# Cityscapes' 2:1 at a quarter of its side. Two CPU cores make the data set in one to two minutes
+# and train on it in a few, and a person at 30 m is still 20 pixels tall.
 SIZE = (512, 256)
 COUNTS = {("train", "day"): 240, **{("val", domain): 40 for domain in DOMAINS}}
 FIRST_SEED = {"train": 0, "val": 1_000_000}
@@ -46,12 +46,12 @@ FIRST_SEED = {"train": 0, "val": 1_000_000}
 def render_scene(
     seed: int, domain: str = "day", size: tuple[int, int] = SIZE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Render one scene.
+    """Renders one scene.
 
     Args:
-        seed: the scene, at least 0; its label does not depend on the domain.
-        domain: one of ``DOMAINS``.
-        size: width and height in pixels.
+        seed: Number of the scene, at least 0; its label does not depend on the domain.
+        domain: One of ``DOMAINS``.
+        size: Width and height in pixels.
 
     Returns:
         Image (H, W, 3) uint8 RGB, and label (H, W) uint8: Cityscapes train ids, 255 for the hood
@@ -72,19 +72,19 @@ def write_streets(
     counts: Mapping[tuple[str, str], int] = COUNTS,
     workers: int = 2,
 ) -> None:
-    """Write a data set, all of it or nothing.
+    """Writes a whole data set or nothing.
 
-    It grows in a folder beside ``root`` that is renamed when it is complete, so that a run that is
-    killed leaves no half data set and two runs at once do not mix theirs. Files lie at
+    It grows in a folder beside ``root`` that is renamed when it is complete, so that a killed run
+    leaves no half data set and two runs at once do not mix theirs. The files are
     ``leftImg8bit/<split>/<domain>/<domain>_000000_<index>_leftImg8bit.png`` and
     ``gtFine/<split>/<domain>/<domain>_000000_<index>_gtFine_labelTrainIds.png``.
 
     Args:
-        root: the folder to make; a data set there of another version is replaced.
-        progress: show a bar, if standard error is a terminal.
-        size: width and height of the images in pixels.
-        counts: images per (split, domain); a split is "train" or "val".
-        workers: processes that render.
+        root: The folder to make; a data set of another version there is replaced.
+        progress: Whether to show a bar if standard error is a terminal.
+        size: Width and height of the images in pixels.
+        counts: Images per (split, domain); a split is "train" or "val".
+        workers: Number of processes that render.
 
     Raises:
         FileExistsError: if ``root`` holds something that is not a generated data set.
@@ -108,7 +108,7 @@ def write_streets(
                 (growing / kind / split / domain).mkdir(parents=True)
         quiet = not (progress and sys.stderr.isatty())
         work = partial(_write_one, growing, size)
-        # "spawn": a caller may have threads (torch has), which a forked child would inherit broken.
+        # "spawn": a caller may have threads (torch does), which are broken in a forked child.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             list(
                 tqdm(
@@ -140,7 +140,7 @@ def _write_one(folder: Path, size: tuple[int, int], job: tuple[str, str, int]) -
 
 
 def _move_in_place(complete: Path, root: Path) -> None:
-    """Rename to ``root``; what was there moves aside first. If another run was faster, keep its."""
+    """Renames the folder to ``root`` and replaces an old version; keeps a faster run's data set."""
     if root.exists() and not _is_current(root):
         aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-old-", dir=root.parent))
         os.replace(root, aside)
@@ -158,7 +158,7 @@ def _is_current(root: Path) -> bool:
 
 
 def ensure_streets(root: Path) -> Path:
-    """Generate the data set at ``root`` unless it is there in this version; returns ``root``."""
+    """Generates the data set at ``root`` unless it exists in this version; returns ``root``."""
     root = Path(root)
     if not _is_current(root):
         write_streets(root)
@@ -166,9 +166,9 @@ def ensure_streets(root: Path) -> Path:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description="Write the built-in street scenes.")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     arguments = parser.parse_args()
     root = ensure_streets(arguments.output)
-    print(f"Street scenes (generator version {GENERATOR_VERSION}) lie in {root.resolve()}")
+    print(f"Street scenes (generator version {GENERATOR_VERSION}) are in {root.resolve()}")

@@ -67,7 +67,7 @@ def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
             top = height + rise + rng.uniform(0.8, 1.6)
             foot, brick = thing.place([at, far / 2, 0]), as_colour(wall * 0.8)
             upright(canvas, foot, height + rise * 0.6, top, 0.9, brick, BUILDING)
-    front = thing.place([[0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
+    front = thing.place([[0.0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
     shade = canvas.surface(front, tuple(wall), BUILDING, facing(thing, 0, -side))
     if shade is not None:
         plane = np.array([front[0], facing(thing, 1, 0), (0, 1, 0)])

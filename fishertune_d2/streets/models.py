@@ -55,7 +55,7 @@ def _blob(
 def _front(thing: Thing, height: float) -> np.ndarray:
     """Returns (4, 3) world corners of a thing's front, from its origin along its length."""
     length = thing.length
-    return thing.place([[0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
+    return thing.place([[0.0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
 
 
 def paint_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
@@ -150,7 +150,7 @@ def paint_wall(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Paints a free-standing wall with a coping, of brick, stone or concrete."""
     colour = MATERIALS[rng.integers(len(MATERIALS))] * rng.uniform(0.6, 1.0)
     length, height, inner = thing.length, thing.height, thing.side * thing.width
-    end = thing.place([[0, 0, 0], [0, inner, 0], [0, inner, height], [0, 0, height]])
+    end = thing.place([[0.0, 0, 0], [0, inner, 0], [0, inner, height], [0, 0, height]])
     canvas.surface(end, as_colour(colour * 0.95), WALL, facing(thing, -1, 0))
     top = [[0, 0, height], [length, 0, height], [length, inner, height], [0, inner, height]]
     canvas.surface(thing.place(top), as_colour(colour), WALL, (0, 1, 0))
@@ -224,13 +224,13 @@ def _plate(
     colour: Colour,
     label: int,
 ) -> np.ndarray | None:
-    """Paints a shape (N, 2), in units of ``scale`` metres, across the street; returns its light."""
+    """Paints a shape (N, 2) in units of ``scale`` metres, across the street; returns the light."""
     points = centre + shape[:, :1] * scale * np.array(facing(thing, 0, 1))
     return canvas.surface(points + shape[:, 1:] * scale * np.array([0, 1.0, 0]), colour, label)
 
 
 def regular(count: int, turn: float = 0.0) -> np.ndarray:
-    """Returns (count, 2) corners of a regular polygon of radius 1; at turn 0 the first is on top."""
+    """Returns (count, 2) corners of a regular polygon of radius 1, the first on top at turn 0."""
     angle = np.linspace(0, 2 * math.pi, count, endpoint=False) + turn
     return np.stack([np.sin(angle), np.cos(angle)], axis=1)
 

@@ -1,4 +1,4 @@
-"""From a street scene to a picture: sky, ground, shadows, things from far to near, texture."""
+"""Paints a street scene: sky, ground, shadows, things from far to near, texture."""
 
 import math
 from dataclasses import dataclass
@@ -42,14 +42,14 @@ ROUGHNESS = {
 
 @dataclass(frozen=True)
 class Look:
-    """What of a domain must be known while painting; the rest happens afterwards.
+    """Properties of a domain that painting needs; effects follow afterwards.
 
     Attributes:
-        sunny: the scene's sun, if it has one, shines and casts shadows.
-        zenith, horizon, cloud: colours of the sky.
-        cover: least share of clouds, 0..1.
-        lamps: lights are on (painted into a separate picture of what glows).
-        snow: snow lies.
+        sunny: Whether the scene's sun, if it has one, shines and casts shadows.
+        zenith, horizon, cloud: Colours of the sky.
+        cover: Least share of clouds, 0..1.
+        lamps: Whether lights are on (painted into a separate picture of emitted light).
+        snow: Whether snow lies.
     """
 
     sunny: bool
@@ -63,7 +63,7 @@ class Look:
 
 @lru_cache(maxsize=4)
 def noise_tile(roughness: float, seed: int, side: int = 512) -> np.ndarray:
-    """(side, side) float32 noise that tiles: mean 0, deviation 1, spectrum 1 / f^roughness."""
+    """Returns (side, side) float32 noise that tiles: mean 0, deviation 1, amplitude f^-roughness."""
     white = np.random.default_rng(seed).normal(size=(side, side))
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None, :])
     frequency[0, 0] = np.inf
@@ -72,13 +72,13 @@ def noise_tile(roughness: float, seed: int, side: int = 512) -> np.ndarray:
 
 
 def _add_texture(painting: Painting, seed: int) -> None:
-    """Multiply every surface by noise that is fixed in the world: stains, and grain up close."""
+    """Multiplies every surface by noise fixed in the world: stains, and grain up close."""
     strength = np.full(256, 0.03, np.float32)
     for label, value in ROUGHNESS.items():
         strength[label] = value
     strength[[SKY, VOID]] = 0
     world, depth = painting.world, painting.depth
-    # Walls of any direction are covered by x + z against y, the ground by x against z.
+    # Texture coordinates: x + z and y for walls of any direction, x and z for the ground.
     across = np.where(painting.up, world[..., 0], world[..., 0] + world[..., 2])
     along = np.where(painting.up, world[..., 2], world[..., 1])
     offset = seed % 509
@@ -94,7 +94,7 @@ def _add_texture(painting: Painting, seed: int) -> None:
 
 
 def paint_sky(scene: Scene, look: Look, size: tuple[int, int], mirrored: bool) -> np.ndarray:
-    """(H, W, 3) uint8: a gradient from the horizon up, and clouds on a level ceiling."""
+    """Paints (H, W, 3) uint8: a gradient from the horizon up, and clouds on a level ceiling."""
     projection = Projection(scene.camera, size)
     x, y = projection.rays()
     axes = projection.axes.astype(np.float32)
@@ -116,7 +116,7 @@ def paint_sky(scene: Scene, look: Look, size: tuple[int, int], mirrored: bool) -
 
 
 def paint(scene: Scene, look: Look, size: tuple[int, int]) -> Painting:
-    """Paint a scene: ground, shadows, skyline, things from far to near, the car's hood."""
+    """Paints a scene: ground, shadows, skyline, things from far to near, the car's hood."""
     canvas = _canvas(scene, look, size)
     _paint_ground(canvas, scene)
     _paint_shadows(canvas, scene)
@@ -128,7 +128,7 @@ def paint(scene: Scene, look: Look, size: tuple[int, int]) -> Painting:
 
 
 def paint_reflection(scene: Scene, look: Look, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) float32: what a mirror in place of the ground would show."""
+    """Paints the (H, W, 3) float32 picture that a mirror in place of the ground would show."""
     canvas = _canvas(scene, look, size, mirrored=True)
     _paint_things(canvas, scene)
     shown = canvas.colour if canvas.glow is None else cv2.add(canvas.colour, canvas.glow)
@@ -156,7 +156,7 @@ def _paint_ground(canvas: Canvas, scene: Scene) -> None:
 
 
 def _strip_colour(canvas: Canvas, scene: Scene, strip: Strip) -> Colour:
-    """Fresh paint is hidden by snow as the road is; wheel tracks are slush."""
+    """Returns a strip's colour, which snow may hide; wheel tracks in snow are slush."""
     if canvas.snow and any(strip is track for track in scene.tracks):
         # surface() adds its snow cover; a dark colour leaves the tracks grey.
         return (0.0, 0.0, 0.0)
@@ -164,14 +164,14 @@ def _strip_colour(canvas: Canvas, scene: Scene, strip: Strip) -> Colour:
 
 
 def _outline(scene: Scene, strip: Strip) -> np.ndarray:
-    """A strip as a polygon (N, 3); points are dense where a bend would show."""
+    """Returns a strip as a polygon (N, 3), with dense points if the street bends."""
     count = 2 if scene.bend == 0 else 2 + int((strip.s1 - strip.s0) / 8)
     s = np.linspace(strip.s0, strip.s1, count)
     return np.concatenate([scene.street(s, strip.left), scene.street(s[::-1], strip.right)])
 
 
 def _paint_shadows(canvas: Canvas, scene: Scene) -> None:
-    """Shadows on the ground: cast by the sun, and soft ones where things stand."""
+    """Paints shadows on the ground: shadows of the sun, and soft ones under things."""
     cast, contact = [], []
     for thing in scene.things:
         if thing.kind in SHADOWLESS or thing.z > 90:
@@ -192,7 +192,7 @@ def _paint_shadows(canvas: Canvas, scene: Scene) -> None:
 
 
 def _footprint(thing: Thing) -> np.ndarray:
-    """(4, 3) corners on the ground. Things with a front begin at their origin, others centre."""
+    """Returns (4, 3) corners on the ground; the origin is a corner of a front, else the centre."""
     from_front = thing.kind in ("house", "shop", "wall", "hedge")
     along = (0, thing.length) if from_front else (-thing.length / 2, thing.length / 2)
     half = thing.width / 2
@@ -211,7 +211,7 @@ def _paint_things(canvas: Canvas, scene: Scene) -> None:
 
 
 def _paint_skyline(canvas: Canvas, scene: Scene) -> None:
-    """Roofs and tree tops far away, so that no street runs into the open sky."""
+    """Paints roofs and tree tops far away, so that no street runs into the open sky."""
     rng = np.random.default_rng([scene.seed, 1])
     x, built = -330.0, rng.uniform(0.2, 0.8)
     while x < 330:
@@ -232,7 +232,7 @@ def _paint_skyline(canvas: Canvas, scene: Scene) -> None:
 
 
 def _paint_hood(canvas: Canvas, scene: Scene) -> None:
-    """The own car's hood at the lower edge: unlabelled, as in Cityscapes."""
+    """Paints the own car's hood at the lower edge, unlabelled as in Cityscapes."""
     if scene.camera.hood == 0:
         return
     rows, columns = canvas.ids.shape

@@ -1,7 +1,7 @@
-"""The domains: one scene, seen by day, at dusk, at night, in fog, in rain and in snow.
+"""The domains: one scene by day, at dusk, at night, in fog, in rain and in snow.
 
-A domain changes the light, the air, the ground and the sensor by what is known of every pixel
-(depth, world position, class), never the geometry: the label of a seed is the same in all domains.
+A domain changes the light, the air, the ground and the sensor, given the depth, world position and
+class of every pixel. It never changes the geometry: a seed has the same label in all domains.
 """
 
 from collections.abc import Callable
@@ -26,35 +26,34 @@ LOOKS = {
 def render_domain(
     scene: Scene, domain: str, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Paint a scene and let a domain act on it.
+    """Paints a scene under a domain.
 
     Args:
-        scene: what is there.
-        domain: a key of ``LOOKS``.
-        size: width and height in pixels.
+        scene: The scene.
+        domain: A key of ``LOOKS``.
+        size: Width and height in pixels.
 
     Returns:
         Image (H, W, 3) uint8 RGB, and label (H, W) uint8 train ids.
     """
     look = LOOKS[domain]
     painting = paint(scene, look, size)
-    # Each domain draws from a stream of its own, so that adding one leaves the others as they are.
+    # Each domain draws from a stream of its own, so that a new domain leaves the others unchanged.
     rng = np.random.default_rng([scene.seed, 100 + list(LOOKS).index(domain)])
     image = EFFECTS[domain](painting, scene, look, rng)
-    return _develop(
-        image, scene, rng, grain={"night": 9.0, "dusk": 5.0}.get(domain, 0.0)
-    ), painting.label
+    grain = {"night": 9.0, "dusk": 5.0}.get(domain, 0.0)
+    return _develop(image, scene, rng, grain), painting.label
 
 
 def airlight(
     image: np.ndarray, depth: np.ndarray, visibility: float, light: np.ndarray
 ) -> np.ndarray:
-    """Koschmieder's law: what is far fades into the light that the air scatters.
+    """Fades distant pixels into the light that the air scatters, by Koschmieder's law.
 
     Args:
         image: (H, W, 3) float32.
         depth: (H, W) metres, infinite for the sky.
-        visibility: metres at which 5 % of the contrast is left.
+        visibility: Metres at which 5 % of the contrast is left.
         light: (3,) colour of the air.
 
     Returns:
@@ -65,7 +64,7 @@ def airlight(
 
 
 def _day(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
-    """Clear air. The exposure follows the street, so that the sky over a dark one burns out."""
+    """Applies clear air. The exposure follows the street, so the sky over a dark one burns out."""
     sky = painting.label == SKY
     clear = airlight(
         painting.colour,
@@ -78,7 +77,7 @@ def _day(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator)
 
 
 def _glare(painting: Painting, strength: float) -> np.ndarray:
-    """Light sources with the halo that lens and air spread around them: (H, W, 3)."""
+    """Returns (H, W, 3) light sources with the halo that lens and air spread around them."""
     width = painting.label.shape[1]
     small = cv2.GaussianBlur(painting.glow, (0, 0), width / 250)
     quarter = cv2.resize(painting.glow, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
@@ -88,10 +87,8 @@ def _glare(painting: Painting, strength: float) -> np.ndarray:
 
 
 def _lamplight(painting: Painting, scene: Scene, reach: float) -> np.ndarray:
-    """The light (H, W, 3) that street lamps and the own headlights cast, per unit of albedo.
-
-    It is computed at half the resolution: light varies slowly.
-    """
+    """Returns the (H, W, 3) light of street lamps and the own headlights, per unit of albedo."""
+    # At half the resolution, because light varies slowly.
     world = painting.world[::2, ::2]
     light = np.zeros((*world.shape[:2], 3), np.float32)
     warm = np.array(WARM, np.float32) / 255
@@ -112,7 +109,7 @@ def _lamplight(painting: Painting, scene: Scene, reach: float) -> np.ndarray:
 
 
 def _night(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
-    """Lamps instead of a sky: little light, warm, uneven; windows and lights glare."""
+    """Applies lamps instead of a sky: little light, warm, uneven; windows and lights glare."""
     ambient = np.array([0.045, 0.047, 0.06]) * rng.uniform(0.5, 1.6)
     light = _lamplight(painting, scene, 90) * rng.uniform(0.6, 1.2) + ambient.astype(np.float32)
     lit = painting.colour * light
@@ -123,7 +120,7 @@ def _night(painting: Painting, scene: Scene, look: Look, rng: np.random.Generato
 
 
 def _dusk(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
-    """A glowing sky over dark streets: facades are dim and blue, the first lights are on."""
+    """Applies a glowing sky over dark streets: facades are dim and blue, first lights are on."""
     ambient = np.array([0.17, 0.185, 0.235]) * rng.uniform(0.65, 1.35)
     light = ambient.astype(np.float32) + 0.35 * _lamplight(painting, scene, 60)
     lit = painting.colour * light
@@ -134,7 +131,7 @@ def _dusk(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator
 
 
 def _fog(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
-    """Dense fog; the light is flat and everything far dissolves, the sky included."""
+    """Applies dense fog: the light is flat, and everything far dissolves, even the sky."""
     grey = painting.colour.mean(axis=2, keepdims=True)
     flat = 0.72 * painting.colour + 0.28 * grey
     air = np.full(3, rng.uniform(172, 212)) + rng.normal(0, 3, 3)
@@ -142,14 +139,14 @@ def _fog(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator)
 
 
 def _rain(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
-    """Wet ground that mirrors, grey air, streaks, and drops on the lens."""
+    """Applies wet ground that mirrors, grey air, streaks, and drops on the lens."""
     height, width = painting.label.shape
     mirror = paint_reflection(scene, look, (width, height))
     spread = max(width // 64, 1) | 1  # ripples smear reflections upright
     mirror = cv2.blur(mirror, (3, 2 * spread + 1))
     ground = painting.up & np.isin(painting.label, (ROAD, SIDEWALK, TERRAIN))
     image = painting.colour * np.float32(0.62)
-    # Fresnel: water mirrors more the flatter one looks at it. Puddles lie where noise is high.
+    # Fresnel: water mirrors more at a flatter angle of view. Puddles are where the noise is high.
     steep = np.abs(painting.world[..., 1] - scene.camera.height) / np.maximum(painting.depth, 1)
     fresnel = 0.06 + 0.94 * np.clip(1 - steep, 0, 1) ** 5
     texel = (painting.world[..., [0, 2]] * 9).astype(np.int32) + scene.seed % 97
@@ -170,7 +167,7 @@ def _rain(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator
 
 
 def _streaks(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(H, W) float32: falling drops, drawn out by the exposure; near ones are longer and wider."""
+    """Draws (H, W) float32 falling drops, blurred by motion; near ones are longer and wider."""
     layer = np.zeros((height * 2, width * 2), np.uint8)
     slant = rng.normal(0, 0.15)
     for _ in range(int(rng.uniform(1.0, 2.2) * width)):
@@ -180,12 +177,11 @@ def _streaks(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
         end = (int(x + slant * length * 2), int(y + length * 2))
         bright = int(rng.uniform(26, 80))
         cv2.line(layer, (int(x), int(y)), end, bright, 2 if near > 0.6 else 1)
-    layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_AREA)
-    return layer.astype(np.float32)
+    return cv2.resize(layer, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
 def _lens_drops(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Drops on the lens: discs in which a blurred picture, upside down, shows through."""
+    """Adds drops on the lens: discs that show a blurred picture upside down."""
     height, width = image.shape[:2]
     blurred = cv2.blur(image, (width // 32 | 1, width // 32 | 1))
     mask = np.zeros((height, width), np.uint8)
@@ -198,7 +194,7 @@ def _lens_drops(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _snow(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
-    """Snow lies on what faces up (painted so), hangs in the air and falls in flakes."""
+    """Applies snow in the air and falling flakes; painting has covered the ground with snow."""
     grey = painting.colour.mean(axis=2, keepdims=True)
     image = (0.75 * painting.colour + 0.25 * grey) * rng.uniform(0.85, 1.02)
     drift = noise_tile(1.3, 1)
@@ -233,7 +229,7 @@ EFFECTS: dict[str, Callable[[Painting, Scene, Look, np.random.Generator], np.nda
 
 
 def _develop(image: np.ndarray, scene: Scene, rng: np.random.Generator, grain: float) -> np.ndarray:
-    """The camera: lens blur, white balance, tone curve, grain; (H, W, 3) uint8."""
+    """Applies the camera: lens blur, white balance, tone curve, grain; returns (H, W, 3) uint8."""
     *gains, gamma, noise = scene.mood
     width = image.shape[1]
     image = cv2.GaussianBlur(image.astype(np.float32), (0, 0), 0.45 * width / 512 + 0.1)
