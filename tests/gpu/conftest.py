@@ -1,8 +1,8 @@
-"""What only a GPU shows.
+"""Tests of behaviour that only a GPU shows.
 
-On a CPU, test_on_fake_cuda.py runs the core of these and of other folders' tests on the fake device
-of tools/fake_cuda. With FISHERTUNE_TEST_DEVICE=cuda the tests of on_device/ are collected like any
-others: on a GPU that is there, or all of them on the fake device by
+On a CPU, test_on_fake_cuda.py runs the core of these tests and of other folders' on the fake device
+of tools/fake_cuda. With FISHERTUNE_TEST_DEVICE=cuda, pytest collects the tests of on_device/ as
+usual. They run on a GPU, or all of them on the fake device with
 
     FISHERTUNE_TEST_DEVICE=cuda python tools/fake_cuda -m pytest tests/gpu
 """

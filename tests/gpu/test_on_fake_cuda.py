@@ -1,6 +1,6 @@
-"""The core of the project on the fake CUDA device of tools/fake_cuda.
+"""Tests the core of the project on the fake CUDA device of tools/fake_cuda.
 
-The rest of what runs there, among it every way of tuning, takes minutes, and a name:
+The other tests of the fake device, such as every way of tuning, take minutes. Run them by name:
 
     FISHERTUNE_TEST_DEVICE=cuda python tools/fake_cuda -m pytest tests/engine -k tuner_of_peft
     FISHERTUNE_TEST_DEVICE=cuda python tools/fake_cuda -m pytest tests/engine tests/predict
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Each part is a process, since to import everything takes as long as several of the tests.
+# Each part is one process, because importing everything takes as long as several tests.
 CORE = {
     "the method and the trainer": [
         "tests/gpu/on_device/test_estimates.py",

@@ -49,7 +49,7 @@ def bce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def naive_losses(class_logits, mask_logits, targets, matches, points, no_object=0.1):
     """Losses of one prediction, weighted, mask by mask; points (masks in the batch, n, 2)."""
     ce, ce_weight = 0, 0
-    masks, dices, row = [], [], 0
+    masks, dices, pair = [], [], 0
     count = sum(len(t.unique()) - int((t == IGNORE).any()) for t in targets)
     for b, (queries, picks) in enumerate(matches):
         present = [c for c in range(CLASSES) if (targets[b] == c).any()]
@@ -60,13 +60,13 @@ def naive_losses(class_logits, mask_logits, targets, matches, points, no_object=
             ce = ce - weight * class_logits[b, q].softmax(-1)[label].log()
             ce_weight += weight
         for q, pick in wanted.items():
-            logits = bilinear(mask_logits[b, q], points[row])
-            labels = bilinear((targets[b] == present[pick]).double(), points[row])
+            logits = bilinear(mask_logits[b, q], points[pair])
+            labels = bilinear((targets[b] == present[pick]).double(), points[pair])
             p = logits.sigmoid()
             masks.append(bce(logits, labels).mean())
             dices.append(1 - (2 * (p * labels).sum() + 1) / (p.sum() + labels.sum() + 1))
-            row += 1
-    assert row == len(points)
+            pair += 1
+    assert pair == len(points)
     return 2 * ce / ce_weight, 5 * sum(masks) / max(count, 1), 5 * sum(dices) / max(count, 1)
 
 

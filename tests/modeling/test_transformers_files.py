@@ -135,16 +135,16 @@ MODELS = {
 
 @fixture(params=MODELS)
 def published(request):
-    """A row, transformers' model of it, and an image."""
-    row, model = MODELS[request.param]
-    size = (64, 64) if row.startswith("dinov3") else (70, 70)
-    return row, model(), torch.randn(1, 3, *size)
+    """The name of a VFM, transformers' model of it, and an image."""
+    name, model = MODELS[request.param]
+    size = (64, 64) if name.startswith("dinov3") else (70, 70)
+    return name, model(), torch.randn(1, 3, *size)
 
 
 @mark.parametrize("wrapping", ["saved", "state dict", "wrapped"])
 def test_transformers_file_gives_transformers_features(published, wrapping, small, tmp_path):
     """As transformers saves it; with the names in memory; and wrapped twice."""
-    row, model, image = published
+    name, model, image = published
     path = tmp_path / "model.safetensors"
     if wrapping == "saved":
         model.save_pretrained(tmp_path)
@@ -152,8 +152,8 @@ def test_transformers_file_gives_transformers_features(published, wrapping, smal
         path = tmp_path / "model.pth"
         start = "module.backbone." if wrapping == "wrapped" else ""
         torch.save({f"{start}{name}": value for name, value in model.state_dict().items()}, path)
-    side = 16 if row.startswith("dinov3") else 14
-    got = small(row, path, patch_size=side, img_size=tuple(image.shape[-2:]))
+    side = 16 if name.startswith("dinov3") else 14
+    got = small(name, path, patch_size=side, img_size=tuple(image.shape[-2:]))
     assert_same_features(got, model, image)
 
 
@@ -192,9 +192,9 @@ def test_a_head_beside_the_encoder_is_left_out_and_reported(small, tmp_path, cap
     assert torch.equal(got.vit.cls_token, saved["dinov2.embeddings.cls_token"])
 
 
-@mark.parametrize("row", ["dinov2_vitl", "mae_vitl", "clip_vitl", "dinov3_vitl"])
-def test_the_file_of_another_family_is_refused(row, small, tmp_path):
-    other = {"clip_vitl": "MAE", "mae_vitl": "CLIP"}.get(row, "CLIP's encoder")
+@mark.parametrize("name", ["dinov2_vitl", "mae_vitl", "clip_vitl", "dinov3_vitl"])
+def test_the_file_of_another_family_is_refused(name, small, tmp_path):
+    other = {"clip_vitl": "MAE", "mae_vitl": "CLIP"}.get(name, "CLIP's encoder")
     MODELS[other][1]().save_pretrained(tmp_path)
     with raises(ValueError, match="weights do not fit: .*Missing: .*Unexpected: "):
-        small(row, tmp_path / "model.safetensors")
+        small(name, tmp_path / "model.safetensors")

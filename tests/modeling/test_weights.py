@@ -32,7 +32,7 @@ def assert_same(got, expected, **tolerance):
 
 @pytest.fixture
 def public(tmp_path):
-    """A public file for the row "tiny": patches of 14, a grid of 5 x 5."""
+    """A public file for the VFM "tiny": patches of 14, a grid of 5 x 5."""
     state = tiny_vit(img_size=70, patch_size=14).state_dict()
     save_file(state, tmp_path / "public.safetensors")
     return tmp_path / "public.safetensors"

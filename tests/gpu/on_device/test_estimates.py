@@ -1,4 +1,4 @@
-"""What is estimated and selected on a GPU, against a CPU."""
+"""Estimates and selections on a GPU equal those on a CPU."""
 
 import pytest
 import torch

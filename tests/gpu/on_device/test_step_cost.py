@@ -1,4 +1,4 @@
-"""What a training step asks of a GPU, counted on the fake device."""
+"""The operators and waits of a training step on a GPU, counted on the fake device."""
 
 import pytest
 
@@ -6,7 +6,7 @@ pytest.importorskip("fake_cuda.counts", reason="counts on the fake device: pytho
 from fake_cuda.count_steps import StepCounts, count_steps  # noqa: E402
 
 CONFIG = "configs/fishertune_dinov2.yaml"  # 24 blocks
-# So large a share that 143 of 144 tensors have selected weights, as in a model that is not narrow.
+# With this large share, 143 of 144 tensors have selected weights, as in wider models.
 MOST_TENSORS = ["TUNING.D_MAX", "0.8"]
 
 
@@ -22,7 +22,7 @@ def fishertune() -> StepCounts:
 
 @pytest.mark.parametrize("method", ["full", "fishertune"])
 def test_the_host_waits_four_times_a_step_at_most(method, request):
-    # The matching's costs down and its pairs up, whether the losses are finite, and the log.
+    # It downloads the matching's costs, uploads its pairs, checks the losses, and logs.
     counts = request.getfixturevalue(method)
     for iteration in [*counts.iterations[: counts.warmup], *counts.tuning]:
         assert iteration.waits.total() <= 4, _list(iteration.waits)
