@@ -63,7 +63,7 @@ class Look:
 
 @lru_cache(maxsize=4)
 def noise_tile(roughness: float, seed: int, side: int = 512) -> np.ndarray:
-    """Returns (side, side) float32 noise that tiles: mean 0, deviation 1, amplitude f^-roughness."""
+    """Returns tiling (side, side) float32 noise: mean 0, deviation 1, amplitude f^-roughness."""
     white = np.random.default_rng(seed).normal(size=(side, side))
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None, :])
     frequency[0, 0] = np.inf
