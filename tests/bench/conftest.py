@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -100,11 +101,25 @@ class FakeRuns:
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch) -> FakeRuns:
+def runs(tmp_path) -> Iterator[FakeRuns]:
     """The bench with a command that trains nothing; no data set counts as missing."""
-    monkeypatch.setenv("FAKE", str(tmp_path))
-    monkeypatch.setattr(tasks, "load_datasets", lambda names: [])
-    return FakeRuns(tmp_path)
+    with _fake_runs(tmp_path) as runs:
+        yield runs
+
+
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory) -> Iterator[FakeRuns]:
+    """As ``runs``, once for all tests of a module."""
+    with _fake_runs(tmp_path_factory.mktemp("runs")) as runs:
+        yield runs
+
+
+@contextmanager
+def _fake_runs(folder: Path) -> Iterator[FakeRuns]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE", str(folder))
+        patch.setattr(tasks, "load_datasets", lambda names: [])
+        yield FakeRuns(folder)
 
 
 @pytest.fixture
