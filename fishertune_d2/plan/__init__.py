@@ -1,7 +1,7 @@
-"""What a config costs, before it runs: ``python -m fishertune_d2.plan --config-file FILE``."""
+"""The costs of a config before it runs: ``python -m fishertune_d2.plan --config-file FILE``."""
 
-from .plan import Plan, make_plan
-from .report import format_fit, format_plan, summary
-from .stages import Stage
+from .costs import Plan, make_plan
+from .stage_costs import Stage
+from .text import format_fit, format_plan, summary
 
 __all__ = ["Plan", "Stage", "format_fit", "format_plan", "make_plan", "summary"]

@@ -1,7 +1,7 @@
 """Prints what a config costs: ``python -m fishertune_d2.plan --config-file FILE [KEY VALUE ...]``.
 
-Parameters, FLOPs, memory and files, stage by stage, from the config alone: no weights, data or GPU
-are needed. With ``--memory-gb N`` it exits with 1 if a stage does not fit a card of N GB.
+It counts parameters, FLOPs, memory and files, stage by stage, from the config alone. It needs no
+weights, data or GPU. With ``--memory-gb N`` it exits with 1 if a stage does not fit a card of N GB.
 """
 
 import argparse
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.config import read_config
 
-from .plan import make_plan
-from .report import format_fit, format_plan, summary
+from .costs import make_plan
+from .text import format_fit, format_plan, summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: of the command line; None takes the process's own.
+        arguments: command-line arguments; None for those of the process.
 
     Returns:
-        0, or 1 if a stage does not fit. The process leaves with 2 if the config is wrong.
+        0, or 1 if a stage does not fit. The process exits with 2 if the config is wrong.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fishertune_d2.plan",

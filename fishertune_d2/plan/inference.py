@@ -1,27 +1,29 @@
-"""What it takes to score an image of each test set."""
+"""FLOPs of scoring an image of each test set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
-from torch import nn
+from torch import Tensor
 
 from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.modeling.segmentor import VFMSegmentor
 from fishertune_d2.modeling.sliding import window_starts
 
-from .flops import Flops, InferencePass, count_flops
-from .imagined import padded_size
+from .fake_model import padded_size
+from .flops import Flops, count_flops
 
 
 @dataclass(frozen=True)
 class Inference:
-    """What it takes to score an image.
+    """The cost of scoring one image.
 
     Attributes:
         names: the test sets whose images have this size, or at most this size.
         size: (height, width) in pixels; None where only the data will tell.
-        window: (height, width) of what passes through the model at once.
-        windows: how many of them make an image; 1 where its size is not known.
+        window: (height, width) of the part of an image that passes through the model at once.
+        windows: how many windows make an image; 1 where its size is not known.
         flops: of one window.
     """
 
@@ -32,27 +34,30 @@ class Inference:
     flops: Flops
 
 
-def plan_inference(cfg: CfgNode, model: nn.Module, unknown: tuple[int, int]) -> list[Inference]:
+def plan_inference(cfg: CfgNode, model: VFMSegmentor, unknown: tuple[int, int]) -> list[Inference]:
     """Counts a pass for each size of the images of DATASETS.TEST.
 
     Args:
         cfg: DATASETS.TEST and TEST are read.
-        model: an imagined one on the meta device; comes back in training mode.
-        unknown: (height, width) to count for an image in one piece whose size is not known.
+        model: a model without values on the meta device; it leaves in training mode.
+        unknown: (height, width) to count for a whole image whose size is not known.
+
+    Returns:
+        One entry for each size.
     """
+    chosen = {name: (height, width) for name, width, height in cfg.TEST.SIZES}
     by_size: dict[tuple[int, int] | None, list[str]] = {}
     for name in cfg.DATASETS.TEST:
-        by_size.setdefault(_size(cfg, name), []).append(name)
+        by_size.setdefault(chosen.get(name) or _published_size(name), []).append(name)
     model.eval()
-    planned, counted = [], {}
+    planned = []
+    counted: dict[tuple[int, int], Flops] = {}
     for size, names in by_size.items():
         window, windows = size or unknown, 1
         if cfg.TEST.MODE == "slide":
-            window, windows = tuple(cfg.TEST.CROP_SIZE), 1
+            window = tuple(cfg.TEST.CROP_SIZE)
             if size is not None:
-                axes = list(zip(size, window, cfg.TEST.STRIDE, strict=True))
-                windows = len(window_starts(*axes[0])) * len(window_starts(*axes[1]))
-                window = tuple(min(side, most) for side, most, _ in axes)
+                window, windows = _sliding(size, window, cfg.TEST.STRIDE)
         if window not in counted:
             counted[window] = _count(model, window)
         planned.append(Inference(tuple(names), size, window, windows, counted[window]))
@@ -60,17 +65,32 @@ def plan_inference(cfg: CfgNode, model: nn.Module, unknown: tuple[int, int]) -> 
     return planned
 
 
-def _size(cfg: CfgNode, name: str) -> tuple[int, int] | None:
+def _published_size(name: str) -> tuple[int, int] | None:
     """(height, width) that images of a data set are tested at, or at most; None if not known."""
-    row = next((row for row in DATASETS if row.name == name), None)
-    sizes = {chosen: (width, height) for chosen, width, height in cfg.TEST.SIZES}
-    size = sizes.get(name, row and row.test_size)
-    if size is None and row is not None and row.published is not None:
-        size = max(row.published.sizes, default=None)
-    return None if size is None else (size[1], size[0])
+    data_set = next((each for each in DATASETS if each.name == name), None)
+    if data_set is None:
+        return None
+    sizes = data_set.published.sizes if data_set.published else ()
+    size = data_set.test_size or max(sizes, default=None)
+    return (size[1], size[0]) if size else None
+
+
+def _sliding(
+    size: tuple[int, int], window: tuple[int, int], stride: Sequence[int]
+) -> tuple[tuple[int, int], int]:
+    """The windows' (height, width), at most those of the image, and how many make an image."""
+    down, across = (len(window_starts(*axis)) for axis in zip(size, window, stride, strict=True))
+    return (min(size[0], window[0]), min(size[1], window[1])), down * across
 
 
 @torch.no_grad()
-def _count(model: nn.Module, window: tuple[int, int]) -> Flops:
-    images = torch.empty(1, 3, *padded_size(model, window), device="meta")
-    return count_flops(InferencePass(model), [images])
+def _count(model: VFMSegmentor, window: tuple[int, int]) -> Flops:
+    padded = padded_size(model, window)
+    images = torch.empty(1, 3, *padded, device="meta")
+
+    def scores() -> Tensor:
+        found = model.head(model.backbone(images), image_size=padded)[0]
+        assert found is not None  # a head without targets computes scores
+        return found
+
+    return count_flops(scores)

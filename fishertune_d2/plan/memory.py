@@ -1,33 +1,31 @@
-"""Bytes that a stage of training holds, counted on the objects that would hold them."""
+"""Bytes that a stage of training holds, counted on the objects that hold them in a run."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from weakref import WeakSet
 
 import torch
-from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from fishertune_d2.engine.optimizer import build_optimizer
 from fishertune_d2.fisher import Candidate, Cost
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What is held at the end of a forward pass, in bytes, where a step holds most.
+    """The bytes held at the end of a forward pass, when a step holds most.
 
-    The sum is a bound from below: it leaves out what exists for a moment (the batch, the masks of
-    the labels, what a backward pass or the optimizer puts between), the allocator's cuts and the
-    device's own libraries. Gradients are among it, for Detectron2 frees those of the last step
-    only after the next forward pass.
+    The sum is a lower bound. It leaves out short-lived tensors (the batch, the masks of the labels,
+    intermediate results of the backward pass and of the optimizer), the allocator's fragmentation
+    and the device's libraries. It includes gradients, because Detectron2 frees those of the last
+    step only after the next forward pass.
 
     Attributes:
-        weights: the model's, with what its tuning method has added.
-        gradients: of what the optimizer holds.
-        optimizer: its state.
-        activations: what autograd keeps for the backward pass, each storage once.
-        fisher: what the estimator gathers F(x) and F(x') in.
-        selection: which weights are selected, and what makes them trainable.
+        weights: the model's parameters and buffers, and those that its tuning method has added.
+        gradients: the gradients of the parameters that the optimizer updates.
+        optimizer: the optimizer's state.
+        activations: the tensors that autograd keeps for the backward pass, each storage once.
+        fisher: the sums in which the estimator gathers F(x) and F(x').
+        selection: the selected indices, and the vectors that make their weights trainable.
     """
 
     weights: int = 0
@@ -39,25 +37,39 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all entries."""
         return sum(getattr(self, each.name) for each in fields(self))
 
 
 def held_bytes(value: object) -> int:
-    """Bytes of all tensors in nested mappings, sequences and dataclasses, each storage once.
+    """Counts all tensors in nested mappings, sequences and dataclasses, each storage once.
 
-    Parameters do not count, which belong to the model.
+    Parameters do not count, because they belong to the model.
+
+    Args:
+        value: the nested value.
+
+    Returns:
+        The bytes.
     """
     return _bytes(each for each in _tensors(value) if not isinstance(each, nn.Parameter))
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
+    """Counts parameters and buffers."""
     return _bytes([*model.parameters(), *model.buffers()])
 
 
 def saved_bytes(model: nn.Module, loss: Callable[[], object]) -> int:
-    """Bytes that autograd saves while ``loss`` is computed, but for the model's own."""
+    """Counts the bytes that autograd saves for the backward pass, without the model's own tensors.
+
+    Args:
+        model: the model that computes the loss.
+        loss: computes it, and returns what keeps its graph alive.
+
+    Returns:
+        The bytes at the end of the forward pass.
+    """
     own = {_key(each) for each in [*model.parameters(), *model.buffers()]}
     alive: WeakSet[_Saved] = WeakSet()
 
@@ -67,7 +79,7 @@ def saved_bytes(model: nn.Module, loss: Callable[[], object]) -> int:
             alive.add(saved)
         return saved
 
-    # The graph of a checkpointed block that has nothing to train is dropped before the end.
+    # PyTorch drops the graph of a checkpointed block that trains nothing before the pass ends.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         graph = loss()
     total = _bytes(saved.tensor for saved in alive)
@@ -76,37 +88,42 @@ def saved_bytes(model: nn.Module, loss: Callable[[], object]) -> int:
 
 
 class _Saved:
-    """What autograd holds in place of a tensor it saved; gone when that would be."""
+    """Stands for a saved tensor; autograd drops it when it would drop the tensor."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
 
-def optimizer_bytes(cfg: CfgNode, model: nn.Module) -> dict[str, int]:
-    """Gradients and state of a stage's optimizer, found by making one step of it.
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Counts the gradients and the state of an optimizer, by making one step.
 
     Args:
-        cfg: SOLVER is read.
-        model: on the meta device; what the stage trains requires a gradient.
+        optimizer: of parameters on the meta device.
+
+    Returns:
+        The bytes of "gradients" and of the "optimizer".
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.FUSED = False  # which the meta device does not have; the state is the same
-    optimizer = build_optimizer(cfg, model)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
-    found = {
-        "gradients": _bytes(parameter.grad for parameter in trained),
-        "optimizer": held_bytes(optimizer.state),
-    }
+    gradients = _bytes(parameter.grad for parameter in trained)
     optimizer.zero_grad()
-    return found
+    return {"gradients": gradients, "optimizer": held_bytes(optimizer.state)}
 
 
 def estimator_bytes(cost: Cost, candidates: Sequence[Candidate]) -> int:
-    """What F(x) and F(x') are gathered in; the two take turns, so what is extra is there once."""
+    """Counts the sums of F(x) and F(x'), and the estimator's extra tensors.
+
+    F(x) and F(x') take turns, so the extra tensors exist once.
+
+    Args:
+        cost: the estimator's tensors for each parameter.
+        candidates: the candidates of the estimate.
+
+    Returns:
+        The bytes.
+    """
     parameters = {c.name: c.parameter for c in candidates}
     numbers = sum(parameter.numel() for parameter in parameters.values())
     return 4 * numbers * (2 * cost.kept + cost.extra)

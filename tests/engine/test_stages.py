@@ -5,7 +5,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from fishertune_d2.engine.stages import attach
-from fishertune_d2.plan.imagined import on_device
+from fishertune_d2.plan.fake_model import on_fake_device
 from fishertune_d2.tuning import TuningMethod
 
 
@@ -30,7 +30,7 @@ class _Adds(TuningMethod):
 
 def test_numbers_for_a_gpu_are_drawn_on_the_cpu(tiny_cfg):
     model, method = build_model(tiny_cfg(MODEL__DEVICE="cpu")), _Adds(None)
-    with on_device(model, torch.device("cuda:0")):
+    with on_fake_device(model, torch.device("cuda:0")):
         attach(model, method)
     # peft draws from a CPU generator, which cannot fill a GPU's tensor.
     assert method.default == torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.start_check import require_fillable, require_possible, require_scorable
-from fishertune_d2.plan.imagined import imagine
+from fishertune_d2.plan.fake_model import fake_model
 from fishertune_d2.tuning import build_tuning_method
 
 
@@ -64,7 +64,7 @@ def test_a_method_that_needs_no_shift_trains_without_one(tiny_cfg, method):
 
 def test_the_share_that_is_named_can_be_filled(tiny_cfg):
     cfg = tiny_cfg(TUNING__D_MAX=1.0)
-    backbone, method = imagine(cfg).backbone, build_tuning_method(cfg)
+    backbone, method = fake_model(cfg).backbone, build_tuning_method(cfg)
     with pytest.raises(ValueError, match="at most") as refused:
         require_fillable(cfg, method, backbone)
     share = float(str(refused.value).rpartition(" ")[2])

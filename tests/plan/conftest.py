@@ -35,7 +35,7 @@ def every_test_on_one_thread(one_thread):
 
 @pytest.fixture(scope="session")
 def small_cfg(tiny_head) -> Callable[..., CfgNode]:
-    """Returns a function that makes the config; takes overrides, "__" standing for the dot."""
+    """Returns a function that makes the config; in its overrides "__" stands for the dot."""
 
     def make(**overrides) -> CfgNode:
         cfg = default_config()
@@ -51,7 +51,7 @@ def small_cfg(tiny_head) -> Callable[..., CfgNode]:
 
 @pytest.fixture
 def real_model() -> Callable[..., nn.Module]:
-    """Returns a function that builds a model with numbers, as the trainer would in a stage."""
+    """Returns a function that builds a real model, prepared as the trainer prepares a stage."""
 
     def make(cfg: CfgNode, stage: str) -> nn.Module:
         torch.manual_seed(0)
@@ -64,5 +64,18 @@ def real_model() -> Callable[..., nn.Module]:
             selection = Selection.from_scores(scores, cfg.TUNING.D_MAX, base)
         prepare_stage(model, stage, method, selection)
         return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_batch() -> Callable[[int], list[dict]]:
+    """Returns a function that makes images of 48 x 64, each of which holds all three classes."""
+
+    def make(images: int) -> list[dict]:
+        label = torch.arange(3).repeat_interleave(16)[:, None].expand(48, 64).contiguous()
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randint(0, 256, (images, 3, 48, 64), dtype=torch.uint8, generator=generator)
+        return [{"image": each, "sem_seg": label} for each in image]
 
     return make

@@ -1,4 +1,4 @@
-"""FLOPs against PyTorch's own counter, which watches real forward and backward passes."""
+"""FLOPs against closed forms, and against PyTorch's counter on real training steps."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -6,53 +6,90 @@ from dataclasses import replace
 
 import pytest
 import torch
-from detectron2.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import deform_conv2d
 
+from fishertune_d2.fisher import find_candidates
 from fishertune_d2.modeling.vfm import VFMS
-from fishertune_d2.plan.flops import (
-    FORWARD,
-    INPUTS,
-    Flops,
-    InferencePass,
-    TrainingPass,
-    count_flops,
-)
-from fishertune_d2.plan.imagined import imagine, stand_in_for_values
-from fishertune_d2.plan.stages import require_dense
-from fishertune_d2.tuning import build_tuning_method
+from fishertune_d2.plan.fake_model import fake_selection, match_in_order
+from fishertune_d2.plan.fake_run import FakeRun
+from fishertune_d2.plan.flops import count_flops
+from fishertune_d2.plan.stage_costs import step_flops
+from fishertune_d2.tuning import SelectedWeights, build_tuning_method
 
-# Those that PyTorch's counter knows, too.
-PRODUCTS = {
-    *("linear", "_convolution", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum"),
-    "scaled_dot_product_attention",
-}
+N, A, B, C = 5, 7, 11, 13  # samples, and the features before, between and after two layers
 SMALL_SAM = {"embed_dim": 64, "depth": 6, "num_heads": 2, "global_attn_indexes": (2, 5)}
 
 
-def _inputs(device: str) -> list[torch.Tensor]:
-    images = torch.zeros(2, 3, 48, 64, device=device)
-    return [images, torch.zeros(2, 48, 64, dtype=torch.int64, device=device)]
+def _two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(A, B), nn.GELU(), nn.Linear(B, C)).to("meta")
 
 
-@pytest.fixture
-def models(real_model) -> Callable[[CfgNode, str], tuple[nn.Module, nn.Module]]:
-    """Returns a function that builds a model without numbers and a real one, as in a stage."""
-
-    def make(cfg: CfgNode, stage: str) -> tuple[nn.Module, nn.Module]:
-        imagined, real = imagine(cfg), real_model(cfg, stage)
-        require_dense(stage, imagined, build_tuning_method(cfg))
-        stand_in_for_values(real)
-        return imagined, real
-
-    return make
+def _counts(forward: Callable[[], Tensor], wanted) -> tuple[int, int]:
+    flops = count_flops(forward, list(wanted))
+    assert not flops.uncounted
+    return flops.forward, flops.backward
 
 
-def _products(flops: Flops) -> tuple[int, int]:
-    counted = [(part, n) for (name, part), n in flops.all.items() if name in PRODUCTS]
-    forward = sum(n for part, n in counted if part == FORWARD)
-    return forward, sum(n for _, n in counted) - forward
+def test_a_backward_pass_costs_a_product_for_each_weight_and_each_input_with_a_gradient():
+    model, x = _two_layers(), torch.empty(N, A, device="meta")
+    first, second = N * A * B, N * B * C
+    # No gradient of x: it is data.
+    assert _counts(lambda: model(x), model.parameters()) == (first + second, first + 2 * second)
+    assert _counts(lambda: model(x.requires_grad_()), [*model.parameters(), x])[1] == 2 * (
+        first + second
+    )
+    assert _counts(lambda: model(x), []) == (first + second, 0)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "backward"),
+    [(0, 2 * N * B * C - N * B * C), (2, N * B * C + N * A * B)],
+)
+def test_a_frozen_layer_has_no_gradient_and_none_passes_to_frozen_layers_before(frozen, backward):
+    model, x = _two_layers(), torch.empty(N, A, device="meta")
+    model[frozen].requires_grad_(False)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    assert _counts(lambda: model(x), wanted)[1] == backward
+
+
+def test_attention_is_two_products_and_its_backward_pass_four():
+    q, k, v = (torch.empty(2, 3, n, 8, device="meta").requires_grad_() for n in (N, A, A))
+    product = 2 * 3 * N * A * 8
+    forward = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+    assert _counts(forward, [q, k, v]) == (2 * product, 4 * product)
+    # Gradients of v alone: one product.
+    q.requires_grad_(False), k.requires_grad_(False)
+    assert _counts(forward, [v]) == (2 * product, product)
+
+
+def test_convolutions_and_checkpointed_blocks():
+    conv = nn.Conv2d(3, 4, kernel_size=2, stride=2).to("meta")
+    images = torch.empty(2, 3, 6, 8, device="meta")
+    product = 2 * (3 * 4) * (4 * 3 * 2 * 2)  # images, places, weights
+    assert _counts(lambda: conv(images), conv.parameters()) == (product, product)
+    model, x = _two_layers(), torch.empty(N, A, device="meta")
+    plain = _counts(lambda: model(x), model.parameters())
+    again = _counts(lambda: checkpoint(model, x, use_reentrant=False), model.parameters())
+    assert again[0] == plain[0]
+    # PyTorch stops recomputing at the last tensor that the backward pass needs.
+    assert again[1] == plain[1] + N * A * B
+
+
+def test_a_selection_in_the_last_layer_alone_needs_no_gradient_before_it():
+    model, x = _two_layers(), torch.empty(N, A, device="meta")
+    parameters = {"2.weight": model[2].weight}
+    selected = SelectedWeights(model, fake_selection(parameters, count=9, base=A * B + B * C))
+    model.requires_grad_(False)
+    vectors = list(selected.parameters().values())
+    for vector in vectors:
+        vector.requires_grad_(True)
+    assert sum(v.numel() for v in vectors) == 9
+    # The 9 gradients are picked from the gradient of the whole matrix.
+    assert _counts(lambda: model(x), vectors) == (N * A * B + N * B * C, N * B * C)
 
 
 def _watched(work: Callable[[], object]) -> int:
@@ -65,70 +102,62 @@ def _watched(work: Callable[[], object]) -> int:
     return sum(counts.values()) // 2  # it counts a multiplication and an addition as two
 
 
-def _watched_step(model: nn.Module) -> tuple[int, int]:
-    losses: list[torch.Tensor] = []
-    forward = _watched(lambda: losses.append(TrainingPass(model)(*_inputs("cpu"))))
-    return forward, _watched(losses[0].backward)
+def _planned(cfg, stage: str) -> int:
+    flops, uncounted = step_flops(FakeRun(cfg, build_tuning_method(cfg), (48, 64)), stage)
+    assert not uncounted
+    return flops
+
+
+def _step(model: nn.Module, batch: list[dict]) -> None:
+    model.sem_seg_head.criterion.match = match_in_order  # the plan leaves out the matcher's work
+    sum(model(batch).values()).backward()
 
 
 @pytest.mark.parametrize(
     ("method", "stage"), [("fishertune", "warmup"), ("fishertune", "tuning"), ("full", "tuning")]
 )
-def test_every_product_of_a_training_step_is_counted(small_cfg, models, method, stage):
-    imagined, real = models(small_cfg(TUNING__METHOD=method), stage)
-    flops = count_flops(TrainingPass(imagined), _inputs("meta"))
-    assert not flops.uncounted
-    assert _products(flops) == _watched_step(real)
-    assert flops.forward > _products(flops)[0]  # norms and resampling
+def test_a_planned_step_is_a_real_step(small_cfg, real_model, real_batch, method, stage):
+    cfg = small_cfg(TUNING__METHOD=method)
+    assert _planned(cfg, stage) == _watched(lambda: _step(real_model(cfg, stage), real_batch(2)))
 
 
-def test_windows_and_relative_positions_too(small_cfg, models, monkeypatch):
+def test_windows_and_relative_positions_too(small_cfg, real_model, real_batch, monkeypatch):
     options = {**VFMS["sam_vith"].options, **SMALL_SAM, "window_size": 3}
-    row = replace(VFMS["sam_vith"], options=options, taps=(1, 2, 4, 5))
-    monkeypatch.setitem(VFMS, "sam_vith", row)
+    small = replace(VFMS["sam_vith"], options=options, taps=(1, 2, 4, 5))
+    monkeypatch.setitem(VFMS, "sam_vith", small)
     cfg = small_cfg(MODEL__VFM__NAME="sam_vith", TUNING__METHOD="full")
-    imagined, real = models(cfg, "tuning")
-    flops = count_flops(TrainingPass(imagined), _inputs("meta"))
-    assert not flops.uncounted
-    assert _products(flops) == _watched_step(real)
+    model = real_model(cfg, "tuning")
+    assert _planned(cfg, "tuning") == _watched(lambda: _step(model, real_batch(2)))
 
 
-def test_measuring_leaves_out_gradients_of_the_decoders_weights(small_cfg, models):
-    imagined, real = models(small_cfg(), "tuning")
-    flops = count_flops(TrainingPass(imagined), _inputs("meta"))
-    loss = TrainingPass(real)(*_inputs("cpu"))
-    decoder = set(real.sem_seg_head.parameters())
-    others = [p for p in real.parameters() if p.requires_grad and p not in decoder]
-    measured = _watched(lambda: torch.autograd.grad(loss, others))
-    rest = sum(
-        n for (name, part), n in flops.all.items() if part == INPUTS and name not in PRODUCTS
-    )
-    # Counted, though not computed: gradients of what only weights of the decoder lead to.
-    counted = flops.measuring - flops.forward - rest
-    assert counted == pytest.approx(measured, rel=0.01) and counted >= measured
+def test_blocks_that_compute_again_are_paid_twice(small_cfg, real_model, real_batch):
+    cfg = small_cfg(TUNING__METHOD="full", MODEL__VFM__CHECKPOINT_BLOCKS=True)
+    model = real_model(cfg, "tuning")
+    planned = _planned(cfg, "tuning")
+    assert planned == _watched(lambda: _step(model, real_batch(2)))
+    assert planned > 1.1 * _planned(small_cfg(TUNING__METHOD="full"), "tuning")
 
 
-def test_a_pass_without_gradients_has_no_backward_pass(small_cfg, models):
-    imagined, real = models(small_cfg(), "tuning")
-    with torch.no_grad():
-        flops = count_flops(InferencePass(imagined.eval()), _inputs("meta")[:1])
-        watched = _watched(lambda: InferencePass(real.eval())(_inputs("cpu")[0]))
-    assert flops.backward == 0 and not flops.uncounted
-    # The trace leaves out the classes of all predictions but the last, which nobody uses.
-    unused = 2 * (2 * 8 * 32 * 4)  # predictions; images, queries, channels, classes
-    assert _products(flops) == (watched - unused, 0)
+def test_the_estimate_needs_no_gradients_of_the_decoders_weights(small_cfg, real_model, real_batch):
+    cfg = small_cfg()
+    model = real_model(cfg, "warmup")
+    wanted = [candidate.parameter for candidate in find_candidates(model.backbone)]
+    for parameter in wanted:
+        parameter.requires_grad_(True)
+    model.sem_seg_head.criterion.match = match_in_order
+    measured = _watched(lambda: torch.autograd.grad(sum(model(real_batch(2)).values()), wanted))
+    assert _planned(cfg, "estimation") == 2 * measured  # on x and on x'
 
 
-def test_an_operator_that_nobody_counts_is_named():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = nn.Linear(3, 3)
+def test_expensive_operators_without_a_formula_are_named():
+    layer, x = nn.Linear(3, 3).to("meta"), torch.empty(3, 3, device="meta")
+    flops = count_flops(lambda: torch.linalg.matrix_exp(layer(x)).add(1))
+    assert flops.uncounted == {"aten.linalg_matrix_exp": 1}
+    assert flops.forward == 27
 
-        def forward(self, x):
-            x = torch.linalg.matrix_exp(self.backbone(x)).add(1)
-            return nn.functional.adaptive_avg_pool2d(x[None], 1)
 
-    flops = count_flops(Odd().to("meta"), [torch.zeros(3, 3, device="meta")])
-    assert flops.uncounted == {"aten::linalg_matrix_exp": 1}
-    assert flops.forward == 27 + 9  # the pooling is fvcore's own
+def test_operators_from_outside_pytorch_are_named():
+    images, weight = torch.empty(1, 3, 8, 8, device="meta"), torch.empty(4, 3, 3, 3, device="meta")
+    offset = torch.empty(1, 18, 6, 6, device="meta")
+    flops = count_flops(lambda: deform_conv2d(images, offset, weight))
+    assert flops.uncounted == {"torchvision.deform_conv2d": 1}

@@ -6,40 +6,33 @@ import torch
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.perturbation import build_perturbation
 from fishertune_d2.fisher import ESTIMATORS, estimate_fisher, find_candidates
+from fishertune_d2.plan.fake_run import FakeRun
 from fishertune_d2.plan.memory import estimator_bytes, held_bytes, saved_bytes
-from fishertune_d2.plan.stages import count_activations, runs_of
+from fishertune_d2.plan.stage_costs import activation_bytes
 from fishertune_d2.tuning import build_tuning_method
 
 
-def _batch(images: int = 2) -> list[dict]:
-    """Images of 48 x 64 that hold all of three classes."""
-    label = torch.arange(3).repeat_interleave(16)[:, None].expand(48, 64).contiguous()
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (images, 3, 48, 64), dtype=torch.uint8, generator=generator)
-    return [{"image": each, "sem_seg": label} for each in image]
-
-
 def _planned(cfg, size=(48, 64)) -> dict[str, int]:
-    method = build_tuning_method(cfg)
-    return count_activations(cfg, method, size, runs_of(cfg, method))
+    run = FakeRun(cfg, build_tuning_method(cfg), size)
+    return {name: activation_bytes(run, name) for name in run.stages}
 
 
 @pytest.mark.parametrize("method", ["fishertune", "full", "freeze"])
-def test_activations_are_those_of_a_real_graph(small_cfg, real_model, method):
+def test_activations_are_those_of_a_real_graph(small_cfg, real_model, real_batch, method):
     cfg = small_cfg(TUNING__METHOD=method, FISHER__ESTIMATE="another_run.safetensors")
     planned = _planned(cfg)
     for stage in ("warmup", "tuning"):
         model = real_model(cfg, stage)
-        assert planned[stage] == saved_bytes(model, lambda model=model: model(_batch()))
+        assert planned[stage] == saved_bytes(model, lambda model=model: model(real_batch(2)))
     assert (planned["warmup"] < planned["tuning"]) == (method != "freeze")
 
 
-def test_activations_of_perturbed_features(small_cfg, real_model):
+def test_activations_of_perturbed_features(small_cfg, real_model, real_batch):
     options = {"TUNING__METHOD": "full", "TUNING__WARMUP_ITERS": 0}
     cfg = small_cfg(**options, TUNING__FEATURE_PERTURBATION=True)
     model = real_model(cfg, "tuning")
     with build_perturbation(cfg, model.backbone).drawing():
-        real = saved_bytes(model, lambda: model(_batch()))
+        real = saved_bytes(model, lambda: model(real_batch(2)))
     assert _planned(cfg)["tuning"] == real > _planned(small_cfg(**options))["tuning"]
 
 
@@ -47,7 +40,7 @@ def test_activations_of_perturbed_features(small_cfg, real_model):
     ("labels", "precision"),
     [("ground_truth", "float32"), ("ground_truth", "bfloat16"), ("sampled", "float32")],
 )
-def test_activations_of_the_estimate_too(small_cfg, real_model, labels, precision):
+def test_activations_of_the_estimate_too(small_cfg, real_model, real_batch, labels, precision):
     cfg = small_cfg(FISHER__LABELS=labels, FISHER__PRECISION=precision, FISHER__IMS_PER_BATCH=3)
     model = real_model(cfg, "warmup")
     for candidate in find_candidates(model.backbone):
@@ -55,7 +48,7 @@ def test_activations_of_the_estimate_too(small_cfg, real_model, labels, precisio
     loss = SegmentationLoss() if labels == "ground_truth" else SegmentationLoss().sampled
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with build_perturbation(cfg, model.backbone).drawing(), autocast:
-        real = saved_bytes(model, lambda: loss(model, _batch(3)))
+        real = saved_bytes(model, lambda: loss(model, real_batch(3)))
     assert _planned(cfg)["estimation"] == pytest.approx(real, rel=1e-3)
 
 
@@ -80,7 +73,7 @@ def test_one_image_at_a_time_keeps_the_graph_of_one(small_cfg):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_an_estimator_keeps_what_it_says(small_cfg, real_model, name):
+def test_an_estimator_keeps_what_it_says(small_cfg, real_model, real_batch, name):
     model = real_model(small_cfg(), "warmup")
     candidates, made = find_candidates(model.backbone), []
 
@@ -88,7 +81,7 @@ def test_an_estimator_keeps_what_it_says(small_cfg, real_model, name):
         made.append(ESTIMATORS[name](candidates))
         return made[0]
 
-    batches = [_batch(), _batch()]
+    batches = [real_batch(2), real_batch(2)]
     estimate_fisher(model, batches, SegmentationLoss(), candidates, estimator=make, progress=False)
     (estimator,) = made
     dense = 4 * sum(p.numel() for p in {c.parameter for c in candidates})

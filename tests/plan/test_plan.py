@@ -7,9 +7,11 @@ from detectron2.modeling import build_model
 from fishertune_d2.plan import Plan, format_fit, make_plan, summary
 from fishertune_d2.plan import __main__ as command
 from fishertune_d2.plan.__main__ import main
-from fishertune_d2.plan.imagined import imagine
+from fishertune_d2.plan.fake_model import fake_model
+from fishertune_d2.plan.fake_run import FakeRun, stage_lengths
 from fishertune_d2.plan.inference import plan_inference
-from fishertune_d2.plan.stages import count_held, count_passes, runs_of
+from fishertune_d2.plan.memory import Memory
+from fishertune_d2.plan.stage_costs import held_memory, step_flops
 from fishertune_d2.tuning import build_tuning_method
 
 CHANGES = ["SOLVER.IMS_PER_BATCH", "3", "FISHER.ESTIMATOR", "variational"]
@@ -22,12 +24,12 @@ def plan(small_cfg) -> Plan:
 
 @pytest.fixture
 def runs(small_cfg):
-    """Returns a function that says how many steps of which stage a run has."""
+    """Returns a function that counts the steps of each stage of a run."""
 
     def steps(**overrides) -> dict[str, int]:
         own = {"SOLVER__MAX_ITER": 7, "TUNING__WARMUP_ITERS": 3, "FISHER__BATCHES": 5}
         cfg = small_cfg(**own | overrides)
-        return {name: n for name, (n, _) in runs_of(cfg, build_tuning_method(cfg)).items()}
+        return {name: n for name, (n, _) in stage_lengths(cfg, build_tuning_method(cfg)).items()}
 
     return steps
 
@@ -55,10 +57,10 @@ def test_a_method_that_computes_with_values_is_refused_by_name(small_cfg):
 
 
 def test_estimation_begins_as_warmup_leaves_the_decoder(small_cfg):
-    def held(**overrides) -> dict:
+    def held(**overrides) -> dict[str, Memory]:
         cfg = small_cfg(**overrides)
-        method = build_tuning_method(cfg)
-        return count_held(cfg, method, runs_of(cfg, method))
+        run = FakeRun(cfg, build_tuning_method(cfg), (48, 64))
+        return {name: held_memory(run, name) for name in ("warmup", "estimation")}
 
     own, other = held(), held(TUNING__WARMUP_CHECKPOINT="another.pth")
     assert own["estimation"].gradients == own["warmup"].gradients > 0
@@ -69,15 +71,22 @@ def test_estimation_begins_as_warmup_leaves_the_decoder(small_cfg):
 
 
 def test_steps_multiply_images_passes_and_domains(small_cfg, plan):
-    cfg = small_cfg()
-    one = count_passes(cfg, build_tuning_method(cfg), (48, 64), ["estimation", "tuning"])
-    flops = {stage.name: stage.flops for stage in plan.stages}
-    assert flops["tuning"] == 3 * (one["tuning"].forward + one["tuning"].backward)
-    # Two images, x and x', and the two passes of the variational estimator.
-    assert flops["estimation"] == 2 * 2 * 2 * one["estimation"].measuring
+    def one_image(**overrides) -> dict[str, int]:
+        ones = {"SOLVER__IMS_PER_BATCH": 1, "FISHER__IMS_PER_BATCH": 1}
+        cfg = small_cfg(**ones | overrides)
+        run = FakeRun(cfg, build_tuning_method(cfg), (48, 64))
+        return {name: step_flops(run, name)[0] for name in ("estimation", "tuning")}
+
+    one, flops = one_image(), {stage.name: stage.flops for stage in plan.stages}
+    assert flops["tuning"] == 3 * one["tuning"]
+    # Two images, and the two passes of the variational estimator where the default has one.
+    assert flops["estimation"] == 2 * 2 * one["estimation"]
+    # A batch of 3 in parts of 2 and 1.
+    parts = one_image(SOLVER__IMS_PER_BATCH=3, SOLVER__ACCUMULATE=2)
+    assert parts["tuning"] == flops["tuning"]
 
 
-def test_nothing_imagined_is_left_for_a_real_model(small_cfg, plan):
+def test_no_fake_tensor_is_left_for_a_real_model(small_cfg, plan):
     image = {"image": torch.zeros(3, 48, 64), "sem_seg": torch.zeros(48, 64, dtype=torch.int64)}
     losses = build_model(small_cfg()).train()([image] * 3)  # the last that was planned: 3 images
     assert all(type(each) is torch.Tensor and each.isfinite() for each in losses.values())
@@ -87,7 +96,7 @@ def test_test_images_are_those_of_the_data_sets(small_cfg):
     names = ("cityscapes_val", "mapillary_val", "acdc_fog_val", "camvid_day_test", "nobody_has_it")
     sizes = [["acdc_fog_val", 64, 48]]
     cfg = small_cfg(DATASETS__TEST=names, TEST__SIZES=sizes)
-    slide = plan_inference(cfg, imagine(cfg), unknown=(48, 64))
+    slide = plan_inference(cfg, fake_model(cfg), unknown=(48, 64))
     assert [(each.names, each.size, each.windows) for each in slide] == [
         # Windows of 48 x 64, a row and a column every 32 pixels, the last ones at the border.
         (("cityscapes_val", "mapillary_val"), (512, 1024), 16 * 31),
@@ -99,7 +108,7 @@ def test_test_images_are_those_of_the_data_sets(small_cfg):
 
     names = ("camvid_day_test", "nobody_has_it")
     cfg = small_cfg(DATASETS__TEST=names, TEST__MODE="whole")
-    whole = plan_inference(cfg, imagine(cfg), unknown=(48, 64))
+    whole = plan_inference(cfg, fake_model(cfg), unknown=(48, 64))
     assert [(each.window, each.windows) for each in whole] == [((360, 480), 1), ((48, 64), 1)]
     assert whole[0].flops.forward > 50 * whole[1].flops.forward
 
@@ -117,7 +126,7 @@ def test_the_command_prints_the_plan_and_whether_it_fits(plan, config_file, caps
     printed = capsys.readouterr().out
     assert summary(plan) in printed
     assert "Fits a card of 1 GB" in printed and "NOT counted" not in printed
-    assert f"{plan.parameters['backbone'] / 1e6:.2f} M" in printed and "fvcore" in printed
+    assert f"{plan.parameters['backbone'] / 1e6:.2f} M" in printed
     for name in ("model_warmup.pth", "fisher.safetensors", "selection.safetensors"):
         assert name in printed
 

@@ -1,18 +1,18 @@
-"""A plan as text, and in one sentence for the head of a config."""
+"""Formats a plan as tables, and as one sentence for the head of a config."""
 
 from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from .plan import Plan
-from .stages import Stage
+from .costs import Plan
+from .stage_costs import Stage
 
 TITLES = {"warmup": "warm-up", "estimation": "estimation", "tuning": "tuning"}
-GB = 2**30  # as the makers of GPUs count
+GB = 2**30  # the unit of GPU makers
 
 
 def summary(plan: Plan) -> str:
-    """What a config's head says of its cost."""
+    """The sentence about costs in a config's head."""
     first, *others = plan.stages
     tuning = plan.stages[-1]
     memory = [f"{first.memory.total / GB:.1f} GB of memory in {TITLES[first.name]}"]
@@ -36,10 +36,18 @@ def format_plan(plan: Plan) -> str:
 
 
 def format_fit(plan: Plan, gigabytes: float) -> tuple[bool, str]:
-    """Whether every stage fits a card of so many GB, as far as is counted; and that in words."""
-    wanting = [stage for stage in plan.stages if stage.memory.total > gigabytes * GB]
-    if wanting:
-        needs = ", ".join(f"{TITLES[s.name]} ({_gb(s.memory.total)} GB)" for s in wanting)
+    """Says whether every stage fits a card, as far as the plan counts memory.
+
+    Args:
+        plan: the plan.
+        gigabytes: the card's memory, in GB of 2^30 bytes.
+
+    Returns:
+        Whether it fits, and the sentence to print.
+    """
+    too_large = [stage for stage in plan.stages if stage.memory.total > gigabytes * GB]
+    if too_large:
+        needs = ", ".join(f"{TITLES[s.name]} ({_gb(s.memory.total)} GB)" for s in too_large)
         return False, f"Does not fit a card of {gigabytes:g} GB: {needs}."
     largest = max(plan.stages, key=lambda stage: stage.memory.total)
     left = gigabytes * GB - largest.memory.total
@@ -52,24 +60,24 @@ def format_fit(plan: Plan, gigabytes: float) -> tuple[bool, str]:
 def _parameters(plan: Plan) -> str:
     backbone = plan.parameters["backbone"]
     inside = {"model", "decoder"}
-    rows = [
+    lines = [
         [name, f"{n / 1e6:.2f} M", "" if name in inside else f"{100 * n / backbone:.2f} %"]
         for name, n in plan.parameters.items()
     ]
-    return _table(rows, ["parameters", "number", "of the backbone"])
+    return _table(lines, ["parameters", "number", "of the backbone"])
 
 
 def _compute(plan: Plan) -> str:
-    rows = [
+    lines = [
         [TITLES[s.name], s.steps, s.images, f"{s.flops / 1e12:.2f}", f"{_all(s) / 1e15:.3g}"]
         for s in plan.stages
     ]
-    rows.append(["all", "", "", "", f"{sum(map(_all, plan.stages)) / 1e15:.3g}"])
-    table = _table(rows, ["FLOPs", "steps", "batch", "TFLOP a step", "PFLOP in all"])
+    lines.append(["all", "", "", "", f"{sum(map(_all, plan.stages)) / 1e15:.3g}"])
+    table = _table(lines, ["FLOPs", "steps", "batch", "TFLOP a step", "PFLOP in all"])
     notes = [
         table,
-        "One multiply-add is one FLOP (fvcore). A backward pass counts once more for each input",
-        "and each weight that needs a gradient. Estimation passes over a batch and over its shift.",
+        "One multiply-add is one FLOP. Counted are matrix products, convolutions and attention,",
+        "forward and backward. Estimation passes over a batch and over its shift.",
     ]
     if plan.uncounted:
         names = ", ".join(f"{name} ({n} times)" for name, n in sorted(plan.uncounted.items()))
@@ -78,7 +86,7 @@ def _compute(plan: Plan) -> str:
 
 
 def _inference(plan: Plan) -> str:
-    rows = [
+    lines = [
         [
             ", ".join(each.names),
             _pixels(each.size) if each.size else "?",
@@ -87,31 +95,31 @@ def _inference(plan: Plan) -> str:
         ]
         for each in plan.inference
     ]
-    return _table(rows, ["test sets", "at most", "passes", "TFLOP an image"])
+    return _table(lines, ["test sets", "at most", "passes", "TFLOP an image"])
 
 
 def _memory(plan: Plan) -> str:
     names = ["weights", "gradients", "optimizer", "activations", "fisher", "selection", "total"]
-    rows = [
+    lines = [
         [TITLES[s.name], *(_gb(getattr(s.memory, name)) for name in names)] for s in plan.stages
     ]
     return "\n".join(
         [
-            _table(rows, ["memory in GB", *names[:-1], "at least"]),
+            _table(lines, ["memory in GB", *names[:-1], "at least"]),
             "1 GB is 2^30 bytes. Counted at the end of a forward pass, with every class in every",
-            "image; not counted: what exists for a moment, the allocator's cuts, libraries.",
+            "image. Not counted: short-lived tensors, fragmentation, the device's libraries.",
         ]
     )
 
 
 def _files(plan: Plan) -> str:
-    rows = [[name, _gb(size)] for name, size in plan.files.items()]
-    return _table(rows, ["files", "GB"])
+    lines = [[name, _gb(size)] for name, size in plan.files.items()]
+    return _table(lines, ["files", "GB"])
 
 
-def _table(rows: Sequence[Sequence], headers: Sequence[str]) -> str:
+def _table(lines: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     aligned = ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(rows, headers, colalign=aligned, disable_numparse=True)
+    return tabulate(lines, headers, colalign=aligned, disable_numparse=True)
 
 
 def _all(stage: Stage) -> int:
@@ -123,5 +131,5 @@ def _gb(size: float) -> str:
 
 
 def _pixels(size: tuple[int, int]) -> str:
-    """Width x height, as people say it; a size is (height, width)."""
+    """Formats (height, width) as width x height."""
     return f"{size[1]} x {size[0]}"

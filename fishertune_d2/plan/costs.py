@@ -4,23 +4,23 @@ from collections import Counter
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
-from torch import nn
 
 from fishertune_d2.engine.parameter_counts import count_parameters, count_tuned
-from fishertune_d2.engine.stages import attach
 from fishertune_d2.engine.start_check import require_possible
 from fishertune_d2.fisher import KINDS, Cost, find_candidates
-from fishertune_d2.tuning import TuningMethod, build_tuning_method
+from fishertune_d2.modeling.segmentor import VFMSegmentor
+from fishertune_d2.tuning import build_tuning_method
 
-from .imagined import imagine
+from .fake_model import fake_model
+from .fake_run import FakeRun
 from .inference import Inference, plan_inference
 from .memory import estimator_bytes, held_bytes
-from .stages import Stage, plan_stages
+from .stage_costs import Stage, plan_stages
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config costs.
+    """The costs of a config.
 
     Attributes:
         method: TUNING.METHOD.
@@ -28,7 +28,7 @@ class Plan:
         device: MODEL.DEVICE.
         size: (height, width) of a training image, in pixels.
         parameters: how many, by group.
-        stages: those that a run goes through.
+        stages: the stages that a run goes through.
         inference: one for each size of test images.
         files: bytes by file name, without headers.
     """
@@ -43,54 +43,61 @@ class Plan:
     files: dict[str, int]
 
     @property
-    def uncounted(self) -> Counter:
+    def uncounted(self) -> Counter[str]:
         """Operators that the FLOPs leave out though they may matter, and how often in a pass."""
-        found = Counter()
-        for each in [*self.stages, *(test.flops for test in self.inference)]:
-            found |= each.uncounted
+        found: Counter[str] = Counter()
+        for stage in self.stages:
+            found |= stage.uncounted
+        for tested in self.inference:
+            found |= tested.flops.uncounted
         return found
 
 
 def make_plan(cfg: CfgNode) -> Plan:
-    """Plans a config, without weights or data, and without the device it names.
+    """Plans a config without weights, without data, and without the device that it names.
+
+    Detectron2 and the model raise their own errors for a config that they cannot use.
+
+    Args:
+        cfg: the config.
+
+    Returns:
+        The plan.
 
     Raises:
-        ValueError: if one of FISHER.ESTIMATOR, LABELS and PRECISION is unknown, nothing is trained,
-            or the method computes with operators that need values. What Detectron2 and the model
-            find wrong in a config, they raise.
+        ValueError: if nothing is trained, or the method computes with operators that need values.
     """
     require_possible(cfg)
     size = tuple(cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else cfg.MODEL.VFM.IMG_SIZE)
-    model, method = imagine(cfg), build_tuning_method(cfg)
+    method = build_tuning_method(cfg)
+    run = FakeRun(cfg, method, size)
+    if not run.stages:
+        raise ValueError(
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: nothing is trained after the "
+            f"{cfg.TUNING.WARMUP_ITERS} iterations of TUNING.WARMUP_ITERS"
+        )
     try:
-        stages = plan_stages(cfg, method, size)
-    except NotImplementedError as error:  # of torch, for an operator that the meta device lacks
+        stages = plan_stages(run)
+    except NotImplementedError as error:  # PyTorch's, for an operator that the meta device lacks
         name, words = getattr(method, "name", cfg.TUNING.METHOD), str(error).partition(" with ")[0]
         raise ValueError(
             f"the cost of {name} cannot be counted without values ({words}): start a run, which "
             "logs how many weights it trains, and read its time and memory from metrics.json"
         ) from error
-    if not stages:
-        raise ValueError(
-            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: nothing is trained after the "
-            f"{cfg.TUNING.WARMUP_ITERS} iterations of TUNING.WARMUP_ITERS"
-        )
-    parameters, warmed_up = _parameters(cfg, model), held_bytes(model.state_dict())
-    if stages[-1].name == "tuning":
-        attach(model, method)
+    trained = run.model(stages[-1].name)
     return Plan(
         method=cfg.TUNING.METHOD,
         vfm=cfg.MODEL.VFM.NAME,
         device=cfg.MODEL.DEVICE,
         size=size,
-        parameters=parameters,
+        parameters=_parameters(cfg, fake_model(cfg)),
         stages=stages,
-        inference=plan_inference(cfg, model, unknown=size),
-        files=_files(cfg, model, method, stages, warmed_up),
+        inference=plan_inference(cfg, trained, unknown=size),
+        files=_files(run, stages, trained),
     )
 
 
-def _parameters(cfg: CfgNode, model: nn.Module) -> dict[str, int]:
+def _parameters(cfg: CfgNode, model: VFMSegmentor) -> dict[str, int]:
     backbone = model.backbone
     total = sum(p.numel() for p in model.parameters())
     counts = count_parameters(cfg, backbone)
@@ -108,25 +115,26 @@ def _parameters(cfg: CfgNode, model: nn.Module) -> dict[str, int]:
     }
 
 
-def _files(
-    cfg: CfgNode, model: nn.Module, method: TuningMethod, stages: list[Stage], warmed_up: int
-) -> dict[str, int]:
-    """What the stages leave in OUTPUT_DIR; a checkpoint holds the optimizer's state, too.
+def _files(run: FakeRun, stages: list[Stage], trained: VFMSegmentor) -> dict[str, int]:
+    """The files that the stages leave in OUTPUT_DIR; checkpoints include the optimizer's state.
 
     Args:
-        cfg: the config.
-        model: its model as it ends.
-        method: its tuning method.
-        stages: of the run.
-        warmed_up: bytes of the weights that the warm-up leaves.
+        run: the run.
+        stages: its stages.
+        trained: its model, with the weights that the method adds.
+
+    Returns:
+        Bytes by file name.
     """
-    held, files = {stage.name: stage.memory for stage in stages}, {}
-    if "warmup" in held:
-        files["model_warmup.pth"] = warmed_up + held["warmup"].optimizer
-    if "estimation" in held:
-        files["fisher.safetensors"] = estimator_bytes(Cost(), find_candidates(model.backbone))
-    if "tuning" in held and method.selects:
+    memory, files = {stage.name: stage.memory for stage in stages}, {}
+    if "warmup" in memory:
+        weights = held_bytes(run.model("warmup").state_dict())
+        files["model_warmup.pth"] = weights + memory["warmup"].optimizer
+    if "estimation" in memory:
+        candidates = find_candidates(trained.backbone)
+        files["fisher.safetensors"] = estimator_bytes(Cost(), candidates)
+    if "tuning" in memory and run.method.selects:
         # An index and a rank, of 8 bytes each.
-        files["selection.safetensors"] = 16 * count_tuned(cfg, model.backbone, progress=1.0)
-    files["model_final.pth"] = held_bytes(model.state_dict()) + stages[-1].memory.optimizer
+        files["selection.safetensors"] = 16 * run.selected(trained)
+    files["model_final.pth"] = held_bytes(trained.state_dict()) + stages[-1].memory.optimizer
     return files

@@ -1,0 +1,184 @@
+"""A config's run on models without values: its stages, and what a step of each computes.
+
+This is where the plan reads the config. The counting (stage_costs.py) asks a FakeRun.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from fishertune_d2.engine.image_losses import SegmentationLoss
+from fishertune_d2.engine.optimizer import build_optimizer
+from fishertune_d2.engine.parameter_counts import count_tuned
+from fishertune_d2.engine.perturbation import build_perturbation
+from fishertune_d2.engine.precision import ESTIMATE_DTYPES, autocast_dtype
+from fishertune_d2.engine.stages import attach, prepare_stage
+from fishertune_d2.engine.step_trainer import largest_part
+from fishertune_d2.fisher import ESTIMATORS, Cost, find_candidates, keeping_activations
+from fishertune_d2.modeling.segmentor import VFMSegmentor
+from fishertune_d2.tuning import SelectedWeights, TuningMethod
+
+from .fake_model import fake_autocast, fake_batch, fake_model, fake_selection
+
+
+class StageLength(NamedTuple):
+    """How long a stage is.
+
+    Attributes:
+        steps: iterations, or batches of the estimate.
+        images: the images of a batch.
+    """
+
+    steps: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and a backward pass; a step of a stage consists of some of them.
+
+    Attributes:
+        loss: computes the loss of the pass, or one loss for each image.
+        wanted: the tensors whose gradients the backward pass computes.
+        images: how many images it covers.
+        repeats: how often a step covers each of its images.
+    """
+
+    loss: Callable[[], Tensor]
+    wanted: Sequence[Tensor]
+    images: int
+    repeats: int = 1
+
+
+class FakeRun:
+    """The stages that a config's run goes through, on models without values.
+
+    Attributes:
+        method: the tuning method.
+        device: MODEL.DEVICE, which need not exist.
+        stages: the length of each stage of the run, in order: "warmup", "estimation", "tuning".
+        warms_up: whether the decoder was warmed up before the estimation, by this run or another.
+        cost: how much work and memory the estimator of F needs.
+    """
+
+    def __init__(self, cfg: CfgNode, method: TuningMethod, size: tuple[int, int]):
+        """Reads the stages.
+
+        Args:
+            cfg: the config.
+            method: its tuning method.
+            size: (height, width) of a training image, in pixels.
+        """
+        self._cfg, self._size = cfg, size
+        self.method, self.device = method, torch.device(cfg.MODEL.DEVICE)
+        self.stages = stage_lengths(cfg, method)
+        self.warms_up = cfg.TUNING.WARMUP_ITERS > 0
+        self.cost: Cost = ESTIMATORS[cfg.FISHER.ESTIMATOR].cost
+
+    def model(self, name: str) -> VFMSegmentor:
+        """The segmentor on the meta device, with the weights that the method adds in this stage."""
+        model = fake_model(self._cfg)
+        if name == "tuning":
+            # Now, because peft moves layers in a way that FakeTensors refuse.
+            attach(model, self.method)
+        return model
+
+    def enter(self, name: str, model: VFMSegmentor) -> SelectedWeights | None:
+        """Prepares the model for a stage; after "tuning" there is no way back.
+
+        Args:
+            name: the stage.
+            model: a model of :meth:`model`. In estimation its decoder requires gradients, as the
+                warm-up leaves it; the pass itself opens the candidates.
+
+        Returns:
+            The selected weights of tuning; None if the method selects none.
+        """
+        if name != "tuning":
+            prepare_stage(model, "warmup", self.method, None)
+            return None
+        selection = None
+        if self.method.selects:
+            backbone = model.backbone
+            base = sum(p.numel() for p in backbone.parameters())
+            parameters = self.method.parameters(backbone)
+            selection = fake_selection(parameters, self.selected(model), base)
+        return prepare_stage(model, "tuning", self.method, selection)[1]
+
+    def selected(self, model: VFMSegmentor) -> int:
+        """How many weights are selected at the end of tuning, by a method that selects."""
+        return count_tuned(self._cfg, model.backbone, progress=1.0)
+
+    def optimizer(self, model: VFMSegmentor) -> torch.optim.Optimizer:
+        """The optimizer of the stage that the model is in."""
+        cfg = self._cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.FUSED = False  # the meta device has no fused step; the state is the same
+        return build_optimizer(cfg, model)
+
+    def one_pass(self, name: str, model: VFMSegmentor, device: torch.device) -> Pass:
+        """The largest pass of a stage's step.
+
+        Args:
+            name: the stage.
+            model: a model that has entered the stage.
+            device: where the model is; autocast is left out on the meta device, which has none.
+
+        Returns:
+            The pass.
+        """
+        if name == "estimation":
+            return self._estimation(model, device)
+        return self._training(name, model, device)
+
+    def _training(self, name: str, model: VFMSegmentor, device: torch.device) -> Pass:
+        cfg = self._cfg
+        images = largest_part(self.stages[name].images, cfg.SOLVER.ACCUMULATE)
+        perturbs = name == "tuning" and cfg.TUNING.FEATURE_PERTURBATION
+        shift = build_perturbation(cfg, model.backbone).drawing() if perturbs else nullcontext()
+        dtype = None if device.type == "meta" else autocast_dtype(cfg)
+        batch = fake_batch(model, images, self._size)
+
+        def loss() -> Tensor:
+            with shift, fake_autocast(device, dtype):
+                return torch.stack(list(model(batch).values())).sum()
+
+        return Pass(loss, [p for p in model.parameters() if p.requires_grad], images)
+
+    def _estimation(self, model: VFMSegmentor, device: torch.device) -> Pass:
+        cfg = self._cfg
+        images = self.cost.images or self.stages["estimation"].images
+        wanted = [candidate.parameter for candidate in find_candidates(model.backbone)]
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        loss_of = SegmentationLoss()
+        loss_fn: Callable = loss_of.sampled if cfg.FISHER.LABELS == "sampled" else loss_of
+        shift = build_perturbation(cfg, model.backbone).drawing()
+        dtype = None if device.type == "meta" else ESTIMATE_DTYPES[cfg.FISHER.PRECISION]
+        batch = fake_batch(model, images, self._size)
+
+        def loss() -> Tensor:
+            with shift, keeping_activations(model), fake_autocast(device, dtype):
+                return loss_fn(model, batch)
+
+        # On the images, and on their shift.
+        return Pass(loss, wanted, images, repeats=2 * self.cost.passes)
+
+
+def stage_lengths(cfg: CfgNode, method: TuningMethod) -> dict[str, StageLength]:
+    """The stages of a run, in order, without those that it takes from another run."""
+    solver, fisher, tuning = cfg.SOLVER, cfg.FISHER, cfg.TUNING
+    lengths = {}
+    if tuning.WARMUP_ITERS > 0 and not tuning.WARMUP_CHECKPOINT:
+        lengths["warmup"] = StageLength(tuning.WARMUP_ITERS, solver.IMS_PER_BATCH)
+    if solver.MAX_ITER > tuning.WARMUP_ITERS:
+        if method.selects and method.estimates and not fisher.ESTIMATE:
+            lengths["estimation"] = StageLength(fisher.BATCHES, fisher.IMS_PER_BATCH)
+        steps = solver.MAX_ITER - tuning.WARMUP_ITERS
+        lengths["tuning"] = StageLength(steps, solver.IMS_PER_BATCH)
+    return lengths
