@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from fishertune_d2.analysis.figures import draw_groups
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import KINDS, Selection
-from fishertune_d2.fisher.candidates import groups_of
 from fishertune_d2.run import Run
 
 
@@ -24,12 +23,7 @@ def shares_by_group(selection: Selection) -> np.ndarray:
         Percent, (kinds, blocks), with kinds in the order of ``KINDS``; NaN for a group that the
         model lacks.
     """
-    totals: dict[tuple[str, int], int] = {}
-    for name, shape in selection.shapes.items():
-        width = int(np.prod(shape[1:]))
-        for kind, block, rows in groups_of(name, shape[0]):
-            size = (rows.stop - rows.start) * width
-            totals[kind, block] = totals.get((kind, block), 0) + size
+    totals = selection.group_sizes()
     shares = np.full((len(KINDS), 1 + max(block for _, block in totals)), np.nan)
     for (kind, block), count in selection.summary().items():
         shares[KINDS.index(kind), block] = 100 * count / totals[kind, block]

@@ -17,6 +17,7 @@ from pathlib import Path
 import detectron2
 
 from fishertune_d2.engine.preemption import EXIT_CODE, handling
+from fishertune_d2.engine.run_keys import as_words, differing_keys
 from fishertune_d2.files import whole_file
 from fishertune_d2.version import commit
 
@@ -260,9 +261,7 @@ def require_same_recipe(cells: Sequence[Cell]) -> None:
         path = cell.folder / "cell.json"
         then = json.loads(path.read_text())["recipe"] if path.is_file() else {}
         troubles += [
-            f"  {cell.folder}: {key} was {then[key]!r} and is {value!r}"
-            for key, value in cell.recipe.items()
-            if key in then and then[key] != value
+            f"  {cell.folder}: {words}" for words in as_words(differing_keys(then, cell.recipe))
         ]
     if troubles:
         raise ValueError(
