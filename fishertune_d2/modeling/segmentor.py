@@ -2,7 +2,7 @@
 
 Shapes:
     B: images in the batch; C: classes
-    H, W: an image as it enters the model; height, width: the same image as it lies on disk
+    H, W: an image as it enters the model; height, width: the same image on disk
 """
 
 import logging

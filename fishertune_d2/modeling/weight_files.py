@@ -46,7 +46,7 @@ _NO_WEIGHTS = {
     b"version https://git-lfs": "it is a Git LFS pointer, not the file itself: run `git lfs pull` "
     "in its repository, or download the file",
     b"<": "it is a web page, not a file of weights: download the file that the page links to",
-    b"{": "it is a text in JSON: name the file with the weights that lies beside it",
+    b"{": "it is a text in JSON: name the weights file beside it",
     b"\x89HDF": "it is an HDF5 file of Keras: name PyTorch's or a safetensors file",
     b"GGUF": "it is a GGUF file of llama.cpp: name PyTorch's or a safetensors file",
 }

@@ -132,7 +132,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _label(path: Path) -> str:
-    """Says what an entry of a folder is: a folder, a broken link, or a file by its ending."""
+    """Names the kind of a folder entry: a folder, a broken link, or a file by its ending."""
     if path.is_dir():
         return "folder(s)"
     if not path.exists():
