@@ -16,7 +16,7 @@ warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
 warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
 
 
-# The oldest versions that have what is used, as in setup.py, where the reasons are.
+# The oldest versions that have what is used, as in pyproject.toml, which gives the reasons.
 OLDEST = {"torch": "2.6", "timm": "1.0.20", "transformers": "5.0", "peft": "0.21"}
 
 

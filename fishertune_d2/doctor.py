@@ -6,7 +6,6 @@ library alone, and a check imports what it looks at. A new check is a function i
 """
 
 import argparse
-import ast
 import importlib
 import os
 import platform
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fishertune_d2.version import commit
@@ -367,19 +367,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _needs() -> tuple[str, list[str]]:
-    """The Python and the packages that are asked for, as setup.py or the installed copy says."""
-    setup = _ROOT / "setup.py"
-    if not setup.is_file():
+    """The required Python and packages, from the checkout or else from the installed copy."""
+    file = _ROOT / "pyproject.toml"
+    if not file.is_file():
         about = metadata.metadata("fishertune-d2")
-        return about["Requires-Python"], about.get_all("Requires-Dist")
-    call = ast.parse(setup.read_text(encoding="utf-8")).body[-1].value
-    words = {keyword.arg: keyword.value for keyword in call.keywords}
-    python, needs, optional = (
-        ast.literal_eval(words[key])
-        for key in ("python_requires", "install_requires", "extras_require")
-    )
-    extra = [f'{need}; extra == "{name}"' for name, group in optional.items() for need in group]
-    return python, [*needs, *extra]
+        return about["Requires-Python"], about.get_all("Requires-Dist") or []
+    project = _toml().loads(file.read_text(encoding="utf-8"))["project"]
+    optional = project["optional-dependencies"].items()
+    extra = [f'{need}; extra == "{name}"' for name, group in optional for need in group]
+    return project["requires-python"], [*project["dependencies"], *extra]
+
+
+def _toml() -> ModuleType:
+    try:
+        return importlib.import_module("tomllib")
+    except ImportError:  # Python 3.10
+        return importlib.import_module("pip._vendor.tomli")
 
 
 def _requirement(text: str) -> "Requirement":

@@ -16,7 +16,7 @@ def test_a_room_renders_without_a_warning(tmp_path):
         warnings.simplefilter("error", UserWarning)  # pdoc's: what it could not read
         pdoc.pdoc("fishertune_d2.fisher", output_directory=tmp_path)
     page = (tmp_path / "fishertune_d2/fisher.html").read_text()
-    assert "<strong>FloatingPointError:</strong>  if a gradient is not finite" in page
+    assert "<strong>ValueError:</strong>" in page  # a section that is rendered
     texts = re.findall(r'docstring">(.*?)</div>', page, flags=re.DOTALL)
     assert len(texts) > 50
     for mark in ("Args:", ":func:", ":class:", "``", "<code>~"):  # as it is written, not rendered

@@ -96,5 +96,5 @@ def test_detectron2_is_installed_as_the_tool_does():
     for option in re.findall(r"--[a-z-]+", command):
         assert f'"{option}' in tool, option
     assert re.findall(r"fishertune_d2-(.*?)-py3", TEXT) == re.findall(
-        r'version="(.*?)"', (ROOT / "setup.py").read_text()
+        r'^version = "(.*?)"', (ROOT / "pyproject.toml").read_text(), flags=re.M
     )

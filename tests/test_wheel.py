@@ -81,6 +81,7 @@ def test_holds_every_config_and_the_papers_numbers_and_no_test(wheel):
     assert len(configs) > 40
     assert {name for name in names if name.endswith(".yaml")} == configs
     assert "fishertune_d2/bench/paper.csv" in names
+    assert "fishertune_d2/py.typed" in names  # type checkers read our annotations
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fishertune_d2"}
     assert not [name for name in names if "test" in name]
 
@@ -115,7 +116,7 @@ def test_the_bench_trains(python, site, tmp_path):
     assert results["protocol"]["commit"] is None
 
 
-def test_asks_for_what_the_doctor_reads_off_setup_py(site):
+def test_asks_for_what_the_doctor_reads_in_the_checkout(site):
     (folder,) = site.glob("*.dist-info")
     about = PathDistribution(folder).metadata
     python, needs = doctor._needs()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Writes what configs cost into their heads, below the line of what they tune.
+"""Writes the costs of configs into their heads, below the line that says what they tune.
 
-python tools/config_costs.py                     # all of configs/<method>_<vfm>.yaml
+python tools/config_costs.py                     # the models trained on GTAV or Cityscapes
 python tools/config_costs.py configs/full_sam.yaml ...
 """
 
@@ -19,23 +19,32 @@ from fishertune_d2.plan import make_plan, summary  # noqa: E402
 
 
 def rewrite(text: str, costs: str) -> str:
-    """A config's text with ``costs`` in its head.
+    """Replaces the costs in the head of a config.
+
+    Args:
+        text: The config.
+        costs: The sentence that the plan writes.
+
+    Returns:
+        The config with the new costs.
 
     Raises:
-        ValueError: if the head has no line "# Tunes: ..." or "# Adds: ...".
+        ValueError: If the head has no line "# Tunes: ..." or "# Adds: ...".
     """
     text = re.sub(r"^# Costs, .*?(?=^# Expected)", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = "\n".join(f"# {line}" for line in textwrap.wrap(costs, width=98))
     above = re.compile(r"^(# (?:Tunes|Adds): .*\n)", flags=re.MULTILINE)
     text, found = above.subn(rf"\g<1>{lines}\n", text)
     if not found:
-        raise ValueError('the head has no line "# Tunes: ..." or "# Adds: ...", to write below')
+        raise ValueError('the head has no line "# Tunes: ..." or "# Adds: ..." to write below')
     return text
 
 
 def main(files: list[str]) -> None:
-    """Rewrites ``files``, or all that belong to the paper's Table 1."""
-    for path in [Path(file) for file in files] or sorted((ROOT / "configs").glob("*_*.yaml")):
+    """Rewrites ``files``, or the configs of all models that are trained on GTAV or Cityscapes."""
+    configs = ROOT / "configs"
+    every = [*configs.glob("*_*.yaml"), *configs.glob("cityscapes/*_*.yaml")]
+    for path in [Path(file) for file in files] or sorted(every):
         costs = summary(make_plan(read_config(str(path))))
         path.write_text(rewrite(path.read_text(), costs))
         print(f"{path}: {costs}")
