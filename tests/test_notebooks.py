@@ -3,14 +3,19 @@
 import ast
 import base64
 import io
+import multiprocessing
+import os
 import re
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import jupytext
 import nbformat
 import numpy as np
 import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
@@ -35,7 +40,7 @@ def source(request) -> Path:
 def environment(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("notebooks")
     variables = run_notebooks.quick_environment(folder)
-    return {**variables, "FISHERTUNE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    return {**variables, "FISHERTUNE_CACHE": str(folder / "cache")}
 
 
 def _read_outputs(source: Path) -> nbformat.NotebookNode:
@@ -75,8 +80,40 @@ def test_runs_shortened(source, environment, tmp_path):
         folder = tmp_path / "outputs/notebooks/quick" / name
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text("{}\n")
-    notebook = run_notebooks.execute(tmp_path / "notebooks" / source.name, environment)
-    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    # A kernel would import everything again for each notebook, which takes longer than the cells.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fishertune_d2.engine"])
+    child = context.Process(
+        target=_run_cells,
+        args=(tmp_path / "notebooks" / source.name, environment, tmp_path / "said.txt"),
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 0, (tmp_path / "said.txt").read_text()[-4000:]
+
+
+class _Shell(InteractiveShell):
+    def enable_gui(self, gui=None):
+        """Allows ``%matplotlib inline``, which opens no window."""
+
+
+def _run_cells(source: Path, environment: dict[str, str], log: Path) -> None:
+    """Runs the code cells as a kernel does; exits with 1 at the first that fails."""
+    os.chdir(source.parent)
+    os.environ |= environment
+    torch.set_num_threads(1)
+    shell = _Shell.instance()
+    with open(log, "w", buffering=1) as said, redirect_stdout(said), redirect_stderr(said):
+        for cell in jupytext.read(source).cells:
+            if cell.cell_type == "code" and not shell.run_cell(cell.source).success:
+                sys.exit(1)
+
+
+def test_a_notebook_is_executed_in_a_kernel(tmp_path):
+    (tmp_path / "short.py").write_text("# %% [markdown]\n# Text\n# %%\n%matplotlib inline\n1 + 1\n")
+    notebook = run_notebooks.execute(tmp_path / "short.py", {})
+    assert [cell.get("execution_count") for cell in notebook.cells] == [None, 1]
+    assert notebook.cells[1].outputs[0].data["text/plain"] == "2"
 
 
 def test_is_paired_with_its_outputs(source):
