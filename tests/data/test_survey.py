@@ -1,10 +1,7 @@
 """What ``python -m fishertune_d2.data.check`` finds, prints and returns."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,13 +185,27 @@ def test_the_command_explains_what_it_cannot_do(tmp_path, monkeypatch, capsys, a
     assert message in capsys.readouterr().err
 
 
-def test_the_command_runs_as_a_module(gta):
-    run = subprocess.run(
-        [sys.executable, "-m", "fishertune_d2.data.check", "gtav_train"],
-        capture_output=True,
-        text=True,
-        cwd=Path(fishertune_d2.__file__).parents[1],
-    )
-    assert run.returncode == 1
-    assert "Problem: gtav_train: 2 pairs" in run.stdout
-    assert "RuntimeWarning" not in run.stderr  # of a module that its package imported before
+def test_the_command_runs_as_a_module(fresh_process):
+    assert fresh_process.returncode == 1
+    assert "Problem: gtav_train: 1 pairs" in fresh_process.stdout
+    assert "RuntimeWarning" not in fresh_process.stderr  # of a module that its package imported
+
+
+def test_warnings_are_printed_and_are_no_problem(gta, tmp_path, monkeypatch, capsys):
+    """Masks of 0 and 1 whose 1 became 255, and the classes that they therefore lack."""
+    for k in range(2):
+        ids = np.zeros((3, 4), dtype=np.uint8)
+        ids[0] = 255
+        Image.fromarray(ids).save(tmp_path / f"gta/labels/{k}.png")
+    dataset = replace(gta(shares={}), label_map="identity_19")
+    monkeypatch.setattr("fishertune_d2.data.check.__main__.DATASETS", [dataset])
+    assert main(["gtav_train"]) == 0
+    out = capsys.readouterr().out
+    assert "No problem found." in out
+    assert "Warning: gtav_train: none of its labels holds sidewalk" in out
+    assert "these look like 0/1 masks that were scaled to 255" in out
+
+
+def test_warnings_do_not_hide_a_problem(gta):
+    found = survey(gta(absent=()))
+    assert found.problems and not found.warnings

@@ -4,8 +4,6 @@ import os
 import runpy
 import sys
 
-import pytest
-
 from fishertune_d2 import streets
 
 

@@ -1,6 +1,7 @@
 """The built-in street scenes: one seed, one label; honest perspective; safe files."""
 
 import dataclasses
+import functools
 import math
 
 import cv2
@@ -30,6 +31,10 @@ SMALL = (192, 96)
 TINY = {("train", "day"): 2, ("val", "day"): 1, ("val", "fog"): 1}
 
 
+rendered_once = functools.cache(render_scene)
+"""For tests that compare scenes or files: no scene is rendered twice."""
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """Renders in this process: a worker would import torch's neighbours anew for two pictures."""
@@ -46,6 +51,7 @@ def in_process(monkeypatch):
             return map(function, jobs)
 
     monkeypatch.setattr(streets, "ProcessPoolExecutor", Serial)
+    monkeypatch.setattr(streets, "render_scene", rendered_once)
 
 
 def level_camera(pitch: float = 0.0, yaw: float = 0.0) -> Camera:
@@ -80,7 +86,7 @@ def test_seeds_differ():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_label_does_not_depend_on_the_domain(seed):
-    labels = [render_scene(seed, domain, SMALL)[1] for domain in DOMAINS]
+    labels = [rendered_once(seed, domain, SMALL)[1] for domain in DOMAINS]
     for domain, label in zip(DOMAINS, labels, strict=True):
         np.testing.assert_array_equal(label, labels[0], err_msg=domain)
 
@@ -191,7 +197,7 @@ def test_all_classes_occur_with_sensible_shares(shares):
 @pytest.fixture(scope="module")
 def by_domain() -> dict[str, np.ndarray]:
     return {
-        domain: np.stack([render_scene(seed, domain, SMALL)[0] for seed in range(6)]).astype(float)
+        domain: np.stack([rendered_once(seed, domain, SMALL)[0] for seed in range(6)]).astype(float)
         for domain in DOMAINS
     }
 
