@@ -89,18 +89,19 @@ def _draw_lines(run: Run, lines: Mapping[str, Series], logarithmic: bool) -> str
     warmup, end = run.config["TUNING.WARMUP_ITERS"], run.config["SOLVER.MAX_ITER"]
     first = min(run.metrics)
     start = 0 if first < warmup else warmup  # a run that took another's warm-up logs none
-    style = {
-        "axes.edgecolor": _GREY,
-        "axes.labelcolor": _GREY,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "font.size": 9,
-        "text.color": _GREY,
-        "text.parse_math": False,  # names may contain dollar signs
-        "xtick.color": _GREY,
-        "ytick.color": _GREY,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(
+        {
+            "axes.edgecolor": _GREY,
+            "axes.labelcolor": _GREY,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "font.size": 9,
+            "text.color": _GREY,
+            "text.parse_math": False,  # names may contain dollar signs
+            "xtick.color": _GREY,
+            "ytick.color": _GREY,
+        }
+    ):
         figure = Figure(figsize=(3.7, 2.5), layout="constrained")
         axes = figure.subplots()
         for k, (name, series) in enumerate(lines.items()):

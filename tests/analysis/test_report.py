@@ -152,7 +152,7 @@ def test_the_page_needs_no_other_file(tmp_path):
     assert "url(" not in style and "@import" not in style
 
 
-def test_names_are_text_whatever_they_hold(tmp_path):
+def test_names_are_escaped(tmp_path):
     data_set, label = "<script>alert(1)<script>", '"><img src=x onerror="alert(2)">$\\frac$'
     results = {
         **RESULTS,
@@ -187,7 +187,7 @@ def test_without_a_selection_its_section_is_left_out(tmp_path, method):
     assert ("none of the backbone's" in page.text) == (method == "freeze")
 
 
-def test_what_is_said_of_training_is_what_the_checkpoint_recorded(tmp_path):
+def test_the_page_says_what_the_checkpoint_recorded_of_the_training(tmp_path):
     recorded = {"method": "lora", "train": ["other_town"], "seed": 7, "iterations": 30}
     protocol = {**RESULTS["protocol"], **recorded}
     folder = _write_run(tmp_path / "run", {**RESULTS, "protocol": protocol})
@@ -201,7 +201,7 @@ def test_what_is_said_of_training_is_what_the_checkpoint_recorded(tmp_path):
     assert "unknown method on dinov2_vitl" in text and "seed not recorded" in text
 
 
-def test_a_run_that_was_cut_off(tmp_path):
+def test_an_interrupted_run(tmp_path):
     folder = _write_run(tmp_path / "run", None)
     (folder / "metrics.json").write_text(_metrics(19, 29) + '{"iteration": 39, "total_')
     page = _report(folder)
@@ -211,14 +211,14 @@ def test_a_run_that_was_cut_off(tmp_path):
     assert "mode slide class rule present seed 42" in page.text  # of the config
 
 
-def test_scores_of_an_unfinished_run_are_called_that(tmp_path):
+def test_scores_of_an_unfinished_run_are_marked(tmp_path):
     folder = _write_run(tmp_path / "run")
     (folder / "metrics.json").write_text(_metrics(19))
     text = _report(folder).text
     assert "20 of 40 iterations, and the scores are from an evaluation during training" in text
 
 
-def test_a_run_that_has_just_begun(tmp_path):
+def test_a_run_that_has_logged_nothing(tmp_path):
     folder = _write_run(tmp_path / "run", None)
     for name in ("metrics.json", "log.txt"):
         (folder / name).unlink()
@@ -227,7 +227,7 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert page.tags["img"] == 0 and "There is no log.txt" in page.text
 
 
-def test_trained_and_not_scored_and_the_other_way_round(tmp_path):
+def test_a_run_without_scores_and_one_without_training(tmp_path):
     trained = _write_run(tmp_path / "trained", None)
     assert "Not scored." in _report(trained).text
     assert f"--eval-only MODEL.WEIGHTS {trained}/model_final.pth" in _report(trained).text
@@ -236,14 +236,14 @@ def test_trained_and_not_scored_and_the_other_way_round(tmp_path):
     assert "Only an evaluation." in _report(scored).text
 
 
-def test_of_a_resumed_iteration_the_later_numbers_count(tmp_path):
+def test_a_resumed_iteration_has_its_later_numbers(tmp_path):
     folder = _write_run(tmp_path / "run")
     lines = _metrics(9, 19, 29) + _metrics(19, 29, total_loss=8.0)
     (folder / "metrics.json").write_text(lines)
     assert Run(folder).series("total_loss") == [(9, 9.0), (19, 8.0), (29, 8.0)]
 
 
-def test_curves_are_drawn_of_what_was_logged(tmp_path):
+def test_only_logged_numbers_have_curves(tmp_path):
     folder = _write_run(tmp_path / "run")
     numbers = {"fisher/tuned_share": 0.05, "lr_backbone": 1e-5, f"{DAY}/sem_seg/mIoU": 50.0}
     (folder / "metrics.json").write_text(_metrics(9, 19) + _metrics(29, 39, **numbers))
@@ -258,7 +258,7 @@ def test_curves_are_drawn_of_what_was_logged(tmp_path):
     assert len(draw_curves(Run(folder))) == 2
 
 
-def test_pictures_are_those_of_their_data_set(tmp_path):
+def test_a_data_set_has_its_own_pictures(tmp_path):
     folder = _write_run(tmp_path / "run")
     for name in (f"{DAY}_extra_0", f"{DAY}_10", f"{DAY}_x"):
         Image.new("RGB", (4000, 50)).save(folder / "pictures" / f"{name}.png")
@@ -305,7 +305,7 @@ def test_the_config_shows_what_differs_from_the_defaults(tmp_path):
     }
 
 
-def test_a_damaged_estimate_costs_its_map_alone(tmp_path):
+def test_a_damaged_estimate_loses_only_its_map(tmp_path):
     folder = _write_run(tmp_path / "run")
     _add_fisher(folder)
     (folder / "fisher.safetensors").write_bytes(b"no tensors")
@@ -327,7 +327,7 @@ def test_a_damaged_estimate_costs_its_map_alone(tmp_path):
         ("results.json", json.dumps({**RESULTS, "target_average": "40"}), "a score is no number"),
     ],
 )
-def test_files_that_are_not_of_a_run(tmp_path, capsys, file, content, message):
+def test_damaged_files_end_in_one_sentence(tmp_path, capsys, file, content, message):
     folder = _write_run(tmp_path / "run")
     (folder / file).unlink() if content is None else (folder / file).write_text(content)
     with pytest.raises(RunError, match=message):
