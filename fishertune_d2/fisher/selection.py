@@ -139,7 +139,7 @@ class Selection:
         return sizes
 
     def table(self, share: float | None = None, *, by_block: bool = False) -> str:
-        """A text table of counts and shares within ``share``, by kind and third of the depth."""
+        """A table of counts and shares of each kind within ``share``, by depth thirds or blocks."""
         counts, sizes = self.summary(share), self.group_sizes()
         depth = 1 + max((block for _, block in sizes), default=-1)
         edges = range(depth + 1) if by_block else sorted({i * depth // 3 for i in range(4)})

@@ -193,7 +193,7 @@ class _Folded(_Twice):
     ("model", "message"),
     [
         (_Twice(), "w is used twice in one forward pass over a batch.*'diagonal_loop'"),
-        (_Product(), "w is used otherwise than as the weight or bias of a linear layer.*_loop'"),
+        (_Product(), "w has another use than as the weight or bias of a linear layer.*_loop'"),
         (_Folded(), r"w sees \(3, 2, 2\) in a batch of 2 images.*'diagonal_loop'"),
     ],
 )

@@ -4,10 +4,10 @@ For each weight n, over the images i of all processes:
 
     F_n = mean_i (d L_i / d theta_n)^2
 
-**Reduction**: L_i is the loss of one image, with whatever reduction over its own pixels the loss
-has; the square is taken per image; the mean runs over images. The square of a batch-mean gradient
-is a different and smaller number. Scaling every loss by c scales F by c^2, which no ranking sees,
-except where ``eps`` of Eq. 5 is compared with F.
+**Reduction**: L_i is the loss of one image, with any reduction over its own pixels; the square is
+taken per image; the mean runs over images. The square of a batch-mean gradient is a different and
+smaller number. Scaling every loss by c scales F by c^2. This changes no ranking, except through
+``eps`` of Eq. 5, which is compared with F.
 
 Shapes: B images, T tokens of an image; x (B, T, in), g (B, T, out), weight (out, in).
 """
@@ -55,7 +55,7 @@ class DiagonalLoop(Estimator):
     def _add(self, gradients: Sequence[Tensor | None], place: str) -> None:
         """Adds the squares of one gradient for each parameter."""
         for name, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is None:  # a parameter the loss does not reach has no influence on it
+            if gradient is None:  # the loss does not depend on this parameter
                 continue
             if not gradient.isfinite().all():
                 raise FloatingPointError(f"the gradient of {name} is not finite on {place}")
@@ -138,7 +138,7 @@ class _Caught(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, anchor: Tensor, x: Tensor, catch: Callable) -> Tensor:
-        # An attribute, not save_for_backward: an activation checkpoint counts what is saved.
+        # An attribute, not save_for_backward: an activation checkpoint counts saved tensors.
         ctx.x, ctx.catch = x, catch
         ctx.mark_dirty(y)
         return y
@@ -203,7 +203,7 @@ def require_all_caught(
     for name, gradient in zip(missed, gradients, strict=True):
         if gradient is not None:
             raise ValueError(
-                f"{name} is used otherwise than as the weight or bias of a linear layer: use the "
+                f"{name} has another use than as the weight or bias of a linear layer: use the "
                 "estimator 'diagonal_loop'"
             )
 
