@@ -56,10 +56,8 @@ class Plan:
 def make_plan(cfg: CfgNode) -> Plan:
     """Plans a config without weights, without data, and without the device that it names.
 
-    Detectron2 and the model raise their own errors for a config that they cannot use.
-
     Args:
-        cfg: the config.
+        cfg: the config. Detectron2 and the model raise their own errors if they cannot use it.
 
     Returns:
         The plan.
@@ -116,18 +114,9 @@ def _parameters(cfg: CfgNode, model: VFMSegmentor) -> dict[str, int]:
 
 
 def _files(run: FakeRun, stages: list[Stage], trained: VFMSegmentor) -> dict[str, int]:
-    """The files that the stages leave in OUTPUT_DIR; checkpoints include the optimizer's state.
-
-    Args:
-        run: the run.
-        stages: its stages.
-        trained: its model, with the weights that the method adds.
-
-    Returns:
-        Bytes by file name.
-    """
+    """Bytes of the files in OUTPUT_DIR; ``trained`` is the model with all weights of its method."""
     memory, files = {stage.name: stage.memory for stage in stages}, {}
-    if "warmup" in memory:
+    if "warmup" in memory:  # a checkpoint includes the optimizer's state
         weights = held_bytes(run.model("warmup").state_dict())
         files["model_warmup.pth"] = weights + memory["warmup"].optimizer
     if "estimation" in memory:

@@ -8,6 +8,7 @@ pass on FakeTensors of one, but no backward pass, so FLOPs are not counted there
 Shapes: B images, C classes, (H, W) pixels; q, k, v (B, heads, N, D / heads).
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,17 +29,9 @@ from fishertune_d2.modeling.targets import SegmentationTargets
 
 
 def fake_model(cfg: CfgNode) -> VFMSegmentor:
-    """Builds the config's segmentor on the meta device, in training mode.
-
-    Its losses need no values: every image holds every class, and the k-th query is matched with the
-    k-th class. No batch has more matches. The matcher itself does not run.
-
-    Args:
-        cfg: the config.
-
-    Returns:
-        The segmentor.
-    """
+    """Builds the config's segmentor on the meta device, with losses that need no values."""
+    # Every image holds every class, and the k-th query is matched with the k-th class: no batch has
+    # more matches. The matcher itself does not run.
     model = cast(VFMSegmentor, build_empty(cfg, build_model).train())
     criterion = getattr(model.sem_seg_head, "criterion", None)
     if criterion is not None:  # Detectron2's heads match nothing
@@ -49,16 +42,7 @@ def fake_model(cfg: CfgNode) -> VFMSegmentor:
 
 
 def fake_selection(parameters: Mapping[str, nn.Parameter], count: int, base: int) -> Selection:
-    """Selects ``count`` weights, spread evenly over the parameters.
-
-    Args:
-        parameters: the tensors to choose from, by name.
-        count: how many weights are selected.
-        base: how many weights the backbone has, of which the selection states its share.
-
-    Returns:
-        The selection; its indices have no values.
-    """
+    """Selects ``count`` of ``base`` weights, spread evenly over the parameters, without values."""
     whole, total = sum(p.numel() for p in parameters.values()), 0
     indices = {}
     for name, parameter in parameters.items():
@@ -71,19 +55,10 @@ def fake_selection(parameters: Mapping[str, nn.Parameter], count: int, base: int
 
 
 def fake_batch(model: VFMSegmentor, images: int, size: tuple[int, int]) -> list[dict[str, Tensor]]:
-    """Makes a batch of images and labels, padded as the segmentor pads them.
-
-    Args:
-        model: the segmentor.
-        images: how many.
-        size: (height, width) before padding.
-
-    Returns:
-        One dict for each image, without values worth reading.
-    """
+    """Makes a batch of images of (height, width), padded as the segmentor pads them."""
     padded = padded_size(model, size)
-    image = torch.empty(3, *padded, dtype=torch.uint8)
-    return [{"image": image, "sem_seg": torch.empty(*padded, dtype=torch.uint8)}] * images
+    image, label = (torch.empty(*shape, dtype=torch.uint8) for shape in ((3, *padded), padded))
+    return [{"image": image, "sem_seg": label}] * images
 
 
 def padded_size(model: VFMSegmentor, size: tuple[int, int]) -> tuple[int, int]:
@@ -94,17 +69,7 @@ def padded_size(model: VFMSegmentor, size: tuple[int, int]) -> tuple[int, int]:
 
 @contextmanager
 def on_fake_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Moves a model without values, for good, to a device that need not exist.
-
-    Tensors that are created in this context are FakeTensors, too.
-
-    Args:
-        model: a model on the meta device.
-        device: where it goes.
-
-    Yields:
-        Nothing.
-    """
+    """Moves a model from the meta device, for good, to a fake device, which new tensors share."""
     with FakeTensorMode(allow_non_fake_inputs=True), WithoutValues():
         model.to_empty(device=device)
         yield
@@ -112,32 +77,16 @@ def on_fake_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def fake_autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Does what ``torch.autocast`` does, also for a GPU that does not exist.
-
-    ``torch.autocast`` switches itself off on a machine without a GPU.
-
-    Args:
-        device: the model's fake device.
-        dtype: autocast's dtype; None for no autocast.
-
-    Yields:
-        Nothing.
-    """
+    """Does what ``torch.autocast`` does, also for a GPU that does not exist; nothing for None."""
     if dtype is None:
         yield
         return
-    kind = device.type
-    before = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    torch.set_autocast_enabled(kind, True)
-    torch.set_autocast_dtype(kind, dtype)
-    torch.autocast_increment_nesting()
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.autocast says that it disables itself without a GPU
+        autocast = torch.autocast(device.type, dtype)
+    with autocast:
+        torch.set_autocast_enabled(device.type, True)
         yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled(kind, before[0])
-        torch.set_autocast_dtype(kind, before[1])
 
 
 # The model and its losses ask whether values are finite.

@@ -4,8 +4,7 @@ This is where the plan reads the config. The counting (stage_costs.py) asks a Fa
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -26,20 +25,7 @@ from fishertune_d2.tuning import SelectedWeights, TuningMethod
 from .fake_model import fake_autocast, fake_batch, fake_model, fake_selection
 
 
-class StageLength(NamedTuple):
-    """How long a stage is.
-
-    Attributes:
-        steps: iterations, or batches of the estimate.
-        images: the images of a batch.
-    """
-
-    steps: int
-    images: int
-
-
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """A forward and a backward pass; a step of a stage consists of some of them.
 
     Attributes:
@@ -61,19 +47,14 @@ class FakeRun:
     Attributes:
         method: the tuning method.
         device: MODEL.DEVICE, which need not exist.
-        stages: the length of each stage of the run, in order: "warmup", "estimation", "tuning".
+        stages: the steps and the images of a batch, for each of "warmup", "estimation" and
+            "tuning" that the run goes through, in order.
         warms_up: whether the decoder was warmed up before the estimation, by this run or another.
         cost: how much work and memory the estimator of F needs.
     """
 
     def __init__(self, cfg: CfgNode, method: TuningMethod, size: tuple[int, int]):
-        """Reads the stages.
-
-        Args:
-            cfg: the config.
-            method: its tuning method.
-            size: (height, width) of a training image, in pixels.
-        """
+        """Reads the stages of a config, whose training images have (height, width) = ``size``."""
         self._cfg, self._size = cfg, size
         self.method, self.device = method, torch.device(cfg.MODEL.DEVICE)
         self.stages = stage_lengths(cfg, method)
@@ -89,24 +70,14 @@ class FakeRun:
         return model
 
     def enter(self, name: str, model: VFMSegmentor) -> SelectedWeights | None:
-        """Prepares the model for a stage; after "tuning" there is no way back.
-
-        Args:
-            name: the stage.
-            model: a model of :meth:`model`. In estimation its decoder requires gradients, as the
-                warm-up leaves it; the pass itself opens the candidates.
-
-        Returns:
-            The selected weights of tuning; None if the method selects none.
-        """
-        if name != "tuning":
+        """Prepares the model for a stage, for good; returns the selected weights of tuning."""
+        if name != "tuning":  # estimation begins as the warm-up leaves the model
             prepare_stage(model, "warmup", self.method, None)
             return None
         selection = None
         if self.method.selects:
-            backbone = model.backbone
-            base = sum(p.numel() for p in backbone.parameters())
-            parameters = self.method.parameters(backbone)
+            base = sum(p.numel() for p in model.backbone.parameters())
+            parameters = self.method.parameters(model.backbone)
             selection = fake_selection(parameters, self.selected(model), base)
         return prepare_stage(model, "tuning", self.method, selection)[1]
 
@@ -122,63 +93,54 @@ class FakeRun:
         return build_optimizer(cfg, model)
 
     def one_pass(self, name: str, model: VFMSegmentor, device: torch.device) -> Pass:
-        """The largest pass of a stage's step.
-
-        Args:
-            name: the stage.
-            model: a model that has entered the stage.
-            device: where the model is; autocast is left out on the meta device, which has none.
-
-        Returns:
-            The pass.
-        """
+        """The largest pass of a stage's step, for a model that has entered the stage."""
+        # The meta device has no autocast, and counts the same FLOPs without.
+        casts = device.type != "meta"
         if name == "estimation":
-            return self._estimation(model, device)
-        return self._training(name, model, device)
+            dtype = ESTIMATE_DTYPES[self._cfg.FISHER.PRECISION] if casts else None
+            return self._estimation(model, fake_autocast(device, dtype))
+        dtype = autocast_dtype(self._cfg) if casts else None
+        return self._training(name, model, fake_autocast(device, dtype))
 
-    def _training(self, name: str, model: VFMSegmentor, device: torch.device) -> Pass:
-        cfg = self._cfg
-        images = largest_part(self.stages[name].images, cfg.SOLVER.ACCUMULATE)
-        perturbs = name == "tuning" and cfg.TUNING.FEATURE_PERTURBATION
-        shift = build_perturbation(cfg, model.backbone).drawing() if perturbs else nullcontext()
-        dtype = None if device.type == "meta" else autocast_dtype(cfg)
+    def _training(self, name: str, model: VFMSegmentor, autocast: AbstractContextManager) -> Pass:
+        images = largest_part(self.stages[name][1], self._cfg.SOLVER.ACCUMULATE)
         batch = fake_batch(model, images, self._size)
+        shift: AbstractContextManager = nullcontext()
+        if name == "tuning" and self._cfg.TUNING.FEATURE_PERTURBATION:
+            shift = build_perturbation(self._cfg, model.backbone).drawing()
 
         def loss() -> Tensor:
-            with shift, fake_autocast(device, dtype):
+            with shift, autocast:
                 return torch.stack(list(model(batch).values())).sum()
 
         return Pass(loss, [p for p in model.parameters() if p.requires_grad], images)
 
-    def _estimation(self, model: VFMSegmentor, device: torch.device) -> Pass:
-        cfg = self._cfg
-        images = self.cost.images or self.stages["estimation"].images
+    def _estimation(self, model: VFMSegmentor, autocast: AbstractContextManager) -> Pass:
+        images = self.cost.images or self.stages["estimation"][1]
+        batch = fake_batch(model, images, self._size)
         wanted = [candidate.parameter for candidate in find_candidates(model.backbone)]
         for parameter in wanted:
             parameter.requires_grad_(True)
-        loss_of = SegmentationLoss()
-        loss_fn: Callable = loss_of.sampled if cfg.FISHER.LABELS == "sampled" else loss_of
-        shift = build_perturbation(cfg, model.backbone).drawing()
-        dtype = None if device.type == "meta" else ESTIMATE_DTYPES[cfg.FISHER.PRECISION]
-        batch = fake_batch(model, images, self._size)
+        score = SegmentationLoss()
+        loss_fn: Callable = score.sampled if self._cfg.FISHER.LABELS == "sampled" else score
+        shift = build_perturbation(self._cfg, model.backbone).drawing()
 
         def loss() -> Tensor:
-            with shift, keeping_activations(model), fake_autocast(device, dtype):
+            with shift, keeping_activations(model), autocast:
                 return loss_fn(model, batch)
 
         # On the images, and on their shift.
         return Pass(loss, wanted, images, repeats=2 * self.cost.passes)
 
 
-def stage_lengths(cfg: CfgNode, method: TuningMethod) -> dict[str, StageLength]:
-    """The stages of a run, in order, without those that it takes from another run."""
+def stage_lengths(cfg: CfgNode, method: TuningMethod) -> dict[str, tuple[int, int]]:
+    """The steps and images of a run's stages, without those that it takes from another run."""
     solver, fisher, tuning = cfg.SOLVER, cfg.FISHER, cfg.TUNING
     lengths = {}
     if tuning.WARMUP_ITERS > 0 and not tuning.WARMUP_CHECKPOINT:
-        lengths["warmup"] = StageLength(tuning.WARMUP_ITERS, solver.IMS_PER_BATCH)
+        lengths["warmup"] = tuning.WARMUP_ITERS, solver.IMS_PER_BATCH
     if solver.MAX_ITER > tuning.WARMUP_ITERS:
         if method.selects and method.estimates and not fisher.ESTIMATE:
-            lengths["estimation"] = StageLength(fisher.BATCHES, fisher.IMS_PER_BATCH)
-        steps = solver.MAX_ITER - tuning.WARMUP_ITERS
-        lengths["tuning"] = StageLength(steps, solver.IMS_PER_BATCH)
+            lengths["estimation"] = fisher.BATCHES, fisher.IMS_PER_BATCH
+        lengths["tuning"] = solver.MAX_ITER - tuning.WARMUP_ITERS, solver.IMS_PER_BATCH
     return lengths

@@ -1,7 +1,7 @@
 """FLOPs of scoring an image of each test set."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from detectron2.config import CfgNode
@@ -39,7 +39,7 @@ def plan_inference(cfg: CfgNode, model: VFMSegmentor, unknown: tuple[int, int]) 
 
     Args:
         cfg: DATASETS.TEST and TEST are read.
-        model: a model without values on the meta device; it leaves in training mode.
+        model: a model without values on the meta device; it stays in evaluation mode.
         unknown: (height, width) to count for a whole image whose size is not known.
 
     Returns:
@@ -57,11 +57,12 @@ def plan_inference(cfg: CfgNode, model: VFMSegmentor, unknown: tuple[int, int]) 
         if cfg.TEST.MODE == "slide":
             window = tuple(cfg.TEST.CROP_SIZE)
             if size is not None:
-                window, windows = _sliding(size, window, cfg.TEST.STRIDE)
+                axes = list(zip(size, window, cfg.TEST.STRIDE, strict=True))
+                windows = prod(len(window_starts(*axis)) for axis in axes)
+                window = min(size[0], window[0]), min(size[1], window[1])
         if window not in counted:
             counted[window] = _count(model, window)
         planned.append(Inference(tuple(names), size, window, windows, counted[window]))
-    model.train()
     return planned
 
 
@@ -73,14 +74,6 @@ def _published_size(name: str) -> tuple[int, int] | None:
     sizes = data_set.published.sizes if data_set.published else ()
     size = data_set.test_size or max(sizes, default=None)
     return (size[1], size[0]) if size else None
-
-
-def _sliding(
-    size: tuple[int, int], window: tuple[int, int], stride: Sequence[int]
-) -> tuple[tuple[int, int], int]:
-    """The windows' (height, width), at most those of the image, and how many make an image."""
-    down, across = (len(window_starts(*axis)) for axis in zip(size, window, stride, strict=True))
-    return (min(size[0], window[0]), min(size[1], window[1])), down * across
 
 
 @torch.no_grad()

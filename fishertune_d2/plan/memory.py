@@ -42,16 +42,7 @@ class Memory:
 
 
 def held_bytes(value: object) -> int:
-    """Counts all tensors in nested mappings, sequences and dataclasses, each storage once.
-
-    Parameters do not count, because they belong to the model.
-
-    Args:
-        value: the nested value.
-
-    Returns:
-        The bytes.
-    """
+    """Counts tensors in nested containers and dataclasses, each storage once, but no parameters."""
     return _bytes(each for each in _tensors(value) if not isinstance(each, nn.Parameter))
 
 
@@ -61,15 +52,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def saved_bytes(model: nn.Module, loss: Callable[[], object]) -> int:
-    """Counts the bytes that autograd saves for the backward pass, without the model's own tensors.
-
-    Args:
-        model: the model that computes the loss.
-        loss: computes it, and returns what keeps its graph alive.
-
-    Returns:
-        The bytes at the end of the forward pass.
-    """
+    """Counts the bytes that autograd saves for the backward pass, but for the model's own."""
     own = {_key(each) for each in [*model.parameters(), *model.buffers()]}
     alive: WeakSet[_Saved] = WeakSet()
 
@@ -95,14 +78,7 @@ class _Saved:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Counts the gradients and the state of an optimizer, by making one step.
-
-    Args:
-        optimizer: of parameters on the meta device.
-
-    Returns:
-        The bytes of "gradients" and of the "optimizer".
-    """
+    """Counts the "gradients" and the state of an "optimizer" on the meta device, by one step."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
@@ -113,19 +89,10 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def estimator_bytes(cost: Cost, candidates: Sequence[Candidate]) -> int:
-    """Counts the sums of F(x) and F(x'), and the estimator's extra tensors.
-
-    F(x) and F(x') take turns, so the extra tensors exist once.
-
-    Args:
-        cost: the estimator's tensors for each parameter.
-        candidates: the candidates of the estimate.
-
-    Returns:
-        The bytes.
-    """
+    """Counts the sums of F(x) and F(x'), and the estimator's extra tensors."""
     parameters = {c.name: c.parameter for c in candidates}
     numbers = sum(parameter.numel() for parameter in parameters.values())
+    # F(x) and F(x') take turns, so the extra tensors exist once.
     return 4 * numbers * (2 * cost.kept + cost.extra)
 
 

@@ -46,33 +46,17 @@ def plan_stages(run: FakeRun) -> list[Stage]:
 
 
 def step_flops(run: FakeRun, name: str) -> tuple[int, Counter[str]]:
-    """Counts the FLOPs of one step of a stage.
-
-    Args:
-        run: the run.
-        name: the stage.
-
-    Returns:
-        The FLOPs, and the operators of a pass that are not counted.
-    """
+    """Counts the FLOPs of one step of a stage, and the operators of a pass that they leave out."""
     model = run.model(name)
     run.enter(name, model)
     step = run.one_pass(name, model, torch.device("meta"))
     flops = count_flops(step.loss, step.wanted)
     passes = step.repeats * (flops.forward + flops.backward)
-    return passes * run.stages[name].images // step.images, flops.uncounted
+    return passes * run.stages[name][1] // step.images, flops.uncounted
 
 
 def held_memory(run: FakeRun, name: str) -> Memory:
-    """Counts the bytes that a stage holds all the time: all but the activations.
-
-    Args:
-        run: the run.
-        name: the stage.
-
-    Returns:
-        The memory, with 0 activations.
-    """
+    """Counts the bytes that a stage holds all the time: all but the activations."""
     model = run.model(name)
     weights = weight_bytes(model)
     selected = run.enter(name, model)
@@ -93,15 +77,7 @@ def held_memory(run: FakeRun, name: str) -> Memory:
 
 
 def activation_bytes(run: FakeRun, name: str) -> int:
-    """Counts the bytes that the forward pass of a stage keeps for the backward pass.
-
-    Args:
-        run: the run.
-        name: the stage.
-
-    Returns:
-        The bytes, on the run's device.
-    """
+    """Counts the bytes that the forward pass of a stage keeps, on the run's device."""
     model = run.model(name)
     with on_fake_device(model, run.device):
         run.enter(name, model)
