@@ -127,10 +127,10 @@ def segmentor(tiny_head, device, monkeypatch) -> Callable[..., tuple[CfgNode, nn
     """Returns a function that builds (cfg, segmentor), the same numbers every time."""
 
     def make(method: str, vfm: str = "dinov2_vitl_reg") -> tuple[CfgNode, nn.Module]:
-        row = VFMS[vfm]
-        options = {**row.options, **SMALL, **FAMILIES[vfm]}
-        taps = (1, 2, 4, 5) if row.taps else ()
-        monkeypatch.setitem(VFMS, vfm, replace(row, options=options, taps=taps))
+        entry = VFMS[vfm]
+        options = {**entry.options, **SMALL, **FAMILIES[vfm]}
+        taps = (1, 2, 4, 5) if entry.taps else ()
+        monkeypatch.setitem(VFMS, vfm, replace(entry, options=options, taps=taps))
         cfg = default_config()
         keys = {
             **tiny_head,
