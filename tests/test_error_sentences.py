@@ -1,27 +1,19 @@
-"""Every command ends in one sentence, without a traceback, where a user can mend what is wrong."""
+"""Every command ends in one sentence, without a traceback, if the user can fix the cause."""
 
-import multiprocessing
-import os
-import runpy
 import shlex
-import sys
-import threading
-import traceback
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-import torch
-from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+from .forked import run_forked
+
 CONFIG = ("fishertune_d2.train", "fishertune_d2.plan", "train_net.py")
 ON_CPU = "MODEL.DEVICE cpu MODEL.VFM.NAME tiny MODEL.VFM.WEIGHTS random OUTPUT_DIR out"
 PREDICT = "--config-file mine.yaml --input seen.png --output out"
 METHODS = "'fishertun': did you mean fishertune? There are adaptformer, "
 KEY = "SOLVER.BASE_LRR is no key; nearest: SOLVER.BASE_LR"
 
-# Program, arguments, and what the sentence has to say. mine.yaml is good; gone.* are not there.
+# Program, arguments, and words of the sentence. mine.yaml is good; gone.* do not exist.
 CASES = [
     *(
         case
@@ -93,33 +85,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("program", "arguments", "words"), CASES)
 def test_a_command_ends_in_a_sentence(program, arguments, words, folder):
-    # Forks of a process that has imported everything: an import each would take minutes.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fishertune_d2.train", "fishertune_d2.bench.__main__"])
-    child = context.Process(target=_run, args=(folder, program, shlex.split(arguments)))
-    child.start()
-    child.join()
-    said = (folder / "said.txt").read_text()
-    assert child.exitcode not in (0, None), said
-    assert "Traceback" not in said
-    last = said[said.rfind("error: ") :]
-    assert last.startswith("error: ") and words in last, said
-
-
-def _run(folder: Path, program: str, arguments: list[str]) -> None:
-    """Runs a command as Python would, and keeps all that it says."""
-    os.chdir(folder)
-    os.environ["DETECTRON2_DATASETS"] = str(folder / "no_data")
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own, between processes, outlives one that is killed
-    with open("said.txt", "w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
-        sys.argv = [program, *arguments]
-        try:
-            if program.endswith(".py"):
-                sys.path.insert(0, str((ROOT / program).parent))
-                runpy.run_path(str(ROOT / program), run_name="__main__")
-            else:
-                runpy.run_module(program, run_name="__main__", alter_sys=True)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
+    data = str(folder / "no_data")
+    run = run_forked(program, shlex.split(arguments), folder, DETECTRON2_DATASETS=data)
+    assert run.returncode not in (0, None), run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+    last = run.stderr[run.stderr.rfind("error: ") :]
+    assert last.startswith("error: ") and words in last, run.stderr

@@ -116,7 +116,7 @@ class _ViT:
 
     Attributes:
         parameters: the ViT's own weights, by name.
-        tunable: those of them that hold candidates.
+        tunable: the weights that hold candidates, by name.
         base: the number of the ViT's own weights.
     """
 
