@@ -7,13 +7,11 @@ estimate. The configs decide whether settings are equal. The first cell that nee
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from detectron2.config import CfgNode
 
 from fishertune_d2.analysis.study import read_results
 from fishertune_d2.config import CONFIGS, get_config_file, read_config
@@ -33,15 +31,27 @@ class Shared:
         words: The name in messages.
         file: The name of the file in the folder of the cell that makes it.
         key: The key of the config that names the file to use.
+        name: The start of its shared name.
+        changes: Whether a key of the config changes the content of the file.
     """
 
     words: str
     file: str
     key: str
+    name: str
+    changes: Callable[[str], bool]
+
+    def path(self, place: Path, recipe: Mapping[str, Any]) -> Path:
+        """Returns the shared path, named by a digest of all that the file depends on."""
+        keys = {key: value for key, value in recipe.items() if self.changes(key)}
+        name = f"{self.name}_{recipe['SEED']}_{digest(keys)}{Path(self.file).suffix}"
+        return place / "shared" / name
 
 
-WARMUP = Shared("warm-up", "model_warmup.pth", "TUNING.WARMUP_CHECKPOINT")
-ESTIMATE = Shared("Fisher estimate", "fisher.safetensors", "FISHER.ESTIMATE")
+WARMUP = Shared("warm-up", "model_warmup.pth", "TUNING.WARMUP_CHECKPOINT", "warmup", changes_warmup)
+ESTIMATE = Shared(
+    "Fisher estimate", "fisher.safetensors", "FISHER.ESTIMATE", "fisher", changes_estimate
+)
 
 
 @dataclass(frozen=True)
@@ -142,41 +152,50 @@ def make_cells(
     for vfm in request.vfms:
         for entry in request.entries if entries is None else entries:
             for rate in rates.get((vfm, entry.rate_of)) or (None,):
-                for seed in request.seeds:
-                    cell = _make(request, entry, vfm, seed, rate)
+                for cell in _make(request, entry, vfm, rate):
                     cells.setdefault(cell.folder, cell)
     return _let_first_make(list(cells.values()))
 
 
-def _make(request: Request, entry: Entry, vfm: str, seed: int, rate: float | None) -> Cell:
+def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[Cell]:
+    """Makes a cell for each seed. It reads the config once, because that takes most of the time."""
     config, own = _find_config(request, entry, vfm)
-    options = ["TUNING.METHOD", entry.method, "MODEL.VFM.NAME", vfm, "SEED", str(seed)]
+    options = ["TUNING.METHOD", entry.method, "MODEL.VFM.NAME", vfm]
     options += [*entry.options, *request.options]
     cfg = read_config(get_config_file(config), options)
     method = build_tuning_method(cfg)
+    missing: list[str] = []
+    if rate is not None:
+        missing += [RATE, str(rate)]
+    elif RATE not in options and not own and getattr(method, "adds", False):
+        missing += [RATE, "1.0"]  # added parameters learn as fast as the head, as in their papers
     if not method.takes_warmup and "TUNING.WARMUP_ITERS" not in options:
-        options += ["TUNING.WARMUP_ITERS", "0"]
+        missing += ["TUNING.WARMUP_ITERS", "0"]
+    if missing:
+        options += missing
         cfg = read_config(get_config_file(config), options)
-    multiplier = rate
-    if rate is None and RATE not in options and not own and getattr(method, "adds", False):
-        multiplier = 1.0  # added parameters learn as fast as the head, as in their papers
-    if multiplier is not None:
-        options += [RATE, str(multiplier)]
-        cfg = read_config(get_config_file(config), options)
-    name = entry.name if rate is None else f"{entry.name}@rate={rate:g}"
+    name = file_name(entry.name if rate is None else f"{entry.name}@rate={rate:g}")
     place = request.place(vfm)
-    recipe = defining_keys(cfg)
-    return Cell(
-        entry,
-        vfm,
-        seed,
-        rate,
-        place / f"{file_name(name)}_{seed}",
-        config,
-        tuple(options),
-        json.loads(json.dumps(recipe)),
-        _shared(cfg, recipe, place / "shared", estimates=method.selects and method.estimates),
-    )
+    shared = [WARMUP] if cfg.TUNING.WARMUP_ITERS else []
+    shared += [ESTIMATE] if method.selects and method.estimates else []
+    keys = json.loads(json.dumps(defining_keys(cfg)))
+    cells = []
+    for seed in request.seeds:
+        recipe = keys | {"SEED": seed}
+        cells.append(
+            Cell(
+                entry,
+                vfm,
+                seed,
+                rate,
+                place / f"{name}_{seed}",
+                config,
+                (*options, "SEED", str(seed)),
+                recipe,
+                {what: what.path(place, recipe) for what in shared},
+            )
+        )
+    return cells
 
 
 def _find_config(request: Request, entry: Entry, vfm: str) -> tuple[str, bool]:
@@ -195,20 +214,6 @@ def _find_config(request: Request, entry: Entry, vfm: str) -> tuple[str, bool]:
         f"no config for {entry.name} with {vfm}: looked in {CONFIGS} for "
         f"{', '.join(dict.fromkeys(tried))}"
     )
-
-
-def _shared(
-    cfg: CfgNode, recipe: Mapping[str, Any], folder: Path, estimates: bool
-) -> dict[Shared, Path]:
-    """Returns the paths of a run's shared files, named by a digest of all that they depend on."""
-    shared = {}
-    if cfg.TUNING.WARMUP_ITERS:
-        warmup = {key: value for key, value in recipe.items() if changes_warmup(key)}
-        shared[WARMUP] = folder / f"warmup_{cfg.SEED}_{digest(warmup)}.pth"
-    if estimates:
-        estimate = {key: value for key, value in recipe.items() if changes_estimate(key)}
-        shared[ESTIMATE] = folder / f"fisher_{cfg.SEED}_{digest(estimate)}.safetensors"
-    return shared
 
 
 def digest(keys: Mapping[str, Any]) -> str:
