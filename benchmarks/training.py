@@ -221,10 +221,11 @@ def tables(result: dict) -> str:
     head = (
         f"{result['vfm']}, crops of {result['crop'][0]} x {result['crop'][1]}, batch "
         f"{result['batch']}, on {result['machine']}; torch {result['torch']}, commit "
-        f"{result['commit']}. Full fine-tuning: {full['step_seconds']:.2f} s a step, "
+        f"{result['commit']}. Full fine-tuning takes {full['step_seconds']:.2f} s a step, "
         f"{_mb(full['peak_bytes'])} at the peak, {_mb(full['gradient_bytes'])} of backbone "
-        f"gradients, {_mb(full['optimizer_bytes'])} of moments, a checkpoint of "
-        f"{_mb(full['checkpoint_bytes'])}. As ratios to these:"
+        f"gradients, {_mb(full['optimizer_bytes'])} of moments and a checkpoint of "
+        f"{_mb(full['checkpoint_bytes'])}. The table shows each method as a ratio to full "
+        "fine-tuning:"
     )
 
     def ratio(way: str, *keys: str) -> str:
