@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""What it takes to read, resize and crop a training image, and by which pixels ways differ.
+"""Times reading, resizing and cropping a training image, and compares the pixels of the methods.
 
     OMP_NUM_THREADS=1 python benchmarks/data_loading.py      # 2 minutes on one CPU core
 
 Draws street scenes of GTAV's and of Cityscapes' size into a temporary folder, GTAV's labels with a
-palette as its authors ship them, and maps each with many seeds: by `SegmentationMapper`, and by
+palette as its authors ship them. Maps each with many seeds: by `SegmentationMapper`, and by
 Detectron2's reader and transforms, which resize the whole image before they crop it. Both draw the
-same random numbers. All ways take turns, and times are CPU seconds of the process, so that a busy
-machine changes them little. With --photos it also compares the ways to resize on images of one's
-own. Writes outputs/data_loading/data_loading.json and prints the tables of
+same random numbers. The methods take turns, and times are CPU seconds of the process, so a busy
+machine changes them little. With --photos it also compares the resize methods on your own images.
+Writes outputs/data_loading/data_loading.json and prints the tables of
 docs/results/data_loading.md.
 """
 
@@ -47,18 +47,18 @@ SIZES = {"GTAV": (1914, 1052), "Cityscapes": (2048, 1024)}
 DETECTRON2, OURS = "Detectron2's reader and transforms", "SegmentationMapper"
 IMAGE, LABEL, CROP, REST = "read the image", "read the label", "resize and crop", "all the rest"
 PARTS = (IMAGE, LABEL, CROP, REST)
-# What our mapper calls: where it is looked up, and the part that its time counts as.
+# The functions that our mapper calls: the module that holds each, and the part it is counted in.
 CALLS = (
     (mapper, "load_image", IMAGE),
     (mapper, "read_label", LABEL),
     (SegmentationMapper, "_resized_part", CROP),
 )
-# Ways to shrink beside Pillow's bilinear, which is the one that training and scoring use.
+# Alternatives to Pillow's bilinear resize, which training and scoring use.
 OPENCV = {"INTER_LINEAR": cv2.INTER_LINEAR, "INTER_AREA": cv2.INTER_AREA}
 
 
 def draw(folder: Path, name: str, scene: int) -> dict:
-    """Draws a scene, its label as train ids, and the image once more as a JPEG."""
+    """Draws a scene and its label as train ids; saves the image as a JPEG too."""
     width, height = SIZES[name]
     image, label = render_scene(scene, size=(width, height))
     stem = folder / f"{name}_{scene}"
@@ -78,13 +78,13 @@ def draw(folder: Path, name: str, scene: int) -> dict:
 
 
 class Clock:
-    """The CPU time of each part of one image."""
+    """Measures the CPU time of each part of mapping one image."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def timed(self, part: str, call: Callable) -> Callable:
-        """The same function, which also says how long it took."""
+        """Wraps a function so that its time is recorded."""
 
         def timed(*args, **kwargs):
             start = time.process_time()
@@ -98,7 +98,7 @@ class Clock:
 def map_as_detectron2(
     ours: SegmentationMapper, item: dict, clock: Clock
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The image that our mapper would make, by Detectron2's reader and transforms; int64 labels."""
+    """Makes our mapper's image by Detectron2's reader and transforms; labels are int64."""
 
     def read() -> np.ndarray:
         ids = np.asarray(Image.open(item["sem_seg_file_name"]))
@@ -119,7 +119,7 @@ def map_as_detectron2(
 def map_as_we(
     ours: SegmentationMapper, item: dict, clock: Clock
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by `SegmentationMapper`."""
+    """Makes the image by `SegmentationMapper`."""
     with ExitStack() as stack:
         for owner, name, part in CALLS:
             call = clock.timed(part, getattr(owner, name))
@@ -130,7 +130,7 @@ def map_as_we(
 
 
 def time_ways(items: Sequence[dict], seeds: int) -> dict[str, dict]:
-    """Maps each image with each seed by both ways in turn: milliseconds, and what differs."""
+    """Maps each image with each seed by both methods in turn; returns times and differences."""
     cfg = default_config()
     ours = SegmentationMapper(cfg, is_train=True)
     ways = {DETECTRON2: map_as_detectron2, OURS: map_as_we}
@@ -157,7 +157,7 @@ def time_ways(items: Sequence[dict], seeds: int) -> dict[str, dict]:
 
 
 def time_decoders(item: dict, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds to decode an image into an RGB array, or, by Pillow, into Pillow's memory."""
+    """Times decoding an image, in ms, into an RGB array or (Pillow alone) into Pillow's memory."""
     calls = {
         "Pillow": load_image,
         "Pillow, into an array": read_image,
@@ -175,7 +175,7 @@ def time_decoders(item: dict, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def compare_resizing(images: Iterable[np.ndarray], shrink: Sequence[float]) -> dict[str, dict]:
-    """Grey levels between Pillow's bilinear resize of a whole image and other ways.
+    """Measures how many grey levels other resize methods differ from Pillow's bilinear.
 
     Args:
         images: (H, W, 3) uint8.
@@ -204,7 +204,7 @@ def compare_resizing(images: Iterable[np.ndarray], shrink: Sequence[float]) -> d
 
 
 def tables(result: Mapping) -> str:
-    """The tables of docs/results/data_loading.md."""
+    """Formats the tables of docs/results/data_loading.md."""
     times = []
     for part in (*PARTS, "all"):
         row = [part]
@@ -230,7 +230,7 @@ def tables(result: Mapping) -> str:
 
 
 def main(scenes: int, seeds: int, photos: Path | None, output: Path) -> None:
-    """Draws, maps, compares, writes."""
+    """Runs the benchmark."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)  # as a loader's workers
     output.mkdir(parents=True, exist_ok=True)

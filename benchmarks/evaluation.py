@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Where the time of an evaluation at 2048 x 1024 goes, and what Detectron2's evaluator takes.
+"""Splits the time of an evaluation at 2048 x 1024, and times Detectron2's evaluator beside ours.
 
     OMP_NUM_THREADS=2 python benchmarks/evaluation.py       # 2 minutes on two CPU cores
 
@@ -53,7 +53,7 @@ NAME = "cityscapes_val"
 SIZE = (2048, 1024)
 EGO_VEHICLE = 1  # the label id of the car's hood, the one ignored part of the scenes
 MODEL, OUTSIDE, IMAGE, EVALUATE = "model", "outside the model", "image", "evaluate"
-# What is called for each image: where it is looked up, and the stage that its time counts as.
+# The functions called for each image: the module that holds each, and the stage it is counted in.
 CALLS: tuple[tuple[object, str, str], ...] = (
     (segmentor.VFMSegmentor, "forward", MODEL),
     (segmentor, "sliding_average", "windows"),
@@ -68,7 +68,7 @@ CALLS: tuple[tuple[object, str, str], ...] = (
 
 
 def draw_cityscapes(root: Path, images: int) -> None:
-    """Draws scenes into Cityscapes' tree, with label ids and, for Detectron2, train ids."""
+    """Draws scenes into Cityscapes' folders, with label ids and, for Detectron2, train ids."""
     label_ids = np.full(256, EGO_VEHICLE, dtype=np.uint8)
     for label_id, train_id in enumerate(LABEL_MAPS["label_ids"]):
         if 0 <= train_id < IGNORE_LABEL:
@@ -87,21 +87,21 @@ def draw_cityscapes(root: Path, images: int) -> None:
 
 
 def configure(output: Path, pictures: int) -> CfgNode:
-    """The paper's setting (windows of 512, steps of 341, images at 1024 x 512), with ViT-S."""
+    """Returns the paper's setting (windows of 512, stride 341, 1024 x 512 pixels), with ViT-S."""
     cfg = default_config()
     cfg.merge_from_file(str(ROOT / "configs/fishertune_dinov2.yaml"))
     cfg.merge_from_list(["MODEL.VFM.NAME", "dinov2_vits", "MODEL.VFM.WEIGHTS", "random"])
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "DATASETS.TEST", (NAME,)])
-    # What the config sets for GPUs.
+    # The config's own value is for GPUs.
     cfg.merge_from_list(["SOLVER.AMP.ENABLED", False, "TEST.WINDOWS_PER_BATCH", 1])
-    # Without worker processes nothing outside the model hides behind it.
+    # Without worker processes, no work outside the model runs in parallel to it.
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "TEST.PICTURES", pictures])
     cfg.OUTPUT_DIR = str(output)
     return cfg
 
 
 class Timeline:
-    """Splits the time of `score_datasets` into images, and an image's into stages."""
+    """Splits the time of `score_datasets` by image, and the time of an image by stage."""
 
     def __init__(self) -> None:
         self.images: list[dict[str, float]] = []
@@ -135,7 +135,7 @@ class Timeline:
         return timed
 
     def summary(self) -> dict:
-        """Stages in ms and shares outside the model; the first image, which warms up, left out."""
+        """Returns ms by stage and the share outside the model; skips the first image (warm-up)."""
         images = [defaultdict(float, stages) for stages in self.images[1:]]
         drawn = [stages for stages in images if "picture" in stages]
         plain = [stages for stages in images if "picture" not in stages]
@@ -162,7 +162,7 @@ class Timeline:
 
 
 def likely_scores(label: np.ndarray) -> Tensor:
-    """Scores as of a trained model: right but for blurred edges and wrong patches.
+    """Makes scores like a trained model's: correct except for blurred edges and wrong patches.
 
     A model with random weights predicts one class everywhere, which evaluators count faster.
 
@@ -173,7 +173,7 @@ def likely_scores(label: np.ndarray) -> Tensor:
         (19, H, W) float32, in the two enlargements of a sliding window's scores.
     """
     height, width = label.shape
-    # A quarter of the test size's side, as the head's masks; the ignored 255 becomes no class.
+    # A quarter of the test size, like the head's masks; the ignored 255 becomes no class.
     small = torch.from_numpy(label[::8, ::8].astype(np.int64))
     right = F.one_hot(small.clamp(max=19), 20)[..., :19].permute(2, 0, 1)[None].float()
     blurred = F.avg_pool2d(right, 5, stride=1, padding=2)
@@ -185,12 +185,12 @@ def likely_scores(label: np.ndarray) -> Tensor:
 
 
 def read_train_ids(path: str, dtype: type) -> np.ndarray:
-    """Detectron2's own reader without ``copy=False``, which numpy 2 refuses; of the train ids."""
+    """Reads train ids as Detectron2 does, without ``copy=False``, which numpy 2 refuses."""
     return np.array(Image.open(path.replace("labelIds", "labelTrainIds")), dtype=dtype)
 
 
 def make_evaluators() -> dict[str, DatasetEvaluator]:
-    """FisherTune's evaluator, Detectron2's, and Detectron2's without its boundary IoU."""
+    """Builds FisherTune's evaluator, Detectron2's, and Detectron2's without its boundary IoU."""
     plain = SemSegEvaluator(NAME, sem_seg_loading_fn=read_train_ids)
     plain._compute_boundary_iou = False  # as where OpenCV is missing; there is no option
     evaluators = {
@@ -204,14 +204,14 @@ def make_evaluators() -> dict[str, DatasetEvaluator]:
 
 
 def items_and_scores() -> Iterator[tuple[dict, dict]]:
-    """What evaluators are given, one image at a time."""
+    """Yields the inputs and outputs that evaluators get, one image at a time."""
     for item in load_datasets([NAME]):
         label = read_label(item["sem_seg_file_name"], item["label_map"])
         yield item, {"sem_seg": likely_scores(label)}
 
 
 def time_evaluators() -> dict[str, dict[str, float]]:
-    """Time of evaluators on the same scores, and what they find."""
+    """Times evaluators on the same scores, and returns their results."""
     evaluators = make_evaluators()
     seconds: dict[str, list[float]] = defaultdict(list)
     for item, output in items_and_scores():
@@ -229,7 +229,7 @@ def time_evaluators() -> dict[str, dict[str, float]]:
 
 
 def weigh_evaluators() -> dict[str, dict[str, float]]:
-    """Memory of evaluators: kept of an image, and the most held while one is processed."""
+    """Measures the memory that evaluators keep for each image, and their peak for one image."""
     result = {}
     for name, each in make_evaluators().items():
         kept, peaks = [], []
@@ -245,7 +245,7 @@ def weigh_evaluators() -> dict[str, dict[str, float]]:
 
 
 def describe_machine() -> dict:
-    """What the numbers depend on."""
+    """Describes the machine and the versions."""
     (cpu, *_) = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) or ["unknown"]
     return {
         "cpu": cpu,
@@ -263,7 +263,7 @@ def describe_machine() -> dict:
 
 
 def tables(result: dict) -> str:
-    """The tables of docs/results/evaluation.md."""
+    """Formats the tables of docs/results/evaluation.md."""
     path = result["path"]
     stages = [
         [title, path["milliseconds"][title.removeprefix("- ")]]
@@ -309,7 +309,7 @@ def tables(result: dict) -> str:
 
 
 def main(images: int, output: Path) -> None:
-    """Draws, scores, compares, writes."""
+    """Runs the benchmark."""
     torch.manual_seed(0)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""How well and how fast each estimator measures F: real DINOv2 weights, CamVid by day.
+"""Measures each estimator of F, accuracy and speed: real DINOv2 weights, CamVid by day.
 
     python train_net.py --config-file configs/camvid/freeze.yaml     # the decoder to measure with
     python benchmarks/fisher.py convergence       # 40 minutes on two CPU cores
     python benchmarks/fisher.py shift             # 5 minutes
     python benchmarks/fisher.py cost              # 5 minutes
     python benchmarks/fisher.py ranking           # 1 minute
-    python benchmarks/fisher_tables.py            # what docs/results/fisher.md shows
+    python benchmarks/fisher_tables.py            # the tables of docs/results/fisher.md
 
-Each step writes a JSON file into outputs/fisher; ``convergence`` keeps what it has measured and can
-be stopped and started. Needs CamVid under $DETECTRON2_DATASETS.
+Each step writes a JSON file into outputs/fisher. ``convergence`` keeps its measurements, so it can
+be stopped and started again. Needs CamVid under $DETECTRON2_DATASETS.
 """
 
 import argparse
@@ -56,9 +56,9 @@ MARKS = (8, 16, 32, 64, 80, 128, 192, 256, 320)
 HALF = 64  # images in each of two halves of the data
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 SHARE = 0.05
-# E[exp(-(|a| + |b|))] of two standard normal numbers, for every mark alike.
+# E[exp(-(|a| + |b|))] of two standard normal numbers, the same for every mark.
 SHIFT_WEIGHT = float((2 * np.exp(0.5) * scipy.stats.norm.cdf(-1)) ** 2)
-# How far each curve goes: the plain squares as far as the reference, the others a fifth of it.
+# The length of each curve: the plain squares as many images as the reference, others a fifth.
 CURVES: dict[str, tuple[Callable, int]] = {
     "diagonal": (ESTIMATORS["diagonal"], REFERENCE_IMAGES),
     "smoothed": (ESTIMATORS["smoothed"], REFERENCE_IMAGES),
@@ -70,7 +70,7 @@ CURVES: dict[str, tuple[Callable, int]] = {
 
 
 class Setting:
-    """The model after warm-up, its loss, and streams of batches from CamVid's day.
+    """Holds the model after warm-up, its loss, and streams of batches of CamVid by day.
 
     Args:
         warmup: the checkpoint at the end of a warm-up by configs/camvid/freeze.yaml.
@@ -86,7 +86,7 @@ class Setting:
         cfg = default_config()
         cfg.merge_from_file(str(ROOT / "configs/camvid/fishertune.yaml"))
         cfg.merge_from_list(["TUNING.WARMUP_CHECKPOINT", str(warmup), "OUTPUT_DIR", str(output)])
-        # "full", because the peak of a training step is measured too.
+        # "full", because the peak of a full training step is measured too.
         cfg.merge_from_list(["FISHER.IMS_PER_BATCH", BATCH, "TUNING.METHOD", "full"])
         self.cfg, self.trainer = cfg, Trainer(cfg)
         self.trainer.resume_or_load(resume=False)
@@ -98,14 +98,14 @@ class Setting:
         self.base = sum(p.numel() for p in self.backbone.parameters())
 
     def batches(self, images: int, skip: int = 0) -> Iterator[list[dict]]:
-        """``images`` random crops, after ``skip`` others of the one endless stream."""
+        """Returns ``images`` random crops of the one infinite stream, after skipping ``skip``."""
         stream = self.trainer._estimation_batches
         self.cfg.defrost()
         self.cfg.FISHER.BATCHES = (skip + images) // BATCH
         return islice(stream(), skip // BATCH, None)
 
     def estimate(self, batches, estimator, strength: float = 1.0) -> FisherEstimate:
-        """F(x) and F(x')."""
+        """Estimates F(x) and F(x')."""
         perturb = StatisticsPerturbation(
             self.backbone.perturbation_points(),
             num_prefix_tokens=self.backbone.num_prefix_tokens,
@@ -116,26 +116,26 @@ class Setting:
         )
 
     def selection(self, scores: dict[str, Tensor]) -> Selection:
-        """The best 5 % of the backbone."""
-        # A learned Lambda leaves F at 0 where it fell to the prior's: then there are fewer.
+        """Selects the best 5 % of the backbone's weights."""
+        # F is 0 where a learned Lambda fell to the prior's: then fewer weights are selected.
         positive = sum(int((score > 0).sum()) for score in scores.values())
         return Selection.from_scores(scores, min(SHARE, positive / self.base), self.base)
 
 
 def drf(estimate: FisherEstimate) -> dict[str, Tensor]:
-    """DRF in its default form."""
+    """Computes DRF in its default form."""
     return domain_related_fisher(estimate)
 
 
 def sampled_values(scores: dict[str, Tensor], count: int = 200_000) -> np.ndarray:
-    """The same entries of any scores, enough for a rank correlation of three digits."""
+    """Samples the same entries of any scores, enough for a rank correlation of three digits."""
     flat = torch.cat([score.flatten() for score in scores.values()])
     places = torch.randint(len(flat), (count,), generator=torch.Generator().manual_seed(0))
     return flat[places].numpy()
 
 
 def agreement(setting: Setting, a: FisherEstimate, b: FisherEstimate) -> dict[str, float]:
-    """Spearman and overlap of the best 5 %, of F and of DRF."""
+    """Computes the rank correlation and the overlap of the best 5 %, of F and of DRF."""
     result = {}
     for prefix, scores in (("", (a.f, b.f)), ("drf_", (drf(a), drf(b)))):
         values = [sampled_values(score) for score in scores]
@@ -148,7 +148,7 @@ def agreement(setting: Setting, a: FisherEstimate, b: FisherEstimate) -> dict[st
 def watched(
     setting: Setting, make: Callable, batches, marks: Sequence[int]
 ) -> list[tuple[int, float, FisherEstimate]]:
-    """Runs an estimator over batches; images, seconds and the estimate at each mark."""
+    """Runs an estimator over batches; yields images, seconds and the estimate at each mark."""
     made, seen = [], []
 
     def making(candidates):
@@ -162,7 +162,7 @@ def watched(
         for batch in batches:
             start = time.perf_counter()
             yield batch
-            seconds += time.perf_counter() - start  # not the loading, nor what follows
+            seconds += time.perf_counter() - start  # without loading, and without the comparison
             images += len(batch)
             if images in marks:
                 estimate = FisherEstimate(made[0].fisher(), made[1].fisher(), SHIFT_WEIGHT, images)
@@ -173,7 +173,7 @@ def watched(
 
 
 def convergence(setting: Setting, output: Path) -> None:
-    """Each estimator against the plain loop over many other images, and half against half."""
+    """Compares each estimator with the plain loop over many other images, and half with half."""
     path = output / "convergence.json"
     result = json.loads(path.read_text()) if path.is_file() else {"curves": [], "halves": {}}
     reference_file = output / "reference.safetensors"
@@ -208,7 +208,7 @@ def convergence(setting: Setting, output: Path) -> None:
 
 
 def shift(setting: Setting, output: Path) -> None:
-    """F and DRF as the simulated shift grows (Fig. 4)."""
+    """Measures F and DRF as the simulated shift grows (Fig. 4)."""
     images = 32
     keys = ("fisher", "drf", "overlap_fisher", "overlap_change")
     result: dict = {"images": images, "seed": 0, "strengths": list(STRENGTHS)}
@@ -236,7 +236,7 @@ def shift(setting: Setting, output: Path) -> None:
 
 
 def cost(setting: Setting, output: Path, warmup: Path) -> None:
-    """Where the time of a batch goes, and the peak memory; ratios to the plain loop."""
+    """Splits the time of a batch and measures peak memory, as ratios to the plain loop."""
     batch = next(setting.batches(BATCH))
     model, candidates = setting.model, setting.candidates
 
@@ -244,7 +244,7 @@ def cost(setting: Setting, output: Path, warmup: Path) -> None:
         with torch.no_grad():
             setting.loss_fn(model, batch).sum()
 
-    def backward():  # as one estimate does it, with nothing squared
+    def backward():  # as in one estimate, without squaring
         parameters = {c.name: c.parameter for c in candidates}
         anchor = torch.zeros((), requires_grad=True)
 
@@ -296,7 +296,7 @@ def cost(setting: Setting, output: Path, warmup: Path) -> None:
 
 
 def peak(setting: Setting, way: str) -> None:
-    """Runs one way in this process, and prints what the process held at most, in bytes."""
+    """Runs one method in this process, and prints the process's peak memory in bytes."""
     batch = next(setting.batches(BATCH))
     if way == "training step":
         losses = setting.loss_fn(setting.model, batch)
@@ -307,7 +307,7 @@ def peak(setting: Setting, way: str) -> None:
 
 
 def peak_memory() -> int:
-    """The most this process has held, in bytes; ru_maxrss would start with the parent's."""
+    """Returns this process's peak memory in bytes; ru_maxrss would include the parent's."""
     (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(line) * 1024
 
@@ -320,7 +320,7 @@ ARITHMETIC = {
 
 
 def arithmetic(name: str, size: tuple[int, int, int]) -> dict[str, int]:
-    """What the batched diagonal holds for one ViT at a batch of 4, computed on the meta device."""
+    """Computes on the meta device the memory of the batched diagonal for a ViT and a batch of 4."""
     height, width, patch = size
     inputs: dict[int, Tensor] = {}
 
@@ -348,7 +348,7 @@ def arithmetic(name: str, size: tuple[int, int, int]) -> dict[str, int]:
 
 
 def ranking(output: Path) -> None:
-    """Ranks as many scores as ViT-L has candidates; time, and memory beside the scores."""
+    """Ranks as many scores as ViT-L has candidates; measures time, and memory beside the scores."""
     torch.manual_seed(0)
     count, base = 277_020_672, 304_198_656
     scores = {str(i): torch.rand(count // 24).pow_(8) for i in range(24)}

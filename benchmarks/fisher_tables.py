@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prints what benchmarks/fisher.py measured as Markdown tables.
+"""Prints the measurements of benchmarks/fisher.py as Markdown tables.
 
 python benchmarks/fisher_tables.py [FOLDER]
 """
@@ -14,17 +14,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tables(folder: Path) -> None:
-    """Prints what the steps measured as Markdown tables."""
+    """Prints the measurements of all steps in ``folder``."""
     read = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    _agreement(read["convergence"])
+    _cost(read["cost"])
+    ranked = read["ranking"]
+    print(
+        f"Ranking {ranked['scores']:,} scores and selecting {ranked['selected']:,}: "
+        f"{ranked['seconds']:.0f} s, {ranked['bytes_beside'] / 2**30:.2f} GiB beside the scores' "
+        f"{ranked['bytes_scores'] / 2**30:.2f} GiB."
+    )
 
-    def show(rows: list[list], headers: list[str]) -> None:
-        print(tabulate(rows, headers, tablefmt="github", disable_numparse=True), end="\n\n")
 
+def _agreement(measured: dict) -> None:
+    """How well estimates from few images agree with the reference."""
     keys = ("spearman", "overlap", "drf_spearman", "drf_overlap")
     words = ["F: Spearman", "F: top 5 % in common", "DRF: Spearman", "DRF: top 5 % in common"]
-    measured = read["convergence"]
     loop = measured["reference"]["seconds_per_image"]
-    show(
+    _show(
         [
             [curve["estimator"], images, f"{curve['seconds'][i] / images / loop:.2f}"]
             + [f"{curve[key][i]:.3f}" for key in keys]
@@ -33,39 +40,42 @@ def tables(folder: Path) -> None:
         ],
         ["estimator", "images", "time per image / plain loop's", *words],
     )
-    show(
+    _show(
         [
             [name, half["images"], *(f"{half[key]:.3f}" for key in keys)]
             for name, half in measured["halves"].items()
         ],
         ["estimator", "images in each half", *words],
     )
-    spent = read["cost"]["seconds"]
-    show(
+
+
+def _cost(cost: dict) -> None:
+    """Time, memory and arithmetic of the estimators."""
+    spent, peaks = cost["seconds"], cost["peak_bytes"]
+    _show(
         [
             [name, f"{value:.2f}", f"{value / spent['diagonal_loop']:.2f}"]
             for name, value in spent.items()
         ],
-        [f"a batch of {read['cost']['batch']} images", "seconds", "ratio to the plain loop"],
+        [f"a batch of {cost['batch']} images", "seconds", "ratio to the plain loop"],
     )
-    peaks = read["cost"]["peak_bytes"]
-    show(
+    _show(
         [
             [name, f"{value / 2**20:.0f}", f"{(value - peaks['nothing']) / 2**20:.0f}"]
             for name, value in peaks.items()
         ],
         ["process", "peak MiB", "beside model and data"],
     )
-    show(
+    _show(
         [
             [
                 name,
-                row["tokens"],
-                f"{row['candidates']:,}",
-                *(f"{row[key] / 2**30:.2f}" for key in row if key.startswith("bytes")),
-                f"{row['flops_products_per_image'] / 1e9:.0f}",
+                counts["tokens"],
+                f"{counts['candidates']:,}",
+                *(f"{counts[key] / 2**30:.2f}" for key in counts if key.startswith("bytes")),
+                f"{counts['flops_products_per_image'] / 1e9:.0f}",
             ]
-            for name, row in read["cost"]["arithmetic"].items()
+            for name, counts in cost["arithmetic"].items()
         ],
         [
             "batch of 4",
@@ -77,12 +87,10 @@ def tables(folder: Path) -> None:
             "GFLOP of products per image",
         ],
     )
-    ranked = read["ranking"]
-    print(
-        f"Ranking {ranked['scores']:,} scores and selecting {ranked['selected']:,}: "
-        f"{ranked['seconds']:.0f} s, {ranked['bytes_beside'] / 2**30:.2f} GiB beside the scores' "
-        f"{ranked['bytes_scores'] / 2**30:.2f} GiB."
-    )
+
+
+def _show(lines: list[list], headers: list[str]) -> None:
+    print(tabulate(lines, headers, tablefmt="github", disable_numparse=True), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""How time and memory grow with processes, backbone, resolution and share, and what is sent.
+"""Measures time, memory and traffic by processes, backbone, resolution and share.
 
     python benchmarks/scaling.py                                    # 3 minutes on two CPU cores
     python benchmarks/scaling.py --show docs/results/scaling.json   # the tables again
 
 Measured: DINOv2 with the head of configs/demo.yaml, processes of one thread, one image of noise in
-each. One process steps alone, then two at the same time that know nothing of each other ("apart"),
-then two that train one model ("together"); a time is the median over rounds in which these take
-turns. So what two processes lose is split into what sharing a machine costs, and what exchanging
-gradients costs. Computed: the bytes that the paper's config sends with ViT-S, L and H.
+each. One process steps alone, then two independent ones at the same time ("apart"), then two that
+train one model ("together"). A time is the median over rounds in which these take turns. This
+separates the cost of sharing a machine from the cost of exchanging gradients. Computed: the bytes
+that the paper's config sends with ViT-S, L and H.
 
 Needs neither data nor weights. Writes outputs/scaling/scaling.json.
 """
@@ -51,13 +51,13 @@ from fishertune_d2.fisher import (
 )
 
 ESTIMATION = "estimation"
-VFMS = ("dinov2_vits", "dinov2_vitl", "mae_vith")  # of which the sent bytes are computed
-FORK = multiprocessing.get_context("fork")  # a process begins with everything imported
+VFMS = ("dinov2_vits", "dinov2_vitl", "mae_vith")  # the backbones whose sent bytes are computed
+FORK = multiprocessing.get_context("fork")  # a process starts with everything imported
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one row of the tables measures.
+    """One measurement of the tables.
 
     Attributes:
         way: of ``training.WAYS``, or :data:`ESTIMATION`.
@@ -72,7 +72,7 @@ class Cell:
     share: float = 0.05
 
     def config(self) -> CfgNode:
-        """The demo's, with one image for each step."""
+        """Returns the demo's config, with one image for each step."""
         options = {
             "MODEL.VFM.NAME": self.vfm,
             "MODEL.VFM.IMG_SIZE": self.crop,
@@ -98,7 +98,7 @@ CELLS = (
 
 
 class Estimation:
-    """F(x) and F(x') of one batch, with what sums them over processes at the end."""
+    """Estimates F(x) and F(x') of one batch, and sums them over processes."""
 
     def __init__(self, cfg: CfgNode):
         training = Training(cfg, "freeze")
@@ -106,7 +106,7 @@ class Estimation:
         self.candidates = find_candidates(self.model.backbone)
 
     def step(self) -> None:
-        """Measures."""
+        """Runs one estimate."""
         points = self.model.backbone.perturbation_points()
         perturb = StatisticsPerturbation(
             points, num_prefix_tokens=self.model.backbone.num_prefix_tokens
@@ -122,7 +122,7 @@ class Estimation:
 
 
 def _work(cell: Cell, rank: int | None, folder: str, pipe: Connection) -> None:
-    """A process: steps whenever it is told to and says how long it took; then what it needed."""
+    """Runs a process: makes a step on demand and reports its time, at the end its memory."""
     torch.set_num_threads(1)
     before = _memory("VmRSS")
     if rank is not None:
@@ -133,7 +133,7 @@ def _work(cell: Cell, rank: int | None, folder: str, pipe: Connection) -> None:
     work = Estimation(cfg) if cell.way == ESTIMATION else Training(cfg, cell.way)
     if cell.way != ESTIMATION:
         work.model = wrap_for_ranks(work.model)
-    # Sets the peak back to what is there now: ranking the weights takes more than some steps.
+    # Resets the peak: ranking the weights takes more memory than some steps.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -150,13 +150,13 @@ def _work(cell: Cell, rank: int | None, folder: str, pipe: Connection) -> None:
 
 
 def measure(cell: Cell, rounds: int) -> dict:
-    """Times of one process, of two apart and of two together; memory of one and of two."""
+    """Measures the times of one process, two apart and two together, and memory of one and two."""
     with tempfile.TemporaryDirectory() as folder:
         pipes = {}
         for name, rank in (("first", None), ("second", None), ("rank 0", 0), ("rank 1", 1)):
             pipes[name], other = FORK.Pipe()
             FORK.Process(target=_work, args=(cell, rank, folder, other), daemon=True).start()
-            other.close()  # so that its end is noticed
+            other.close()  # so that the end of the process is noticed
         groups = {
             "alone": [pipes["first"]],
             "apart": [pipes["first"], pipes["second"]],
@@ -182,7 +182,7 @@ def measure(cell: Cell, rounds: int) -> dict:
 
 
 def sent(vfm: str) -> dict:
-    """Bytes that a process gives to each sum over processes, in the paper's config."""
+    """Computes the bytes that a process sends to each sum over processes, in the paper's config."""
     cfg = _config("configs/fishertune_dinov2.yaml", {"MODEL.VFM.NAME": vfm, "MODEL.DEVICE": "meta"})
     with torch.device("meta"):
         model = Trainer.build_model(cfg)
@@ -206,7 +206,7 @@ def sent(vfm: str) -> dict:
 
 
 def tables(result: dict) -> str:
-    """The tables of docs/scaling.md."""
+    """Formats the tables of docs/scaling.md."""
     times, memory = [], []
     for row in result["cells"]:
         name = [row["way"], row["vfm"], "{} x {}".format(*row["crop"])]
@@ -239,7 +239,7 @@ def tables(result: dict) -> str:
 
 
 def _seconds(size: int, processes: int = 8, bytes_per_second: float = 10e9 / 8) -> float:
-    """What a ring takes to sum ``size`` bytes over processes that 10 Gbit/s connect."""
+    """Computes the seconds that a ring needs to sum ``size`` bytes at 10 Gbit/s."""
     return 2 * (processes - 1) / processes * size / bytes_per_second
 
 
@@ -276,7 +276,7 @@ if __name__ == "__main__":
         cells.append(measure(cell, args.rounds))
     result = {
         "machine": describe_machine(),
-        "load": os.getloadavg()[2],  # of the last 15 minutes; 2 of it are this benchmark's own
+        "load": os.getloadavg()[2],  # over the last 15 minutes; this benchmark itself adds 2
         "commit": commit(),
         "rounds": args.rounds,
         "cells": cells,

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""What a training step costs: frozen, full, LoRA and FisherTune side by side, as ratios to full.
+"""Compares the cost of a training step: frozen, full, LoRA and FisherTune, as ratios to full.
 
     python benchmarks/training.py                              # DINOv2-S as in configs/camvid
     python benchmarks/training.py --config-file configs/fishertune_dinov2.yaml MODEL.DEVICE cuda
     python benchmarks/training.py --show docs/results/training/cpu.json    # the tables again
 
-Needs neither data nor weights: images are noise, labels are bands, and time does not depend on
-what the weights are. The time of a step is the median over rounds, in each of which every way takes
-one step, in one process. The peak is that of a process which does nothing else, above one that only
-imports. LoRA needs ``pip install fishertune-d2[baselines]``.
+Needs neither data nor weights: images are noise, labels are bands, and the time does not depend on
+the weights' values. A step's time is the median over rounds; in each round every method takes one
+step, in one process. A peak is that of a process of its own, minus that of one that only imports.
+ LoRA needs ``pip install fishertune-d2[baselines]``.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def _lora(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
 
 
 def _selection(cfg: CfgNode, backbone: nn.Module) -> Selection:
-    """D_MAX of the backbone; candidates at random, which cost what others do."""
+    """Selects D_MAX of the backbone at random, which costs as much as any selection."""
     base = sum(p.numel() for p in backbone.parameters())
     scores = RandomChoice(cfg.SEED).scores(backbone, None)
     return Selection.from_scores(scores, cfg.TUNING.D_MAX, base)
@@ -85,7 +85,7 @@ WAYS: dict[str, Callable[[CfgNode, nn.Module], Iterable[nn.Parameter]]] = {
 
 
 class Training:
-    """A model that trains in one way, on one batch of noise.
+    """A model that one method trains, on one batch of noise.
 
     Args:
         cfg: MODEL, INPUT.CROP.SIZE, SOLVER and TUNING are read.
@@ -114,7 +114,7 @@ class Training:
         ]
 
     def step(self) -> dict[str, float]:
-        """One training step; the seconds of its phases."""
+        """Makes one training step, and returns the seconds of its phases."""
         seconds = {}
         self.optimizer.zero_grad(set_to_none=True)
         start = _now()
@@ -127,7 +127,7 @@ class Training:
         return seconds
 
     def infer(self) -> float:
-        """Seconds of the backbone's forward pass as in evaluation."""
+        """Times the backbone's forward pass as in evaluation, in seconds."""
         images = torch.stack([item["image"] for item in self.batch]).to(self.model.device)
         self.model.eval()
         start = _now()
@@ -138,9 +138,9 @@ class Training:
         return seconds
 
     def sizes(self) -> dict[str, int]:
-        """Bytes that the backbone's training needs beside the weights, and those of a checkpoint.
+        """Counts the bytes that training the backbone needs beside its weights, and a checkpoint's.
 
-        Gradients are what processes exchange after each step.
+        Processes exchange the gradients after each step.
         """
         states = [self.optimizer.state[p] for p in self.tuned]
         moments = [value for state in states for value in state.values() if value.dim() > 0]
@@ -157,7 +157,7 @@ class Training:
 
 
 def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
-    """Times every way in turn, then the peak of each in a process of its own."""
+    """Times all methods in turn, then measures the peak of each in a process of its own."""
     cells = {way: Training(cfg, way) for way in args.ways}
     seconds = {way: {phase: [] for phase in (*PHASES, "inference")} for way in cells}
     for number in range(args.rounds + 1):
@@ -203,20 +203,20 @@ def _peak_of(way: str, args: argparse.Namespace) -> int:
 
 
 def peak(cfg: CfgNode, way: str) -> int:
-    """The most memory that three steps in this process take, in bytes."""
+    """Measures the peak memory of three steps in this process, in bytes."""
     if way != "nothing":
         training = Training(cfg, way)
         for _ in range(3):
             training.step()
     if cfg.MODEL.DEVICE != "cpu":
         return torch.cuda.max_memory_allocated()
-    # ru_maxrss would start with the parent's.
+    # ru_maxrss would include the parent's peak.
     (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(line) * 1024
 
 
 def tables(result: dict) -> str:
-    """Absolute numbers of full fine-tuning, and every way's ratios to them, as markdown."""
+    """Formats the numbers of full fine-tuning, and each method's ratios to them, as Markdown."""
     rows, full = result["rows"], result["rows"]["full"]
     head = (
         f"{result['vfm']}, crops of {result['crop'][0]} x {result['crop'][1]}, batch "

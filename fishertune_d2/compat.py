@@ -1,4 +1,4 @@
-"""Guards against what is known to break in the dependencies, one function for each."""
+"""Guards against known faults of the dependencies, one function for each fault."""
 
 import re
 import warnings
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 # fvcore and Detectron2 compile losses with torch.jit.script as they are imported.
 warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
-# Its successor is unknown to older torch.
+# Older versions of torch do not know the argument that replaces it.
 warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
 
 
@@ -21,10 +21,10 @@ OLDEST = {"torch": "2.6", "timm": "1.0.20", "transformers": "5.0", "peft": "0.21
 
 
 def require_versions(*packages: str) -> None:
-    """Refuses packages that are installed in a version too old for what is used of them.
+    """Refuses packages that are older than the oldest version that works.
 
-    pip keeps such versions away, but not with ``--no-deps``, nor conda. What is not installed is
-    left to the import that needs it.
+    pip avoids such versions, but not with ``--no-deps``; conda does not avoid them. A missing
+    package raises its own error where it is imported.
 
     Args:
         packages: names in ``OLDEST``.
@@ -50,10 +50,8 @@ def require_versions(*packages: str) -> None:
 
 
 def _order(version: str) -> tuple[list[int], bool]:
-    """What sorts versions: "2.15.0+cu128" is ([2, 15], True), "2.15.0a0" ([2, 15], False).
-
-    By hand, as pip and PyTorch bring no package for it that is sure to be there.
-    """
+    """A key that sorts versions: "2.15.0+cu128" is ([2, 15], True), "2.15.0a0" ([2, 15], False)."""
+    # By hand, because torch and pip do not guarantee that the package "packaging" is installed.
     numbers, rest = re.match(r"((?:\d+\.?)*)(.*)", version).groups()
     release = [int(number) for number in numbers.split(".") if number]
     while release and not release[-1]:  # 2.6 is 2.6.0
@@ -62,23 +60,24 @@ def _order(version: str) -> tuple[list[int], bool]:
 
 
 def has_detectron2() -> bool:
-    """Whether Detectron2 can be imported, without importing it."""
+    """Looks for Detectron2 without importing it."""
     return find_spec("detectron2") is not None
 
 
 def require_detectron2() -> None:
-    """Says how to get Detectron2 where it is missing.
+    """Says how to install Detectron2 if it is missing.
 
-    It is not on PyPI under its own name, so no requirement of ours can bring it along
+    Detectron2 is not on PyPI under its own name, so it cannot be one of our requirements
     (facebookresearch/detectron2#4859).
 
     Raises:
         ImportError: one sentence with the command that installs it.
+        ModuleNotFoundError: if Detectron2 is there, and cannot be imported without another package.
     """
     try:
         import detectron2  # noqa: F401
     except ModuleNotFoundError as error:
-        if error.name != "detectron2":  # Detectron2 is there, but lacks something itself
+        if error.name != "detectron2":
             raise
         raise ImportError(
             "FisherTune needs Detectron2, which is not installed: run `python tools/"
@@ -88,24 +87,24 @@ def require_detectron2() -> None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast switched off, also where there is none.
-
-    ``torch.autocast`` refuses the meta device, on which a config is planned, even with
-    ``enabled=False``.
-    """
+    """Switches autocast off, also on a device that has none."""
+    # torch.autocast refuses the meta device, even with enabled=False. The plan of a config uses it.
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def without_waiting_for_constants(device: torch.device) -> AbstractContextManager:
-    """Uploads what ``torch.tensor`` makes of Python numbers without waiting for a GPU.
+    """Makes ``torch.tensor`` upload Python numbers without waiting for the GPU.
 
-    ``torch.tensor(numbers, device="cuda")`` waits until the GPU has done all of its work. The pixel
-    decoder of transformers calls it seven times in a forward pass, for sizes of maps.
+    ``torch.tensor(numbers, device="cuda")`` waits until the GPU has finished all its work. The
+    pixel decoder of transformers calls it seven times in a forward pass, for the sizes of maps.
 
     Args:
-        device: where the model is; on a CPU nothing changes.
+        device: the model's device; on a CPU nothing changes.
+
+    Returns:
+        The context in which uploads do not wait.
     """
     return _AsyncConstants() if device.type == "cuda" else nullcontext()
 
@@ -122,11 +121,9 @@ class _AsyncConstants(TorchFunctionMode):
 
 
 def wrap_for_ranks(model: nn.Module) -> nn.Module:
-    """DistributedDataParallel where there are several processes, on GPUs or on CPUs.
-
-    Detectron2's ``create_ddp_model`` always passes ``device_ids``, which a model on the CPU
-    refuses (its tests use one process there).
-    """
+    """Wraps the model in DistributedDataParallel if several processes train, on GPUs or CPUs."""
+    # Detectron2's create_ddp_model always passes device_ids, which DDP refuses for a model on the
+    # CPU. Detectron2's own tests use one process there.
     from detectron2.utils import comm
 
     if comm.get_world_size() == 1:
@@ -137,5 +134,5 @@ def wrap_for_ranks(model: nn.Module) -> nn.Module:
         model,
         device_ids=ids,
         broadcast_buffers=False,
-        gradient_as_bucket_view=True,  # else every gradient is there twice
+        gradient_as_bucket_view=True,  # otherwise every gradient exists twice
     )

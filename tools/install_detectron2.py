@@ -1,4 +1,4 @@
-"""Installs Detectron2 into the running Python, unless it is there already. No compiler needed.
+"""Installs Detectron2 into the running Python, unless it is installed. Needs no compiler.
 
 Detectron2 is not on PyPI under its own name (facebookresearch/detectron2#4859). The wheel
 sal-detectron2 is Detectron2 of August 2024; it is tagged for CPython 3.10 because of a compiled

@@ -1,1 +1,1 @@
-"""What a run costs on one GPU: python benchmarks/gpu."""
+"""Measures the cost of a run on one GPU: python benchmarks/gpu."""

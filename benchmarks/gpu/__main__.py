@@ -1,4 +1,4 @@
-"""What a run costs on one GPU: steps, memory, waits and launches, evaluation, F, ranking, the plan.
+"""Measures the cost of a run on one GPU: steps, memory, waits, launches, evaluation, F and plan.
 
     python benchmarks/gpu training          # needs a GPU; 2 minutes
     python benchmarks/gpu evaluation        # needs a GPU; 1 minute
@@ -51,7 +51,7 @@ IMAGES = 4  # of which the first warms up
 
 
 def evaluation(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """An image of 2048 x 1024 in windows of 512, from its file to the counted pixels."""
+    """Evaluates an image of 2048 x 1024 in windows of 512, from its file to the counted pixels."""
     rows: list[dict] = []
     cuda = args.device != "cpu"
     for precision in args.precisions:
@@ -85,7 +85,7 @@ PARTS: dict[str, Callable[..., None]] = {
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

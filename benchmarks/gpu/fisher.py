@@ -1,4 +1,4 @@
-"""The Fisher information on one GPU: batched against the loop, ranked, and beside the CPU's."""
+"""Measures the Fisher information on one GPU: batched, in a loop, ranked, and against the CPU."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -38,17 +38,17 @@ from gpu.measure import (
 SHARE = 0.05
 LEAST_OVERLAP = 0.99  # of two selections of SHARE that should be one
 MOST_DIFFERENCE = 1e-3  # of two estimates in float32, as ||a - b|| / ||b||
-# ViT-L's candidates, and the parameters that a share is a share of.
+# ViT-L's candidates, and the parameters that shares refer to.
 CANDIDATES, BASE = 277_020_672, 304_198_656
-# What ranking may hold beside F(x) and F(x'), as a multiple of one of them.
+# The memory that ranking may need beside F(x) and F(x'), as a multiple of one of them.
 MOST_HELD = 4.0
 REPEATS = 3  # of which the first warms up
-# They draw noise, another one on each device.
+# These estimators draw noise, which differs between devices.
 RANDOM = ("natural", "variational")
 
 
 def fisher(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """F(x) of one batch, batched (``diagonal``) and image by image (``diagonal_loop``)."""
+    """Estimates F(x) of one batch, batched (``diagonal``) and by image (``diagonal_loop``)."""
     cuda, rows, checks = args.device != "cpu", [], []
     cfg = configure(args, root)
     with torch.device(args.device):
@@ -91,7 +91,7 @@ def fisher(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> N
 
 
 def noise_batch(size: tuple[int, int], images: int) -> list[dict]:
-    """Images of noise whose labels are bands.
+    """Makes images of noise whose labels are bands.
 
     Args:
         size: height and width.
@@ -146,7 +146,7 @@ def ranking(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> 
 
 
 def agreement(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """Estimators, what they select, and SET's spectra: on the device and on the CPU."""
+    """Compares estimators, their selections and SET's spectra on the device with the CPU's."""
     rows, checks = [], []
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -173,7 +173,7 @@ def agreement(args: argparse.Namespace, root: Path, save: Callable[..., None]) -
 
 
 def small_estimate(estimator: str, device: str) -> dict[str, Tensor]:
-    """F(x) of a small classifier; nothing in it draws random numbers on the device.
+    """Estimates F(x) of a small classifier that draws no random numbers on the device.
 
     Args:
         estimator: a key of ESTIMATORS.
@@ -201,13 +201,13 @@ def small_estimate(estimator: str, device: str) -> dict[str, Tensor]:
 
 
 def relative_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """||a - b|| / ||b|| over all tensors together."""
+    """Computes ||a - b|| / ||b|| over all tensors together."""
     squares = [((a[name] - b[name]).double() ** 2).sum() for name in b]
     whole = [(b[name].double() ** 2).sum() for name in b]
     return float((sum(squares) / sum(whole)).sqrt())
 
 
 def selected_overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Which part of the best SHARE of the candidates by ``a`` is among the best by ``b``."""
+    """Computes the share of the best candidates by ``a`` that are among the best by ``b``."""
     count = sum(int((score > 0).sum()) for score in a.values())
     return overlap(*(Selection.from_scores(scores, SHARE, count) for scores in (a, b)))

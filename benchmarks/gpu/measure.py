@@ -1,4 +1,4 @@
-"""What the benchmarks of one GPU share: the config, images of noise, time, memory and counts."""
+"""Shared parts of the GPU benchmarks: config, images of noise, time, memory and counts."""
 
 import argparse
 import gc
@@ -20,13 +20,13 @@ from fishertune_d2.data import register_sem_seg
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 NAME, CLASSES = "noise_of_the_benchmark", 19
-# The fastest first: the last is what is lost if time runs out.
+# The fastest first: if time runs out, only the last is lost.
 PRECISIONS: dict[str, dict[str, object]] = {
     "TF32": {"SOLVER.MATMUL_PRECISION": "high", "SOLVER.AMP.ENABLED": False},
     "bfloat16": {"SOLVER.MATMUL_PRECISION": "high", "SOLVER.AMP.ENABLED": True},
     "float32": {"SOLVER.MATMUL_PRECISION": "highest", "SOLVER.AMP.ENABLED": False},
 }
-# Of a model and images so small that a CPU tries all parts out in seconds.
+# A model and images so small that a CPU runs all parts in seconds.
 _TINY = {
     "MODEL.VFM.NAME": "tiny",
     "MODEL.VFM.IMG_SIZE": [64, 64],
@@ -49,7 +49,7 @@ _TINY = {
 def configure(
     args: argparse.Namespace, output: Path, options: Mapping[str, object] | None = None
 ) -> CfgNode:
-    """The config of the paper's setting on noise.
+    """Returns the config of the paper's setting on noise.
 
     Args:
         args: the device, and whether the sizes are tiny.
@@ -97,7 +97,7 @@ def write_noise(root: Path, size: tuple[int, int], count: int) -> None:
 
 @contextmanager
 def counting_launches(row: dict) -> Iterator[None]:
-    """Counts the kernels that are launched meanwhile, and how long they keep the device busy."""
+    """Counts the kernels launched in the block, and how long they keep the device busy."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -119,7 +119,7 @@ def counting_launches(row: dict) -> Iterator[None]:
 
 @contextmanager
 def counting_waits(row: dict) -> Iterator[None]:
-    """Counts how often the host waits for the device meanwhile, and where."""
+    """Counts how often, and where, the host waits for the device in the block."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -133,19 +133,19 @@ def counting_waits(row: dict) -> Iterator[None]:
 
 
 def check(ok: bool, what: str, found: str = "") -> dict:
-    """One line of the report: what is asked for, and what was found."""
+    """One line of the report: the requirement and the result."""
     return {"ok": bool(ok), "what": what, "found": found}
 
 
 def now(cuda: bool) -> float:
-    """Seconds, when the device has done what it was given."""
+    """Returns the time in seconds, after the device has finished its work."""
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def mark(cuda: bool) -> object:
-    """A point in the device's own time."""
+    """Marks a point in the device's own time."""
     if not cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -154,7 +154,7 @@ def mark(cuda: bool) -> object:
 
 
 def intervals(marks: list) -> list[float]:
-    """Milliseconds from each mark to the next."""
+    """Returns the milliseconds from each mark to the next."""
     pairs = list(zip(marks, marks[1:], strict=False))
     if pairs and isinstance(marks[0], float):
         return [1e3 * (b - a) for a, b in pairs]
@@ -162,18 +162,18 @@ def intervals(marks: list) -> list[float]:
 
 
 def reset_peak(cuda: bool) -> None:
-    """Forgets what memory was held at most."""
+    """Resets the peak memory."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_gib(cuda: bool) -> float | None:
-    """What the device's tensors held at most; None on a CPU."""
+    """Returns the peak memory of the device's tensors; None on a CPU."""
     return torch.cuda.max_memory_allocated() / GIB if cuda else None
 
 
 def release() -> None:
-    """Gives memory back that nothing holds any more."""
+    """Frees unused memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

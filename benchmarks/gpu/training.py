@@ -1,4 +1,4 @@
-"""Steps of every way of training in every precision, and what the plan says of their memory."""
+"""Measures steps of every method in every precision, beside the memory that the plan counts."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from gpu.measure import (
     reset_peak,
 )
 
-# What a way of training sets, beside the precision. A further way is a line.
+# The keys that each method sets, beside the precision. To add a method, add a line.
 WAYS: dict[str, dict[str, object]] = {
     "warm-up": {"TUNING.METHOD": "freeze"},
     "fishertune": {"TUNING.METHOD": "fishertune"},
@@ -59,7 +59,7 @@ class Watch:
         self._counting = ExitStack()
         self._before, self._after = trainer.before_step, trainer.after_step
         trainer.before_step, trainer.after_step = self._before_step, self._after_step
-        # Evaluation and files have a time of their own.
+        # Evaluation and files are not part of a step.
         trainer.test = lambda *_: {}
         trainer.checkpointer.save = lambda *_, **__: None
         if trainer._estimation:
@@ -97,7 +97,7 @@ class Watch:
 
 
 class RankedOnce:
-    """Stands in for Selection.from_scores: what the first call selects is what all calls do.
+    """Replaces Selection.from_scores: all calls return the selection of the first.
 
     The ranking of all weights takes a CPU long, benchmarks/gpu ranking measures it, and a step
     costs the same whatever is selected.
@@ -107,14 +107,14 @@ class RankedOnce:
         self._rank, self._selection = Selection.from_scores, None
 
     def __call__(self, scores: Mapping[str, Tensor], share: float, base: int) -> Selection:
-        """Ranks at the first call."""
+        """Ranks the scores at the first call."""
         if self._selection is None:
             self._selection = self._rank(scores, share, base)
         return self._selection
 
 
 def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """Every way in every precision, a row each; checks waits and launches."""
+    """Measures every method in every precision, an entry each; checks waits and launches."""
     rows, build, ranked = [], Trainer.build_model, RankedOnce()
 
     def on_device(cfg: CfgNode) -> nn.Module:  # drawing 300 M random numbers takes a CPU seconds
@@ -152,7 +152,7 @@ def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) ->
 
 
 def training_checks(rows: list[dict]) -> list[dict]:
-    """Whether all could be measured, and the goals of a step are met."""
+    """Checks that all could be measured, and that steps meet the goals."""
     failed = [f"{row['way']} {row['precision']}: {row['error']}" for row in rows if "error" in row]
     checks = [check(not failed, f"{len(rows)} ways and precisions", "; ".join(failed))]
     waits = {f"{r['way']} {r['precision']}": r["waits"] for r in rows if "waits" in r}
@@ -174,14 +174,14 @@ def training_checks(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """What fishertune_d2.plan counts for the ways that ``training`` measures, in GiB."""
+    """Counts, with fishertune_d2.plan, the GiB of the methods that ``training`` measures."""
     rows: list[dict] = []
     # The numbers of TF32 take as many bytes as those of float32.
     for precision in dict.fromkeys(p.replace("TF32", "float32") for p in args.precisions):
         for way, keys in WAYS.items():
             if way == "warm-up":
                 continue
-            # With a warm-up, so that it is planned, too.
+            # With a warm-up, so that the plan includes it.
             keys = {**keys, **PRECISIONS[precision], "TUNING.WARMUP_ITERS": args.steps - 1}
             for stage in make_plan(configure(args, root, keys)).stages:
                 title = {"tuning": way, "warmup": "warm-up"}.get(stage.name, stage.name)

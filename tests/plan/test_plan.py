@@ -1,5 +1,8 @@
 """The plan as a whole, and the command."""
 
+from contextlib import redirect_stdout
+from io import StringIO
+
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -18,8 +21,30 @@ CHANGES = ["SOLVER.IMS_PER_BATCH", "3", "FISHER.ESTIMATOR", "variational"]
 
 
 @pytest.fixture(scope="module")
-def plan(small_cfg) -> Plan:
-    return make_plan(small_cfg(**dict(zip(CHANGES[::2], CHANGES[1::2], strict=True))))
+def config_file(small_cfg, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("plan") / "small.yaml"
+    path.write_text(small_cfg().dump())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def planned(config_file) -> tuple[Plan, str]:
+    """The plan that the command makes, and the text that it prints."""
+    made: list[Plan] = []
+
+    def make(cfg) -> Plan:
+        made.append(make_plan(cfg))
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(command, "make_plan", make)
+        assert main(["--config-file", config_file, *CHANGES, "--memory-gb", "1"]) == 0
+    return made[0], printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def plan(planned) -> Plan:
+    return planned[0]
 
 
 @pytest.fixture
@@ -51,7 +76,7 @@ def test_a_run_that_trains_nothing_is_refused(small_cfg):
 
 
 def test_a_method_that_computes_with_values_is_refused_by_name(small_cfg):
-    own = {"TUNING__METHOD": "peft", "TUNING__PEFT__TYPE": "SHIRA"}
+    own = {"TUNING__METHOD": "peft", "TUNING__PEFT__TYPE": "SHIRA", "TUNING__WARMUP_ITERS": 0}
     with pytest.raises(ValueError, match="the cost of SHIRA cannot be counted .*: start a run"):
         make_plan(small_cfg(**own))
 
@@ -113,17 +138,9 @@ def test_test_images_are_those_of_the_data_sets(small_cfg):
     assert whole[0].flops.forward > 50 * whole[1].flops.forward
 
 
-@pytest.fixture
-def config_file(small_cfg, tmp_path) -> str:
-    path = tmp_path / "small.yaml"
-    path.write_text(small_cfg().dump())
-    return str(path)
-
-
-def test_the_command_prints_the_plan_and_whether_it_fits(plan, config_file, capsys, monkeypatch):
+def test_the_command_prints_the_plan_and_whether_it_fits(planned, config_file, capsys, monkeypatch):
+    plan, printed = planned
     arguments = ["--config-file", config_file, *CHANGES]
-    assert main([*arguments, "--memory-gb", "1"]) == 0
-    printed = capsys.readouterr().out
     assert summary(plan) in printed
     assert "Fits a card of 1 GB" in printed and "NOT counted" not in printed
     assert f"{plan.parameters['backbone'] / 1e6:.2f} M" in printed

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there: the project runs on ``cuda:0`` on a machine without a GPU.
+"""A fake CUDA device: the project runs on ``cuda:0`` on a machine without a GPU.
 
 python tools/fake_cuda train_net.py --config-file configs/demo.yaml
 FISHERTUNE_TEST_DEVICE=cuda python tools/fake_cuda -m pytest tests/engine

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 HERE = str(Path(__file__).resolve().parent)
-# Python put this folder in front, whose modules are no modules of their own.
+# Python put this folder first in sys.path, but its modules belong to the package.
 sys.path = [folder for folder in sys.path if os.path.abspath(folder or ".") != HERE]
 sys.path.append(str(Path(HERE).parent))
 
 
 def main(words: list[str]) -> None:
-    """Runs what ``words`` name, as ``python WORDS`` would.
+    """Runs ``python WORDS`` in this process.
 
     Raises:
         SystemExit: if they name nothing, or as what they name does.

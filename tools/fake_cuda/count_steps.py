@@ -1,4 +1,4 @@
-"""What a training step of a config asks of a GPU: operators, waits for the device, and uploads.
+"""Counts the operators, waits and uploads of a training step of a config, as on a GPU.
 
 python tools/fake_cuda -m fake_cuda.count_steps configs/fishertune_dinov2.yaml --details
 python tools/fake_cuda -m fake_cuda.count_steps CONFIG --methods full fishertune --opts KEY VALUE
@@ -42,7 +42,7 @@ NARROW = {
 
 @dataclass
 class StepCounts:
-    """What one training asked for.
+    """The counts of one training.
 
     Attributes:
         iterations: of each iteration in turn. The first of the tuning stage includes the
@@ -57,12 +57,12 @@ class StepCounts:
 
     @property
     def tuning(self) -> list[Counts]:
-        """The iterations of the tuning stage, but for the first."""
+        """The iterations of the tuning stage, without the first."""
         return self.iterations[self.warmup + 1 :]
 
 
 class _Watch(HookBase):
-    """Cuts the counts where one iteration ends and the next begins; stands before all hooks."""
+    """Splits the counts between iterations; runs before all other hooks."""
 
     def __init__(self, evaluate_at: int):
         self.evaluate_at = evaluate_at
@@ -85,7 +85,7 @@ class _Watch(HookBase):
 
     def _evaluate(self) -> None:
         model = self.trainer.segmentor.eval()
-        # The second pass is counted; the first may prepare what lasts for all of an evaluation.
+        # The second pass is counted, because the first may prepare things for the whole evaluation.
         for _ in range(2):
             with torch.no_grad(), counting() as self.evaluation:
                 model([{"image": torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)}])
@@ -130,7 +130,7 @@ def count_steps(
         VFMS[name] = replace(row, options={**row.options, "embed_dim": 64, "num_heads": 2})
         try:
             trainer = Trainer(cfg)
-            # As it is initialised, LayerScale leaves most tensors without a weight worth selecting.
+            # With LayerScale's initial values, most tensors have no weight worth selecting.
             for parameter in trainer.segmentor.backbone.parameters():
                 parameter.data += 0.1 * torch.randn_like(parameter)
             watch = _Watch(evaluate_at=iterations - 1)
@@ -145,7 +145,7 @@ def count_steps(
 
 
 def _write_data(folder: Path) -> None:
-    """Four images of squares of all classes."""
+    """Makes four images of squares of all classes."""
     rng = np.random.default_rng(0)
     for part in ("images", "labels"):
         (folder / part).mkdir()
@@ -159,7 +159,7 @@ def _write_data(folder: Path) -> None:
 
 
 def print_table(rows: dict[str, Counts], details: bool) -> None:
-    """Prints a line for each row and, if ``details``, what its numbers consist of."""
+    """Prints a line for each entry and, if ``details``, the parts of its numbers."""
     print(f"{'':<40}{'operators':>10}{'waits':>7}{'uploads':>9}")
     for title, counts in rows.items():
         numbers = (each.total() for each in vars(counts).values())
@@ -175,7 +175,7 @@ def print_table(rows: dict[str, Counts], details: bool) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What was asked of the device: operators, waits and uploads, each by the line that asked."""
+"""Counts operators, waits and uploads, each by the line of code that caused it."""
 
 import sys
 from collections import Counter
@@ -10,13 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = f"{ROOT / 'fishertune_d2'}/"
-# Code that only passes calls on, and so says nothing about who asked.
+# Code that only passes calls on, so it is not the cause of one.
 _PASSING_ON = ("/torch/", "/contextlib.py", "/tools/fake_cuda/")
 
 
 @dataclass
 class Counts:
-    """Each counter's keys are pairs: what happened, and where.
+    """Counters whose keys are pairs: the event and its place.
 
     Attributes:
         operators: that start at least one kernel; a fused or foreach operator counts once.
@@ -29,18 +29,18 @@ class Counts:
     uploads: Counter = field(default_factory=Counter)
 
     def copy(self) -> "Counts":
-        """The counts as they are now."""
+        """Copies the present counts."""
         return Counts(*(Counter(each) for each in vars(self).values()))
 
     def since(self, before: "Counts") -> "Counts":
-        """What came in addition to ``before``."""
+        """Returns the counts since ``before``."""
         return Counts(*(now - then for now, then in self._beside(before)))
 
     def _beside(self, other: "Counts") -> Iterator[tuple[Counter, Counter]]:
         return zip(vars(self).values(), vars(other).values(), strict=True)
 
     def by_name(self, kind: str) -> Counter:
-        """A counter by what happened, wherever it did."""
+        """Sums a counter over places."""
         names = Counter()
         for (name, _), number in getattr(self, kind).items():
             names[name] += number
@@ -52,14 +52,14 @@ COUNTS = Counts()
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Yields counts that, when the block has ended, are of the block."""
+    """Yields counts that cover the block once it has ended."""
     before, found = COUNTS.copy(), Counts()
     yield found
     vars(found).update(vars(COUNTS.since(before)))
 
 
 def place() -> str:
-    """Where the running operator was asked for.
+    """Returns the place in the code that called the running operator.
 
     That is the innermost line of the package, behind the line of a library that it called, as in
     ``timm/layers/mlp.py:47 < fishertune_d2/modeling/vfm.py:210``. A backward pass has no line, for
@@ -79,7 +79,7 @@ def place() -> str:
 
 @cache
 def _known(file: str) -> tuple[str, bool]:
-    """A file's short name, empty if it only passes calls on, and whether it is the package's."""
+    """Returns a file's short name (empty if it only passes calls on), and whether it is ours."""
     if any(part in file for part in _PASSING_ON):
         return "", False
     short = file.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/")

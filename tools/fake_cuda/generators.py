@@ -1,10 +1,10 @@
-"""Random numbers of the device: a CPU's, which follow the state of a CUDA generator."""
+"""Random numbers of the device, drawn on the CPU from the state of a CUDA generator."""
 
 import hashlib
 
 import torch
 
-# How the names of operators that draw begin.
+# Operators that draw random numbers, by the start of their names.
 RANDOM = tuple(
     """bernoulli exponential multinomial native_dropout normal poisson rand random_ randn randint
     randperm rrelu uniform""".split()
@@ -12,7 +12,7 @@ RANDOM = tuple(
 
 
 def draw(operator, args: tuple, kwargs: dict):
-    """Computes a random operator on the CPU, and moves the CUDA generator on.
+    """Computes a random operator on the CPU, and advances the CUDA generator.
 
     The numbers depend on the generator's seed and offset alone, so that seeding, saving and
     restoring a generator have the effect that they have on a GPU.

@@ -1,4 +1,4 @@
-"""Operators that only CUDA has, or that it has with other types, written out for CPU tensors.
+"""CPU versions of operators that only CUDA has, or that CUDA has for other types.
 
 Attention is computed in float32. In shapes, B is the batch, H the heads, N and M the queries and
 keys, D the channels of a head.
@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def _attention(q, k, v, bias, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, H, N, D), the scores' log-sum-exp (B, H, N) and their softmax (B, H, N, M)."""
+    """Returns the output (B, H, N, D), and the scores' log-sum-exp (B, H, N) and softmax."""
     scores = q.float() @ k.float().mT * _factor(q, scale)
     if bias is not None:
         scores = scores + bias.float()
@@ -24,7 +24,7 @@ def _attention(q, k, v, bias, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attention_backward(g, q, k, v, bias, causal, scale) -> tuple[Tensor, ...]:
-    """The gradients of queries, keys and values."""
+    """Returns the gradients of queries, keys and values."""
     _, _, share = _attention(q, k, v, bias, causal, scale)
     of_share = g.float() @ v.float().mT
     of_scores = share * (of_share - (of_share * share).sum(-1, keepdim=True))
@@ -45,7 +45,7 @@ def _no_dropout(p: float) -> None:
 
 
 def _number() -> Tensor:
-    """A seed or an offset of dropout, which nothing reads."""
+    """Makes a seed or an offset of dropout, which nothing reads."""
     return torch.zeros((), dtype=torch.int64)
 
 
@@ -89,7 +89,7 @@ def _flash_backward(
 
 
 def _softmax(operator):
-    """CUDA's takes half precision and gives float32."""
+    """Takes half precision and returns float32, as CUDA's operator does."""
     return lambda x, dim, to_float: operator(x.float() if to_float else x, dim, False)
 
 

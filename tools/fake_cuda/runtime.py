@@ -1,4 +1,4 @@
-"""Compiles the stand-in for CUDA's runtime, and starts Python with it in front of the real one."""
+"""Compiles the replacement of CUDA's runtime, and starts Python with it loaded first."""
 
 import hashlib
 import os
@@ -9,14 +9,14 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("runtime.c")
-# Whoever asks for the driver, asks for it by this name.
+# Programs look for the driver under this name.
 LIBRARY = "libcuda.so.1"
-# Holds what LD_PRELOAD was, in a process that was started with the library.
+# Holds the former LD_PRELOAD, in a process that was started with the library.
 BEFORE = "FAKE_CUDA_LD_PRELOAD_BEFORE"
 
 
 def build() -> Path:
-    """The compiled library, in a folder for temporary files whose name depends on the source.
+    """Compiles the library into a temporary folder whose name depends on the source.
 
     Raises:
         SystemExit: if there is no gcc, or it fails.
@@ -30,7 +30,7 @@ def build() -> Path:
     if gcc is None:
         raise SystemExit(f"The fake CUDA device needs gcc, which compiles {SOURCE}: install gcc")
     folder.mkdir(mode=0o700, exist_ok=True)
-    # Under another name first, for several processes may compile at the same time.
+    # Under another name first, because several processes may compile at the same time.
     unfinished = folder / f"{os.getpid()}.so"
     flags = ["-shared", "-fPIC", "-O1", "-w", f"-Wl,-soname,{LIBRARY}", "-pthread"]
     made = subprocess.run(
@@ -43,7 +43,7 @@ def build() -> Path:
 
 
 def ensure_loaded() -> None:
-    """Starts this command again with the library loaded, unless it is loaded already.
+    """Restarts this command with the library, unless the library is loaded already.
 
     Processes that this one starts do not load it: their tensors would not be held on the CPU.
     """

@@ -1,4 +1,4 @@
-"""A tensor that says it is on ``cuda:0``, and the dispatch mode that computes with such tensors.
+"""A tensor that claims to be on ``cuda:0``, and the dispatch mode that computes with it.
 
 While ``FakeCuda()`` is entered, ``torch.ones(3, device="cuda")`` is a ``FakeCudaTensor``. To add it
 to a CPU tensor raises RuntimeError, as on a GPU.
@@ -49,7 +49,7 @@ STAGED_BYTES = 64 * 1024
 
 
 class FakeCudaTensor(Tensor):
-    """Says that it is on ``cuda:0``.
+    """A CPU tensor that claims to be on ``cuda:0``.
 
     Attributes:
         held: the CPU tensor with the values.
@@ -76,15 +76,15 @@ class FakeCudaTensor(Tensor):
         return f"FakeCudaTensor({self.held!r})"
 
     def tolist(self) -> list:
-        """The values, for which the host waits."""
+        """Returns the values; the host waits for them."""
         return self.cpu().tolist()
 
     def untyped_storage(self):
-        """The memory, which is the host's."""
+        """Returns the storage, which is the host's."""
         return self.held.untyped_storage()
 
     def numpy(self, *_, **__):
-        """Refuses, as on a GPU."""
+        """Raises, as on a GPU."""
         raise TypeError(
             "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
             "to host memory first. [fake CUDA device]"
@@ -114,7 +114,7 @@ class FakeCudaTensor(Tensor):
 
 
 class FakeCuda(TorchDispatchMode):
-    """While it is entered, what is made on ``"cuda"`` is a :class:`FakeCudaTensor`."""
+    """In this context, tensors created on ``"cuda"`` are :class:`FakeCudaTensor`."""
 
     def __enter__(self):
         self._changes = ExitStack()
@@ -146,7 +146,7 @@ _SET_DATA = Tensor.data.__set__
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
-    """``tensor.data = value``, by which ``Module.to`` moves parameters and keeps their identity."""
+    """Does ``tensor.data = value``, with which ``Module.to`` moves the same parameters."""
     if isinstance(tensor, FakeCudaTensor) == isinstance(value, FakeCudaTensor):
         _SET_DATA(tensor, value)
         if isinstance(tensor, FakeCudaTensor):
@@ -177,7 +177,7 @@ def _refuse(operator, words: str) -> None:
 
 
 def _flat(args, kwargs) -> Iterator[Any]:
-    """All arguments, those in lists too; no operator nests lists."""
+    """Yields all arguments, also those in lists; no operator nests lists."""
     for each in (*args, *kwargs.values()):
         if isinstance(each, list | tuple):
             yield from each
@@ -186,12 +186,12 @@ def _flat(args, kwargs) -> Iterator[Any]:
 
 
 def _imagining() -> bool:
-    """Whether PyTorch's own mode for tensors without values is on, which comes after this one."""
+    """Returns whether a FakeTensorMode is active, which runs after this mode."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _on_cpu(x):
-    """The same with what the tensors hold, lists included."""
+    """Replaces fake tensors by the tensors that they hold, also in lists."""
     if isinstance(x, FakeCudaTensor):
         return x.held
     if isinstance(x, list | tuple):
@@ -200,7 +200,7 @@ def _on_cpu(x):
 
 
 def _run(operator, args: tuple, kwargs: dict):
-    """Computes an operator, on whichever device its arguments say.
+    """Computes an operator, on the device of its arguments.
 
     Raises:
         RuntimeError: if CUDA refuses it.
@@ -268,7 +268,7 @@ def _count(name: str, args: tuple) -> None:
 
 
 def _may_mix(operator, name: str, args: tuple, tensors: list[Tensor]) -> bool:
-    """Whether an operator with tensors of both devices is the GPU's; raises if it is nobody's."""
+    """Returns whether the GPU runs an operator with tensors of both devices; raises if none can."""
     if name in CROSSING:
         return True
     if name in INDEXED:
@@ -293,7 +293,7 @@ def _may_mix(operator, name: str, args: tuple, tensors: list[Tensor]) -> bool:
 
 
 def _to_copy(operator, source: Tensor, device: torch.device | None, kwargs: dict) -> Tensor:
-    """``Tensor.to``, between devices or on one."""
+    """Does ``Tensor.to``, between devices or on one."""
     target = device or source.device
     options = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")}
     if target.type not in ("cuda", "cpu"):
@@ -316,7 +316,7 @@ def _copy(operator, to: Tensor, source: Tensor, non_blocking: bool = False) -> T
 def _count_copy(
     name: str, source: Tensor, target: torch.device, non_blocking: bool, pinned: bool
 ) -> None:
-    """Counts a copy, and a wait unless it is to go on by itself and can.
+    """Counts a copy, and a wait unless the copy can run and shall run asynchronously.
 
     Args:
         name: the operator's.

@@ -1,1 +1,1 @@
-"""Checks and measures what only a GPU shows: tools/gpu_check.sh."""
+"""Checks and measurements that need a GPU: tools/gpu_check.sh."""

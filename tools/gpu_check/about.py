@@ -11,7 +11,7 @@ import torch
 
 
 def about(device: str) -> dict[str, object]:
-    """The device by its name, and versions by theirs.
+    """Returns the device's name, and versions by package.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``.

@@ -61,14 +61,14 @@ TARGET = {
     "extra": "",
 }
 GLIBC = ("2_28", "2_27", "2_24", "2_17")  # of the manylinux tags that a wheel may have
-# Beside the checkout, on one trip.
+# Carried with the checkout, on one trip.
 MOST_BYTES = 64 * 2**20
 # So few of the built-in scenes that the folder stays small.
 TRAINED, TESTED = 16, 3
 
 
 def wanted(has: set[str]) -> list[Requirement]:
-    """What the checkout needs to run on the machine: requirements.txt, without what is there."""
+    """Returns requirements.txt without the packages that the machine has."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     needs = [Requirement(line.partition("  #")[0]) for line in lines if line[:1] not in ("", "#")]
     return [
@@ -79,7 +79,7 @@ def wanted(has: set[str]) -> list[Requirement]:
 
 
 def fetch_wheels(folder: Path, has: set[str]) -> dict[str, Requirement]:
-    """Fetches what is wanted, and what that requires in turn.
+    """Downloads packages and their requirements.
 
     Args:
         folder: where the wheels go.
@@ -111,7 +111,7 @@ def fetch_wheels(folder: Path, has: set[str]) -> dict[str, Requirement]:
 
 
 def drop_compiled(wheel: Path) -> None:
-    """Takes out of Detectron2's wheel what was compiled for CPython 3.10, most of its size."""
+    """Removes the part compiled for CPython 3.10 from Detectron2's wheel: most of its size."""
     smaller = wheel.with_suffix(".smaller")
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED) as new:
         for each in old.infolist():
@@ -121,7 +121,7 @@ def drop_compiled(wheel: Path) -> None:
 
 
 def requires(wheel: Path) -> list[Requirement]:
-    """What a wheel's metadata asks for on the machine, without extras."""
+    """Returns a wheel's requirements on the machine, without extras."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
         about = email.message_from_bytes(archive.read(name))
@@ -130,7 +130,7 @@ def requires(wheel: Path) -> list[Requirement]:
 
 
 def missing(folder: Path, has: set[str]) -> list[str]:
-    """What wheels in ``folder`` require that is neither there nor carried, or in another version.
+    """Finds requirements of wheels in ``folder`` that are missing or have another version.
 
     Args:
         folder: with the wheels.
@@ -151,7 +151,7 @@ def missing(folder: Path, has: set[str]) -> list[str]:
 
 
 def _fetch(need: Requirement, folder: Path) -> Path:
-    """One wheel for the machine; of a package that has none for it, one of pure Python, built."""
+    """Downloads a wheel for the machine, or builds one of pure Python if there is none."""
     before = set(folder.iterdir())
     text = f"{need.name}{need.specifier}"
     options = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
@@ -198,7 +198,7 @@ def carry_weights(source: Path, target: Path) -> None:
 
 
 def toy_weights(target: Path) -> None:
-    """Writes random weights of the model of a dry run."""
+    """Writes random weights for the dry run's model."""
     import timm
     from safetensors.torch import save_file
 
@@ -220,7 +220,7 @@ def carry_scenes(root: Path, toy: bool) -> None:
 
 
 def write_reference(carried: Path, toy: bool) -> None:
-    """Trains and tests the demo on this machine's CPU with what is carried.
+    """Trains and tests the demo on this machine's CPU with the carried files.
 
     Args:
         carried: the folder; reference.json is written into it.
@@ -238,7 +238,7 @@ def write_reference(carried: Path, toy: bool) -> None:
 
 
 def carry_camvid(source: Path, target: Path) -> None:
-    """Copies CamVid's images and labels, all but those of the test split.
+    """Copies CamVid's images and labels, without the test split.
 
     Args:
         source: the folder CamVid.
@@ -249,12 +249,12 @@ def carry_camvid(source: Path, target: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Counts the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def checkout_size() -> int:
-    """Bytes of the files that git knows."""
+    """Counts the bytes of the files that git tracks."""
     names = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
     ).stdout
@@ -263,7 +263,7 @@ def checkout_size() -> int:
 
 
 def carry_wheels(folder: Path, has: Path | None) -> bool:
-    """Makes the folder of wheels anew, and says what is missing; whether nothing is.
+    """Makes the folder of wheels anew, names what is missing, and returns whether it is complete.
 
     Args:
         folder: where the wheels go.
@@ -320,7 +320,7 @@ def main() -> int:
 
 
 def report(carried: Path, camvid: Path) -> int:
-    """Prints what there is to carry, and whether each trip is small enough; 1 if one is not."""
+    """Prints the files to carry and whether each trip is small enough; returns 1 if one is not."""
     rest, status = checkout_size(), 0
     for folder in (carried, camvid):
         if not folder.is_dir():

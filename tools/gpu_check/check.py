@@ -5,9 +5,9 @@
     tools/gpu_check.sh --dry-run          # on a CPU, with toys; 2 minutes
     tools/gpu_check.sh --page             # docs/results/gpu.md from gpu.json there
 
-Prints a line for each part, PASS or FAIL with seconds, and below it what was asked for and missed.
-gpu.json is written anew while parts run; gpu_check.log beside it has what they printed. A part that
-fails or runs past its time does not stop the next. The exit status is 1 if one failed.
+Prints a line for each part, PASS or FAIL with seconds, and below it the requirements it missed.
+Rewrites gpu.json while parts run; gpu_check.log beside it holds their output. A part that fails or
+exceeds its time does not stop the next. The exit status is 1 if a part failed.
 
 This file needs only Python's own library: Detectron2 is unpacked by the first part.
 """
@@ -34,13 +34,13 @@ WRITING = threading.Lock()  # parts end in threads of their own
 
 
 def run_part(part: Part) -> dict:
-    """Runs a part to its end, however that comes; its line of the report."""
+    """Runs a part, whether it passes or fails, and returns its line of the report."""
     start = time.monotonic()
     try:
         PARTS[part.name][0](part)
     except PartFailed as error:
         part.check(False, part.name, str(error))
-    except Exception as error:  # of the check itself: the other parts can still be run
+    except Exception as error:  # an error of the check itself: the other parts can still run
         part.check(False, part.name, f"{type(error).__name__}: {error}")
     missed = [each for each in part.checks if not each["ok"]]
     words = f"{len(part.checks)} checks" if not missed else f"{len(missed)} of {len(part.checks)}"
@@ -56,11 +56,11 @@ def run_part(part: Part) -> dict:
 
 
 def compare_plan(figures: dict) -> list[dict]:
-    """What was planned beside what was held, once both are known."""
+    """Compares planned with measured memory, once both are known."""
     planned = {(r["way"], r["precision"]): r["gib"] for r in figures.get("plan", [])}
     checks = []
     for row in figures.get("training", []):
-        # The plan tells no TF32 from float32.
+        # The plan does not distinguish TF32 from float32.
         precision = "float32" if row["precision"] == "TF32" else row["precision"]
         for way, prefix in ((row["way"], ""), ("estimation", "estimation_")):
             counted, held = planned.get((way, precision)), row.get(f"{prefix}peak_gib")
@@ -74,7 +74,7 @@ def compare_plan(figures: dict) -> list[dict]:
 
 
 class Check:
-    """All parts that were asked for, group by group, and gpu.json.
+    """Runs the requested parts, group by group, and writes gpu.json.
 
     Args:
         args: of the command line.
@@ -89,7 +89,7 @@ class Check:
         self.results: dict[str, dict] = {}
 
     def run(self) -> bool:
-        """Runs them; whether all passed."""
+        """Runs the parts, and returns whether all passed."""
         for group in GROUPS:
             names = [name for name in group if name in ("setup", *self.args.parts)]
             with ThreadPoolExecutor(len(GROUPS[1])) as pool:
@@ -110,10 +110,10 @@ class Check:
         return part
 
     def write(self) -> None:
-        """Writes what is known so far; whoever reads meanwhile reads a whole file."""
+        """Writes the results so far; a reader always finds a whole file."""
         figures: dict = {}
         for part in self.parts.values():
-            figures |= json.loads(json.dumps(part.figures))  # a copy: its thread goes on
+            figures |= json.loads(json.dumps(part.figures))  # a copy: the thread continues
         figures.pop("checks", None)
         if checks := compare_plan(figures):
             missed = not all(each["ok"] for each in checks)
@@ -126,19 +126,19 @@ class Check:
 
 
 def make_environment(args: argparse.Namespace) -> dict[str, str]:
-    """What the parts' processes find in their environment: packages, data, and no network."""
+    """Returns the environment of the parts' processes: packages, data, and no network."""
     path = [str(args.site), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "DETECTRON2_DATASETS": str(args.carried / "datasets"),
-        "HF_HUB_OFFLINE": "1",  # else every look-up waits for a network that is not there
+        "HF_HUB_OFFLINE": "1",  # otherwise every look-up waits for a network
         "PYTHONUNBUFFERED": "1",
     }
 
 
 def make_toys(args: argparse.Namespace, work: Path) -> None:
-    """Makes what a dry run takes in the place of the carried folder."""
+    """Makes the files that a dry run uses in place of the carried folder."""
     words = ["tools/gpu_check/carry.py", "--toy", "--only", "weights", "scenes", "reference"]
     words = [sys.executable, *words, "--output", work]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The demo as tools/gpu_check and its carry.py run it; only Python's own library is needed."""
+"""The demo as tools/gpu_check and carry.py run it; needs only Python's standard library."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ DEMO = {
     "FISHER.BATCHES": 4,
     "TEST.PICTURES": 0,
 }
-# Of a dry run: a model and a head that train in seconds.
+# For a dry run: a model and a head that train in seconds.
 TOY = {
     "MODEL.VFM.NAME": "tiny",
     "MODEL.VFM.PATCH_SIZE": 16,
@@ -34,7 +34,7 @@ TOY = {
 
 
 def demo_command(device: str, weights: Path, output: Path, *flags: str) -> list[str]:
-    """The demo's config, shortened: what follows ``python``.
+    """Returns the command that trains the shortened demo, without ``python``.
 
     Args:
         device: MODEL.DEVICE.
@@ -48,7 +48,7 @@ def demo_command(device: str, weights: Path, output: Path, *flags: str) -> list[
 
 
 def demo_scores(output: Path) -> dict:
-    """What a run of it came to.
+    """Reads the results of a run.
 
     Args:
         output: its OUTPUT_DIR.
@@ -62,7 +62,7 @@ def demo_scores(output: Path) -> dict:
 
 
 def read_scores(output: Path) -> dict[str, float]:
-    """The mIoU by data set that a run came to, in percent.
+    """Reads the mIoU of a run by data set, in percent.
 
     Args:
         output: its OUTPUT_DIR.
@@ -72,7 +72,7 @@ def read_scores(output: Path) -> dict[str, float]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, marked if files differ from it; None without git."""
+    """Returns the checkout's commit, marked if files differ from it; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)

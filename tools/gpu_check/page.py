@@ -1,4 +1,4 @@
-"""docs/results/gpu.md, written from docs/results/gpu.json."""
+"""Writes docs/results/gpu.md from docs/results/gpu.json."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ NOT_YET = "Not measured yet. The command below measures it."
 
 
 def write_page(files: Sequence[Path] = ()) -> None:
-    """Writes the page from gpu.json, or says on it that there is none yet.
+    """Writes the page from gpu.json; without one, the page says so.
 
     Args:
         files: what runs of the check wrote; a later one goes before an earlier one, part by
@@ -27,7 +27,7 @@ def write_page(files: Sequence[Path] = ()) -> None:
 
 
 def merge(runs: Sequence[dict]) -> dict:
-    """One gpu.json of several: the first one's, with parts and figures that it lacks."""
+    """Merges several gpu.json: the first, with the parts and figures that it lacks."""
     merged: dict = {}
     for run in runs:
         parts = merged.get("parts", {})
@@ -38,7 +38,7 @@ def merge(runs: Sequence[dict]) -> dict:
 
 
 def page(found: dict | None) -> str:
-    """The text of the page.
+    """Formats the page.
 
     Args:
         found: what gpu.json holds; None while there is none.
@@ -53,12 +53,12 @@ def page(found: dict | None) -> str:
 
 
 def head(words: str) -> str:
-    """The part of the page that is always the same, but for what was measured so far."""
+    """Formats the constant part of the page, with the state of the measurements."""
     return HEAD.read_text().replace("{state}", words)
 
 
 def state(found: dict) -> str:
-    """What was measured where, in words."""
+    """Says which parts were measured on which device."""
     about = found.get("about", {})
     failed = [name for name, part in found["parts"].items() if part["status"] != "PASS"]
     words = ["A dry run on a CPU, with toys: no number means anything."] if found["dry_run"] else []
@@ -76,7 +76,7 @@ def state(found: dict) -> str:
 
 
 def parts_table(parts: dict[str, dict]) -> str:
-    """A line for each check."""
+    """Formats a line for each check."""
     rows = []
     for name, part in parts.items():
         for each in part["checks"]:
@@ -86,13 +86,13 @@ def parts_table(parts: dict[str, dict]) -> str:
 
 
 def rows_table(text: str, columns: dict[str, tuple[str, str]], rows: list[dict]) -> str:
-    """A line for each row, with a dash where a number is missing."""
+    """Formats a line for each entry, with a dash where a number is missing."""
     body = [[number(row.get(key), form) for key, form in columns.values()] for row in rows]
     return (f"{text}\n\n" if text else "") + table(columns, body)
 
 
 def demo_table(found: dict) -> str:
-    """The demo's scores."""
+    """Formats the demo's scores."""
     names = list(found["reference"]["mIoU"])
     rows = [("trained on the CPU", found["reference"]["mIoU"])]
     rows += [("trained on the GPU", found["scores"]["mIoU"])]
@@ -101,7 +101,7 @@ def demo_table(found: dict) -> str:
 
 
 def camvid_table(rows: list[dict]) -> str:
-    """Full fine-tuning and FisherTune."""
+    """Formats the scores of full fine-tuning and FisherTune."""
     names = list(rows[0]["mIoU"])
     body = [
         [row["method"], f"{row['iterations']:,}", f"{row['seconds']:.0f}"]
@@ -191,12 +191,12 @@ TABLES: dict[str, tuple[str, Callable]] = {
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in a form, or a dash where there is none."""
+    """Formats a number, or a dash where there is none."""
     return "-" if value is None else format(value, form)
 
 
 def table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of markdown; this file knows no package that makes one."""
+    """Formats a Markdown table; this file imports the standard library alone."""
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
     cells = ([str(cell).replace("|", "/") for cell in line] for line in lines)

@@ -1,4 +1,4 @@
-"""The parts of the check; only Python's own library is needed."""
+"""The parts of the check; needs only Python's standard library."""
 
 import argparse
 import importlib.util
@@ -22,7 +22,7 @@ from gpu_check.demo import ROOT, demo_command, demo_scores, read_scores
 SCORES_WITHIN = 4.0
 SAME_WEIGHTS_WITHIN = 0.3  # points, of one model on two devices
 LOSS_WITHIN = 0.02  # of the loss of the first 20 iterations, as a ratio
-# What pytest runs. FISHERTUNE_TEST_DEVICE says on what.
+# The tests that pytest runs, on the device in FISHERTUNE_TEST_DEVICE.
 TESTS = (
     "tests/gpu",
     "tests/fisher",
@@ -34,7 +34,7 @@ PREEMPTED = 75  # the exit code of fishertune_d2/engine/preemption.py
 
 
 class PartFailed(Exception):
-    """Says why a part cannot go on."""
+    """Raised with the reason why a part cannot continue."""
 
 
 @dataclass
@@ -65,11 +65,11 @@ class Part:
         return self.args.device
 
     def check(self, ok: bool, what: str, found: str = "") -> None:
-        """Notes whether something that was asked for was found."""
+        """Records whether a requirement is met."""
         self.checks.append({"ok": bool(ok), "what": what, "found": found})
 
     def start(self, *words: object) -> subprocess.Popen:
-        """Starts Python with these words, its output in the part's log."""
+        """Starts Python with these arguments; its output goes to the part's log."""
         with (self.work / "log.txt").open("a") as log:
             print("$ python", *words, file=log, flush=True)
             return subprocess.Popen(
@@ -102,16 +102,16 @@ class Part:
         return process.returncode
 
     def python(self, *words: object) -> int:
-        """Runs Python with these words; the exit code."""
+        """Runs Python with these arguments, and returns the exit code."""
         return self.wait(self.start(*words))
 
     def log(self) -> str:
-        """What its processes have printed so far."""
+        """Returns the output of its processes so far."""
         log = self.work / "log.txt"
         return log.read_text(errors="replace") if log.is_file() else ""
 
     def benchmark(self, *names: str) -> None:
-        """Runs parts of benchmarks/gpu, whose figures are this part's as they come."""
+        """Runs parts of benchmarks/gpu, and takes over their figures as they come."""
         file = self.work / "figures.json"
         options = ["--device", self.device, "--output", file]
         if self.args.dry_run:
@@ -147,8 +147,8 @@ STOP = threading.Event()
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a process, and those that it started."""
-    process.terminate()  # torchrun tells its own, which are in sessions of their own
+    """Ends a process and its children."""
+    process.terminate()  # torchrun forwards this to its workers, which have their own sessions
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:
@@ -157,12 +157,12 @@ def end(process: subprocess.Popen) -> None:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
+    """Returns the last line that is not empty."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def setup(part: Part) -> None:
-    """The carried wheels, unpacked; then the doctor."""
+    """Unpacks the carried wheels, and runs the doctor."""
     site, wheels = part.args.site, sorted((part.args.carried / "wheels").glob("*.whl"))
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
@@ -176,10 +176,10 @@ def setup(part: Part) -> None:
 
 
 def tests(part: Part) -> None:
-    """The core tests on the device; then estimators, selection and spectra beside the CPU's."""
+    """Runs the core tests on the device; compares F, selections and spectra with the CPU's."""
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *part.args.tests]
     if importlib.util.find_spec("xdist"):
-        words += ["-n", "6"]  # each takes memory of the device
+        words += ["-n", "6"]  # each process takes memory of the device
     if part.args.dry_run:
         words += ["--collect-only"]
     part.environment["FISHERTUNE_TEST_DEVICE"] = part.device
@@ -190,7 +190,7 @@ def tests(part: Part) -> None:
 
 
 def demo(part: Part) -> None:
-    """The demo's config on the device, beside a CPU's scores and its own on this CPU."""
+    """Trains the demo on the device; compares its scores with a CPU's, also for its own weights."""
     carried, output = part.args.carried, part.work / "demo"
     remedy = "run tools/gpu_check/carry.py and name its folder by --carried"
     weights = part.need(carried / "weights.safetensors", remedy)
@@ -220,7 +220,7 @@ def demo(part: Part) -> None:
 
 
 def resume(part: Part) -> None:
-    """Torchrun with one process, SIGTERM in the tuning stage, and --resume to the end."""
+    """Stops torchrun with one process in the tuning stage, and resumes it."""
     weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_check/carry.py")
     output = part.work / "resumed"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
@@ -246,32 +246,32 @@ def resume(part: Part) -> None:
 
 
 def plan(part: Part) -> None:
-    """What fishertune_d2.plan counts, for the comparison with the peaks; on the CPU."""
+    """Counts memory with fishertune_d2.plan on the CPU, to compare it with the peaks."""
     part.benchmark("plan")
 
 
 def steps(part: Part) -> None:
-    """Steps of ViT-L: time, memory, waits and launches."""
+    """Measures steps of ViT-L: time, memory, waits and launches."""
     part.benchmark("training")
 
 
 def evaluation(part: Part) -> None:
-    """The evaluation of an image of Cityscapes' size by ViT-L."""
+    """Measures the evaluation of an image of Cityscapes' size by ViT-L."""
     part.benchmark("evaluation")
 
 
 def fisher(part: Part) -> None:
-    """The Fisher information of ViT-L, batched against the loop."""
+    """Measures the Fisher information of ViT-L, batched and in a loop."""
     part.benchmark("fisher")
 
 
 def ranking(part: Part) -> None:
-    """The ranking of 277 million scores."""
+    """Measures the ranking of 277 million scores."""
     part.benchmark("ranking")
 
 
 def camvid(part: Part) -> None:
-    """Full fine-tuning and FisherTune on CamVid, at the same time."""
+    """Trains full fine-tuning and FisherTune on CamVid, at the same time."""
     weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_check/carry.py")
     data = part.need(part.args.camvid, "run tools/gpu_check/carry.py --only camvid")
     part.environment["DETECTRON2_DATASETS"] = str(data.resolve())
@@ -301,8 +301,8 @@ def camvid(part: Part) -> None:
         list(pool.map(train, ("full", "fishertune")))
 
 
-# By name: what it does, and the seconds it may take. Parts of one group run at the same time; the
-# last ones measure, and have the GPU to themselves.
+# By name: the function, and the seconds it may take. Parts of one group run at the same time. The
+# last parts measure, and each has the GPU to itself.
 PARTS: dict[str, tuple[Callable[[Part], None], int]] = {
     "setup": (setup, 60),
     "tests": (tests, 170),
