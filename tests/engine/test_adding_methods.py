@@ -5,6 +5,7 @@ The methods come from the registry: a new one is tested here without a line.
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from fishertune_d2.export import delta_of_run, read_tuned, tuned_backbone
 from fishertune_d2.plan import make_plan
 from fishertune_d2.tuning import TUNING_REGISTRY, build_tuning_method
 
-from .conftest import same
+from .conftest import make_cfg, on_one_thread, same
 
 
 def _adding() -> list[str]:
@@ -30,21 +31,53 @@ def _adding() -> list[str]:
     return [name for name, make in TUNING_REGISTRY if make(cfg).adds]
 
 
-@pytest.fixture(params=_adding())
-def adding_cfg(request, tiny_cfg):
+@pytest.fixture(scope="module", params=_adding())
+def method(request) -> str:
+    """The name of a method that adds parameters."""
+    return request.param
+
+
+def _adding_cfg(make, method: str, output: str = "out", **options) -> CfgNode:
+    options = {
+        "TUNING__METHOD": method,
+        "TUNING__WARMUP_ITERS": 1,
+        "SOLVER__MAX_ITER": 4,
+        "SOLVER__WEIGHT_DECAY": 0.5,
+        "DATASETS__TEST": (),
+        **options,
+    }
+    return make(output, **options)
+
+
+@pytest.fixture
+def adding_cfg(method, tiny_cfg):
     """Returns a function that makes a config of the method: T1 = 1, T3 = 3."""
+    return partial(_adding_cfg, tiny_cfg, method)
 
-    def make(output: str = "out", **options):
-        options = {
-            "TUNING__METHOD": request.param,
-            "TUNING__WARMUP_ITERS": 1,
-            "SOLVER__MAX_ITER": 4,
-            "DATASETS__TEST": (),
-            **options,
-        }
-        return tiny_cfg(output, **options)
 
-    return make
+@pytest.fixture(scope="module")
+def make(tiny_data, tiny_head, device, tmp_path_factory):
+    """As ``tiny_cfg``, for a run that several tests read."""
+    options = {**tiny_head, "MODEL.DEVICE": device}
+    return lambda *args, **keys: make_cfg(tmp_path_factory.mktemp("run"), options, *args, **keys)
+
+
+@pytest.fixture(scope="module")
+def whole(make, method):
+    """The config, trainer and watch of an undisturbed run of the method."""
+    options = {"DATASETS__TEST": ("tiny_day",), "TEST__PICTURES": 0}
+    with on_one_thread():
+        cfg = _adding_cfg(make, method, **options)
+        return cfg, *_train(cfg)
+
+
+@pytest.fixture(scope="module")
+def warmup(make) -> str:
+    """The warm-up of a run with another method."""
+    with on_one_thread():
+        cfg = _adding_cfg(make, "freeze")
+        _train(cfg)
+        return str(Path(cfg.OUTPUT_DIR) / "model_warmup.pth")
 
 
 class _Watch(HookBase):
@@ -85,10 +118,9 @@ def _assert_same(got, expected) -> None:
         assert same(got[name], value), name
 
 
-def test_trains_what_it_adds_and_nothing_of_the_backbones_own(adding_cfg):
-    cfg = adding_cfg(SOLVER__WEIGHT_DECAY=0.5)
+def test_trains_what_it_adds_and_nothing_of_the_backbones_own(whole):
+    cfg, trainer, watch = whole
     own = Trainer.build_model(cfg).state_dict()
-    trainer, watch = _train(cfg)
     assert _state(cfg, "model_warmup").keys() == own.keys()  # so any method starts from it
 
     added = trainer.method.parameters(trainer.segmentor.backbone)
@@ -102,12 +134,11 @@ def test_trains_what_it_adds_and_nothing_of_the_backbones_own(adding_cfg):
         assert (tensor.grad is not None) == tensor.requires_grad, name
 
 
-def test_costs_what_was_planned(adding_cfg):
-    cfg = adding_cfg()
+def test_costs_what_was_planned(whole, adding_cfg):
+    cfg, trainer, _ = whole
     tuning = adding_cfg("planned", TUNING__WARMUP_CHECKPOINT="another run's")
     counts, costs = count_parameters(cfg), make_plan(tuning)
     planned = costs.stages[-1].memory
-    trainer, _ = _train(cfg)
     added = trainer.method.parameters(trainer.segmentor.backbone)
     assert counts["tuned_parameters"] == sum(p.numel() for p in added.values()) > 0
     own = Trainer.build_model(cfg).backbone
@@ -124,22 +155,20 @@ def test_costs_what_was_planned(adding_cfg):
     assert 0 < size - costs.files["model_final.pth"] < 1600 * len(model)
 
 
-def test_resumes_to_the_bit_and_shares_a_warmup(adding_cfg):
-    whole, parts = adding_cfg("whole"), adding_cfg("parts")
-    expected = _train(whole)[0].optimizer.state_dict()["state"]
+def test_resumes_to_the_bit_and_shares_a_warmup(whole, adding_cfg, warmup):
+    cfg, trainer, _ = whole
+    expected = trainer.optimizer.state_dict()["state"]
+    parts = adding_cfg("parts")
     _train(parts, stop=3)  # two steps into tuning
     resumed, _ = _train(parts, resume=True)
     assert resumed.start_iter == 3
-    _assert_same(_state(parts), _state(whole))
+    _assert_same(_state(parts), _state(cfg))
     for key, moments in resumed.optimizer.state_dict()["state"].items():
         _assert_same(moments, expected[key])
 
-    frozen = adding_cfg("frozen", TUNING__METHOD="freeze")
-    _train(frozen)
-    warmup = str(Path(frozen.OUTPUT_DIR) / "model_warmup.pth")
     shared = adding_cfg("shared", TUNING__WARMUP_CHECKPOINT=warmup)
     _train(shared)
-    _assert_same(_state(shared), _state(whole))
+    _assert_same(_state(shared), _state(cfg))
 
 
 def _one_of_two(rank: int, cfg: CfgNode, folder: Path) -> None:
@@ -174,13 +203,11 @@ def _evaluate(cfg, weights: Path) -> tuple[dict, dict]:
     return results, model.state_dict()
 
 
-def test_is_evaluated_from_the_checkpoint_alone(adding_cfg):
-    options = {"DATASETS__TEST": ("tiny_day",), "TEST__PICTURES": 0}
-    cfg = adding_cfg(**options)
-    _train(cfg)
+def test_is_evaluated_from_the_checkpoint_alone(whole, adding_cfg):
+    cfg, *_ = whole
     out = Path(cfg.OUTPUT_DIR)
     trained = json.loads((out / "results.json").read_text())
-    again = adding_cfg("again", SEED=7, **options)
+    again = adding_cfg("again", SEED=7, DATASETS__TEST=("tiny_day",), TEST__PICTURES=0)
     evaluated, state = _evaluate(again, out / "model_final.pth")
     assert evaluated["source"] == trained["source"]
     _assert_same(state, _state(cfg))
@@ -219,11 +246,10 @@ def test_is_exported_or_refused_with_a_reason(adding_cfg, tmp_path):
         torch.testing.assert_close(plain(image), tuned(image), rtol=1e-4, atol=1e-4)
 
 
-def test_checkpointed_blocks_change_no_number(adding_cfg):
-    plain, checkpointed = adding_cfg(), adding_cfg("other", MODEL__VFM__CHECKPOINT_BLOCKS=True)
-    _train(plain)
+def test_checkpointed_blocks_change_no_number(whole, adding_cfg):
+    checkpointed = adding_cfg("other", MODEL__VFM__CHECKPOINT_BLOCKS=True)
     _train(checkpointed)
-    _assert_same(_state(checkpointed), _state(plain))
+    _assert_same(_state(checkpointed), _state(whole[0]))
 
 
 def test_refuses_a_checkpoint_of_other_options(tiny_cfg):

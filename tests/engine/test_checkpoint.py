@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(checkpointer, tmp_path):
 
 
 def test_a_run_with_a_truncated_last_checkpoint_ends_as_the_undisturbed_one(tiny_cfg, finished_run):
-    parts = tiny_cfg("parts")
+    parts = tiny_cfg("parts", DATASETS__TEST=())
     _train(parts, _Broken(4))
     os.truncate(Path(parts.OUTPUT_DIR) / "model_0000003.pth", 1000)
     trainer = _train(parts, resume=True)
@@ -186,7 +186,7 @@ def test_resuming_names_the_keys_that_contradict_the_checkpoint(tiny_cfg):
 
 
 def test_where_files_are_and_what_is_written_when_may_change(tiny_cfg, finished_run):
-    parts = tiny_cfg("parts")
+    parts = tiny_cfg("parts", DATASETS__TEST=())
     _train(parts, _Broken(4))
     changed = tiny_cfg(
         "parts",
@@ -236,7 +236,7 @@ def test_resuming_with_other_images_says_so(tiny_cfg, tiny_data):
 def test_an_image_that_breaks_in_the_middle_of_an_epoch_costs_nothing(
     tiny_cfg, tiny_data, finished_run, workers
 ):
-    parts = tiny_cfg("parts", DATALOADER__NUM_WORKERS=workers)
+    parts = tiny_cfg("parts", DATASETS__TEST=(), DATALOADER__NUM_WORKERS=workers)
     trainer = Trainer(parts)
     epoch = [index for _, index in islice(trainer.data_loader.sampler, 6)]
     path = tiny_data / "tiny_day" / "images" / f"{epoch[-1]}.png"

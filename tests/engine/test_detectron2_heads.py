@@ -35,8 +35,8 @@ def test_fishertune_trains_estimates_and_scores(keys, accumulate, tiny_cfg):
     before = {name: value.clone() for name, value in trainer.segmentor.state_dict().items()}
     trainer.train()
     out = Path(cfg.OUTPUT_DIR)
-    rows = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
-    assert rows and all(0 < row["loss_sem_seg"] < 10 for row in rows if "loss_sem_seg" in row)
+    lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    assert lines and all(0 < line["loss_sem_seg"] < 10 for line in lines if "loss_sem_seg" in line)
     estimate = FisherEstimate.load(out / "fisher.safetensors")
     assert estimate.images == 4 and any(f.any() for f in estimate.f.values())
     after = trainer.segmentor.state_dict()

@@ -1,4 +1,4 @@
-"""Eq. 6 in training (the paper's "+FP" rows), through the real Trainer."""
+"""Eq. 6 in training (the paper's "+FP"), through the real Trainer."""
 
 import json
 from pathlib import Path

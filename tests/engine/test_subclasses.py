@@ -14,6 +14,9 @@ from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.engine import Trainer
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
 
+# A training that only has to come to its test.
+SHORT = {"TUNING__METHOD": "freeze", "TUNING__WARMUP_ITERS": 1, "SOLVER__MAX_ITER": 1}
+
 
 class _Counting(DatasetEvaluator):
     """Counts images, and gives no mIoU."""
@@ -40,14 +43,14 @@ def _train(trainer: Trainer) -> dict:
 
 
 def test_results_are_compared_with_the_expected_ones(tiny_cfg):
-    cfg = tiny_cfg(TUNING__METHOD="freeze")
+    cfg = tiny_cfg(**SHORT)
     scores = {name: m["mIoU"] for name, m in _train(Trainer(cfg)).items()}
     assert list(scores) == ["tiny_day", "tiny_night", "unseen"]
     expected = [[name, "mIoU", score, 1e-4] for name, score in scores.items()]
-    _train(Trainer(tiny_cfg("again", TUNING__METHOD="freeze", TEST__EXPECTED_RESULTS=expected)))
+    _train(Trainer(tiny_cfg("again", **SHORT, TEST__EXPECTED_RESULTS=expected)))
     expected[0][2] += 1.0
     with pytest.raises(SystemExit):
-        _train(Trainer(tiny_cfg("off", TUNING__METHOD="freeze", TEST__EXPECTED_RESULTS=expected)))
+        _train(Trainer(tiny_cfg("off", **SHORT, TEST__EXPECTED_RESULTS=expected)))
 
 
 def test_an_evaluator_of_ones_own_is_called_for_each_test_set(tiny_cfg):
@@ -59,7 +62,7 @@ def test_an_evaluator_of_ones_own_is_called_for_each_test_set(tiny_cfg):
             cls.folders.append(output_folder)
             return _Counting(dataset_name)
 
-    cfg = tiny_cfg(TUNING__METHOD="freeze")
+    cfg = tiny_cfg(**SHORT)
     results = _train(Mine(cfg))
     assert results == {n: {n: {"images": 6}} for n in ("tiny_day", "tiny_night")}
     assert not Path(cfg.OUTPUT_DIR, "results.json").exists()  # no mIoU, so no table
@@ -67,7 +70,7 @@ def test_an_evaluator_of_ones_own_is_called_for_each_test_set(tiny_cfg):
 
 
 def test_evaluators_may_be_passed_as_to_detectron2s_test(tiny_cfg):
-    cfg = tiny_cfg(TUNING__METHOD="freeze", DATASETS__TEST=(), SOLVER__MAX_ITER=3)
+    cfg = tiny_cfg(**SHORT, DATASETS__TEST=())
     trainer = Trainer(cfg)
     _train(trainer)
     cfg = tiny_cfg(TUNING__METHOD="freeze")
@@ -85,7 +88,7 @@ def test_a_test_of_ones_own_is_called_after_training(tiny_cfg):
             assert not hasattr(model, "module")
             return {"mine": 1}
 
-    assert _train(Mine(tiny_cfg(TUNING__METHOD="freeze"))) == {"mine": 1}
+    assert _train(Mine(tiny_cfg(**SHORT))) == {"mine": 1}
 
 
 def test_a_loader_of_ones_own_trains_and_is_estimated_on(tiny_cfg, caplog):

@@ -14,6 +14,9 @@ from fishertune_d2.fisher import FisherEstimate, Selection
 
 from .conftest import EXACT, same_end
 
+# A training of which only the end counts: no scores, and one checkpoint.
+LEAN = {"DATASETS__TEST": (), "SOLVER__CHECKPOINT_PERIOD": 100}
+
 
 def _run(cfg, resume: bool = False, hook: HookBase | None = None) -> Trainer:
     trainer = Trainer(cfg)
@@ -89,6 +92,7 @@ def test_three_stages_write_what_they_promise(tiny_cfg):
 @pytest.mark.parametrize("clipping", ["", "norm", "full_model"])
 def test_unselected_weights_stay_bit_identical(tiny_cfg, clipping):
     cfg = tiny_cfg(
+        **LEAN,
         SOLVER__WEIGHT_DECAY=0.5,
         SOLVER__CLIP_GRADIENTS__ENABLED=bool(clipping),
         SOLVER__CLIP_GRADIENTS__CLIP_TYPE=clipping or "value",
@@ -110,7 +114,7 @@ def test_unselected_weights_stay_bit_identical(tiny_cfg, clipping):
 
 
 def test_weights_are_tuned_from_the_moment_they_are_selected(tiny_cfg):
-    trainer = Trainer(tiny_cfg(TUNING__D_MIN=0.01, TUNING__D_MAX=0.05))
+    trainer = Trainer(tiny_cfg(**LEAN, TUNING__D_MIN=0.01, TUNING__D_MAX=0.05))
     start = {k: v.clone() for k, v in trainer.segmentor.backbone.state_dict().items()}
     counts = []
 
@@ -132,7 +136,7 @@ def test_weights_are_tuned_from_the_moment_they_are_selected(tiny_cfg):
 
 
 def test_warmup_pays_no_backward_pass_through_the_backbone(tiny_cfg):
-    trainer = Trainer(tiny_cfg(SOLVER__MAX_ITER=3))
+    trainer = Trainer(tiny_cfg(**LEAN, SOLVER__MAX_ITER=3))
     seen = []
     trainer.segmentor.backbone.register_forward_hook(
         lambda module, inputs, output: seen.extend(o.requires_grad for o in output.values())
@@ -160,7 +164,7 @@ def test_other_methods(tiny_cfg, method):
 # Killed in warm-up, between warm-up and estimation, and in the tuning stage.
 @pytest.mark.parametrize("iteration", [2, 3, 5])
 def test_resume_gives_the_same_weights(tiny_cfg, finished_run, iteration):
-    parts = tiny_cfg("parts")
+    parts = tiny_cfg("parts", DATASETS__TEST=())
     with pytest.raises(_Killed):
         _run(parts, hook=_KillBefore(iteration))
     torch.manual_seed(99)  # a new process has another random state
@@ -178,7 +182,7 @@ class _KillInEstimation(HookBase):
 
 
 def test_resume_after_a_kill_in_the_middle_of_the_estimation(tiny_cfg, finished_run):
-    parts = tiny_cfg("parts")
+    parts = tiny_cfg("parts", DATASETS__TEST=())
     trainer = Trainer(parts)
     trainer._estimation_batches = _KillInEstimation(trainer)
     with pytest.raises(_Killed):
@@ -188,10 +192,10 @@ def test_resume_after_a_kill_in_the_middle_of_the_estimation(tiny_cfg, finished_
 
 
 def test_methods_can_share_one_warmup(tiny_cfg, finished_run):
-    freeze = tiny_cfg("freeze", TUNING__METHOD="freeze", DATASETS__TEST=())
+    freeze = tiny_cfg("freeze", **LEAN, TUNING__METHOD="freeze")
     _run(freeze)
     warmup = str(Path(freeze.OUTPUT_DIR) / "model_warmup.pth")
-    shared = tiny_cfg("shared", TUNING__WARMUP_CHECKPOINT=warmup)
+    shared = tiny_cfg("shared", **LEAN, TUNING__WARMUP_CHECKPOINT=warmup)
     trainer = _run(shared)
     assert trainer.start_iter == 3
     assert same_end(finished_run, shared.OUTPUT_DIR)
@@ -202,7 +206,7 @@ def test_methods_can_share_one_warmup(tiny_cfg, finished_run):
 
 
 def test_resume_refuses_another_selection(tiny_cfg):
-    cfg = tiny_cfg()
+    cfg = tiny_cfg(DATASETS__TEST=())
     with pytest.raises(_Killed):
         _run(cfg, hook=_KillBefore(5))
     file = Path(cfg.OUTPUT_DIR) / "selection.safetensors"
@@ -245,7 +249,7 @@ def test_refuses(tiny_cfg):
 
 @pytest.mark.parametrize("method", ["random", "random_v", "fisher", "delta_fisher"])
 def test_every_selective_method_trains(tiny_cfg, method):
-    cfg = tiny_cfg(TUNING__METHOD=method, TUNING__D_MAX=0.02)
+    cfg = tiny_cfg(**LEAN, TUNING__METHOD=method, TUNING__D_MAX=0.02)
     trainer = _run(cfg)
     out = Path(cfg.OUTPUT_DIR)
     assert (out / "fisher.safetensors").is_file() == trainer.method.estimates
@@ -258,7 +262,8 @@ def test_every_selective_method_trains(tiny_cfg, method):
 
 
 def test_runs_can_share_one_estimate(tiny_cfg, finished_run):
-    shared = tiny_cfg("shared", FISHER__ESTIMATE=str(finished_run / "fisher.safetensors"))
+    file = str(finished_run / "fisher.safetensors")
+    shared = tiny_cfg("shared", **LEAN, FISHER__ESTIMATE=file)
     trainer = Trainer(shared)
     trainer._estimation_batches = None  # not needed
     trainer.train()
@@ -318,7 +323,7 @@ class _Spoil(HookBase):
 def test_a_loss_that_is_not_finite_names_what_met_it_and_costs_nothing(
     tiny_cfg, finished_run, iteration, what, expected
 ):
-    parts = tiny_cfg("parts")
+    parts = tiny_cfg("parts", DATASETS__TEST=())
     with pytest.raises(FloatingPointError, match=expected) as stopped:
         _run(parts, hook=_Spoil(iteration, what))
     assert "The last checkpoint stands" in str(stopped.value)
