@@ -180,9 +180,9 @@ def loaded(name: str) -> list[tuple[str, str]]:
     return sorted((d["file_name"], d["sem_seg_file_name"]) for d in load_pairs(BY_NAME[name]))
 
 
-def test_every_row_has_its_fake_tree():
-    rows = {name for name, dataset in BY_NAME.items() if dataset.root is not _streets_root}
-    assert rows == set(TREES)
+def test_every_data_set_has_its_fake_tree():
+    names = {name for name, dataset in BY_NAME.items() if dataset.root is not _streets_root}
+    assert names == set(TREES)
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -304,7 +304,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, in_process, monkeypatch):
 def test_ensure_keeps_this_version_and_replaces_another(tmp_path, in_process, monkeypatch):
     root = tmp_path / "streets"
     monkeypatch.setattr(
-        streets, "write_streets", lambda root: write_streets(root, size=(96, 48), counts=TINY)
+        streets, "write_streets", lambda root, **_: write_streets(root, size=(96, 48), counts=TINY)
     )
     assert ensure_streets(root) == root
     picture = root / "leftImg8bit/val/fog/fog_000000_000000_leftImg8bit.png"

@@ -48,7 +48,7 @@ def test_a_missing_folder_shows_the_expected_tree(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [n for n in BY_NAME if not n.startswith("streets")])
-def test_every_row_says_what_it_needs(name, tmp_path, monkeypatch):
+def test_every_data_set_says_what_it_needs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     with pytest.raises(DatasetError, match=f"^{name}: no folder.*"):
         load_datasets([name])
