@@ -65,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("table", choices=[*TABLES, "sweep"])
     parser.add_argument("values", nargs="*", help="KEY VALUE ... of a sweep")
-    parser.add_argument(
-        "--profile", choices=list(PROFILES), default="paper", help="the configs and the data sets"
-    )
+    parser.add_argument("--profile", choices=list(PROFILES), default="paper", help="the setting")
     parser.add_argument(
         "--vfm",
         nargs="+",

@@ -32,21 +32,18 @@ Numbers = Mapping[tuple[str, str, str], float]
 def paper_numbers(table: str) -> dict[tuple[str, str, str], float]:
     """Returns the paper's numbers, as printed in its Tables 1 to 5.
 
-    Table 2 labels the results with EVA-02 one line too low; the file corrects this.
+    The labels of EVA-02 in Table 2 are shifted by one in the paper; the file corrects this.
 
     Args:
         table: A name in ``TABLES``.
     """
     with open(_PAPER, newline="") as file:
-        return {
-            (
-                line["vfm"],
-                line["entry"],
-                AVERAGE if line["set"] == "average" else line["set"],
-            ): float(line["miou"])
-            for line in csv.DictReader(file)
-            if line["table"] == table
-        }
+        lines = [line for line in csv.DictReader(file) if line["table"] == table]
+    names = {"average": AVERAGE}
+    return {
+        (line["vfm"], line["entry"], names.get(line["set"], line["set"])): float(line["miou"])
+        for line in lines
+    }
 
 
 @dataclass(frozen=True)
@@ -89,11 +86,12 @@ def read_lines(cells: Sequence[Cell], sets: Sequence[str], name: str) -> list[Li
         if results is not None:
             found.setdefault((cell.vfm, cell.entry.name), []).append((cell, results))
     every = [results for runs in found.values() for _, results in runs]
-    # Entries with options may train for longer, or on other data sets than those to read.
+    # Options of an entry may change how long it trains, and --set may change it for all cells.
     require_same_protocol(every, vary=(*ENTRY, *LENGTH, "vfm", "seed"), sets=sets)
     lines = []
     for (vfm, entry), runs in found.items():
         by_seed = {cell.seed: _scores(results, sets) for cell, results in runs}
+        tuned = {results.tuned_parameters for _, results in runs}
         lines.append(
             Line(
                 vfm,
@@ -103,9 +101,7 @@ def read_lines(cells: Sequence[Cell], sets: Sequence[str], name: str) -> list[Li
                     key: {seed: scores[key] for seed, scores in sorted(by_seed.items())}
                     for key in next(iter(by_seed.values()))
                 },
-                tuple(
-                    sorted({r.tuned_parameters for _, r in runs if r.tuned_parameters is not None})
-                ),
+                tuple(sorted(count for count in tuned if count is not None)),
                 tuple(sorted({results.commit for _, results in runs})),
             )
         )

@@ -134,7 +134,7 @@ class Runner:
                     future.result()
                     over.add(running.pop(future))
         if STOPPED in ends:
-            self.say("stopped early: the same command goes on from here")
+            self.say("stopped early: run the same command to resume")
             sys.exit(EXIT_CODE)
         return all(end == DONE for end in ends)
 

@@ -103,7 +103,7 @@ def _peft(name: str) -> Entry:
 
 
 _THIRDS = {"shallow": (0.0, 0.3333), "middle": (0.3333, 0.6667), "deep": (0.6667, 1.0)}
-# Q in a third of the blocks must be larger: it is 2.7 % of a ViT-S and 2.8 % of a ViT-L.
+# Q in a third of the blocks must hold this share: it is 2.7 % of a ViT-S, 2.8 % of a ViT-L.
 _SHARE_OF_GROUP = ("TUNING.D_MAX", "0.025")
 _GROUPS = tuple(f"{kind}_{part}" for kind in ("q", "k", "v", "ffn") for part in _THIRDS)
 

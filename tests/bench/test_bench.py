@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_and_says_so_by_its_exit_code(runs, names, capsys):
     with pytest.raises(SystemExit) as left:
         runs("selection", *ROWS)
     assert left.value.code == EXIT_CODE
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command to resume" in capsys.readouterr().err
     runs.calls()
     assert runs("selection", *ROWS) == 0
     (call,) = runs.calls()
