@@ -1,12 +1,14 @@
 import json
-import subprocess
+import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from fvcore.common.registry import Registry
+from torch.multiprocessing import ProcessExitedException, start_processes
 from yaml import safe_load
 
 from fishertune_d2.command_line import TRACEBACK, can_be_mended, ending_in_a_sentence, sentence
@@ -85,25 +87,16 @@ def test_an_error_without_words_has_a_name():
     assert sentence(KeyError("no method 'a'; there are b")) == "no method 'a'; there are b"
 
 
-_CHILD = """
-import torch.multiprocessing as mp
-from fishertune_d2.command_line import ending_in_a_sentence
-
-def work(rank):
+def _fail_in_a_child(rank: int, said: Path) -> None:
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
     with ending_in_a_sentence():
         raise ValueError("of a child")
 
-if __name__ == "__main__":
-    try:
-        mp.spawn(work, nprocs=1)
-    except mp.ProcessExitedException as error:
-        print("code", error.exit_code)
-"""
-
 
 def test_a_child_process_leaves_with_the_code(tmp_path):
-    script = tmp_path / "child.py"
-    script.write_text(_CHILD)
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert run.stdout.strip() == "code 1" and "error: of a child" in run.stderr
-    assert "Traceback" not in run.stderr
+    said = tmp_path / "stderr.txt"
+    with pytest.raises(ProcessExitedException) as left:
+        start_processes(_fail_in_a_child, (said,), nprocs=1, start_method="forkserver")
+    assert left.value.exit_code == 1
+    text = said.read_text()
+    assert text.startswith("error: of a child") and "Traceback" not in text
