@@ -86,14 +86,14 @@ def requirements() -> Iterator[Finding]:
 
 def _required(need: "Requirement") -> Finding:
     name, version, install = need.name, _version(need.name), f"pip install '{need}'"
-    module = _MODULES.get(name, name)
+    module = _MODULES.get(name, name.replace("-", "_"))
     if find_spec(module) is None:
         return Finding(name, "not installed", PROBLEM, install)
     try:
         importlib.import_module(module)
     except Exception as error:  # broken binaries raise errors of any type
         words = f"{version}, cannot be imported: {_line(error)}"
-        return Finding(name, words, PROBLEM, _BOTH if name.startswith("torch") else install)
+        return Finding(name, words, PROBLEM, _BOTH if name in ("torch", "torchvision") else install)
     if version is None:  # another distribution brings it, such as opencv-python
         return Finding(name, f"there, by another name: {module} can be imported")
     if not _fits(version, need):
