@@ -47,7 +47,7 @@ def test_how_far_other_kernels_move_a_number(monkeypatch):
     variables = _run_example("results/tables.md", "other_kernels")
     sizes, largest = variables["sizes"].values(), max(variables["sizes"].values())
     page = " ".join((DOCS / "results/tables.md").read_text().split())
-    assert f"moved by {sum(sizes) / len(sizes):.1f} up or down, at most by {largest:.1f} (" in page
+    assert f"moved by {sum(sizes) / len(sizes):.1f} points, at most by {largest:.1f} (" in page
 
 
 def test_how_far_fishertune_is_from_full_fine_tuning(monkeypatch, capsys):

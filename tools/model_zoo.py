@@ -23,16 +23,28 @@ from fishertune_d2.run import ENTRY, LENGTH, Results, require_same_protocol  # n
 
 # The title of each study, and the part of docs/results that reads it.
 STUDIES = {
-    "table1_camvid": ("Table 1 on CamVid", "tables.md#on-the-test-sets"),
-    "table1_streets": ("Table 1 from the scenes", "tables.md#from-the-built-in-scenes"),
+    "table1_camvid": ("Table 1 on CamVid", "tables.md#which-method-is-best-at-dusk"),
+    "table1_streets": ("Table 1 from the scenes", "tables.md#do-the-built-in-scenes-agree"),
     "selection": ("Which weights to select", "selection.md"),
-    "other_kernels": ("Same seeds, other kernels", "tables.md#the-same-seed-twice"),
-    "warm_moments": ("AdamW's moments kept warm", "tables.md#moments-of-weights-that-join-late"),
-    "constant_schedule": ("All weights from the start", "tables.md#all-of-them-from-the-start"),
-    "share_20": ("20 % of the backbone", "tables.md#a-larger-share"),
-    "iterations_900": ("900 iterations of tuning", "tables.md#longer-training"),
-    "iterations_900_search": ("Learning rates over 900", "tables.md#longer-training"),
-    "iterations_900_share_20": ("20 % over 900 iterations", "tables.md#both"),
+    "other_kernels": ("Same seeds, other kernels", "tables.md#how-far-do-cpu-kernels-move-a-score"),
+    "warm_moments": (
+        "AdamW's moments kept warm",
+        "tables.md#do-adamws-moments-of-late-weights-matter",
+    ),
+    "constant_schedule": ("All weights from the start", "tables.md#does-the-growing-share-matter"),
+    "share_20": ("20 % of the backbone", "tables.md#does-a-larger-share-close-the-gap"),
+    "iterations_900": (
+        "900 iterations of tuning",
+        "tables.md#do-900-iterations-of-tuning-close-the-gap",
+    ),
+    "iterations_900_search": (
+        "Learning rates over 900",
+        "tables.md#do-900-iterations-of-tuning-close-the-gap",
+    ),
+    "iterations_900_share_20": (
+        "20 % over 900 iterations",
+        "tables.md#do-a-larger-share-and-900-iterations-close-the-gap",
+    ),
 }
 
 HEAD = """# Model zoo
