@@ -38,3 +38,8 @@ def test_it_cites_the_paper_that_the_readme_names():
     (preprint,) = PAPER["identifiers"]
     assert PAPER["url"].endswith(preprint["value"].removeprefix("arXiv:"))
     assert len(PAPER["authors"]) == 7
+
+
+def test_the_changelog_dates_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## {CITATION['version']} - {CITATION['date-released']}\n" in text
