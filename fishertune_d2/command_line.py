@@ -8,13 +8,11 @@ from contextlib import contextmanager
 
 from yaml import YAMLError
 
-from fishertune_d2.data.image_files import DatasetError
-
 # If this variable is set, the traceback is printed above the sentence.
 TRACEBACK = "FISHERTUNE_TRACEBACK"
 
 # A missing or forbidden file is an OSError, a loss that is not finite a FloatingPointError.
-_ALWAYS = (DatasetError, FloatingPointError, OSError, YAMLError)
+_ALWAYS = (FloatingPointError, OSError, YAMLError)
 # Modules that read configs and look up registered names.
 _CONFIG_READERS = ("fvcore.", "yacs.", "detectron2.config", "detectron2.data.catalog")
 
@@ -65,7 +63,8 @@ def sentence(error: BaseException) -> str:
     if not text.strip():
         text = type(error).__name__
     # A ValueError of another library often names nothing that the user typed, so add its line.
-    if isinstance(error, ValueError) and not isinstance(error, _ALWAYS):
+    ours = type(error).__module__.startswith(__package__)
+    if isinstance(error, ValueError) and not ours and not isinstance(error, _ALWAYS):
         module = _module(error)
         if module and not module.startswith((__package__, "__main__", *_CONFIG_READERS)):
             frame = traceback.extract_tb(error.__traceback__)[-1]

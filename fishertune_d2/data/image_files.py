@@ -28,7 +28,7 @@ _LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp")
 _UNSCALED = {"F": "floats", "I": "32-bit integers", "I;16": "16-bit grey", "I;16B": "16-bit grey"}
 
 
-class DatasetError(RuntimeError):
+class DatasetError(ValueError):
     """Data that cannot be used; the message names the file and the remedy."""
 
 
