@@ -103,3 +103,15 @@ def reads_config(function: ast.FunctionDef) -> bool:
         and node.attr.isupper()
         for node in ast.walk(function)
     )
+
+
+def test_files_and_functions_are_short():
+    long = []
+    for file in MODULES:
+        text, place = file.read_text(), str(file.relative_to(ROOT))
+        if len(text.splitlines()) > 400:
+            long.append(f"{place}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{place}: {node.name}, {node.end_lineno - node.lineno + 1} lines")
+    assert not long
