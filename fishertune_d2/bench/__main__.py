@@ -27,13 +27,15 @@ from .runner import Runner
 from .tables import PROFILES, TABLES, Entry, Table, entry_names, find_entry, sweep
 from .tasks import Search, Test, Train
 
+_TRAIN = (sys.executable, "-m", "fishertune_d2.train")
 
-def main(arguments: Sequence[str] | None = None, train: Sequence[str] | None = None) -> int:
+
+def main(arguments: Sequence[str] | None = None, train: Sequence[str] = _TRAIN) -> int:
     """Runs the command.
 
     Args:
         arguments: The command line; None uses the process's own.
-        train: The command that trains a cell; None uses fishertune_d2.train.
+        train: The command that trains a cell, without arguments.
 
     Returns:
         0, or 1 if a cell failed. The process exits with 2 if the command is wrong.
@@ -48,8 +50,8 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] | None = N
         done = True
         if not args.report:
             task.require_ready()
-            launcher = _find_launcher(args, task.request.output)
-            done = task.run(Runner(launcher, train) if train else Runner(launcher))
+            runner = Runner(_find_launcher(args, task.request.output), train)
+            done = runner.run(task.cells, task.sets, task.folder)
         task.conclude()
         if args.save:
             task.save(args.save)

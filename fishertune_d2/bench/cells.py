@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fishertune_d2.analysis.study import read_results
+from fishertune_d2.analysis.study import TEST, read_results
 from fishertune_d2.config import CONFIGS, get_config_file, read_config
 from fishertune_d2.engine.run_keys import changes_estimate, changes_warmup, defining_keys
 from fishertune_d2.run import Results, Run, RunError
@@ -115,6 +115,16 @@ class Cell:
     def weights(self) -> Path:
         """The trained model's file; it exists once training has finished."""
         return Run(self.folder).checkpoint
+
+    def scored_in(self, name: str) -> Path:
+        """Returns the folder for the scores of the trained cell.
+
+        Args:
+            name: The folder below the cell's own. A training that ended before it was scored uses
+                the cell's own, but never for test sets: a search must know that they were seen.
+        """
+        scored = (self.folder / "results.json").is_file()
+        return self.folder / name if scored or name == TEST else self.folder
 
     def results(self, sets: Sequence[str], name: str) -> Results | None:
         """Returns the scores on the data sets; None if they are missing or damaged.

@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,23 +32,16 @@ class Runner:
 
     Args:
         launcher: Runs the commands.
-        train: The command that trains, without arguments.
-        say: Prints a line for the user.
+        command: The command that trains, without arguments.
     """
 
-    def __init__(
-        self,
-        launcher: Local | Submitit,
-        train: Sequence[str] = (sys.executable, "-m", "fishertune_d2.train"),
-        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-    ):
+    def __init__(self, launcher: Local | Submitit, command: Sequence[str]):
         self.launcher = launcher
-        self.command = list(train)
-        self.say = say
+        self.command = list(command)
         self._stopping = False
 
-    def train(self, cells: Sequence[Cell], sets: Sequence[str], name: str) -> bool:
-        """Trains and scores the cells that are not finished.
+    def run(self, cells: Sequence[Cell], sets: Sequence[str], name: str) -> bool:
+        """Trains the cells that are not trained, and scores those that are not scored.
 
         A signal to this process or to a training ends in a SystemExit with the exit code of
         preemption. The same command then resumes the cells.
@@ -56,77 +49,30 @@ class Runner:
         Args:
             cells: All cells that share files with each other.
             sets: The data sets to score on.
-            name: The folder, below the cell's own, for results of a cell that was trained and
-                scored on other data sets before.
+            name: The folder, below the cell's own, for scores that are made after training.
 
         Returns:
             Whether all cells are finished.
         """
-
-        def run(cell: Cell) -> str:
-            if cell.results(sets, name) is None:
-                if cell.weights.is_file():
-                    other = (cell.folder / "results.json").is_file()
-                    end = self._score(cell, sets, cell.folder / name if other else cell.folder)
-                else:
-                    end = self._train(cell, sets)
-                if end != DONE:
-                    return end
-            for checkpoint in (
-                *cell.folder.glob("model_[0-9]*.pth"),
-                *cell.folder.glob("model_preempted.pth"),
-            ):
-                checkpoint.unlink()  # large, and no longer needed
-            return self._share(cell)
-
-        return self._all(
-            cells, makers(cells), run, lambda cell: cell.results(sets, name) is not None
-        )
-
-    def score(self, cells: Sequence[Cell], sets: Sequence[str], name: str) -> bool:
-        """Scores trained cells. A signal ends as in :meth:`train`.
-
-        Args:
-            cells: The cells, all trained.
-            sets: The data sets.
-            name: The folder for the results, below the cell's own.
-
-        Returns:
-            Whether all cells are scored.
-        """
-
-        def run(cell: Cell) -> str:
-            if cell.results(sets, name) is not None:
-                return DONE
-            return self._score(cell, sets, cell.folder / name)
-
-        return self._all(cells, {}, run, lambda cell: cell.results(sets, name) is not None)
-
-    def _all(
-        self,
-        cells: Sequence[Cell],
-        after: Mapping[Path, set[Path]],
-        run: Callable[[Cell], str],
-        finished: Callable[[Cell], bool],
-    ) -> bool:
         ends: list[str] = []
         saying = threading.Lock()
 
         def one(cell: Cell) -> None:
-            before, start = finished(cell), time.monotonic()
-            end = STOPPED if self._stopping else run(cell)
+            before, start = cell.results(sets, name) is not None, time.monotonic()
+            end = STOPPED if self._stopping else self._run(cell, sets, name)
             with saying:  # else two cells that end together share a number and a line
                 ends.append(end)
                 if end == DONE:
                     end = "done before" if before else f"done in {time.monotonic() - start:.0f} s"
                 if not self._stopping or end != STOPPED:
-                    self.say(f"[{len(ends)}/{len(cells)}] {cell.folder}: {end}")
+                    _say(f"[{len(ends)}/{len(cells)}] {cell.folder}: {end}")
 
+        after = makers(cells)
         with self._listening(), ThreadPoolExecutor(self.launcher.jobs) as pool:
             waiting, over = list(cells), set[Path]()
             running: dict[Future, Path] = {}
             while waiting or running:
-                free = [cell for cell in waiting if after.get(cell.folder, set()) <= over]
+                free = [cell for cell in waiting if after[cell.folder] <= over]
                 for cell in free[: self.launcher.jobs - len(running)]:
                     waiting.remove(cell)
                     running[pool.submit(one, cell)] = cell.folder
@@ -134,9 +80,26 @@ class Runner:
                     future.result()
                     over.add(running.pop(future))
         if STOPPED in ends:
-            self.say("stopped early: run the same command to resume")
+            _say("stopped early: run the same command to resume")
             sys.exit(EXIT_CODE)
         return all(end == DONE for end in ends)
+
+    def _run(self, cell: Cell, sets: Sequence[str], name: str) -> str:
+        """Returns DONE, STOPPED, or the reason for the failure."""
+        if cell.results(sets, name) is None:
+            if cell.weights.is_file():
+                folder = cell.scored_in(name)
+                end = self._attempt(cell, cell.score_arguments(sets, folder), folder)
+            else:
+                end = self._train(cell, sets)
+            if end != DONE:
+                return end
+        for checkpoint in (
+            *cell.folder.glob("model_[0-9]*.pth"),
+            *cell.folder.glob("model_preempted.pth"),
+        ):
+            checkpoint.unlink()  # large, and no longer needed
+        return self._share(cell)
 
     def _train(self, cell: Cell, sets: Sequence[str]) -> str:
         for what, path in cell.takes.items():
@@ -144,14 +107,11 @@ class Runner:
                 return f"{FAILED}: the {what.words} that it takes is missing, {path}"
         return self._attempt(cell, cell.arguments(sets), cell.folder)
 
-    def _score(self, cell: Cell, sets: Sequence[str], folder: Path) -> str:
-        return self._attempt(cell, cell.score_arguments(sets, folder), folder)
-
     def _attempt(self, cell: Cell, arguments: Sequence[str], folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "stdout.txt"
         attempt = self.launcher.run([*self.command, *arguments], log)
-        record(cell, [*self.command, *arguments], attempt, folder)
+        _record(cell, [*self.command, *arguments], attempt, folder)
         if self._stopping or attempt.exit_code == EXIT_CODE:
             return STOPPED
         if attempt.exit_code or not (folder / "results.json").is_file():
@@ -159,13 +119,7 @@ class Runner:
         return DONE
 
     def _share(self, cell: Cell) -> str:
-        """Links the files that the cell made to their shared paths, and those that it took back.
-
-        So each shared file takes its disk space once.
-
-        Returns:
-            DONE, or the reason for the failure.
-        """
+        """Links the cell's files and the shared files, so that each takes its disk space once."""
         for what, path in cell.shared.items():
             file = cell.folder / what.file
             if what in cell.makes:
@@ -192,6 +146,10 @@ class Runner:
             yield
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _link(source: Path, target: Path) -> None:
     with whole_file(target) as temporary:
         temporary.unlink(missing_ok=True)
@@ -201,15 +159,8 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def record(cell: Cell, command: Sequence[str], attempt: Attempt, folder: Path) -> None:
-    """Writes ``cell.json``: the config, the command, and the cost of each attempt.
-
-    Args:
-        cell: The cell.
-        command: The command that ran it.
-        attempt: Its exit code and its cost.
-        folder: OUTPUT_DIR.
-    """
+def _record(cell: Cell, command: Sequence[str], attempt: Attempt, folder: Path) -> None:
+    """Writes ``cell.json``: the config, the command, and the cost of each attempt."""
     path = folder / "cell.json"
     earlier = json.loads(path.read_text())["attempts"] if path.is_file() else []
     attempts = [*earlier, {**asdict(attempt), "commit": commit()}]
@@ -249,9 +200,6 @@ def _gpu_memory(log: Path) -> int | None:
 
 def require_same_recipe(cells: Sequence[Cell]) -> None:
     """Refuses cells whose folders hold a run of another recipe, before any cell starts.
-
-    Args:
-        cells: The cells.
 
     Raises:
         ValueError: The recipes differ; the message names folders, keys, and both values.

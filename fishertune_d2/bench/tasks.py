@@ -19,7 +19,7 @@ from .cells import Cell, digest, make_cells, needs_rate
 from .learning_rates import describe, read_choices, require_unseen, write_choices
 from .request import Request
 from .result_table import paper_numbers, read_lines, write_table
-from .runner import Runner, require_same_recipe
+from .runner import require_same_recipe
 from .tables import FREEZE, find_entry
 
 
@@ -82,10 +82,6 @@ class Train:
                 troubles.append(str(error.args[0]))
         if troubles:
             raise DatasetError("data are missing:\n" + "\n\n".join(troubles))
-
-    def run(self, runner: Runner) -> bool:
-        """Runs the cells; returns whether all are finished."""
-        return runner.train(self.cells, self.sets, self.folder)
 
     def conclude(self) -> None:
         """Writes the table of the finished cells."""
@@ -153,15 +149,13 @@ class Train:
         for cell in self.cells:
             done = "  (done before)" if cell.results(self.sets, self.folder) else ""
             command = shlex.join(["python", "-m", "fishertune_d2.train", *self._arguments(cell)])
-            lines += [f"{cell.folder}{done}", f"  {command}", *self._shared(cell)]
+            lines += [f"{cell.folder}{done}", f"  {command}"]
+            lines += [f"  makes the {what.words}: {cell.shared[what]}" for what in cell.makes]
+            lines += [f"  takes the {what.words}: {path}" for what, path in cell.takes.items()]
         return "\n".join([*lines, f"{len(self.cells)} cells"])
 
     def _arguments(self, cell: Cell) -> list[str]:
         return cell.arguments(self.sets)
-
-    def _shared(self, cell: Cell) -> list[str]:
-        lines = [f"  makes the {what.words}: {cell.shared[what]}" for what in cell.makes]
-        return lines + [f"  takes the {what.words}: {path}" for what, path in cell.takes.items()]
 
 
 class Search(Train):
@@ -235,6 +229,10 @@ class Test(Train):
         sets = self.request.profile.test
         return {f"{self.request.name}_{suffix}": sets[suffix] for suffix in sets}
 
+    def _cells(self) -> list[Cell]:
+        # Trained cells need no shared files.
+        return [replace(cell, shared={}, makes=frozenset()) for cell in super()._cells()]
+
     def require_ready(self) -> None:
         """Also refuses cells that are not trained.
 
@@ -248,15 +246,8 @@ class Test(Train):
                 "not trained yet; run the same without --test first:\n  " + "\n  ".join(untrained)
             )
 
-    def run(self, runner: Runner) -> bool:
-        """Scores the cells; returns whether all are finished."""
-        return runner.score(self.cells, self.sets, self.folder)
-
     def _arguments(self, cell: Cell) -> list[str]:
         return cell.score_arguments(self.sets, cell.folder / self.folder)
-
-    def _shared(self, cell: Cell) -> list[str]:
-        return []
 
 
 def _require_dev(request: Request) -> None:

@@ -231,7 +231,11 @@ def test_test_sets_are_looked_at_once_with_the_choice(runs, names, capsys):
     only = ("table4", "--methods", "full", "--seeds", "42")
     assert runs(*only, "--search") == 0
     runs.calls()
+    # Also a training that ended before it was scored has its scores on the test sets apart.
+    own, away = (runs.cells / "full@rate=3_42" / name for name in ("results.json", "away.json"))
+    own.rename(away)
     assert runs(*only, "--test") == 0
+    away.rename(own)
     (call,) = runs.calls()
     assert "--eval-only" in call["words"] and call["name"] == "test"
     assert call["options"]["DATASETS.TEST"] == "('camvid_day_test', 'camvid_dusk_test')"
