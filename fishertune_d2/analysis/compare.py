@@ -11,8 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tabulate import tabulate
-
+from fishertune_d2.analysis.statistics import format_weights, markdown_table
 from fishertune_d2.analysis.study import read_results
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.run import ENTRY, Results, require_same_protocol
@@ -80,16 +79,15 @@ def _format(
             run.protocol.get("vfm", "-"),  # runs of the first commits did not record it
             run.protocol["method"]
             + (", perturbed" if run.protocol.get("feature_perturbation") else ""),
-            "-" if run.tuned_parameters is None else f"{run.tuned_parameters / 1e6:.2f} M",
+            "-" if run.tuned_parameters is None else format_weights([run.tuned_parameters]),
             *("-" if score is None else f"{score:.2f}" for score in of_run),
             run.commit,
         ]
         for run, of_run in zip(runs, scores, strict=True)
     ]
-    table = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
     hidden = {*_VARY, "test_size", "classes"}
     shared = [f"{k} {v}" for k, v in runs[0].protocol.items() if k not in hidden]
-    return f"{table}\n\nProtocol: {', '.join(shared)}"
+    return f"{markdown_table(lines, headers)}\n\nProtocol: {', '.join(shared)}"
 
 
 def main() -> None:

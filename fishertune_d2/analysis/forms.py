@@ -6,8 +6,7 @@ python -m fishertune_d2.analysis.forms OUTPUT_DIR [--share 0.05]
 import argparse
 from pathlib import Path
 
-from tabulate import tabulate
-
+from fishertune_d2.analysis.statistics import markdown_table
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.fisher import (
     KINDS,
@@ -40,7 +39,7 @@ def select_by_each(estimate: FisherEstimate, share: float) -> dict[str, Selectio
 
 def table(selections: dict[str, Selection]) -> str:
     """Formats each selection's overlap with the others and its share of each kind, in percent."""
-    rows = []
+    lines = []
     for name, selection in selections.items():
         counts = selection.summary()
         total = sum(counts.values())
@@ -48,10 +47,10 @@ def table(selections: dict[str, Selection]) -> str:
         half = (1 + max(block for _, block in counts)) / 2
         deep = sum(n for (_, block), n in counts.items() if block >= half) / total
         common = [overlap(selection, other) for other in selections.values()]
-        rows.append([name, *(f"{100 * value:.1f}" for value in [*common, *kinds, deep])])
+        lines.append([name, *(f"{100 * value:.1f}" for value in [*common, *kinds, deep])])
     headers = ["selected by", *(f"% also by {name}" for name in selections)]
     headers += [*(f"% in {kind}" for kind in KINDS), "% in the deeper half"]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return markdown_table(lines, headers)
 
 
 if __name__ == "__main__":

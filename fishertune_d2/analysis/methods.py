@@ -9,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
-from fishertune_d2.analysis.statistics import format_difference, format_mean, paired_difference
+from fishertune_d2.analysis.statistics import (
+    format_difference,
+    format_mean,
+    format_weights,
+    markdown_table,
+    paired_difference,
+)
 from fishertune_d2.analysis.study import find_runs, split_place
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.run import ENTRY, Results, require_same_protocol
 
-_PAIRED_WITH = "fishertune"
+OURS = "fishertune"  # the method that all others are compared with
 
 
 def read_methods(
@@ -69,26 +74,35 @@ def table(methods: Mapping[str, Sequence[Results]]) -> str:
         all test sets, over the seeds that both have, with its confidence interval.
     """
     names = list(next(iter(methods.values()))[0].scores)
-    paired = _means_by_seed(methods.get(_PAIRED_WITH, ()))
+    paired = _means_by_seed(methods.get(OURS, ()))
     lines = []
     for method, runs in methods.items():
         means = _means_by_seed(runs)
-        difference = paired_difference(paired, means) if method != _PAIRED_WITH else None
-        tuned = sorted({r.tuned_parameters for r in runs if r.tuned_parameters is not None})
+        difference = paired_difference(paired, means) if method != OURS else None
         lines.append(
             [
                 method,
                 len(runs),
-                ", ".join(f"{count / 1e6:.2f} M" for count in tuned),
+                format_weights(tuned_counts(runs)),
                 *(format_mean([results.scores[name] for results in runs]) for name in names),
                 format_mean(list(means.values())),
-                ", ".join(sorted({results.commit for results in runs})),
+                ", ".join(commits_of(runs)),
                 format_difference(difference),
             ]
         )
     headers = ["method", "seeds", "backbone weights tuned", *names, "mean of all test sets"]
-    headers += ["commits", f"{_PAIRED_WITH} minus method"]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    headers += ["commits", f"{OURS} minus method"]
+    return markdown_table(lines, headers)
+
+
+def tuned_counts(runs: Sequence[Results]) -> list[int]:
+    """Returns the numbers of backbone weights that runs tuned or added, without repetitions."""
+    return sorted({r.tuned_parameters for r in runs if r.tuned_parameters is not None})
+
+
+def commits_of(runs: Sequence[Results]) -> list[str]:
+    """Returns the commits that scored the runs, without repetitions."""
+    return sorted({results.commit for results in runs})
 
 
 def scores_by_set(methods: Mapping[str, Sequence[Results]]) -> dict[str, dict[str, list[float]]]:

@@ -1,10 +1,11 @@
-"""Means and standard deviations over seeds, and differences with confidence intervals."""
+"""Means over seeds, differences with confidence intervals, and how tables show them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from tabulate import tabulate
 
 CONFIDENCE = 0.95
 
@@ -65,3 +66,13 @@ def format_difference(difference: Difference | None) -> str:
     if difference.low is None or difference.high is None:
         return f"{difference.mean:+.2f} (one seed)"
     return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def format_weights(counts: Iterable[int]) -> str:
+    """Formats numbers of weights in millions."""
+    return ", ".join(f"{count / 1e6:.2f} M" for count in counts)
+
+
+def markdown_table(lines: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """Formats a table in Markdown, with numbers as they are written."""
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)

@@ -6,24 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tabulate import tabulate
 
-from fishertune_d2.analysis.methods import draw
+from fishertune_d2.analysis.methods import OURS, commits_of, draw, tuned_counts
 from fishertune_d2.analysis.statistics import (
     CONFIDENCE,
     Difference,
     format_difference,
     format_mean,
+    format_weights,
+    markdown_table,
     mean_and_std,
     paired_difference,
 )
 from fishertune_d2.run import ENTRY, LENGTH, Results, require_same_protocol
 
 from .cells import Cell
-from .tables import OURS
 
 AVERAGE = "average over unseen"
-_PAPER = Path(__file__).with_name("paper.csv")
 
 # mIoU in percent by foundation model, entry and data set (or AVERAGE).
 Numbers = Mapping[tuple[str, str, str], float]
@@ -35,9 +34,9 @@ def paper_numbers(table: str) -> dict[tuple[str, str, str], float]:
     The labels of EVA-02 in Table 2 are shifted by one in the paper; the file corrects this.
 
     Args:
-        table: A name in ``TABLES``.
+        table: ``Table.paper``.
     """
-    with open(_PAPER, newline="") as file:
+    with open(Path(__file__).with_name("paper.csv"), newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["table"] == table]
     names = {"average": AVERAGE}
     return {
@@ -63,8 +62,8 @@ class Line:
     entry: str
     rate: float | None
     scores: Mapping[str, Mapping[int, float]]
-    tuned: tuple[int, ...]
-    commits: tuple[str, ...]
+    tuned: Sequence[int]
+    commits: Sequence[str]
 
 
 def read_lines(cells: Sequence[Cell], sets: Sequence[str], name: str) -> list[Line]:
@@ -80,31 +79,23 @@ def read_lines(cells: Sequence[Cell], sets: Sequence[str], name: str) -> list[Li
     Returns:
         A line for each foundation model and entry.
     """
-    found: dict[tuple[str, str], list[tuple[Cell, Results]]] = {}
+    found: dict[tuple[str, str, float | None], dict[int, Results]] = {}
     for cell in cells:
         results = cell.results(sets, name)
         if results is not None:
-            found.setdefault((cell.vfm, cell.entry.name), []).append((cell, results))
-    every = [results for runs in found.values() for _, results in runs]
+            found.setdefault((cell.vfm, cell.entry.name, cell.rate), {})[cell.seed] = results
+    every = [results for runs in found.values() for results in runs.values()]
     # Options of an entry may change how long it trains, and --set may change it for all cells.
     require_same_protocol(every, vary=(*ENTRY, *LENGTH, "vfm", "seed"), sets=sets)
     lines = []
-    for (vfm, entry), runs in found.items():
-        by_seed = {cell.seed: _scores(results, sets) for cell, results in runs}
-        tuned = {results.tuned_parameters for _, results in runs}
-        lines.append(
-            Line(
-                vfm,
-                entry,
-                runs[0][0].rate,
-                {
-                    key: {seed: scores[key] for seed, scores in sorted(by_seed.items())}
-                    for key in next(iter(by_seed.values()))
-                },
-                tuple(sorted(count for count in tuned if count is not None)),
-                tuple(sorted({results.commit for _, results in runs})),
-            )
-        )
+    for (vfm, entry, rate), runs in found.items():
+        by_seed = {seed: _scores(runs[seed], sets) for seed in sorted(runs)}
+        scores = {
+            key: {seed: of_seed[key] for seed, of_seed in by_seed.items()}
+            for key in next(iter(by_seed.values()))
+        }
+        results = list(runs.values())
+        lines.append(Line(vfm, entry, rate, scores, tuned_counts(results), commits_of(results)))
     return lines
 
 
@@ -119,7 +110,7 @@ def differences(lines: Sequence[Line], key: str) -> dict[tuple[str, str], Differ
 
     Args:
         lines: The lines of a table.
-        key: The data set, or ``AVERAGE``.
+        key: A data set, or ``AVERAGE``.
 
     Returns:
         The differences by foundation model and entry, without those that share no seed with it.
@@ -134,70 +125,42 @@ def differences(lines: Sequence[Line], key: str) -> dict[tuple[str, str], Differ
 
 
 def write_csv(lines: Sequence[Line], path: Path, paper: Numbers) -> None:
-    """Writes a line for each foundation model, entry and data set.
-
-    Args:
-        lines: The lines of a table.
-        path: The file.
-        paper: The paper's numbers; empty if the setting is not the paper's.
-    """
+    """Writes a line for each foundation model, entry and data set."""
     header = "vfm entry rate tuned_parameters set seeds mean std"
     header += f" {OURS}_minus_entry low high pairs paper commits"
     with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file, lineterminator="\n")  # it writes None as ""
         writer.writerow(header.split())
         for key in lines[0].scores:
             ours = differences(lines, key)
             for line in lines:
-                values = list(line.scores[key].values())
-                difference = ours.get((line.vfm, line.entry))
-                numbers = [*mean_and_std(values), *(None, None, None)]
+                place, values = (line.vfm, line.entry), list(line.scores[key].values())
+                numbers = [*mean_and_std(values), None, None, None]
+                difference = ours.get(place)
                 if difference is not None:
                     numbers[2:] = [difference.mean, difference.low, difference.high]
-                writer.writerow(
-                    [
-                        *(line.vfm, line.entry, line.rate, " ".join(map(str, line.tuned)), key),
-                        len(values),
-                        *("" if number is None else f"{number:.4f}" for number in numbers),
-                        *(
-                            difference.pairs if difference else 0,
-                            paper.get((line.vfm, line.entry, key), ""),
-                        ),
-                        " ".join(line.commits),
-                    ]
-                )
+                cells = [*place, line.rate, " ".join(map(str, line.tuned)), key, len(values)]
+                cells += [None if number is None else f"{number:.4f}" for number in numbers]
+                cells += [difference.pairs if difference else 0, paper.get((*place, key))]
+                writer.writerow([*cells, " ".join(line.commits)])
 
 
 def format_markdown(title: str, lines: Sequence[Line], paper: Numbers, missing: int) -> str:
-    """Formats the table in Markdown.
-
-    Args:
-        title: The title.
-        lines: The lines of the table.
-        paper: The paper's numbers; empty if the setting is not the paper's.
-        missing: The number of cells that are not finished.
-
-    Returns:
-        The title, the table, and how to read it.
-    """
+    """Returns the title, the table, and how to read it; see :func:`write_table`."""
     keys = list(lines[0].scores)
     main = AVERAGE if AVERAGE in keys else keys[-1]
     ours = differences(lines, main)
     body = []
     for line in lines:
-        cells = [
-            _mean(list(line.scores[key].values()), paper.get((line.vfm, line.entry, key)))
-            for key in keys
-        ]
-        body.append(
-            [
-                *(line.vfm, line.entry, max(len(seeds) for seeds in line.scores.values())),
-                "-" if line.rate is None else f"{line.rate:g}",
-                ", ".join(f"{count / 1e6:.2f} M" for count in line.tuned),
-                *cells,
-                format_difference(ours.get((line.vfm, line.entry))),
-            ]
-        )
+        place = line.vfm, line.entry
+        means = {key: format_mean(list(scores.values())) for key, scores in line.scores.items()}
+        for key in keys:
+            if (*place, key) in paper:
+                means[key] += f" ({paper[(*place, key)]:.1f})"
+        seeds = max(len(of_set) for of_set in line.scores.values())
+        rate = "-" if line.rate is None else f"{line.rate:g}"
+        numbers = [seeds, rate, format_weights(line.tuned), *means.values()]
+        body.append([*place, *numbers, format_difference(ours.get(place))])
     headers = ["foundation model", "method", "seeds", "learning rate", "tuned", *keys]
     headers.append(f"{OURS} minus method")
     notes = "mIoU in percent: mean ± sample standard deviation over seeds"
@@ -210,13 +173,7 @@ def format_markdown(title: str, lines: Sequence[Line], paper: Numbers, missing: 
     if missing:
         notes += f" Not finished: {missing} of the requested cells."
     commits = ", ".join(dict.fromkeys(commit for line in lines for commit in line.commits))
-    table = tabulate(body, headers, tablefmt="github", disable_numparse=True)
-    return f"# {title}\n\n{table}\n\n{notes}\n\nCommits: {commits}\n"
-
-
-def _mean(values: Sequence[float], paper: float | None) -> str:
-    text = format_mean(values)
-    return text if paper is None else f"{text} ({paper:.1f})"
+    return f"# {title}\n\n{markdown_table(body, headers)}\n\n{notes}\n\nCommits: {commits}\n"
 
 
 def write_table(
@@ -249,12 +206,9 @@ def write_table(
     points: dict[str, dict[str, list[float]]] = {}
     marks: dict[str, dict[str, float]] = {}
     for line in lines:
-        label = f"{line.vfm} {line.entry}" if several else line.entry
+        place = line.vfm, line.entry
+        label = " ".join(place) if several else line.entry
         points[label] = {key: list(line.scores[key].values()) for key in keys}
-        marks[label] = {
-            key: paper[line.vfm, line.entry, key]
-            for key in keys
-            if (line.vfm, line.entry, key) in paper
-        }
+        marks[label] = {key: paper[(*place, key)] for key in keys if (*place, key) in paper}
     draw(points, Path(f"{path}.png"), {name: mark for name, mark in marks.items() if mark})
     return text

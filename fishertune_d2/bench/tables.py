@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from fishertune_d2.tuning import TUNING_REGISTRY
 
 FREEZE = "freeze"  # comes first in a table, so that the others take over its warm-up
-OURS = "fishertune"  # the entry that all others are compared with
 RATE = "SOLVER.BACKBONE_MULTIPLIER"  # the backbone's learning rate, as a share of BASE_LR
 
 
