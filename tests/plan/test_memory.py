@@ -12,9 +12,10 @@ from fishertune_d2.plan.stage_costs import activation_bytes
 from fishertune_d2.tuning import build_tuning_method
 
 
-def _planned(cfg, size=(48, 64)) -> dict[str, int]:
+def _planned(cfg, *stages: str, size=(48, 64)) -> dict[str, int]:
+    """The bytes of some stages; of all that the run has by default."""
     run = FakeRun(cfg, build_tuning_method(cfg), size)
-    return {name: activation_bytes(run, name) for name in run.stages}
+    return {name: activation_bytes(run, name) for name in stages or run.stages}
 
 
 @pytest.mark.parametrize("method", ["fishertune", "full", "freeze"])
@@ -49,14 +50,16 @@ def test_activations_of_the_estimate_too(small_cfg, real_model, real_batch, labe
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with build_perturbation(cfg, model.backbone).drawing(), autocast:
         real = saved_bytes(model, lambda: loss(model, real_batch(3)))
-    assert _planned(cfg)["estimation"] == pytest.approx(real, rel=1e-3)
+    assert _planned(cfg, "estimation")["estimation"] == pytest.approx(real, rel=1e-3)
 
 
 def test_a_gpu_is_planned_where_there_is_none(small_cfg):
     large = {"size": (384, 512)}  # the weights' halves are kept too, and count for little here
     cpu = _planned(small_cfg(), **large)
     gpu = _planned(small_cfg(MODEL__DEVICE="cuda"), **large)
-    half = _planned(small_cfg(MODEL__DEVICE="cuda", SOLVER__AMP__ENABLED=True), **large)
+    half = _planned(
+        small_cfg(MODEL__DEVICE="cuda", SOLVER__AMP__ENABLED=True), "estimation", "tuning", **large
+    )
     assert not torch.is_autocast_enabled("cuda")
     for stage in cpu:
         # The logarithms that attention keeps are padded on a GPU.
@@ -67,7 +70,10 @@ def test_a_gpu_is_planned_where_there_is_none(small_cfg):
 
 
 def test_one_image_at_a_time_keeps_the_graph_of_one(small_cfg):
-    batch, loop = (_planned(small_cfg(FISHER__ESTIMATOR=e)) for e in ("diagonal", "diagonal_loop"))
+    batch, loop = (
+        _planned(small_cfg(FISHER__ESTIMATOR=e), "estimation", "tuning")
+        for e in ("diagonal", "diagonal_loop")
+    )
     assert loop["estimation"] == pytest.approx(batch["estimation"] / 2, rel=0.05)
     assert loop["tuning"] == batch["tuning"]
 
@@ -101,5 +107,7 @@ def test_checkpointed_blocks_keep_their_inputs(small_cfg):
     )
     assert spared["warmup"] == plain["warmup"]  # nothing to compute again
     assert spared["tuning"] < plain["tuning"]
-    halved = _planned(small_cfg(TUNING__METHOD="full", SOLVER__ACCUMULATE=2), size=(96, 128))
+    halved = _planned(
+        small_cfg(TUNING__METHOD="full", SOLVER__ACCUMULATE=2), "tuning", size=(96, 128)
+    )
     assert halved["tuning"] == pytest.approx(plain["tuning"] / 2, rel=0.05)
