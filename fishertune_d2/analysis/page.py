@@ -1,7 +1,6 @@
 """Writes the page about a run. The template escapes all text that comes from the run's files."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,7 @@ from fishertune_d2.analysis.sensitivity_map import draw_sensitivity_map
 from fishertune_d2.files import whole_file
 from fishertune_d2.run import Run
 
-from .page_figures import Picture, draw_curves, draw_map, read_picture
-
-
-@dataclass(frozen=True)
-class Map:
-    """A map of the backbone's weights, block by kind.
-
-    Attributes:
-        title: The title.
-        text: How to read the map.
-        uri: The map as PNG; empty if it could not be drawn.
-        trouble: The reason why it could not be drawn; empty if it was.
-    """
-
-    title: str
-    text: str
-    uri: str
-    trouble: str
+from .page_figures import draw_curves, draw_map, read_picture
 
 
 def write_report(run: Run, path: str | Path) -> None:
@@ -91,41 +73,35 @@ def _scores(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _pictures(run: Run) -> list[tuple[str, list[Picture]]]:
+def _pictures(run: Run) -> list[tuple[str, list[tuple[dict[str, str], str]]]]:
     """Returns each data set that has pictures, with them."""
     found = [(name, run.pictures(name)) for name in run.config["DATASETS.TEST"]]
     return [(name, [read_picture(path) for path in paths]) for name, paths in found if paths]
 
 
-def _maps(run: Run) -> list[Map]:
+def _maps(run: Run) -> list[dict[str, str]]:
     """Draws the Fisher information and the selection, if the run's method has them."""
     maps = []
     if run.estimate_file.is_file():
-        maps.append(
-            _draw(
-                "Sensitivity",
-                "The mean Fisher information of each group of weights, divided by the mean over "
-                "all candidate weights, so that 1 is average. F is measured on the source images; "
-                "DRF also counts how much F changes under a simulated shift.",
-                lambda path: draw_sensitivity_map([(run.name, run.load_estimate())], path),
-            )
+        text = (
+            "The mean Fisher information of each group of weights, divided by the mean over all "
+            "candidate weights, so that 1 is average. F is measured on the source images; DRF "
+            "also counts how much F changes under a simulated shift."
         )
+        drawn = _draw(lambda path: draw_sensitivity_map([(run.name, run.load_estimate())], path))
+        maps.append({"title": "Sensitivity", "text": text, **drawn})
     if run.selection_file.is_file():
-        maps.append(
-            _draw(
-                "Selection",
-                "The percentage of each group's weights that trains at the end of the training.",
-                lambda path: draw_selection_map(run.load_selection(), path),
-            )
-        )
+        text = "The percentage of each group's weights that trains at the end of the training."
+        drawn = _draw(lambda path: draw_selection_map(run.load_selection(), path))
+        maps.append({"title": "Selection", "text": text, **drawn})
     return maps
 
 
-def _draw(title: str, text: str, draw: Callable[[Path], None]) -> Map:
+def _draw(draw: Callable[[Path], None]) -> dict[str, str]:
     try:
-        return Map(title, text, draw_map(draw), "")
+        return {"uri": draw_map(draw)}
     except ValueError as error:  # the file is damaged or has no F(x'); the page shows the rest
-        return Map(title, text, "", str(error))
+        return {"trouble": str(error)}
 
 
 def _protocol(run: Run) -> dict[str, str]:
@@ -143,13 +119,13 @@ def _protocol(run: Run) -> dict[str, str]:
         "warmup_iterations": config["TUNING.WARMUP_ITERS"],
         "batch_size": config["SOLVER.IMS_PER_BATCH"],
     }
-    rows = {name.replace("_", " "): value for name, value in (recorded or planned).items()}
-    rows = {"trained on": _recorded(run, "train", "DATASETS.TRAIN"), **rows}
-    rows |= {
+    facts = {"trained on": _recorded(run, "train", "DATASETS.TRAIN")}
+    facts |= {name.replace("_", " "): value for name, value in (recorded or planned).items()}
+    facts |= {
         f"test size, {name}": f"{size[0]} x {size[1]}" if size else "as stored"
         for name, size in sizes.items()
     }
-    return {name: _text(value) for name, value in rows.items() if value != []}
+    return {name: _text(value) for name, value in facts.items() if value != []}
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,6 @@ Curves have no background; their colours are readable on light and on dark pages
 
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,41 +26,8 @@ _MARGIN = 3  # pixels left of a legend's names, which are white
 Series = Sequence[tuple[int, float]]
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A curve of the page.
-
-    Attributes:
-        title: The title.
-        uri: The curve as SVG.
-    """
-
-    title: str
-    uri: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture that an evaluation drew, taken apart so that a phone can show it.
-
-    Attributes:
-        panels: Each panel's title and its image.
-        legend: The names of the colours; empty if the picture has none.
-    """
-
-    panels: Sequence[tuple[str, str]]
-    legend: str
-
-
-def draw_curves(run: Run) -> list[Curve]:
-    """Draws losses, learning rates, the tuned share and the scores that training logged.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The curves of which the run logged a number.
-    """
+def draw_curves(run: Run) -> dict[str, str]:
+    """Draws the losses, learning rates, tuned share and scores that a run logged, by title."""
     losses = {"total": run.series("total_loss")} | {
         name: run.series(f"loss_{key}")
         for name, key in (("class", "ce"), ("mask", "mask"), ("dice", "dice"))
@@ -78,11 +44,11 @@ def draw_curves(run: Run) -> list[Curve]:
         # A single score makes no curve, and the table of scores has it.
         ("mIoU during training", {k: v for k, v in scores.items() if len(v) > 1}, False),
     ]
-    return [
-        Curve(title, _draw_lines(run, {k: v for k, v in lines.items() if v}, logarithmic))
+    return {
+        title: _draw_lines(run, {k: v for k, v in lines.items() if v}, logarithmic)
         for title, lines, logarithmic in charts
         if any(lines.values())
-    ]
+    }
 
 
 def _draw_lines(run: Run, lines: Mapping[str, Series], logarithmic: bool) -> str:
@@ -142,14 +108,7 @@ def _draw_lines(run: Run, lines: Mapping[str, Series], logarithmic: bool) -> str
 
 
 def draw_map(draw: Callable[[Path], None]) -> str:
-    """Draws a map of the analysis.
-
-    Args:
-        draw: Writes the map as PNG to the path that it receives.
-
-    Returns:
-        The map as a data URI.
-    """
+    """Draws a map that ``draw`` writes as PNG to a path."""
     with TemporaryDirectory() as folder, matplotlib.rc_context({"text.parse_math": False}):
         path = Path(folder, "map.png")
         draw(path)
@@ -176,21 +135,19 @@ def split_picture(path: Path) -> list[Image.Image]:
     return [*parts, whole.crop((0, bottom, whole.width, whole.height))]
 
 
-def read_picture(path: Path) -> Picture:
-    """Reads a picture that an evaluation drew.
+def read_picture(path: Path) -> tuple[dict[str, str], str]:
+    """Reads a picture that an evaluation drew, taken apart so that a phone can show it.
 
     Args:
         path: The PNG.
 
     Returns:
-        Its panels and its legend.
+        The panels by their titles, and the legend, which is empty if the picture has none.
     """
     *panels, legend = split_picture(path)
     width = _WIDTH // len(_PANELS)
-    return Picture(
-        [(title, _webp(panel, width)) for title, panel in zip(_PANELS, panels, strict=True)],
-        _webp(legend, _WIDTH) if legend.height else "",
-    )
+    shown = {title: _webp(panel, width) for title, panel in zip(_PANELS, panels, strict=True)}
+    return shown, _webp(legend, _WIDTH) if legend.height else ""
 
 
 def _webp(picture: Image.Image, width: int) -> str:

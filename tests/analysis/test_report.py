@@ -247,7 +247,7 @@ def test_only_logged_numbers_have_curves(tmp_path):
     folder = _write_run(tmp_path / "run")
     numbers = {"fisher/tuned_share": 0.05, "lr_backbone": 1e-5, f"{DAY}/sem_seg/mIoU": 50.0}
     (folder / "metrics.json").write_text(_metrics(9, 19) + _metrics(29, 39, **numbers))
-    titles = [curve.title.split(",")[0] for curve in draw_curves(Run(folder))]
+    titles = [title.split(",")[0] for title in draw_curves(Run(folder))]
     assert titles == [
         "Loss",
         "Learning rate",
@@ -276,16 +276,16 @@ def test_a_picture_is_cut_into_titled_panels_and_its_legend(tmp_path):
     image[-1, 0] = 200  # else the legend's margin would begin in a white image
     label, prediction = np.zeros((40, 60), np.uint8), np.full((40, 60), 2, np.uint8)
     draw_comparison(image, label, prediction, space, tmp_path / "picture.png")
-    picture = read_picture(tmp_path / "picture.png")
-    assert [title for title, _ in picture.panels] == ["image", "label", "prediction"]
+    panels, legend = read_picture(tmp_path / "picture.png")
+    assert list(panels) == ["image", "label", "prediction"]
     colours = []
-    for _, uri in picture.panels:
+    for uri in panels.values():
         panel = _decode(uri)
         assert panel.shape == (40, 60, 3)
         colours.append(panel[10, 30])
     assert np.abs(np.subtract(colours, [(255, 255, 255), *space.colors[::2]])).max() < 10
-    legend = _decode(picture.legend)
-    assert legend.shape[1] == 180 and legend.mean() > 128
+    names = _decode(legend)
+    assert names.shape[1] == 180 and names.mean() > 128
 
 
 def _decode(uri: str) -> np.ndarray:
