@@ -7,15 +7,14 @@ Reports, tables, exports and predictions read a run through :class:`Run`, and it
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode
 
-from fishertune_d2.config import default_config, read_config
+from fishertune_d2.config import default_config
 from fishertune_d2.evaluation.label_pictures import find_pictures
 from fishertune_d2.fisher import FisherEstimate, Selection
 
@@ -63,17 +62,7 @@ class Results:
 
     @classmethod
     def read(cls, file: str | Path) -> "Results":
-        """Reads and checks a ``results.json``.
-
-        Args:
-            file: the file.
-
-        Returns:
-            Its content.
-
-        Raises:
-            RunError: if the file is missing, or is not a file that an evaluation wrote.
-        """
+        """Reads a ``results.json``; a missing or damaged one raises a RunError."""
         file = Path(file)
         if not file.is_file():
             raise RunError(f"there is no {file}: its run is not scored yet")
@@ -85,29 +74,10 @@ class Results:
 
     @classmethod
     def of(cls, content: Mapping[str, Any], place: str) -> "Results":
-        """Checks the content of a ``results.json``.
-
-        Args:
-            content: the content.
-            place: the file that holds it, for messages.
-
-        Returns:
-            The content.
-
-        Raises:
-            RunError: if a part is missing, or a score is no number.
-        """
+        """Checks the content of a ``results.json``; if it is damaged, a RunError names ``place``."""
+        names = [each.name for each in fields(cls) if each.name != "place"]
         try:
-            results = cls(
-                place=place,
-                source=content["source"],
-                targets=content["targets"],
-                target_average=content["target_average"],
-                per_class=content["per_class"],
-                protocol=content["protocol"],
-                backbone_parameters=content["backbone_parameters"],
-                tuned_parameters=content["tuned_parameters"],
-            )
+            results = cls(place, **{name: content[name] for name in names})
             numbers = [*results.scores.values(), results.backbone_parameters]
             numbers += [
                 n for n in (results.tuned_parameters, results.target_average) if n is not None
@@ -228,28 +198,13 @@ class Run:
         """Loads the ranked choice of weights. A run that selected nothing raises a RunError."""
         return Selection.load(self._require(self.selection_file, "selected"))
 
-    def read_cfg(self, options: Sequence[str] = ()) -> CfgNode:
-        """Reads the run's config for building its model.
-
-        Args:
-            options: keys and values in turn that replace those of the config.
-
-        Returns:
-            The config, with this version's defaults for keys that it lacks.
-
-        Raises:
-            RunError: if there is no config, or it is damaged.
-        """
-        try:
-            return read_config(str(self._require_config()), list(options))
-        except (yaml.YAMLError, KeyError) as error:
-            raise RunError(f"{self.config_file} is no config of a run: {error}") from error
-
     @cached_property
     def config_text(self) -> str:
         """The text of ``config.yaml``."""
+        if not self.config_file.is_file():
+            raise RunError(f"there is no {self.config_file}: name the OUTPUT_DIR of a run")
         try:
-            return self._require_config().read_text(encoding="utf-8")
+            return self.config_file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise RunError(f"{self.config_file} is no config of a run: {error}") from error
 
@@ -339,11 +294,6 @@ class Run:
         if not file.is_file():
             raise RunError(f"there is no {file.name} in {self.folder}: its run {did} nothing")
         return file
-
-    def _require_config(self) -> Path:
-        if not self.config_file.is_file():
-            raise RunError(f"there is no {self.config_file}: name the OUTPUT_DIR of a run")
-        return self.config_file
 
 
 def _defaults() -> dict[str, Any]:

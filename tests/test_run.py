@@ -82,7 +82,7 @@ def test_other_test_sets_are_named_unless_the_caller_chooses_the_sets():
 def test_a_folder_says_which_part_it_lacks(tmp_path):
     run = Run(tmp_path)
     assert run.results is None and run.metrics == {} and run.versions == {}
-    for read in (lambda: run.config, lambda: run.config_text, run.read_cfg):
+    for read in (lambda: run.config, lambda: run.config_text):
         with pytest.raises(RunError, match="no .*config.yaml: name the OUTPUT_DIR of a run"):
             read()
     with pytest.raises(RunError, match="no fisher.safetensors in .* estimated nothing"):

@@ -236,13 +236,6 @@ def test_a_run_without_scores_and_one_without_training(tmp_path):
     assert "Only an evaluation." in _report(scored).text
 
 
-def test_a_resumed_iteration_has_its_later_numbers(tmp_path):
-    folder = _write_run(tmp_path / "run")
-    lines = _metrics(9, 19, 29) + _metrics(19, 29, total_loss=8.0)
-    (folder / "metrics.json").write_text(lines)
-    assert Run(folder).series("total_loss") == [(9, 9.0), (19, 8.0), (29, 8.0)]
-
-
 def test_only_logged_numbers_have_curves(tmp_path):
     folder = _write_run(tmp_path / "run")
     numbers = {"fisher/tuned_share": 0.05, "lr_backbone": 1e-5, f"{DAY}/sem_seg/mIoU": 50.0}
@@ -292,17 +285,6 @@ def _decode(uri: str) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(b64decode(uri.partition(",")[2]))).convert("RGB")).astype(
         float
     )
-
-
-def test_the_config_shows_what_differs_from_the_defaults(tmp_path):
-    run = Run(_write_run(tmp_path / "run", **{"FISHER.EPS": 1e-6}))
-    assert run.changed == {
-        "DATASETS.TRAIN": [DAY],
-        "DATASETS.TEST": [DAY, NIGHT],
-        "SOLVER.MAX_ITER": 40,
-        "TUNING.WARMUP_ITERS": 20,
-        "FISHER.EPS": 1e-6,
-    }
 
 
 def test_a_damaged_estimate_loses_only_its_map(tmp_path):
