@@ -74,7 +74,7 @@ class Results:
 
     @classmethod
     def of(cls, content: Mapping[str, Any], place: str) -> "Results":
-        """Checks the content of a ``results.json``; if it is damaged, a RunError names ``place``."""
+        """Checks the content of a ``results.json``; a RunError names ``place`` if it is damaged."""
         names = [each.name for each in fields(cls) if each.name != "place"]
         try:
             results = cls(place, **{name: content[name] for name in names})
