@@ -131,14 +131,11 @@ class _Loader(DataLoader):
 
 
 def count_workers(num_workers: int) -> int:
-    """Returns how many worker processes a loader of this process starts.
+    """Returns how many worker processes a loader of this process starts; 0 maps in this process.
 
     Args:
         num_workers: DATALOADER.NUM_WORKERS. -1 means this process's share of the CPU cores that
             the run's processes on this machine may use, at least 1 and at most `MOST_WORKERS`.
-
-    Returns:
-        The number; 0 maps in the calling process.
 
     Raises:
         ValueError: if it is below -1.
@@ -164,7 +161,6 @@ def build_train_loader(
     batch_size: int,
     num_workers: int,
     seed: int,
-    start: int = 0,
     pin_memory: bool = False,
     sampler: str = "TrainingSampler",
     class_counts: np.ndarray | None = None,
@@ -172,14 +168,14 @@ def build_train_loader(
 ) -> DataLoader:
     """Builds an endless loader of shuffled, augmented batches.
 
+    To resume, set ``loader.sampler.start`` before iteration begins, see `ResumableSampler`.
+
     Args:
         dicts: Entries as `load_datasets` returns them.
         mapper: Turns an entry into tensors.
         batch_size: Images per step over all ranks.
         num_workers: Worker processes of each rank, see `count_workers`.
         seed: Seed of the order and of the augmentation, the same on every rank.
-        start: Images of all ranks that were drawn before. Until iteration begins,
-            ``loader.sampler.start`` may change it.
         pin_memory: Returns tensors in pinned memory, for a model on a GPU.
         sampler: One of `SAMPLERS`: every image once in each epoch ("TrainingSampler"), images of
             rare classes more often ("RepeatFactorTrainingSampler"), or rare classes drawn first
@@ -209,7 +205,6 @@ def build_train_loader(
         len(dicts),
         seed=seed,
         block=block,
-        start=start,
         class_counts=class_counts,
         repeat_threshold=repeat_threshold,
     )
@@ -223,17 +218,7 @@ def build_test_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Builds a loader of this rank's share of the images, one at a time; see `build_train_loader`.
-
-    Args:
-        dicts: Entries as `load_datasets` returns them.
-        mapper: Turns an entry into tensors.
-        num_workers: Worker processes of each rank, see `count_workers`.
-        pin_memory: Returns tensors in pinned memory, for a model on a GPU.
-
-    Returns:
-        A loader of lists of one mapped dict.
-    """
+    """Builds a loader of this rank's images, one at a time; see `build_train_loader`."""
     items = _MappedItems(dicts, mapper)
     return _Loader(items, InferenceSampler(len(dicts)), 1, num_workers, pin_memory)
 

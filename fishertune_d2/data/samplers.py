@@ -39,20 +39,21 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         size: Number of entries of the data set, N.
         seed: Seed of the order.
         block: Images of a rank in each step.
+
+    Attributes:
         start: Images of all ranks that were drawn before, the position at which iteration begins.
-            The attribute may be set until then.
     """
 
-    def __init__(self, size: int, seed: int, block: int, start: int = 0):
+    def __init__(self, size: int, seed: int, block: int):
         self.size = size
         self.seed = seed
         self.block = block
-        self.start = start
+        self.start = 0
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)  # of the epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yields (position, index) endlessly; raises a ValueError if ``start`` is within a step."""
+        """Yields (position, index) from ``start``; a start within a step raises a ValueError."""
         rank, step = comm.get_rank(), self.block * comm.get_world_size()
         if self.start < 0 or self.start % step:
             raise ValueError(
@@ -81,19 +82,17 @@ class RepeatFactorSampler(ResumableSampler):
     Args:
         class_counts: (N, C + 1).
         threshold: DATALOADER.REPEAT_THRESHOLD, the share of the images below which a class is rare.
-        seed: As in `ResumableSampler`, also block and start.
+        seed: As in `ResumableSampler`, also block.
     """
 
-    def __init__(
-        self, class_counts: np.ndarray, threshold: float, seed: int, block: int, start: int = 0
-    ):
+    def __init__(self, class_counts: np.ndarray, threshold: float, seed: int, block: int):
         if not 0 < threshold <= 1:
             raise ValueError(
                 f"DATALOADER.REPEAT_THRESHOLD is {threshold}: RepeatFactorTrainingSampler repeats "
                 "images of classes that a smaller share of the images holds, so choose one above "
                 "0 and at most 1, as 0.1"
             )
-        super().__init__(len(class_counts), seed, block, start)
+        super().__init__(len(class_counts), seed, block)
         images = [
             {"annotations": [{"category_id": c} for c in np.flatnonzero(pixels).tolist()]}
             for pixels in class_counts[:, :-1]
@@ -126,7 +125,7 @@ class RareClassSampler(ResumableSampler):
 
     Args:
         class_counts: (N, C + 1).
-        seed: As in `ResumableSampler`, also block and start.
+        seed: As in `ResumableSampler`, also block.
         temperature: A small one draws only the rarest classes, a large one all alike.
         min_pixels: Least pixels of a class in images that are drawn for it. If no image has as
             many, every image with a pixel of the class may be drawn.
@@ -137,12 +136,11 @@ class RareClassSampler(ResumableSampler):
         class_counts: np.ndarray,
         seed: int,
         block: int,
-        start: int = 0,
         *,
         temperature: float = RARE_CLASS_TEMPERATURE,
         min_pixels: int = RARE_CLASS_PIXELS,
     ):
-        super().__init__(len(class_counts), seed, block, start)
+        super().__init__(len(class_counts), seed, block)
         pixels = class_counts[:, :-1]
         totals = pixels.sum(axis=0)
         self.classes = np.flatnonzero(totals)
@@ -195,21 +193,13 @@ def build_sampler(
     *,
     seed: int,
     block: int,
-    start: int = 0,
     class_counts: np.ndarray | None = None,
     repeat_threshold: float = 0.0,
 ) -> ResumableSampler:
-    """Builds a sampler by the name that configs give it.
+    """Builds the sampler of `SAMPLERS` that configs call ``name``.
 
-    Args:
-        name: One of `SAMPLERS`.
-        size: Number of entries of the data set, N.
-        seed: Seed of the order.
-        block: Images of a rank in each step.
-        start: Images of all ranks that were drawn before.
-        class_counts: (N, C + 1), as the check's `class_counts` returns them; "TrainingSampler"
-            does not need them.
-        repeat_threshold: See `RepeatFactorSampler`.
+    ``class_counts`` are those of the check, see `class_counts`; "TrainingSampler" needs none. For
+    the other arguments see the samplers.
 
     Returns:
         The sampler.
@@ -219,7 +209,7 @@ def build_sampler(
     """
     require_sampler(name)
     if name == "TrainingSampler":
-        return ResumableSampler(size, seed, block, start)
+        return ResumableSampler(size, seed, block)
     if class_counts is None or len(class_counts) != size:
         given = "none" if class_counts is None else f"those of {len(class_counts)}"
         raise ValueError(
@@ -227,8 +217,8 @@ def build_sampler(
             "class_counts=fishertune_d2.data.class_counts(names)"
         )
     if name == "RepeatFactorTrainingSampler":
-        return RepeatFactorSampler(class_counts, repeat_threshold, seed, block, start)
-    return RareClassSampler(class_counts, seed, block, start)
+        return RepeatFactorSampler(class_counts, repeat_threshold, seed, block)
+    return RareClassSampler(class_counts, seed, block)
 
 
 def require_sampler(name: str) -> None:

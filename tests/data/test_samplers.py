@@ -23,15 +23,11 @@ COUNTS = np.array([[90, 0, 0, 5]] * 5 + [[80, 10, 0, 5], [70, 20, 0, 5], [70, 0,
 
 
 def build(name, start=0, seed=3, block=2):
-    return build_sampler(
-        name,
-        len(COUNTS),
-        seed=seed,
-        block=block,
-        start=start,
-        class_counts=COUNTS,
-        repeat_threshold=0.5,
+    sampler = build_sampler(
+        name, len(COUNTS), seed=seed, block=block, class_counts=COUNTS, repeat_threshold=0.5
     )
+    sampler.start = start
+    return sampler
 
 
 def drawn(sampler, number):
