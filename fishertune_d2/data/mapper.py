@@ -135,15 +135,12 @@ class SegmentationMapper:
             "pad_to": tuple(crop.SIZE) if is_train and crop.ENABLED else None,
             "pad_value": cfg.MODEL.PIXEL_MEAN,
             "ignore_label": ignore_label,
-            "test_sizes": _test_sizes(cfg.TEST.SIZES),
+            "test_sizes": read_test_sizes(cfg.TEST.SIZES),
             "native_labels": cfg.TEST.NATIVE_LABELS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Maps one dict of `load_pairs`.
-
-        Args:
-            dataset_dict: The dict.
 
         Returns:
             A copy with ``image``, (3, H, W) uint8, and in training ``sem_seg``, (H, W) uint8
@@ -168,9 +165,7 @@ class SegmentationMapper:
         image, label = self._resized_part(image, label)
         augmented = T.AugInput(to_array(image, self.image_format), sem_seg=label)
         self.augmentations(augmented)
-        pixels, label = augmented.image, augmented.sem_seg
-        if self.pad_to is not None:
-            pixels, label = self._pad(pixels, label, *self.pad_to)
+        pixels, label = self._pad(augmented.image, augmented.sem_seg)
         return {
             **dataset_dict,
             "image": to_tensor(pixels),
@@ -215,22 +210,20 @@ class SegmentationMapper:
             "width": item["width"] // parts,
         }
 
-    def _pad(
-        self, image: np.ndarray, label: np.ndarray, to_height: int, to_width: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        height, width = label.shape
-        if (height, width) == (to_height, to_width):
+    def _pad(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.pad_to is None or label.shape == self.pad_to:
             return image, label
-        padded = np.tile(self.pad_value, (to_height, to_width, 1))
+        height, width = label.shape
+        padded = np.tile(self.pad_value, (*self.pad_to, 1))
         padded[:height, :width] = image
-        padded_label = np.full((to_height, to_width), self.ignore_label, label.dtype)
+        padded_label = np.full(self.pad_to, self.ignore_label, label.dtype)
         padded_label[:height, :width] = label
         return padded, padded_label
 
 
-def _test_sizes(given: Sequence[Any]) -> dict[str, tuple[int, int]]:
+def read_test_sizes(entries: Sequence[Any]) -> dict[str, tuple[int, int]]:
     """Returns TEST.SIZES as (width, height), keyed by the data set's name."""
-    for entry in given:
+    for entry in entries:
         if not (
             isinstance(entry, list | tuple)
             and entry
@@ -241,7 +234,7 @@ def _test_sizes(given: Sequence[Any]) -> dict[str, tuple[int, int]]:
                 f"TEST.SIZES holds {entry!r}: write each entry as [name of a data set, width, "
                 "height], in whole pixels, as [['cityscapes_val', 1024, 512]]"
             )
-    return {name: (width, height) for name, width, height in given}
+    return {name: (width, height) for name, width, height in entries}
 
 
 def fit_into(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -57,6 +57,9 @@ def test_test_sizes_of_the_config_go_before_those_of_the_run(unknown_run):
     write(NAMES, size=[98, 70])
     cfg.TEST.SIZES = [["my_town", 140, 105]]
     assert recorded_space(cfg)[1] == (140, 105)
+    cfg.TEST.SIZES = [["my_town", 140]]
+    with pytest.raises(ValueError, match=r"TEST\.SIZES holds \['my_town', 140\]: write"):
+        recorded_space(cfg)
 
 
 @pytest.mark.parametrize(
