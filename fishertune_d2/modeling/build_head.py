@@ -47,14 +47,7 @@ _REMEDIES: Mapping[str, Callable[[re.Match, CfgNode], str]] = {
 
 
 def build_head(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module:
-    """Builds the head that MODEL.SEM_SEG_HEAD describes.
-
-    Args:
-        cfg: the configuration.
-        shapes: the backbone's ``output_shape()``.
-
-    Returns:
-        The head.
+    """Returns the head that MODEL.SEM_SEG_HEAD describes, for a backbone's ``output_shape()``.
 
     Raises:
         ValueError: if the backbone lacks one of IN_FEATURES, or the head cannot be built; names
@@ -65,7 +58,7 @@ def build_head(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module:
     if unknown:  # some of Detectron2's heads ignore them
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {', '.join(unknown)}, which "
-            f"{cfg.MODEL.BACKBONE.NAME} has not got: it has {', '.join(shapes)}"
+            f"{cfg.MODEL.BACKBONE.NAME} does not have: it has {', '.join(shapes)}"
         )
     if keys.NAME in DETECTRON2_HEADS and keys.COMMON_STRIDE < 1:
         smallest = min((shapes[name].stride for name in keys.IN_FEATURES), default=4)

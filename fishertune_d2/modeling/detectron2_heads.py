@@ -66,11 +66,7 @@ class PixelHead:
         targets: SegmentationTargets | None = None,
         image_size: tuple[int, int] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Computes the losses, or without targets the scores; see `SegmentationHead`.
-
-        Returns:
-            With targets (None, weighted losses by name), else (probabilities (B, C, H, W), {}).
-        """
+        """Computes the losses, or without targets the probabilities; see `SegmentationHead`."""
         logits = self.predict(features)
         if targets is not None:
             return None, self._losses(logits, targets)
@@ -110,13 +106,7 @@ class PixelHead:
         return predictions.log_softmax(1)
 
     def loss_divisors(self, labels: Sequence[Tensor]) -> dict[str, Tensor | float]:
-        """Counts the labelled pixels, over which ``loss_sem_seg`` is a mean; at least 1.
-
-        Args:
-            labels: for each image (height, width), of any integer type.
-
-        Returns:
-            The count, by the loss's name.
+        """Returns the number of labelled pixels, over which ``loss_sem_seg`` is a mean; at least 1.
 
         Raises:
             ValueError: if a label is no class, or the loss takes a batch's hardest pixels.
@@ -133,12 +123,9 @@ class PixelHead:
         return {"loss_sem_seg": float(max(1, count))}
 
     def try_out(self) -> dict[str, Tensor]:
-        """Computes the scores and losses of zeros.
+        """Returns the losses of maps of zeros.
 
         An error of the head itself passes through, if no other COMMON_STRIDE would help.
-
-        Returns:
-            The losses by name.
 
         Raises:
             ValueError: if the padded training crop is not the window that the head pools over, or

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from .detectron2_heads import DETECTRON2_HEADS, Detectron2Head, PixelHead
 from .targets import SegmentationTargets
 
-# Heads that need no adapter, by the names of MODEL.SEM_SEG_HEAD.NAME.
-_OWN_HEADS = ("Mask2FormerHead",)
 WORKING_HEADS = (
-    f"These heads work: {', '.join((*_OWN_HEADS, *DETECTRON2_HEADS))}, and heads of your own with "
+    f"These heads work: Mask2FormerHead, {', '.join(DETECTRON2_HEADS)}, and heads of your own with "
     "the methods of fishertune_d2.modeling.heads.SegmentationHead"
 )
 
@@ -82,14 +80,9 @@ class SegmentationHead(Protocol):
 
 
 def segmentation_head(head: nn.Module, backbone: Backbone) -> SegmentationHead:
-    """Returns the head that the segmentor calls: the head itself, or an adapter of Detectron2's.
+    """Returns a head that has the contract: ``head`` itself, or a `PixelHead` of Detectron2's.
 
-    Args:
-        head: the head that MODEL.SEM_SEG_HEAD.NAME built. Its parameters stay where they are.
-        backbone: the backbone whose maps the head reads.
-
-    Returns:
-        ``head`` if it has the contract, else a `PixelHead` of it.
+    The parameters of ``head`` stay where they are. It reads the maps of ``backbone``.
 
     Raises:
         ValueError: if the head has neither the contract nor the methods of Detectron2's heads.
@@ -104,33 +97,25 @@ def segmentation_head(head: nn.Module, backbone: Backbone) -> SegmentationHead:
         raise ValueError(_refusal(head, str(error))) from error
 
 
-def require_drivable(head: nn.Module, backbone: Backbone) -> None:
+def try_out(head: SegmentationHead) -> dict[str, Tensor]:
     """Tries one of Detectron2's heads on maps of zeros, so that it cannot fail after training.
 
-    A head that cannot be driven raises a ValueError with the reason and the heads that work.
+    Leaves modes and random numbers as they are.
 
-    Args:
-        head: see `segmentation_head`.
-        backbone: see `segmentation_head`.
+    Returns:
+        The losses by name; empty for other heads, which are not tried.
+
+    Raises:
+        ValueError: if the head cannot be driven, with the reason and the heads that work.
     """
-    driven = segmentation_head(head, backbone)
-    if isinstance(driven, PixelHead):
-        _try_out(driven)
-
-
-def require_splittable(head: nn.Module, backbone: Backbone) -> None:
-    """Refuses one of Detectron2's heads if the losses of a batch's parts do not add up.
-
-    A loss without a known divisor raises a ValueError, see `require_divisors`.
-
-    Args:
-        head: see `segmentation_head`.
-        backbone: see `segmentation_head`.
-    """
-    driven = segmentation_head(head, backbone)
-    if isinstance(driven, PixelHead):
-        label = torch.zeros(1, 1, dtype=torch.int64)
-        require_divisors(_try_out(driven), driven.loss_divisors([label]))
+    if not isinstance(head, PixelHead):
+        return {}
+    try:
+        # Evaluation mode: dropout would draw random numbers, and norms would update statistics.
+        with in_eval_mode(head.head), torch.no_grad():
+            return head.try_out()
+    except Exception as error:  # each head has its own kinds of errors
+        raise ValueError(_refusal(head.head, str(error))) from error
 
 
 def require_divisors(losses: Iterable[str], divisors: Iterable[str]) -> None:
@@ -172,21 +157,9 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _try_out(driven: PixelHead) -> dict[str, Tensor]:
-    """Returns the losses of maps of zeros; leaves modes and random numbers as they are."""
-    try:
-        # Evaluation mode: dropout would draw random numbers, and norms would update statistics.
-        with in_eval_mode(driven.head), torch.no_grad():
-            return driven.try_out()
-    except Exception as error:  # each head has its own kinds of errors
-        raise ValueError(_refusal(driven.head, str(error))) from error
-
-
 def _refusal(head: nn.Module, why: str) -> str:
     name = type(head).__name__
     if name in DETECTRON2_HEADS:
         return f"MODEL.SEM_SEG_HEAD.NAME {name} cannot work with its keys: {why}"
-    return (
-        f"MODEL.SEM_SEG_HEAD.NAME is {name}, which VFMSegmentor cannot drive: {why}. "
-        f"{WORKING_HEADS}"
-    )
+    unable = f"MODEL.SEM_SEG_HEAD.NAME is {name}, which VFMSegmentor cannot drive"
+    return f"{unable}: {why}. {WORKING_HEADS}"

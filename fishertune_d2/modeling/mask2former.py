@@ -92,15 +92,7 @@ class Mask2FormerHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        """Reads MODEL.SEM_SEG_HEAD and MODEL.MASK_FORMER.
-
-        Args:
-            cfg: the configuration.
-            input_shape: the backbone's ``output_shape()``.
-
-        Returns:
-            The arguments of ``__init__``.
-        """
+        """Reads MODEL.SEM_SEG_HEAD and MODEL.MASK_FORMER."""
         head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
         return {
             "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
@@ -131,18 +123,10 @@ class Mask2FormerHead(nn.Module):
         }
 
     def train(self, mode: bool = True) -> "Mask2FormerHead":
-        """Sets the mode, except in the pixel decoder's layers if they have no dropout.
-
-        In training mode each of these layers looks for infinities, and the host waits for a GPU.
-        Nothing else in them depends on the mode, and `losses` refuses values that are not finite.
-
-        Args:
-            mode: True for training.
-
-        Returns:
-            The head itself.
-        """
+        """Sets the mode, except in the pixel decoder's layers if they have no dropout."""
         super().train(mode)
+        # In training mode each of these layers looks for infinities, and the host waits for a GPU.
+        # Nothing else in them depends on the mode, and `losses` refuses values that are not finite.
         if not self.dropout:
             self.pixel_decoder.encoder.layers.eval()
         return self
@@ -153,18 +137,18 @@ class Mask2FormerHead(nn.Module):
         targets: torch.Tensor | SegmentationTargets | None = None,
         image_size: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Computes the losses, or without targets the scores.
+        """Computes the losses, or without targets the scores; see `SegmentationHead`.
 
         Args:
             features: maps (B, channels, H / stride, W / stride) by name.
-            targets: class of each pixel, (B, H, W) of any integer type; `ignore_value` where there
-                is none. The host has to download the classes of a tensor on a GPU first.
+            targets: `SegmentationTargets`, or only the class of each pixel, (B, H, W) of any
+                integer type, with `ignore_value` where there is none; then the host waits for a
+                GPU.
             image_size: (H, W) of the scores. The mask logits are resized before the sigmoid, as in
                 the published code. None leaves them at the size of the stride-4 map.
 
         Returns:
-            With targets (None, weighted losses by name, see `losses`), else
-            (scores (B, C, H, W), {}).
+            (None, the result of `losses`), or (that of `semantic_scores`, {}).
         """
         predictions = self.predict(features)
         if targets is None:
@@ -175,7 +159,7 @@ class Mask2FormerHead(nn.Module):
         """Predicts a class and a mask for each query, after each decoder layer.
 
         Args:
-            features: maps (B, channels, H / stride, W / stride) by name.
+            features: see `forward`.
 
         Returns:
             P pairs of class logits (B, Q, C + 1), the last one "no object", and mask logits
@@ -201,18 +185,10 @@ class Mask2FormerHead(nn.Module):
         targets: SegmentationTargets,
         image: int,
     ) -> torch.Tensor:
-        """Sums the weighted losses of one image, as if it were a batch of its own.
+        """Returns the sum of one image's weighted losses, as if it were a batch of its own; scalar.
 
         The losses of a batch are divided by counts and class weights of the whole batch, so they
-        are no sum over images.
-
-        Args:
-            predictions: the result of `predict` for the batch.
-            targets: the labels of the batch.
-            image: its index in the batch.
-
-        Returns:
-            A scalar. Errors are those of `losses`.
+        are no sum over images. Errors are those of `losses`.
         """
         one = slice(image, image + 1)
         self.criterion.across_processes = False
@@ -225,30 +201,19 @@ class Mask2FormerHead(nn.Module):
     def log_probabilities(
         self, predictions: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.Tensor:
-        """Computes the logarithm of each class's probability from the final prediction.
+        """Returns (B, C, h, w) float32: the logarithm of each class's probability.
 
         Mask2Former has no normalised p(y | x). Its semantic scores, divided by their sum over
         classes, give one for each pixel.
-
-        Args:
-            predictions: the result of `predict`.
-
-        Returns:
-            (B, C, h, w) float32.
         """
         scores = semantic_scores(*predictions[-1]) + _MIN_SCORE
         return scores.log() - scores.sum(1, keepdim=True).log()
 
     def loss_divisors(self, targets: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | float]:
-        """Returns the divisor of each loss, with which the losses of a batch's parts add up.
+        """Returns the divisor of each loss; see `SegmentationHead`.
 
-        Args:
-            targets: for each image (H, W), of any integer type.
-
-        Returns:
-            Numbers or scalars. ``loss_ce`` is divided by the sum of the class weights of all
-            queries, which is known before the matching; ``loss_mask`` and ``loss_dice`` by the
-            number of masks per process, at least 1.
+        ``loss_ce`` is divided by the sum of all queries' class weights, which is known before the
+        matching; ``loss_mask`` and ``loss_dice`` by the number of masks per process, at least 1.
         """
         labels = present_classes(targets, self.num_classes, self.ignore_value)
         queries, nothing = self.num_queries, self.criterion.eos_coef

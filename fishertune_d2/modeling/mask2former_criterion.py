@@ -41,12 +41,7 @@ class Mask2FormerCriterion(Mask2FormerLoss):
     across_processes = True
 
     def __init__(self, config: Mask2FormerConfig, weight_dict: dict[str, float]):
-        """Keeps the weights of the classes out of checkpoints, as they are constants of the config.
-
-        Args:
-            config: the configuration of transformers' criterion.
-            weight_dict: weights of the losses, by transformers' names.
-        """
+        """Keeps the classes' weights, constants of the config, out of checkpoints."""
         super().__init__(config, weight_dict)
         self.register_buffer("empty_weight", self.empty_weight, persistent=False)
 
@@ -92,16 +87,10 @@ class Mask2FormerCriterion(Mask2FormerLoss):
         masks: Sequence[Tensor],
         labels: Sequence[Tensor],
     ) -> list[Matches]:
-        """Finds the cheapest pairs of queries and masks for each prediction and image.
+        """Returns the cheapest pairs of queries and masks of each prediction, on its device.
 
-        Args:
-            predictions: as in :meth:`forward`.
-            masks: as in :meth:`forward`.
-            labels: as in :meth:`forward`.
-
-        Returns:
-            The matches of each prediction, on the device of the predictions. A prediction that is
-            not finite raises a FloatingPointError that names it.
+        The arguments are those of `forward`. A prediction that is not finite raises a
+        FloatingPointError that names it.
         """
         costs = self.costs(list(predictions.values()), masks, labels)
         # A sum of finite terms is finite, and reads each term once.
@@ -122,18 +111,10 @@ class Mask2FormerCriterion(Mask2FormerLoss):
         masks: Sequence[Tensor],
         labels: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Computes the cost of each pair of query and mask, at N random points of each image.
+        """Returns for each image the cost (P, Q, n) of each pair of query and mask.
 
-        The costs are those of the published matcher: minus the probability of the mask's class,
-        binary cross entropy (mean over points) and Dice loss, each with its weight.
-
-        Args:
-            predictions: P class logits and mask logits.
-            masks: as in :meth:`forward`.
-            labels: as in :meth:`forward`.
-
-        Returns:
-            For each image (P, Q, n).
+        The costs are those of the published matcher, at N random points: minus the probability of
+        the mask's class, binary cross entropy (mean over points) and Dice loss, each weighted.
         """
         matcher = self.matcher
         probabilities = torch.stack([c for c, _ in predictions]).softmax(-1)  # (P, B, Q, C + 1)
@@ -165,15 +146,7 @@ class Mask2FormerCriterion(Mask2FormerLoss):
     def get_num_masks(  # type: ignore[override]  # transformers passes a list, not a Tensor
         self, class_labels: Sequence[Tensor], device: torch.device
     ) -> Tensor:
-        """Counts the target masks.
-
-        Args:
-            class_labels: for each image of this process, the classes of its masks.
-            device: the device of the result.
-
-        Returns:
-            Scalar: masks per process, averaged over processes, and at least 1.
-        """
+        """Counts the target masks per process, averaged over processes, and at least 1; scalar."""
         # full fills on the device; tensor() would upload.
         count = torch.full((), float(sum(len(labels) for labels in class_labels)), device=device)
         if self.across_processes and comm.get_world_size() > 1:
@@ -200,17 +173,8 @@ def _upload(pairs: list[list[tuple]], device: torch.device) -> list[Matches]:
 
 
 def _require_finite(names: Sequence[str], sums: Tensor) -> None:
-    """Refuses predictions with a logit that is NaN or infinite.
-
-    transformers' matcher replaces such values by a large cost, so the run would diverge silently.
-
-    Args:
-        names: the names of the predictions.
-        sums: the sum of each prediction's class logits and that of its mask logits, on the CPU.
-
-    Raises:
-        FloatingPointError: names the predictions.
-    """
+    """Refuses NaN and infinity; ``sums`` are those of each prediction's class and mask logits."""
+    # transformers' matcher replaces such values by a large cost, so the run would diverge silently.
     if sums.isfinite().all():
         return
     kinds = [f"{kind}{name}" for name in names for kind in ("class logits", "mask logits")]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .build_head import build_head
-from .heads import SegmentationHead, require_drivable, require_splittable, segmentation_head
+from .heads import SegmentationHead, require_divisors, segmentation_head, try_out
 from .sliding import sliding_average
 from .targets import SegmentationTargets, present_classes
 from .vfm_table import Pixels, pixel_statistics
@@ -76,7 +76,7 @@ class VFMSegmentor(nn.Module):
         super().__init__()
         _check_pixels(pixel_mean, pixel_std)
         _check_test(test_mode, crop_size, stride, windows_per_batch)
-        require_drivable(sem_seg_head, backbone)
+        try_out(segmentation_head(sem_seg_head, backbone))
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.test_mode = test_mode
@@ -93,14 +93,7 @@ class VFMSegmentor(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        """Builds the parts that MODEL names and reads MODEL.PIXEL_*, MODEL.VFM and TEST.
-
-        Args:
-            cfg: the configuration.
-
-        Returns:
-            The arguments of ``__init__``.
-        """
+        """Builds the parts that MODEL names and reads MODEL.PIXEL_*, MODEL.VFM and TEST."""
         backbone = build_backbone(cfg)
         vfm, configured = cfg.MODEL.VFM, Pixels(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
         pixels = pixel_statistics(vfm.NAME, vfm.PIXELS, configured)
@@ -142,14 +135,7 @@ class VFMSegmentor(nn.Module):
         return self.inference(batched_inputs)
 
     def losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        """Computes the losses of a batch.
-
-        Args:
-            batched_inputs: dicts with ``image`` and ``sem_seg``, see `forward` and
-                `features_and_targets`, which checks them.
-
-        Returns:
-            The weighted losses by name.
+        """Returns the weighted losses of a batch, which `features_and_targets` checks, by name.
 
         Raises:
             FloatingPointError: if a prediction or a loss is not finite; names the images.
@@ -167,14 +153,7 @@ class VFMSegmentor(nn.Module):
         return losses
 
     def loss_divisors(self, batched_inputs: list[dict]) -> dict[str, Tensor | float]:
-        """Returns the divisor of each loss, for a trainer that passes a batch in parts.
-
-        Args:
-            batched_inputs: dicts with ``sem_seg``.
-
-        Returns:
-            Numbers or scalars by the losses' names, without the number of the prediction.
-        """
+        """Returns the divisor of each loss of a batch, see `SegmentationHead.loss_divisors`."""
         return self.head.loss_divisors([inputs["sem_seg"] for inputs in batched_inputs])
 
     def require_splittable(self) -> None:
@@ -182,15 +161,15 @@ class VFMSegmentor(nn.Module):
 
         A head with its own ``loss_divisors`` is not tried.
         """
-        require_splittable(self.sem_seg_head, self.backbone)
+        losses = try_out(self.head)
+        if losses:
+            label = torch.zeros(1, 1, dtype=torch.int64)
+            require_divisors(losses, self.head.loss_divisors([label]))
 
     def features_and_targets(
         self, batched_inputs: list[dict]
     ) -> tuple[dict[str, Tensor], SegmentationTargets]:
-        """Checks and stacks a batch, and computes its feature maps.
-
-        Args:
-            batched_inputs: dicts with ``image`` and ``sem_seg``.
+        """Checks and stacks a batch with labels, and computes its feature maps; see `forward`.
 
         Returns:
             The backbone's maps, and the labels, padded with the head's ``ignore_value``.
@@ -228,16 +207,10 @@ class VFMSegmentor(nn.Module):
 
     @torch.no_grad()
     def inference(self, batched_inputs: list[dict]) -> list[dict[str, Tensor]]:
-        """Scores each image by itself, so that a result does not depend on its batch.
+        """Returns the scores of each image, as `forward` does, whatever else is in the batch.
 
         The head's scores are averaged over windows and resized to the wanted size, not the logits.
         For Mask2Former they are sums of probabilities, for Detectron2's heads probabilities.
-
-        Args:
-            batched_inputs: dicts with ``image`` and maybe ``height`` and ``width``.
-
-        Returns:
-            ``{"sem_seg": (C, height, width)}`` for each image.
         """
         self._warn_of_other_weights()
         results = []
@@ -282,12 +255,10 @@ class VFMSegmentor(nn.Module):
         if self.untrained:
             trouble = "has tensors that are as they were initialised"
         logger.warning(
-            "The model %s (%d, the first is %s), so its predictions are not those of a trained "
-            "model: build it by fishertune_d2.engine.trained_model.build_trained(cfg, weights), "
-            "which fills every tensor",
-            trouble,
-            len(names),
-            min(names),
+            f"The model {trouble} ({len(names)}, the first is {min(names)}), so its predictions "
+            "are not those of a trained model: build it by "
+            "fishertune_d2.engine.trained_model.build_trained(cfg, weights), which fills every "
+            "tensor"
         )
 
     def _normalised(self, images: list[Tensor]) -> list[Tensor]:

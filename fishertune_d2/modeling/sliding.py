@@ -10,16 +10,7 @@ import torch
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Places windows along one axis; the last window ends at the border.
-
-    Args:
-        length: pixels along the axis.
-        window: pixels of a window.
-        stride: pixels between windows.
-
-    Returns:
-        First pixels in ascending order; [0] if one window covers the whole length.
-    """
+    """Returns the first pixels of windows along one axis; the last window ends at the border."""
     last = max(length - window, 0)
     return [*range(0, last, stride), last]
 

@@ -62,17 +62,10 @@ def present_classes(labels: Sequence[Tensor], num_classes: int, ignore_value: in
 
 
 def semantic_masks(targets: SegmentationTargets) -> tuple[list[Tensor], list[Tensor]]:
-    """Splits label maps into one binary mask for each class in them.
+    """Returns for each image its masks (n, H, W) float32 of 0 and 1, and their classes (n,) int64.
 
-    As in the published code, an ignored pixel (also padding) is 0 in every mask. So the losses
-    treat it as background; they do not leave it out.
-
-    Args:
-        targets: the labels.
-
-    Returns:
-        For each image the masks (n, H, W) float32 of 0 and 1, and their classes (n,) int64, both
-        on the device of the pixels.
+    Both are on the device of the pixels. As in the published code, an ignored pixel (also padding)
+    is 0 in every mask. So the losses treat it as background; they do not leave it out.
     """
     counts = [len(classes) for classes in targets.classes]
     labels = torch.cat(targets.classes).to(targets.pixels.device, non_blocking=True).split(counts)
