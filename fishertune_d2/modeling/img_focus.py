@@ -74,9 +74,6 @@ def _download(folder: Path) -> Path:
 def convert(model: bytes) -> dict[str, Tensor]:
     """Converts the ONNX file's encoder to timm's names and layouts.
 
-    Args:
-        model: the ONNX file.
-
     Returns:
         174 float32 tensors, the state dict of timm's ``vit_small_patch14_dinov2``.
 

@@ -36,14 +36,10 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Reads the parameters and buffers of the module in an archive.
+    """Returns the parameters and buffers of the module in an archive, by name, on the CPU.
 
-    Args:
-        path: a TorchScript archive.
-
-    Returns:
-        Tensors by name, on the CPU. An archive that asks for a name that is not known to be
-        harmless raises ``pickle.UnpicklingError``.
+    An archive that asks for a name that is not known to be harmless raises a
+    ``pickle.UnpicklingError``.
     """
     with ZipFile(path) as archive:
         pickles = [n for n in archive.namelist() if PurePosixPath(n).name == "data.pkl"]
@@ -82,18 +78,7 @@ class TensorUnpickler(pickle.Unpickler):
         self._folder = folder
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns the object that the pickle names.
-
-        Args:
-            module: the module of the name.
-            name: the name in that module.
-
-        Returns:
-            A type of tensor, a container, or a harmless function.
-
-        Raises:
-            pickle.UnpicklingError: if the name is not known to be harmless.
-        """
+        """Returns a type of tensor, a container or a harmless function; refuses other names."""
         if module.split(".")[0] == "__torch__":
             return _Shell
         if module == "torch" and name in _DTYPES:
@@ -103,15 +88,8 @@ class TensorUnpickler(pickle.Unpickler):
         return _KNOWN[module, name]
 
     def persistent_load(self, reference: tuple) -> Tensor:
-        """Returns the numbers of one storage.
-
-        Args:
-            reference: ("storage", type, key, device, count).
-
-        Returns:
-            A tensor of one dimension.
-        """
-        _, dtype, key, _, _ = reference
+        """Returns the numbers of one storage as a tensor of one dimension."""
+        _, dtype, key, _device, _count = reference
         buffer = bytearray(self._archive.read(str(self._folder / key)))
         return torch.frombuffer(buffer, dtype=dtype)
 

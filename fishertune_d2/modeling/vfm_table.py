@@ -165,9 +165,6 @@ def pixel_statistics(name: str, choice: str, configured: Pixels) -> Pixels:
         configured: MODEL.PIXEL_MEAN and MODEL.PIXEL_STD. Their default is ImageNet's, which Rein
             uses for every VFM.
 
-    Returns:
-        Mean and standard deviation.
-
     Raises:
         ValueError: if ``choice`` is neither.
     """

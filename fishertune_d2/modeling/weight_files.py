@@ -63,14 +63,11 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
 def read_weights(place: str) -> StateDict:
-    """Reads the tensors of a file, of all parts of a model, or of a folder.
+    """Returns the tensors of a file, of all parts of a model, or of a folder, by name, on the CPU.
 
     Args:
         place: a file, see `read_checkpoint`; a part of a model or its index, from which all parts
             are read; a folder of timm or transformers, or one with a single weights file.
-
-    Returns:
-        Tensors by name, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -148,11 +145,9 @@ def read_checkpoint(path: Path) -> StateDict:
 
 
 def read_with_notes(path: Path) -> tuple[StateDict, dict[str, Any]]:
-    """Reads the tensors of one file, and the other content of a PyTorch file.
+    """Reads a safetensors file, a PyTorch file or a TorchScript archive, of any name.
 
-    Args:
-        path: a safetensors file, a PyTorch file or a TorchScript archive, of any name. A PyTorch
-            file holds a state dict, bare or under one of ``NESTS``.
+    A PyTorch file holds a state dict, bare or under one of ``NESTS``.
 
     Returns:
         Tensors by name, on the CPU, and the whole content of a PyTorch file (else an empty dict).
@@ -160,12 +155,12 @@ def read_with_notes(path: Path) -> tuple[StateDict, dict[str, Any]]:
     Raises:
         ValueError: if the file is damaged, or holds more than tensors.
     """
-    path = Path(path)
-    _require_weights(path)
+    start = _first_bytes(path)
     notes: dict[str, Any] = {}
     state: Any
     try:
-        if _is_safetensors(path):
+        # safetensors begins with the length of a JSON header in 8 bytes, and then the header.
+        if start[5:9] == b"\0\0\0{":
             state = load_file(path)
         elif is_torchscript(path):
             state = read_torchscript(path)
@@ -177,11 +172,11 @@ def read_with_notes(path: Path) -> tuple[StateDict, dict[str, Any]]:
             state = _unnest(notes, path)
     # Each format has its own errors: pickle's, zip's, safetensors'.
     except Exception as error:
-        text = _unreadable(path, f"{type(error).__name__}: {_reason(error)}")
-        raise ValueError(text) from error
+        reason = f"{type(error).__name__}: {_reason(error)}"
+        raise ValueError(_unreadable(path, reason)) from error
     if not isinstance(state, Mapping):
-        text = _unreadable(path, f"it holds a {type(state).__name__}, and no tensors by name")
-        raise ValueError(text)
+        reason = f"it holds a {type(state).__name__}, and no tensors by name"
+        raise ValueError(_unreadable(path, reason))
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: {first_names(state)}")
     return dict(state), notes
@@ -207,12 +202,7 @@ def _unnest(content: Any, path: Path) -> Any:
 
 
 def mention_averages(names: Iterable[Any], taken: str) -> None:
-    """Warns of moving averages beside the weights that are read, as they may be the better ones.
-
-    Args:
-        names: the other names in the file.
-        taken: names the weights that are read, and their file.
-    """
+    """Warns if moving averages are among the names beside the weights that are ``taken``."""
     found = sorted(name for name in names if isinstance(name, str) and _AVERAGE.fullmatch(name))
     if found:
         logger.warning(
@@ -221,22 +211,16 @@ def mention_averages(names: Iterable[Any], taken: str) -> None:
         )
 
 
-def _require_weights(path: Path) -> None:
-    """Refuses a file that is empty or of another known kind."""
+def _first_bytes(path: Path) -> bytes:
+    """Returns a file's first 64 bytes; refuses an empty file and files of other known kinds."""
     with open(path, "rb") as file:
-        start = file.read(64).lstrip()
-    if not start:
+        start = file.read(64)
+    if not start.strip():
         raise ValueError(f"cannot read weights from {path}: it is empty: download it again")
     for first, words in _NO_WEIGHTS.items():
-        if start.startswith(first):
+        if start.lstrip().startswith(first):
             raise ValueError(f"cannot read weights from {path}: {words}")
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file starts with the length of a JSON header, and then the header."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{" and start[5:8] == bytes(3)
+    return start
 
 
 def _reason(error: Exception) -> str:

@@ -179,13 +179,9 @@ def _zero_biases(state: StateDict, vit: PlainViT) -> list[str]:
 
 
 def from_transformers(state: StateDict) -> StateDict:
-    """Renames transformers' tensors: CLIP, MAE and SAM to timm's names, DINOv2 and 3 to Meta's.
+    """Returns transformers' tensors by timm's names (CLIP, MAE, SAM) or Meta's (DINOv2 and 3).
 
-    Args:
-        state: the tensors of the encoder alone. Query, key and value are separate, except in SAM.
-
-    Returns:
-        The same tensors, with query, key and value in one.
+    ``state`` is the encoder alone. Query, key and value, separate except in SAM, become one tensor.
     """
     mlp = GATED if any(".mlp.gate_proj." in name for name in state) else UNGATED
     renamed = {}
@@ -203,20 +199,16 @@ def from_transformers(state: StateDict) -> StateDict:
         renamed[query.replace("query", "qkv")] = torch.cat(parts)
     if "pos_embed" not in renamed and "register_tokens" in renamed:  # DINOv3
         renamed["storage_tokens"] = renamed.pop("register_tokens")
-    for name, dims in (("cls_token", 3), ("pos_embed", 3)):  # CLIP's are (D,) and (P + h*w, D)
-        while name in renamed and renamed[name].ndim < dims:
+    for name in ("cls_token", "pos_embed"):  # CLIP's are (D,) and (P + h*w, D)
+        while name in renamed and renamed[name].ndim < 3:
             renamed[name] = renamed[name][None]
     return renamed
 
 
 def to_transformers(state: StateDict) -> StateDict:
-    """Renames DINOv2, with or without registers, from timm's names to those of transformers.
+    """Returns DINOv2's tensors by transformers' names, given timm's; with or without registers.
 
-    Args:
-        state: tensors by timm's names.
-
-    Returns:
-        The tensors in transformers' form, and a mask token of zeros, which only pre-training uses.
+    A mask token of zeros, which only pre-training uses, is added.
     """
     renamed = {"embeddings.mask_token": torch.zeros(1, state["cls_token"].shape[-1])}
     packed = state["blocks.0.mlp.fc1.weight"].shape[0] != state["blocks.0.mlp.fc2.weight"].shape[1]
