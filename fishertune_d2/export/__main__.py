@@ -21,11 +21,7 @@ from .tuned_models import delta_of_run, read_tuned  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command.
-
-    Args:
-        arguments: the arguments of the command line; None reads the process's own.
-    """
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m fishertune_d2.export", description=(__doc__ or "").splitlines()[0]
     )

@@ -93,16 +93,13 @@ class Delta:
         architecture: Architecture,
         resized: Collection[str] = (),
     ) -> "Delta":
-        """Compares two backbones bit by bit.
+        """Returns the delta, without notes, of two backbones of one architecture, bit by bit.
 
         Args:
             base: the public weights, at the sizes of ``tuned``.
             tuned: the same tensors after training.
             architecture: the architecture of both.
             resized: names of the tensors whose public size differs.
-
-        Returns:
-            The delta, without notes.
 
         Raises:
             ValueError: if names, shapes or types of the two differ.
@@ -136,14 +133,10 @@ class Delta:
         return delta
 
     def apply(self, state: Mapping[str, Tensor]) -> StateDict:
-        """Computes the tuned weights from those of the base.
+        """Returns the tuned weights in a new dict; changes no tensor of the base ``state``.
 
-        Args:
-            state: tensors by timm's names. Resized tensors need only the right size. Other tensors,
-                such as a classifier's, are passed on.
-
-        Returns:
-            A new dict; no tensor of ``state`` is changed.
+        The tensors have timm's names. Resized tensors need only the right size. Other tensors, such
+        as a classifier's, are passed on.
 
         Raises:
             ValueError: if ``state`` is not the base, or positions or values do not fit it.
@@ -170,13 +163,17 @@ class Delta:
                 f"with the weights of {self.notes.get('weights', 'its run')}: "
                 "load these, in the same precision, and apply it once"
             )
+        for name, tensor in {**self.whole, **self.values}.items():
+            if tensor.dtype != state[name].dtype:
+                raise ValueError(
+                    f"{self.title} is damaged: its {name} is {tensor.dtype}, the model's "
+                    f"{state[name].dtype}. {_REMEDY}"
+                )
         tuned = dict(state)
         for name, tensor in self.whole.items():
-            self._require_dtype(name, tensor, state[name])
             tuned[name] = tensor.to(state[name].device)
         for name, positions in self.positions.items():
             before, values = state[name], self.values[name]
-            self._require_dtype(name, values, before)
             if int(positions[-1]) >= before.numel():
                 raise ValueError(
                     f"{self.title} is damaged: it changes entry {int(positions[-1])} of {name}, "
@@ -186,13 +183,6 @@ class Delta:
             flat[positions.to(flat.device)] = values.to(flat.device)
             tuned[name] = flat.view(before.shape)
         return tuned
-
-    def _require_dtype(self, name: str, new: Tensor, old: Tensor) -> None:
-        if new.dtype != old.dtype:
-            raise ValueError(
-                f"{self.title} is damaged: its {name} is {new.dtype}, the model's {old.dtype}. "
-                f"{_REMEDY}"
-            )
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
@@ -217,13 +207,7 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
-        """Reads a file that :meth:`save` wrote; runs nothing that the file holds.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The delta.
+        """Returns the delta in a file that :meth:`save` wrote; runs nothing that the file holds.
 
         Raises:
             ValueError: if the file is damaged, of another version, or holds something else.
@@ -256,12 +240,9 @@ _REMEDY = "Copy or fetch the file again, or write it again with python -m fisher
 def apply_delta(model: nn.Module, delta: Delta | str | Path) -> None:
     """Turns public weights into tuned ones, in place; on an error, nothing is changed.
 
-    A damaged delta, or one for another model or other weights, raises a ValueError.
-
-    Args:
-        model: a ``VFMBackbone``, or a plain timm ViT of the delta's architecture and sizes, with
-            the public weights in it.
-        delta: a delta or its file.
+    The model is a ``VFMBackbone``, or a plain timm ViT of the delta's architecture and sizes, with
+    the public weights in it. A damaged delta, or one for another model or other weights, raises a
+    ValueError.
     """
     if not isinstance(delta, Delta):
         delta = Delta.load(delta)

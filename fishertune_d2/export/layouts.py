@@ -85,11 +85,8 @@ def write_timm(model: TunedModel, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for part in VFMS[model.architecture.vfm].without:
         logger.warning(
-            "timm's %s has a %s, and this backbone is without: set model.%s = nn.Identity() before "
-            "you load the weights",
-            architecture,
-            part,
-            part,
+            f"timm's {architecture} has a {part}, and this backbone has none: set model.{part} = "
+            "nn.Identity() before you load the weights"
         )
 
 
@@ -99,10 +96,6 @@ def write_transformers(model: TunedModel, folder: Path) -> None:
     ``AutoModel.from_pretrained`` and ``AutoImageProcessor.from_pretrained`` read the folder. At the
     stored image size the features equal the backbone's. At others, transformers resizes the
     position embedding by its own rules.
-
-    Args:
-        model: a tuned DINOv2.
-        folder: the folder to write.
 
     Raises:
         ValueError: if transformers has no such model, or cannot hold its position embedding.
@@ -156,10 +149,6 @@ def write_transformers(model: TunedModel, folder: Path) -> None:
 
 def write_detectron2(model: TunedModel, folder: Path) -> None:
     """Writes ``model.pth``, the whole segmentation model, for MODEL.WEIGHTS.
-
-    Args:
-        model: a tuned model with its decoder.
-        folder: the folder to write.
 
     Raises:
         ValueError: if there is no decoder.

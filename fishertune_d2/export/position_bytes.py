@@ -12,13 +12,7 @@ _CONTINUES = 255
 
 
 def encode_positions(positions: Tensor) -> Tensor:
-    """Encodes positions as bytes.
-
-    Args:
-        positions: int64 of shape (n,), from 0, strictly ascending.
-
-    Returns:
-        uint8 of shape (m,), on the CPU.
+    """Returns the uint8 code (m,), on the CPU, of int64 positions (n,).
 
     Raises:
         ValueError: if a position is negative, or not above the one before.
@@ -35,13 +29,9 @@ def encode_positions(positions: Tensor) -> Tensor:
 
 
 def decode_positions(code: Tensor) -> Tensor:
-    """Decodes the positions; from any bytes they ascend strictly and are no more than the bytes.
+    """Returns the int64 positions (n,) in a uint8 code (m,).
 
-    Args:
-        code: uint8 of shape (m,).
-
-    Returns:
-        int64 of shape (n,).
+    From any bytes, positions ascend strictly and are no more than the bytes.
 
     Raises:
         ValueError: if the last byte does not end a gap.

@@ -33,7 +33,7 @@ def delta_of_run(
     base: str = "",
     decoder: bool = False,
 ) -> Delta:
-    """Compares a run's backbone with the public weights from which it started.
+    """Returns the delta of a run's backbone to the public weights from which it started.
 
     Missing files raise a FileNotFoundError. Files that cannot be read, public weights that cannot
     be found, and additions of a method that cannot be merged raise a ValueError.
@@ -43,9 +43,6 @@ def delta_of_run(
         config_file: the run's config; by default ``config.yaml`` beside the checkpoint.
         base: the public weights, as MODEL.VFM.WEIGHTS; by default those that the config names.
         decoder: include the rest of the segmentation model, whole.
-
-    Returns:
-        The delta.
 
     Raises:
         ValueError: if the run started from random weights, or if more weights differ than it
@@ -86,17 +83,10 @@ def delta_of_run(
 def read_tuned(
     source: str | Path, *, config_file: str | Path | None = None, base: str = ""
 ) -> TunedModel:
-    """Reads the whole weights of a run, or of a delta and the public weights.
+    """Returns the whole weights of a run, or of a delta (``.safetensors``) and the public weights.
 
-    Errors are those of :func:`delta_of_run` for a run, and of :func:`tuned_backbone` for a delta.
-
-    Args:
-        source: an OUTPUT_DIR, a checkpoint, or a delta (``.safetensors``).
-        config_file: for a run, see :func:`delta_of_run`.
-        base: for a delta, see :func:`tuned_backbone`.
-
-    Returns:
-        The model; its decoder is empty for a delta without one.
+    For a run see :func:`delta_of_run`, for a delta and its ``base`` :func:`tuned_backbone`, about
+    errors too. The decoder is empty for a delta without one.
     """
     source = Path(source)
     if source.suffix != ".safetensors":
@@ -108,16 +98,10 @@ def read_tuned(
 
 
 def tuned_backbone(delta: Delta | str | Path, weights: str = "") -> VFMBackbone:
-    """Builds a delta's backbone with its public weights, and applies the delta.
+    """Returns a delta's backbone: its public weights, with the delta applied.
 
-    A damaged delta raises a ValueError, and so do public weights that are missing or other ones.
-
-    Args:
-        delta: a delta or its file.
-        weights: the public weights, as MODEL.VFM.WEIGHTS.
-
-    Returns:
-        The tuned backbone.
+    ``weights`` are the public ones, as MODEL.VFM.WEIGHTS. A damaged delta raises a ValueError, and
+    so do public weights that are missing or other ones.
     """
     if not isinstance(delta, Delta):
         delta = Delta.load(delta)

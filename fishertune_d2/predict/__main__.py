@@ -16,11 +16,7 @@ from .predictor import Predictor, read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command.
-
-    Args:
-        arguments: the arguments of the command line; None reads the process's own.
-    """
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--config-file",

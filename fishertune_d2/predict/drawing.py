@@ -35,11 +35,8 @@ def draw_files(
 
     For several files, each error is a line on stderr. The error of a single file is raised.
 
-    Args:
-        predictor: the model.
-        inputs: images and videos.
-        targets: the file to write for each, see :func:`name_outputs`.
-        confidence: see :func:`draw_prediction`.
+    ``targets`` are the files to write, see :func:`name_outputs`; for ``confidence`` see
+    :func:`draw_prediction`.
 
     Raises:
         InputError: after the last file, if some of several could not be drawn.
@@ -70,16 +67,10 @@ def draw_files(
 def draw_file(
     predictor: Predictor, source: Path, target: Path, *, confidence: bool = False
 ) -> None:
-    """Predicts an image, or a video frame by frame, and writes the picture.
+    """Predicts an image, or a video frame by frame, and writes the picture; makes its folder.
 
     The legend of an image names the classes in it. The legend of a video names all classes, so that
     its frames have one size and the names do not move.
-
-    Args:
-        predictor: the model.
-        source: an image or a video.
-        target: the file to write; its folder is made.
-        confidence: see :func:`draw_prediction`.
     """
     every_class = range(len(predictor.space.classes)) if is_video(source) else None
 
@@ -102,10 +93,7 @@ def _draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndar
     frames = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0)  # a guess of the file's header
     writer, done = None, 0
     try:
-        progress = tqdm(
-            _frames(video), total=frames or None, desc=source.name, unit="frame", leave=None
-        )
-        for frame in progress:
+        for frame in tqdm(_frames(video), source.name, frames or None, unit="frame", leave=None):
             picture = _even(draw(frame))
             if writer is None:
                 writer = _open_writer(target, rate, picture)
@@ -122,11 +110,8 @@ def _draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndar
         )
     if done < _SHORT * frames:
         logger.warning(
-            "%s says that it has %d frames, and %d could be read: is it damaged, or not wholly "
-            "copied?",
-            source,
-            frames,
-            done,
+            f"{source} says that it has {frames} frames, and {done} could be read: is it damaged, "
+            "or not wholly copied?"
         )
 
 

@@ -17,14 +17,11 @@ class InputError(ValueError):
 
 
 def find_inputs(names: Sequence[str]) -> list[Path]:
-    """Finds images and videos.
+    """Returns images and videos in the order of ``names``, within a folder or pattern by name.
 
     Args:
         names: files, folders (all images and videos in them, not those of subfolders), or patterns
             such as "night/*.png".
-
-    Returns:
-        Files in the order given, within a folder or pattern by name.
 
     Raises:
         InputError: if a name leads to nothing, or to a file that is neither image nor video.
@@ -54,16 +51,11 @@ def find_inputs(names: Sequence[str]) -> list[Path]:
 
 
 def name_outputs(inputs: Sequence[Path], output: str | Path) -> list[Path]:
-    """Names the picture of each input.
+    """Returns the file to write for each input.
 
-    Args:
-        inputs: images and videos.
-        output: the file to write, if there is one input and this has an ending (.mp4 for a video);
-            else a folder, in which pictures get the inputs' names, as .png or .mp4. If two inputs
-            differ only in their endings, the second keeps its own: ``a.jpg.png``.
-
-    Returns:
-        The file for each input.
+    If there is one input and ``output`` has an ending (.mp4 for a video), it is ``output``. Else
+    ``output`` is a folder, in which pictures get the inputs' names, as .png or .mp4. If two inputs
+    differ only in their endings, the second keeps its own: ``a.jpg.png``.
 
     Raises:
         InputError: if two pictures would have one name, or one would replace an input.
@@ -122,11 +114,10 @@ def _in_folder(folder: Path) -> list[Path]:
         )
     others = Counter(_label(path) for path in listed if path not in set(found))
     if others:
+        left_out = ", ".join(f"{count} {label}" for label, count in sorted(others.items()))
         logger.warning(
-            "--input %s: left out are %s. Images that can be drawn end in %s",
-            folder,
-            ", ".join(f"{count} {label}" for label, count in sorted(others.items())),
-            ", ".join(IMAGES),
+            f"--input {folder}: left out are {left_out}. Images that can be drawn end in "
+            f"{', '.join(IMAGES)}"
         )
     return found
 

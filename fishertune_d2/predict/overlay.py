@@ -51,15 +51,10 @@ def draw_prediction(
 
 
 def blend(image: np.ndarray, classes: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """Mixes the classes' colours with an image.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        classes: (H, W) uint8; pixels of ``IGNORE_LABEL`` keep the image's colour.
-        space: the colours.
+    """Mixes the colours of (H, W) uint8 classes with an image, (H, W, 3) uint8 RGB.
 
     Returns:
-        (H, W, 3) uint8 RGB.
+        (H, W, 3) uint8 RGB; pixels of ``IGNORE_LABEL`` keep the image's colour.
     """
     colors = colorize(classes, space)
     mixed = cv2.addWeighted(colors, _OPACITY, image, 1 - _OPACITY, 0)

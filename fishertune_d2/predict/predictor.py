@@ -62,12 +62,9 @@ class Predictor:
     """
 
     def __init__(self, cfg: CfgNode):
-        """Builds the model and reads its weights.
+        """Builds the model of a run's config, see :func:`read_run`, and reads its weights.
 
         Weights or a data set that do not fit the config, and a missing device, raise a ValueError.
-
-        Args:
-            cfg: the config of a run, with MODEL.WEIGHTS; see :func:`read_run`.
         """
         registered = registered_space(cfg)
         self.model = build_trained(cfg, cfg.MODEL.WEIGHTS)
@@ -81,14 +78,9 @@ class Predictor:
         self._warned = False
 
     def __call__(self, image: np.ndarray) -> Prediction:
-        """Predicts one image.
+        """Returns the prediction of an image, (H, W, 3) uint8 RGB, at its size.
 
-        Args:
-            image: (H, W, 3) uint8 RGB.
-
-        Returns:
-            The prediction, at the size of the image. If the memory is too small for it, the error
-            is an InputError that names the remedies.
+        If the memory is too small for it, the error is an InputError that names the remedies.
         """
         height, width = image.shape[:2]
         picture = Image.fromarray(image)
@@ -127,13 +119,9 @@ class Predictor:
             return
         self._warned = True
         logger.warning(
-            "An image of %d x %d pixels passes through the model in one piece (TEST.MODE whole). "
-            "That is %.0f times what it was trained on, so it needs much memory, and its classes "
-            "may be worse: %s",
-            width,
-            height,
-            times,
-            self._smaller(),
+            f"An image of {width} x {height} pixels passes through the model in one piece "
+            f"(TEST.MODE whole). That is {times:.0f} times what it was trained on, so it needs "
+            f"much memory, and its classes may be worse: {self._smaller()}"
         )
 
     def _smaller(self) -> str:
@@ -157,7 +145,7 @@ def _ran_out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
 
 def confidence_of(scores: torch.Tensor) -> torch.Tensor:
-    """Computes from 0 to 1 how clearly each pixel belongs to its class.
+    """Returns (H, W) numbers from 0 to 1: how clearly each pixel belongs to its class.
 
     Mask2Former's scores are sums over its queries, not probabilities. They are 0 for all classes if
     no query claims the pixel, and more than 1 in sum if several do. So the best score is divided by
@@ -166,24 +154,18 @@ def confidence_of(scores: torch.Tensor) -> torch.Tensor:
 
     Args:
         scores: (C, H, W), not negative.
-
-    Returns:
-        (H, W).
     """
     return scores.max(dim=0).values / scores.sum(dim=0).clamp(min=1)
 
 
 def read_run(config_file: str | Path, options: Sequence[str] = ()) -> CfgNode:
-    """Reads the config of a run, with its final weights as MODEL.WEIGHTS.
+    """Returns the frozen config of a run, with its final weights as MODEL.WEIGHTS.
 
     Args:
         config_file: the run's own ``config.yaml``, or any other config.
         options: keys and values in turn that replace those of the file. Without MODEL.WEIGHTS among
             them, ``model_final.pth`` beside the file is used if it exists, because a run's config
             names the weights from which it started.
-
-    Returns:
-        The config, frozen.
 
     Raises:
         FileNotFoundError: if the weights do not exist.

@@ -42,7 +42,7 @@ def test_timm_reads_the_folder(small_family, tuned, tmp_path, caplog):
     LAYOUTS["timm"](model, tmp_path)
     arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
     if small_family == "sam_vith":
-        assert "has a neck, and this backbone is without" in caplog.text
+        assert "has a neck, and this backbone has none" in caplog.text
         got = timm.create_model(VFMS[small_family].timm_name, num_classes=0, **arguments)
         got.neck = nn.Identity()
         timm.models.load_checkpoint(got, str(tmp_path / "model.safetensors"))
