@@ -15,16 +15,10 @@ from fishertune_d2.data.metadata import (
 
 
 def load_datasets(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Loads registered data sets, one after the other, into one list.
+    """Returns the dicts of registered data sets of the same classes, one after the other.
 
     Dicts of data sets that Detectron2's own functions register get the form of `load_pairs`;
     missing heights and widths are read from the headers of the labels.
-
-    Args:
-        names: registered data sets of the same classes.
-
-    Returns:
-        One dict for each pair of an image and a label, as `load_pairs` returns it.
 
     Raises:
         TypeError: if ``names`` is one string.

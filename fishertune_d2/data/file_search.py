@@ -28,16 +28,13 @@ def find_files(
     keep: Callable[[str], bool] | None = None,
     excluded: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Finds the files in some folders whose names end in one of the suffixes.
+    """Returns the files in some folders, keyed by their path below the folder without the suffix.
 
     Args:
         where: Folders; folders inside them are searched too.
         suffixes: Endings of the names, in upper or lower case.
-        keep: Picks files by their path below the folder without the suffix.
+        keep: Picks files by their key.
         excluded: Files that end in one of these are left out, if it is longer than the suffix.
-
-    Returns:
-        The files, keyed by their path below the folder without the suffix.
 
     Raises:
         DatasetError: if two files have the same key, or a folder may not be read.

@@ -41,9 +41,6 @@ def load_image(path: str | Path) -> Image.Image:
     floats are refused: a file does not say which value is white, and a wrong guess gives black
     images.
 
-    Args:
-        path: the file.
-
     Returns:
         A Pillow image of mode RGB, which can be resized without becoming an array first.
 
@@ -126,9 +123,9 @@ def _read_ids(path: str | Path, first_channel: bool) -> np.ndarray:
             if lossy:
                 image.load()
                 raise DatasetError(
-                    f"{path}: a JPEG does not keep the ids that were saved, nor need a file like "
-                    f"this one ({lossy}): near edges it holds others. Save the ids as a PNG, from "
-                    "where they were drawn."
+                    f"{path}: a JPEG does not keep the ids that were saved, and this file "
+                    f"({lossy}) may not keep them either: its compression changes ids near edges. "
+                    "Save the ids as a PNG, from the program in which they were drawn."
                 )
             if image.mode not in _LABEL_MODES:
                 if first_channel:

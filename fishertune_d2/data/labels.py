@@ -46,11 +46,7 @@ CITYSCAPES_COLORS: tuple[Color, ...] = tuple(CITYSCAPES.values())
 
 
 def make_label_map(trained: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
-    """Builds a lookup table from file ids to train ids.
-
-    Args:
-        trained: Train ids, keyed by the file's id.
-        ignored: Known ids of the files that are ignored.
+    """Builds a lookup table from file ids to train ids, given the known ids that are ignored.
 
     Returns:
         (256,) int16: a train id, ``IGNORE_LABEL``, or ``UNKNOWN_ID`` for ids outside the map.
@@ -63,14 +59,11 @@ def make_label_map(trained: Mapping[int, int], ignored: Sequence[int] = ()) -> n
 
 
 def identity_map_name(num_classes: int, ignore_label: int = IGNORE_LABEL) -> str:
-    """Returns the name of the map for files that hold train ids, 0 to ``num_classes - 1``.
+    """Returns the name in `LABEL_MAPS` for files that hold train ids, 0 to ``num_classes - 1``.
 
     Args:
         num_classes: Number of classes, 1 to 255.
         ignore_label: An id that is ignored in addition to 255; it may be the id of a class.
-
-    Returns:
-        A name in `LABEL_MAPS`.
 
     Raises:
         ValueError: if ``ignore_label`` is no id that a label file can hold.
@@ -189,12 +182,9 @@ def require_ignore_value(value: int) -> None:
 
 def same_class(one: str, other: str) -> bool:
     """Whether two names are spellings of the same class: "Traffic_Light" and "traffic light"."""
-    return _spelt(one) == _spelt(other)
-
-
-def _spelt(name: str) -> str:
-    """Returns a class name without case, underscores, hyphens and repeated blanks."""
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    # Case, underscores, hyphens and repeated blanks make no difference.
+    words, others = (re.findall(r"[^\s_-]+", name.casefold()) for name in (one, other))
+    return words == others
 
 
 def identity_space(classes: Sequence[str], colors: Sequence[Color]) -> LabelSpace:

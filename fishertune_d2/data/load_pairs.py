@@ -34,9 +34,6 @@ class _Half:
 def load_pairs(dataset: SemSegDataset) -> list[dict[str, Any]]:
     """Finds the pairs of a data set on disk and reads their sizes.
 
-    Args:
-        dataset: its description.
-
     Returns:
         One dict per pair, sorted by path: file_name, sem_seg_file_name, height, width (pixels of
         image and label), image_id (the path below ``image_dir``, without suffix), dataset_name,
@@ -206,10 +203,8 @@ def _mention_numbers(dataset: SemSegDataset, found: int, dropped: int) -> None:
         _log.warning("%s: dropped %d pairs of unequal size", dataset.name, dropped)
     if dataset.published and found != dataset.published.pairs:
         _log.warning(
-            "%s: %d pairs, %d are published; scores will not compare with those of others",
-            dataset.name,
-            found,
-            dataset.published.pairs,
+            f"{dataset.name}: {found} pairs, {dataset.published.pairs} are published; scores will "
+            "not compare with those of others"
         )
 
 

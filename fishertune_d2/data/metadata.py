@@ -29,11 +29,7 @@ from fishertune_d2.data.labels import (
 def dataset_metadata(name: str) -> DatasetMetadata:
     """Returns the metadata of a registered data set, without looking at its files.
 
-    Args:
-        name: a name in Detectron2's catalogs.
-
-    Returns:
-        The `SemSegDataset` if FisherTune registered it.
+    They are a `SemSegDataset` if FisherTune registered it.
 
     Raises:
         DatasetError: if the name is not registered, or the registration does not say which classes

@@ -25,10 +25,7 @@ from fishertune_d2.data.metadata import (
 def register(dataset: SemSegDataset, ignore_label: int = IGNORE_LABEL) -> None:
     """Enters a data set into Detectron2's catalogs; replaces an earlier one of the same name.
 
-    Args:
-        dataset: its description.
-        ignore_label: An id of its files that Detectron2's own tools have to ignore, because they
-            know nothing of label maps.
+    Detectron2's own tools, which know nothing of label maps, ignore the id ``ignore_label``.
 
     Raises:
         DatasetError: if another package has registered the name.

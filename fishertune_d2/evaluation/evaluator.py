@@ -54,18 +54,19 @@ def class_ious(confusion: np.ndarray, class_rule: str) -> np.ndarray:
 
     Returns:
         (K,) float64 in 0..1; NaN for classes that the rule leaves out.
-
-    Raises:
-        ValueError: if the rule is unknown.
     """
-    if class_rule not in CLASS_RULES:
-        raise ValueError(f"TEST.CLASS_RULE is {class_rule!r}; it is one of {CLASS_RULES}.")
+    _require_rule(class_rule)
     labelled = confusion.sum(axis=1)
     predicted = confusion[:, :-1].sum(axis=0)
     hits = confusion.diagonal()
     union = labelled + predicted - hits
     scored = labelled > 0 if class_rule == "present" else union > 0
     return np.divide(hits, union, out=np.full(len(hits), np.nan), where=scored)
+
+
+def _require_rule(class_rule: str) -> None:
+    if class_rule not in CLASS_RULES:
+        raise ValueError(f"TEST.CLASS_RULE is {class_rule!r}; it is one of {CLASS_RULES}.")
 
 
 def best_classes(scores: torch.Tensor) -> np.ndarray:
@@ -87,7 +88,7 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
         output_dir: str | None = None,
         num_pictures: int = 0,
     ):
-        """Prepares the counts.
+        """Prepares the counts. An unknown rule raises a ValueError.
 
         Args:
             dataset_name: A registered data set.
@@ -95,12 +96,8 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
             output_dir: Pictures go to its subfolder ``pictures``; None draws none.
             num_pictures: Number of images, spread over the data set, to draw beside their label
                 and prediction.
-
-        Raises:
-            ValueError: if the rule is unknown.
         """
-        if class_rule not in CLASS_RULES:  # now, not after an hour of inference
-            raise ValueError(f"TEST.CLASS_RULE is {class_rule!r}; it is one of {CLASS_RULES}.")
+        _require_rule(class_rule)  # now, not after an hour of inference
         self.dataset_name = dataset_name
         self.class_rule = class_rule
         self.output_dir = output_dir

@@ -61,16 +61,10 @@ def draw_comparison(
 def draw_legend(
     classes: Sequence[int], space: LabelSpace, width: int, text: int = _TEXT
 ) -> Image.Image:
-    """Draws a coloured square and a name for each class, in as many lines as needed.
+    """Returns a picture with a coloured square and a name for each class but ``IGNORE_LABEL``.
 
-    Args:
-        classes: Classes of ``space``; ``IGNORE_LABEL`` is left out.
-        space: Names and colours of the classes.
-        width: Width of the picture, in pixels.
-        text: Size of the names, in pixels.
-
-    Returns:
-        The legend.
+    The legend has as many lines as its ``width`` needs; ``text`` is the size of the names. Both are
+    in pixels.
     """
     font = ImageFont.load_default(size=text)
     square, gap, line = text - 1, text // 3, round(1.5 * text)

@@ -2,7 +2,7 @@
 
 Reads every file. Prints the number of pairs, the sizes of images and the share of each class beside
 the published numbers, then all problems with their remedies, then warnings. Exits with 1 if there
-is a problem. The check before training does not read again what passes here.
+is a problem. The check before training does not read files again that pass here.
 """
 
 import argparse
@@ -16,14 +16,7 @@ from fishertune_d2.data.dataset_table import DATASETS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the check.
-
-    Args:
-        arguments: of the command line; None takes the process's own.
-
-    Returns:
-        0 if nothing is wrong, else 1. The process exits with 2 if a folder cannot be read.
-    """
+    """Returns 0 if nothing is wrong, else 1; exits with 2 if a folder cannot be read."""
     known = {dataset.name: dataset for dataset in DATASETS}
     parser = argparse.ArgumentParser(
         prog="python -m fishertune_d2.data.check",

@@ -34,11 +34,6 @@ def judge(
 ) -> tuple[list[str], list[str]]:
     """Finds problems of the labels, and properties that are unusual but may be right.
 
-    Args:
-        known: The data set's metadata.
-        dicts: All of its entries.
-        counts: (N, C + 1).
-
     Returns:
         Problems that forbid training and scoring on these labels, each with the remedy; and
         warnings.

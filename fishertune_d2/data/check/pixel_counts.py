@@ -34,13 +34,10 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.er
 
 
 def class_counts(names: Sequence[str]) -> np.ndarray:
-    """Counts the pixels of each class in each label of registered data sets.
+    """Counts the pixels of each class in each label of registered data sets of the same classes.
 
     Files that the check before training has read are not read again. In a run of several processes
     the first one reads, and all of them get the counts.
-
-    Args:
-        names: Registered data sets of the same classes.
 
     Returns:
         (N, C + 1) int64 for the N entries of ``load_datasets(names)`` and C classes; the last
@@ -55,14 +52,7 @@ def class_counts(names: Sequence[str]) -> np.ndarray:
 
 
 def count_pixels(known: DatasetMetadata, dicts: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Returns the kept counts of one data set, or reads its files.
-
-    Args:
-        known: The data set's metadata.
-        dicts: Its N entries.
-
-    Returns:
-        (N, C + 1) int64.
+    """Returns the kept (N, C + 1) counts of a data set's N entries, or reads its files.
 
     Raises:
         DatasetError: if files cannot be read or hold ids that their map does not know.
@@ -79,11 +69,7 @@ def count_pixels(known: DatasetMetadata, dicts: Sequence[dict[str, Any]]) -> np.
 def read_pairs(
     known: DatasetMetadata, dicts: Sequence[dict[str, Any]]
 ) -> tuple[np.ndarray, str | None]:
-    """Reads all files of a data set in threads, and keeps the counts if all could be read.
-
-    Args:
-        known: The data set's metadata.
-        dicts: Its N entries.
+    """Reads all files of a data set's entries in threads, and keeps the counts if all can be read.
 
     Returns:
         (M, C + 1) counts of the M pairs that can be read, and a text about the others.
@@ -91,11 +77,8 @@ def read_pairs(
     state, width = state_of_files(dicts), len(known.classes) + 1
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(partial(_read_pair, num_classes=width - 1), dicts)  # without the GIL
-        # The bar shows only on a terminal.
-        bar = tqdm(
-            results, f"Checking {known.name}", len(dicts), leave=False, disable=None, unit="pair"
-        )
-        read = list(bar)
+        title = f"Checking {known.name}"  # the bar shows only on a terminal
+        read = list(tqdm(results, title, len(dicts), leave=False, disable=None, unit="pair"))
     bad = [result for result in read if isinstance(result, str)]
     good = [result for result in read if not isinstance(result, str)]
     counts = np.array(good, dtype=np.int64).reshape(-1, width)
@@ -150,16 +133,10 @@ def _path(name: str) -> Path:
 
 
 def state_of_files(dicts: Sequence[dict[str, Any]]) -> str:
-    """Computes a digest of the state of all files without reading them.
+    """Returns a digest, in hexadecimal, of the state of all files without reading them.
 
     The time of the last change (ctime) shows that a file was rewritten even if it has its old size
     and got its old modification time back.
-
-    Args:
-        dicts: Entries of a data set.
-
-    Returns:
-        The digest, in hexadecimal.
 
     Raises:
         DatasetError: if a file does not exist, or is both an image and its label.

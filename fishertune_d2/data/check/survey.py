@@ -52,10 +52,8 @@ class Survey:
         total = max(int(labelled.sum()), 1)
         reachable = set(LABEL_MAPS[self.dataset.label_map].tolist())
         return {
-            name: 100 * count / total
-            for k, (name, count) in enumerate(
-                zip(self.dataset.classes, labelled.tolist(), strict=True)
-            )
+            name: 100 * int(labelled[k]) / total
+            for k, name in enumerate(self.dataset.classes)
             if k in reachable
         }
 
@@ -74,14 +72,9 @@ def datasets_on_disk() -> list[SemSegDataset]:
 
 
 def survey(dataset: SemSegDataset, pixels: bool = True) -> Survey:
-    """Loads a data set, reads all of its files, and compares it with the published numbers.
+    """Returns the `Survey` of a data set, compared with its published numbers.
 
-    Args:
-        dataset: Its description.
-        pixels: False reads only names and headers, which is quick.
-
-    Returns:
-        The findings.
+    Reads all of its files; without ``pixels`` only names and headers, which is quick.
     """
     found = Survey(dataset, np.zeros(len(dataset.classes) + 1, dtype=np.int64))
     try:
@@ -134,14 +127,7 @@ def _format_sizes(sizes: Mapping[tuple[int, int], int | None]) -> str:
 
 
 def format_surveys(surveys: Sequence[Survey]) -> str:
-    """Formats numbers, sizes and classes as tables, followed by all problems and warnings.
-
-    Args:
-        surveys: One for each data set.
-
-    Returns:
-        Lines of text. Shares are percentages; "-" where there is no number.
-    """
+    """Formats numbers, sizes and classes as tables, followed by all problems and warnings."""
     head = ["data set", "pairs", "published", "width x height", "ignored %", "never labelled"]
     numbers = [
         [
@@ -165,6 +151,7 @@ def format_surveys(surveys: Sequence[Survey]) -> str:
 
 
 def _class_table(surveys: Sequence[Survey]) -> str:
+    """Formats percentages side by side; "-" where a data set lacks a class."""
     shares = [found.shares() for found in surveys]
     classes = dict.fromkeys(name for found in surveys for name in found.dataset.classes)
     return tabulate(
