@@ -24,12 +24,12 @@ class Unread:
     """Keys that nothing reads.
 
     Attributes:
-        keys: patterns of their dotted paths.
+        keys: patterns of their dotted paths, with a space between two.
         instead: the key to use in their place, or the reason why there is none.
         unless: tells whether a config has a part that reads them after all.
     """
 
-    keys: tuple[str, ...]
+    keys: str
     instead: str
     unless: Callable[[CfgNode], bool] = lambda cfg: False
 
@@ -50,95 +50,81 @@ def _clips_norms(cfg: CfgNode) -> bool:
     return cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != "value"
 
 
-def _schedule(*names: str) -> Callable[[CfgNode], bool]:
-    return lambda cfg: cfg.SOLVER.LR_SCHEDULER_NAME in names
+def _of_schedules(keys: str, *names: str) -> Unread:
+    return Unread(
+        keys,
+        f"SOLVER.LR_SCHEDULER_NAME {names[0]} reads it",
+        lambda cfg: cfg.SOLVER.LR_SCHEDULER_NAME in names,
+    )
 
-
-_POLY, _STEPS, _COSINE = "WarmupPolyLR", "WarmupMultiStepLR", "WarmupCosineLR"
-_GAMMA = "WarmupStepWithFixedGammaLR"
-_OTHER_SCHEDULE = "SOLVER.LR_SCHEDULER_NAME {} reads it"
 
 # tests/engine/test_unread_keys.py compares this table with the keys that a training reads.
 UNREAD = (
     Unread(
-        ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"),
+        "INPUT.MIN_SIZE_TEST INPUT.MAX_SIZE_TEST",
         "TEST.SIZES says what size the images of a test set are fitted into",
     ),
-    Unread(("INPUT.MASK_FORMAT",), "labels are images of classes"),
-    Unread(("TEST.AUG.*",), "there is no test-time augmentation"),
-    Unread(("TEST.PRECISE_BN.*",), "there is none; statistics of batch norms stay as trained"),
+    Unread("INPUT.MASK_FORMAT", "labels are images of classes"),
+    Unread("TEST.AUG.*", "there is no test-time augmentation"),
+    Unread("TEST.PRECISE_BN.*", "there is none; statistics of batch norms stay as trained"),
+    Unread("TEST.DETECTIONS_PER_IMAGE TEST.KEYPOINT_OKS_SIGMAS", "pixels are scored, not objects"),
+    Unread("VIS_PERIOD", "TEST.PICTURES says how many pictures an evaluation draws"),
+    Unread("GLOBAL.HACK", "it has no meaning"),
     Unread(
-        ("TEST.DETECTIONS_PER_IMAGE", "TEST.KEYPOINT_OKS_SIGMAS"), "pixels are scored, not objects"
-    ),
-    Unread(("VIS_PERIOD",), "TEST.PICTURES says how many pictures an evaluation draws"),
-    Unread(("GLOBAL.HACK",), "it has no meaning"),
-    Unread(
-        ("DATALOADER.ASPECT_RATIO_GROUPING",), "with INPUT.CROP all images of a batch have one size"
+        "DATALOADER.ASPECT_RATIO_GROUPING", "with INPUT.CROP all images of a batch have one size"
     ),
     Unread(
-        ("DATALOADER.FILTER_EMPTY_ANNOTATIONS",),
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
         "all images train; python -m fishertune_d2.data.check finds those without a class",
     ),
-    Unread(("DATALOADER.REPEAT_SQRT",), "images are repeated by the square root, its default"),
+    Unread("DATALOADER.REPEAT_SQRT", "images are repeated by the square root, its default"),
     Unread(
-        ("DATALOADER.REPEAT_THRESHOLD",),
+        "DATALOADER.REPEAT_THRESHOLD",
         "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler reads it",
         lambda cfg: cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler",
     ),
-    Unread(("DATASETS.PROPOSAL_FILES_*", "DATASETS.PRECOMPUTED_*"), "nothing here has proposals"),
+    Unread("DATASETS.PROPOSAL_FILES_* DATASETS.PRECOMPUTED_*", "nothing here has proposals"),
+    _of_schedules("SOLVER.STEPS SOLVER.RESCALE_INTERVAL", "WarmupMultiStepLR"),
+    _of_schedules("SOLVER.GAMMA", "WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"),
+    _of_schedules("SOLVER.NUM_DECAYS", "WarmupStepWithFixedGammaLR"),
+    _of_schedules("SOLVER.BASE_LR_END", "WarmupCosineLR"),
+    _of_schedules("SOLVER.POLY_LR_POWER SOLVER.POLY_LR_CONSTANT_ENDING", "WarmupPolyLR"),
     Unread(
-        ("SOLVER.STEPS", "SOLVER.RESCALE_INTERVAL"),
-        _OTHER_SCHEDULE.format(_STEPS),
-        _schedule(_STEPS),
-    ),
-    Unread(("SOLVER.GAMMA",), _OTHER_SCHEDULE.format(_STEPS), _schedule(_STEPS, _GAMMA)),
-    Unread(("SOLVER.NUM_DECAYS",), _OTHER_SCHEDULE.format(_GAMMA), _schedule(_GAMMA)),
-    Unread(("SOLVER.BASE_LR_END",), _OTHER_SCHEDULE.format(_COSINE), _schedule(_COSINE)),
-    Unread(
-        ("SOLVER.POLY_LR_POWER", "SOLVER.POLY_LR_CONSTANT_ENDING"),
-        _OTHER_SCHEDULE.format(_POLY),
-        _schedule(_POLY),
-    ),
-    Unread(
-        ("SOLVER.MOMENTUM", "SOLVER.NESTEROV"),
+        "SOLVER.MOMENTUM SOLVER.NESTEROV",
         "SOLVER.OPTIMIZER SGD reads it",
         lambda cfg: cfg.SOLVER.OPTIMIZER == "SGD",
     ),
     Unread(
-        ("SOLVER.CLIP_GRADIENTS.CLIP_*",),
+        "SOLVER.CLIP_GRADIENTS.CLIP_*",
         "gradients are clipped with SOLVER.CLIP_GRADIENTS.ENABLED True",
         lambda cfg: cfg.SOLVER.CLIP_GRADIENTS.ENABLED,
     ),
     Unread(
-        ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",),
+        "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
         "norms are clipped with SOLVER.CLIP_GRADIENTS.ENABLED True and CLIP_TYPE norm",
         _clips_norms,
     ),
     Unread(
-        (
-            *("MODEL.LOAD_PROPOSALS", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "MODEL.PANOPTIC_FPN.*"),
-            *("MODEL.PROPOSAL_GENERATOR.*", "MODEL.ANCHOR_GENERATOR.*", "MODEL.RPN.*"),
-            *("MODEL.ROI_*", "MODEL.RETINANET.*"),
-        ),
+        "MODEL.LOAD_PROPOSALS MODEL.MASK_ON MODEL.KEYPOINT_ON MODEL.PANOPTIC_FPN.* "
+        "MODEL.PROPOSAL_GENERATOR.* MODEL.ANCHOR_GENERATOR.* MODEL.RPN.* MODEL.ROI_* "
+        "MODEL.RETINANET.*",
         "VFMSegmentor finds no objects",
         _other_model,
     ),
     Unread(
-        ("MODEL.BACKBONE.FREEZE_AT",),
+        "MODEL.BACKBONE.FREEZE_AT",
         "TUNING.METHOD says which of its weights train",
         _other_backbone,
     ),
     Unread(
-        ("MODEL.RESNETS.*", "MODEL.FPN.*"),
+        "MODEL.RESNETS.* MODEL.FPN.*",
         "VFMBackbone is neither; MODEL.VFM says which it is",
         _other_backbone,
     ),
     Unread(
-        (
-            *("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "MODEL.SEM_SEG_HEAD.NORM"),
-            *("MODEL.SEM_SEG_HEAD.LOSS_TYPE", "MODEL.SEM_SEG_HEAD.PROJECT_*"),
-            *("MODEL.SEM_SEG_HEAD.ASPP_*", "MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV"),
-        ),
+        "MODEL.SEM_SEG_HEAD.COMMON_STRIDE MODEL.SEM_SEG_HEAD.NORM MODEL.SEM_SEG_HEAD.LOSS_TYPE "
+        "MODEL.SEM_SEG_HEAD.PROJECT_* MODEL.SEM_SEG_HEAD.ASPP_* "
+        "MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV",
         "Mask2FormerHead has no such part; MODEL.MASK_FORMER has its keys",
         _other_head,
     ),
@@ -155,20 +141,13 @@ def stock_keys() -> dict[str, Any]:
 def why_unread(key: str, cfg: CfgNode) -> str | None:
     """The remedy for a key that nothing reads with this config; None if something reads it."""
     for unread in UNREAD:
-        if any(fnmatchcase(key, pattern) for pattern in unread.keys):
+        if any(fnmatchcase(key, pattern) for pattern in unread.keys.split()):
             return None if unread.unless(cfg) else unread.instead
     return None
 
 
 def unread_keys(cfg: CfgNode) -> dict[str, str]:
-    """Finds the keys that a config changes and nothing reads.
-
-    Args:
-        cfg: is compared with Detectron2's defaults and the recipe.
-
-    Returns:
-        The remedy by key.
-    """
+    """The keys that a config changes and nothing reads, with the remedy for each."""
     start, now = (dict(dotted_items(each)) for each in (default_config(), cfg))
     changed = [key for key in stock_keys() if key in now and not equal_values(now[key], start[key])]
     return {key: why for key in changed if (why := why_unread(key, cfg)) is not None}
