@@ -69,17 +69,7 @@ def get_config_file(name: str) -> str:
 
 
 def find_config(file: str) -> str:
-    """Finds the config that a command line names.
-
-    Args:
-        file: a path, or else a name for :func:`get_config_file`.
-
-    Returns:
-        Its path.
-
-    Raises:
-        FileNotFoundError: if it is neither.
-    """
+    """The path of a config that a path or a name for :func:`get_config_file` gives."""
     if PathManager.isfile(file):
         return file
     if file and PathManager.isdir(file):
@@ -124,6 +114,14 @@ def read_config(file: str, options: Sequence[str] = ()) -> CN:
     cfg.merge_from_list([*former, *options])
     cfg.freeze()
     return cfg
+
+
+def changed(cfg: CN, options: Sequence[Any]) -> CN:
+    """A copy of a config, not frozen, with other values, given as keys and values in turn."""
+    copy = cfg.clone()
+    copy.defrost()
+    copy.merge_from_list(list(options))
+    return copy
 
 
 def equal_values(one: Any, other: Any) -> bool:

@@ -7,7 +7,7 @@ estimate. The configs decide whether settings are equal. The first cell that nee
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,42 +15,36 @@ from typing import Any
 
 from fishertune_d2.analysis.study import TEST, read_results
 from fishertune_d2.config import CONFIGS, get_config_file, read_config
-from fishertune_d2.engine.run_keys import changes_estimate, changes_warmup, defining_keys
+from fishertune_d2.engine.run_keys import Result, changes, defining_keys
 from fishertune_d2.run import Results, Run, RunError
 from fishertune_d2.tuning import build_tuning_method
 
 from .request import Request
 from .tables import FREEZE, RATE, Entry
 
+DEV = "dev"  # the folder below a cell's own for scores on the dev sets that are made after training
+
 
 @dataclass(frozen=True)
 class Shared:
-    """A file that one cell makes and others use.
+    """A file that one cell makes and others use."""
 
-    Attributes:
-        words: The name in messages.
-        file: The name of the file in the folder of the cell that makes it.
-        key: The key of the config that names the file to use.
-        name: The start of its shared name.
-        changes: Whether a key of the config changes the content of the file.
-    """
-
-    words: str
-    file: str
-    key: str
-    name: str
-    changes: Callable[[str], bool]
+    words: str  # in messages
+    file: str  # its name in the folder of the cell that makes it
+    key: str  # the key of the config that names the file to use
+    name: str  # the start of its shared name
+    result: Result  # what it holds
 
     def path(self, place: Path, recipe: Mapping[str, Any]) -> Path:
         """Returns the shared path, named by a digest of all that the file depends on."""
-        keys = {key: value for key, value in recipe.items() if self.changes(key)}
+        keys = {key: value for key, value in recipe.items() if changes(key, self.result)}
         name = f"{self.name}_{recipe['SEED']}_{digest(keys)}{Path(self.file).suffix}"
         return place / "shared" / name
 
 
-WARMUP = Shared("warm-up", "model_warmup.pth", "TUNING.WARMUP_CHECKPOINT", "warmup", changes_warmup)
+WARMUP = Shared("warm-up", "model_warmup.pth", "TUNING.WARMUP_CHECKPOINT", "warmup", Result.WARMUP)
 ESTIMATE = Shared(
-    "Fisher estimate", "fisher.safetensors", "FISHER.ESTIMATE", "fisher", changes_estimate
+    "Fisher estimate", "fisher.safetensors", "FISHER.ESTIMATE", "fisher", Result.ESTIMATE
 )
 
 
@@ -88,23 +82,14 @@ class Cell:
         return {what: path for what, path in self.shared.items() if what not in self.makes}
 
     def arguments(self, sets: Sequence[str]) -> list[str]:
-        """Returns the arguments with which fishertune_d2.train trains the cell or resumes it.
-
-        Args:
-            sets: The data sets to score it on at the end.
-        """
+        """Returns the arguments that train the cell or resume it, and score it at the end."""
         paths = {WARMUP.key: "", ESTIMATE.key: ""}  # overrides files that a config names
         paths |= {what.key: str(path) for what, path in self.takes.items()}
         taken = [word for pair in paths.items() for word in pair]
         return [*self._start(self.folder, sets, "--resume"), *taken]
 
     def score_arguments(self, sets: Sequence[str], folder: Path) -> list[str]:
-        """Returns the arguments with which fishertune_d2.train scores the trained cell.
-
-        Args:
-            sets: The data sets.
-            folder: The folder for the results.
-        """
+        """Returns the arguments that score the trained cell, for results in ``folder``."""
         return [*self._start(folder, sets, "--eval-only"), "MODEL.WEIGHTS", str(self.weights)]
 
     def _start(self, folder: Path, sets: Sequence[str], flag: str) -> list[str]:
@@ -113,7 +98,7 @@ class Cell:
 
     @property
     def weights(self) -> Path:
-        """The trained model's file; it exists once training has finished."""
+        """The trained model's file; see ``Run.checkpoint``."""
         return Run(self.folder).checkpoint
 
     def scored_in(self, name: str) -> Path:
@@ -127,11 +112,14 @@ class Cell:
         return self.folder / name if scored or name == TEST else self.folder
 
     def results(self, sets: Sequence[str], name: str) -> Results | None:
-        """Returns the scores on the data sets; None if they are missing or damaged.
+        """Returns the scores on all these data sets; None if some are missing or damaged.
 
         Args:
-            sets: The data sets, all of which must be scored.
-            name: The folder below the cell's for scores that were made after training.
+            sets: The data sets.
+            name: The folder below the cell's own for scores that are made after training.
+
+        Returns:
+            The scores of the cell's own folder, or of that below it.
         """
         for folder in (self.folder, self.folder / name):
             with suppress(RunError):  # there are none, or a kill cut the file off
@@ -164,7 +152,14 @@ def make_cells(
             for rate in rates.get((vfm, entry.rate_of)) or (None,):
                 for cell in _make(request, entry, vfm, rate):
                     cells.setdefault(cell.folder, cell)
-    return _let_first_make(list(cells.values()))
+    # The first cell with a shared file makes it, unless it exists.
+    made: set[Path] = set()
+    result = []
+    for cell in cells.values():
+        makes = {w for w, path in cell.shared.items() if path not in made and not path.exists()}
+        made |= {cell.shared[what] for what in makes}
+        result.append(replace(cell, makes=frozenset(makes)))
+    return result
 
 
 def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[Cell]:
@@ -192,19 +187,9 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
     cells = []
     for seed in request.seeds:
         recipe = keys | {"SEED": seed}
-        cells.append(
-            Cell(
-                entry,
-                vfm,
-                seed,
-                rate,
-                place / f"{name}_{seed}",
-                config,
-                (*options, "SEED", str(seed)),
-                recipe,
-                {what: what.path(place, recipe) for what in shared},
-            )
-        )
+        paths = {what: what.path(place, recipe) for what in shared}
+        folder, of_seed = place / f"{name}_{seed}", (*options, "SEED", str(seed))
+        cells.append(Cell(entry, vfm, seed, rate, folder, config, of_seed, recipe, paths))
     return cells
 
 
@@ -231,19 +216,6 @@ def digest(keys: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _let_first_make(cells: Sequence[Cell]) -> list[Cell]:
-    """Lets the first cell with each shared file make it, unless it exists."""
-    made: set[Path] = set()
-    result = []
-    for cell in cells:
-        makes = {
-            what for what, path in cell.shared.items() if path not in made and not path.exists()
-        }
-        made |= {cell.shared[what] for what in makes}
-        result.append(replace(cell, makes=frozenset(makes)))
-    return result
-
-
 def makers(cells: Sequence[Cell]) -> dict[Path, set[Path]]:
     """Returns for each cell's folder the folders of the cells that make its shared files."""
     made_in = {cell.shared[what]: cell.folder for cell in cells for what in cell.makes}
@@ -256,15 +228,14 @@ def makers(cells: Sequence[Cell]) -> dict[Path, set[Path]]:
 def sweep_entries(request: Request, key: str, values: Sequence[str]) -> list[Entry]:
     """Replaces each entry of a table by its variants with the values of a key.
 
-    An entry without a config raises a FileNotFoundError.
-
     Args:
-        request: The table; the config of its first foundation model counts.
+        request: The table.
         key: The key of the config.
         values: The values, as on a command line.
 
     Returns:
-        The variants; for the value that the config has, the entry itself.
+        The variants. The entry itself stands for the value that it has in the config of the first
+        foundation model.
     """
     swept = []
     for entry in request.entries:

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill while they are written, and that fill the model they are for."""
+"""Checkpoints that are written whole, and that must fill the model that loads them."""
 
 import logging
 import zipfile
@@ -32,8 +32,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         method: its tuning method. A checkpoint of the tuning stage holds the weights that the
             method adds, so they are attached before it is loaded; one of the warm-up does not.
         accept: called with a checkpoint's record, if it has one, before its weights are loaded;
-            raises if the record does not fit.
-        complete: refuse a checkpoint that leaves a part of the model as it was initialised.
+            raises if the record does not fit. With it, a checkpoint must fill the whole model.
         checkpointables: as Detectron2's.
     """
 
@@ -44,13 +43,11 @@ class WholeCheckpointer(DetectionCheckpointer):
         *,
         method: TuningMethod | None = None,
         accept: Callable[[RunRecord], None] | None = None,
-        complete: bool = False,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.method = method
         self.accept = accept
-        self.complete = complete
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``<name>.pth``, then makes it the last checkpoint.
@@ -85,14 +82,14 @@ class WholeCheckpointer(DetectionCheckpointer):
         if self.accept is not None and record is not None:
             self.accept(record)
         incompatible = self._load_weights(checkpoint)
-        if self.complete:
+        if self.accept is not None:
             _require_complete(incompatible)
         else:
             _require_some(self.model, incompatible)
         return incompatible
 
     def _load_weights(self, checkpoint: dict[str, Any]) -> Any:
-        added = _lacking(self.model, checkpoint["model"]) if self.method else []
+        added = _lacking(self.model, checkpoint["model"])
         if self.method is None or not added:
             return super()._load_model(checkpoint)
         attach(self.model, self.method)
@@ -114,14 +111,7 @@ class WholeCheckpointer(DetectionCheckpointer):
             temporary.write_text(last_filename_basename)
 
     def get_checkpoint_file(self) -> str:
-        """Finds the last checkpoint, or, if that is damaged, the newest whole one.
-
-        Returns:
-            Its path.
-
-        Raises:
-            RuntimeError: if every checkpoint is damaged.
-        """
+        """The last checkpoint, or if it is damaged, the newest whole one; refuses if none is."""
         last = Path(super().get_checkpoint_file())
         if is_whole(last):
             return str(last)
@@ -129,7 +119,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         for path in filter(is_whole, others):
             logger.warning(
                 "The last checkpoint, %s, is damaged or gone: resuming from the one before, %s",
-                last if last.name else "which last_checkpoint would name",
+                last if last.name else "the one that last_checkpoint names",
                 path,
             )
             return str(path)

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
+from fishertune_d2.config import changed
 from fishertune_d2.fisher import count_of_share, tuned_share
 from fishertune_d2.tuning import build_tuning_method
 
@@ -64,12 +65,8 @@ def planned_share(cfg: CfgNode, progress: float = 1.0) -> float:
 
 def build_empty(cfg: CfgNode, build: Callable[[CfgNode], nn.Module]) -> nn.Module:
     """Builds a module on the meta device: shapes without numbers, and no weights file is read."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.VFM.WEIGHTS = "random"
-    cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
-        return build(cfg)
+        return build(changed(cfg, ["MODEL.VFM.WEIGHTS", "random", "MODEL.DEVICE", "meta"]))
 
 
 def log_plan(cfg: CfgNode) -> dict[str, int]:

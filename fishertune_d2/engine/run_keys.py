@@ -1,6 +1,6 @@
 """The config keys that define a run, and the results that depend on each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Flag, auto
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,8 +12,6 @@ from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.fisher.schedule import RENAMED_SCHEDULES
 from fishertune_d2.tuning import build_tuning_method
 from fishertune_d2.unread_keys import why_unread
-
-Keys = Callable[[str], bool]
 
 
 class Result(Flag):
@@ -79,19 +77,9 @@ def results_of(key: str) -> Result | None:
     return next((r for pattern, r in _RESULTS.items() if fnmatchcase(key, pattern)), None)
 
 
-def changes_predictions(key: str) -> bool:
-    """Whether the trained model computes something else with another value of this key."""
-    return Result.PREDICTIONS in (results_of(key) or Result.TRAINED)
-
-
-def changes_warmup(key: str) -> bool:
-    """Whether the warm-up ends with other weights with another value of this key."""
-    return Result.WARMUP in (results_of(key) or Result.TRAINED)
-
-
-def changes_estimate(key: str) -> bool:
-    """Whether another Fisher estimate is measured with another value of this key."""
-    return Result.ESTIMATE in (results_of(key) or Result.TRAINED)
+def changes(key: str, result: Result) -> bool:
+    """Whether ``result`` changes with a key's value."""
+    return result in (results_of(key) or Result.TRAINED)
 
 
 def defining_keys(cfg: CfgNode) -> dict[str, Any]:
@@ -103,23 +91,23 @@ def defining_keys(cfg: CfgNode) -> dict[str, Any]:
         for key, value in dotted_items(cfg)
         if results_of(key) is not None
         and why_unread(key, cfg) is None
-        and not (options is not None and _of_another_method(key, options))
+        and not (
+            options is not None
+            and fnmatchcase(key, "TUNING.*.*")
+            and key.split(".")[1] not in options
+        )
     }
 
 
-def _of_another_method(key: str, options: tuple[str, ...]) -> bool:
-    return fnmatchcase(key, "TUNING.*.*") and key.split(".")[1] not in options
-
-
 def differing_keys(
-    then: Mapping[str, Any], now: Mapping[str, Any], keys: Keys = lambda key: True
+    then: Mapping[str, Any], now: Mapping[str, Any], result: Result = Result.TRAINED
 ) -> dict[str, tuple[Any, Any]]:
-    """The keys that ``keys`` counts and whose values differ, with the value then and now."""
+    """The keys that change ``result`` and whose values differ, with the value then and now."""
     # Keys that only one of the two has, as after an update of this package, are not compared.
     return {
         key: (value, now[key])
         for key, value in then.items()
-        if keys(key) and key in now and not _equal(key, value, now[key])
+        if changes(key, result) and key in now and not _equal(key, value, now[key])
     }
 
 

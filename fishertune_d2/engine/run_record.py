@@ -5,9 +5,8 @@ A record travels with everything that a run leaves to other runs: its checkpoint
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,20 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from fishertune_d2.config import changed
 from fishertune_d2.data.labels import same_class
 
-from .run_keys import Keys, as_words, changes_predictions, defining_keys, differing_keys
+from .run_keys import Result, as_words, defining_keys, differing_keys
 
-# Shared with other values of these keys, a warm-up works, but is not bit for bit the run's own (the
-# schedule of learning rates depends on SOLVER.MAX_ITER).
+# A warm-up that was made with other values of these keys works, but is not bit for bit the run's
+# own (the schedule of learning rates depends on SOLVER.MAX_ITER).
 _UNUSUAL = ("SOLVER.ACCUMULATE", "SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER")
 
 # The name of the record among the notes of a Fisher estimate.
 NOTE = "run"
+
+# The attributes that are stored. A checkpoint has its iteration beside the record.
+_STORED = ("config", "images", "names", "classes", "start")
 
 # A fingerprint reads at least this many values of a tensor that has as many.
 _SAMPLED = 64
@@ -55,7 +58,7 @@ class RunRecord:
         cls,
         cfg: CfgNode,
         files: Sequence[str] | None,
-        classes: Sequence[str] | None,
+        classes: tuple[str, ...] | None,
         start: str | None = None,
     ) -> "RunRecord":
         """Records a run that begins with these training images, classes and start weights."""
@@ -63,8 +66,7 @@ class RunRecord:
         if files is not None:
             text = "\n".join(Path(file).name for file in files)
             images, names = len(files), hashlib.sha256(text.encode()).hexdigest()
-        known = None if classes is None else tuple(classes)
-        return cls(defining_keys(cfg), images, names, known, start=start)
+        return cls(defining_keys(cfg), images, names, classes, start=start)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "RunRecord | None":
@@ -78,44 +80,24 @@ class RunRecord:
     @classmethod
     def of_state(cls, state: Mapping[str, Any], iterations: int | None = None) -> "RunRecord":
         """The record that :meth:`state_dict` gave; older records lack some of its entries."""
-        known = {key: state.get(key) for key in ("images", "names", "start")}
-        classes = state.get("classes")
-        known["classes"] = None if classes is None else tuple(classes)
-        return cls(state["config"], iterations=iterations, **known)
-
-    @classmethod
-    def of_note(cls, note: str) -> "RunRecord":
-        """The record that :meth:`to_note` wrote."""
-        return cls.of_state(json.loads(note))
-
-    def to_note(self) -> str:
-        """The record as text, for the notes of a Fisher estimate."""
-        return json.dumps(self.state_dict())
+        known: dict[str, Any] = {key: state.get(key) for key in _STORED}
+        if known["classes"] is not None:
+            known["classes"] = tuple(known["classes"])  # JSON makes lists of tuples
+        return cls(**known, iterations=iterations)
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts, which torch.load reads with weights_only, and JSON."""
-        state = {key: getattr(self, key) for key in ("config", "images", "names", "start")}
-        classes = None if self.classes is None else list(self.classes)
-        return state | {"config": dict(self.config), "classes": classes}
-
-    def after(self, iterations: int) -> "RunRecord":
-        """The same run after so many iterations."""
-        return replace(self, iterations=iterations)
-
-    def starting_from(self, start: str | None) -> "RunRecord":
-        """The same run with another fingerprint of the weights that it started from."""
-        return replace(self, start=start)
+        """The record for JSON, and for a checkpoint that torch.load reads with weights_only."""
+        return {key: getattr(self, key) for key in _STORED}
 
     def applied_to(self, cfg: CfgNode) -> CfgNode:
         """A copy of a config with the values that the run was trained with, except precision."""
         own = defining_keys(cfg)
-        applied = cfg.clone()
-        applied.defrost()
+        options = []
         for key, value in self.config.items():
             # A model can be scored in another precision.
             if key in own and not key.startswith(("SOLVER.AMP.", "SOLVER.MATMUL_PRECISION")):
-                applied.merge_from_list([key, value])
-        return applied
+                options += [key, value]
+        return changed(cfg, options)
 
     def require_same_run(self, then: "RunRecord") -> None:
         """Refuses the record of a checkpoint, ``then``, if it is of another run than this one."""
@@ -127,7 +109,7 @@ class RunRecord:
         self, cfg: CfgNode, classes: Mapping[str, Sequence[str]] | None = None
     ) -> None:
         """Refuses a config, or classes of scored data sets, that the trained model does not fit."""
-        differing = differing_keys(self.config, defining_keys(cfg), changes_predictions)
+        differing = differing_keys(self.config, defining_keys(cfg), Result.PREDICTIONS)
         troubles = as_words(differing)
         for name, own in (classes or {}).items():
             troubles += _other_classes(self.classes, own, name)
@@ -137,12 +119,12 @@ class RunRecord:
                 "config.yaml that lies beside the checkpoint, or set these back"
             )
 
-    def require_shareable(self, then: "RunRecord", keys: Keys, name: str) -> list[str]:
+    def require_shareable(self, then: "RunRecord", result: Result, name: str) -> list[str]:
         """Refuses a warm-up or an estimate that this run would not have made itself.
 
         Args:
             then: the record of the run that made it.
-            keys: :func:`changes_warmup` or :func:`changes_estimate`.
+            result: ``Result.WARMUP`` or ``Result.ESTIMATE``.
             name: the key and the file, for the message.
 
         Returns:
@@ -151,7 +133,7 @@ class RunRecord:
         Raises:
             ValueError: names the other differences, with both values, and the remedies.
         """
-        differing = differing_keys(then.config, self.config, keys)
+        differing = differing_keys(then.config, self.config, result)
         unusual = {key: differing.pop(key) for key in _UNUSUAL if key in differing}
         troubles = [*as_words(differing), *then._other_data(self)]
         if None not in (then.start, self.start) and then.start != self.start:

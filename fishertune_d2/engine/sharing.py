@@ -1,8 +1,10 @@
 """Decides what a run may take over: its own checkpoint, another run's warm-up or estimate."""
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from detectron2.engine.train_loop import TrainerBase
@@ -12,7 +14,7 @@ from fishertune_d2.fisher import FisherEstimate
 from fishertune_d2.tuning import TuningMethod
 
 from .checkpoint import WholeCheckpointer
-from .run_keys import Keys, changes_estimate, changes_warmup
+from .run_keys import Result
 from .run_record import NOTE, RunRecord
 from .start_check import require_file
 
@@ -45,18 +47,18 @@ class OwnRun:
                 f"the checkpoint in {self.output_dir} is of another run: {error}. Put that back as "
                 f"it was to go on, or start a new run in another OUTPUT_DIR{self._shortcut(then)}"
             ) from None
-        self.record = self.record.starting_from(then.start)
+        self.record = replace(self.record, start=then.start)
 
     def _shortcut(self, then: RunRecord) -> str:
         """Names the warm-up and the estimate that a new run can take over, if there are any."""
         options = []
-        for key, name, keys in (
-            ("TUNING.WARMUP_CHECKPOINT", "model_warmup.pth", changes_warmup),
-            ("FISHER.ESTIMATE", "fisher.safetensors", changes_estimate),
+        for key, name, result in (
+            ("TUNING.WARMUP_CHECKPOINT", "model_warmup.pth", Result.WARMUP),
+            ("FISHER.ESTIMATE", "fisher.safetensors", Result.ESTIMATE),
         ):
             file = Path(self.output_dir, name)
             with suppress(ValueError):  # of other settings
-                self.record.require_shareable(then, keys, key)
+                self.record.require_shareable(then, result, key)
                 options += [f"{key} {file}"] if file.is_file() else []
         return f", which can start from this one's warm-up: {' '.join(options)}" if options else ""
 
@@ -70,20 +72,7 @@ def load_warmup(
     record: RunRecord,
     iters: int,
 ) -> None:
-    """Loads model and trainer from TUNING.WARMUP_CHECKPOINT.
-
-    Args:
-        file: a checkpoint from the end of another run's warm-up.
-        model: the segmentor, without DDP wrapper.
-        method: its tuning method.
-        trainer: gets the iteration and the optimizer's state.
-        record: the record of the run that starts.
-        iters: TUNING.WARMUP_ITERS.
-
-    Raises:
-        ValueError: if it is not from the end of a warm-up of this length, was made with other
-            settings, or does not fill the model.
-    """
+    """Loads the end of another run's warm-up; refuses one of other settings or another length."""
     name = f"TUNING.WARMUP_CHECKPOINT {file}"
     require_file("TUNING.WARMUP_CHECKPOINT", file)
 
@@ -96,11 +85,9 @@ def load_warmup(
 
     def accept(then: RunRecord) -> None:
         require_end(then.iterations)
-        _require_shareable(record, then, changes_warmup, name)
+        _require_shareable(record, then, Result.WARMUP, name)
 
-    checkpointer = WholeCheckpointer(
-        model, method=method, accept=accept, complete=True, trainer=trainer
-    )
+    checkpointer = WholeCheckpointer(model, method=method, accept=accept, trainer=trainer)
     try:
         checkpointer.load(file)
         require_end(trainer.iter + 1)
@@ -115,11 +102,11 @@ def check_estimate(file: str, record: RunRecord) -> None:
     require_file("FISHER.ESTIMATE", file)
     note = FisherEstimate.load_notes(file).get(NOTE)
     if note is not None:
-        then = RunRecord.of_note(note)
-        _require_shareable(record, then, changes_estimate, f"FISHER.ESTIMATE {file}")
+        then = RunRecord.of_state(json.loads(note))
+        _require_shareable(record, then, Result.ESTIMATE, f"FISHER.ESTIMATE {file}")
 
 
-def _require_shareable(record: RunRecord, then: RunRecord, keys: Keys, name: str) -> None:
-    unusual = record.require_shareable(then, keys, name)
+def _require_shareable(record: RunRecord, then: RunRecord, result: Result, name: str) -> None:
+    unusual = record.require_shareable(then, result, name)
     if unusual:
         logger.warning("%s was made in a run where %s", name, "; ".join(unusual))

@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
+from fishertune_d2.config import changed
 from fishertune_d2.data import dataset_metadata
 from fishertune_d2.tuning import build_tuning_method
 
@@ -44,18 +45,17 @@ def build_trained(
     require_device(cfg.MODEL.DEVICE)
     require_file("MODEL.WEIGHTS", weights)
     method = build_tuning_method(cfg)
-    empty = cfg.clone()
-    empty.defrost()
-    empty.MODEL.VFM.WEIGHTS = "random"  # the checkpoint holds the backbone's weights
-    with _silent_about_random_weights():
-        model = build(empty)
+    with _silent_about_random_weights():  # the checkpoint holds the backbone's weights
+        model = build(changed(cfg, ["MODEL.VFM.WEIGHTS", "random"]))
     remember_run(model, None)
 
     def accept(record: RunRecord) -> None:
-        record.require_same_predictions(cfg, _classes_of(cfg))
+        registered = [name for name in cfg.DATASETS.TEST if name in DatasetCatalog]
+        classes = {name: dataset_metadata(name).classes for name in registered}
+        record.require_same_predictions(cfg, classes)
         remember_run(model, record)
 
-    checkpointer = WholeCheckpointer(model, method=method, accept=accept, complete=True)
+    checkpointer = WholeCheckpointer(model, method=method, accept=accept)
     try:
         checkpointer.load(weights, checkpointables=[])
     except (OSError, ValueError) as error:  # an OSError of an address
@@ -77,12 +77,6 @@ def find_weights(cfg: CfgNode, resume: bool) -> str:
             f"last checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}"
         )
     return cfg.MODEL.WEIGHTS
-
-
-def _classes_of(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
-    """The names of the classes of the test sets that are registered here."""
-    names = [name for name in cfg.DATASETS.TEST if name in DatasetCatalog]
-    return {name: dataset_metadata(name).classes for name in names}
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Detectron2's DefaultTrainer with three stages: warm-up, estimation, tuning."""
 
+import json
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from math import ceil
 
@@ -20,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fishertune_d2.compat import wrap_for_ranks
+from fishertune_d2.config import changed
 from fishertune_d2.data import DatasetError
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
 from fishertune_d2.fisher import FisherEstimate, estimate_fisher, find_candidates
@@ -68,7 +71,7 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         require_possible(cfg, comm.get_world_size())
         require_writable(cfg.OUTPUT_DIR)
-        # Not DefaultTrainer's, which builds one DDP wrapper for all stages, and fails on CPUs.
+        # DefaultTrainer's own would build one DDP wrapper for all stages, and fails on CPUs.
         TrainerBase.__init__(self)
         set_matmul_precision(cfg)
         self.cfg = cfg
@@ -113,7 +116,7 @@ class Trainer(DefaultTrainer):
             return
         model, old = self.segmentor, self._trainer.optimizer
         selection = self._estimation.selection if self._estimation else None
-        # Weights that a method adds start as SEED says, after this run's warm-up or another's.
+        # Added weights start from SEED alone, so this run's warm-up and another's lead to the same.
         torch.manual_seed(self.cfg.SEED)
         tuned, self._selected = prepare_stage(model, stage, self.method, selection)
         self.optimizer = self.build_optimizer(self.cfg, model)
@@ -205,21 +208,18 @@ class Trainer(DefaultTrainer):
             progress=comm.is_main_process(),
             autocast=ESTIMATE_DTYPES[fisher.PRECISION],
         )
-        estimate.notes[NOTE] = self._run.record.to_note()
+        estimate.notes[NOTE] = json.dumps(self._run.record.state_dict())
         return estimate
 
     def _estimation_batches(self) -> Iterator[list[dict]]:
         """This process's share of T2 batches, in another order than training's."""
         # Batch k goes as a whole to process k modulo their number, because Eq. 6 takes its
         # statistics over a batch. So all processes together see the batches that one alone would.
-        processes = comm.get_world_size()
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.IMS_PER_BATCH = cfg.FISHER.IMS_PER_BATCH * processes
-        cfg.SEED += 1
+        processes, fisher = comm.get_world_size(), self.cfg.FISHER
+        options = ["SOLVER.IMS_PER_BATCH", fisher.IMS_PER_BATCH * processes]
         # The method that training calls, so that a subclass estimates on its own data, too.
-        loader = self.build_train_loader(cfg)
-        return islice(loader, ceil(cfg.FISHER.BATCHES / processes))
+        loader = self.build_train_loader(changed(self.cfg, [*options, "SEED", self.cfg.SEED + 1]))
+        return islice(loader, ceil(fisher.BATCHES / processes))
 
     def _save(self, name: str) -> None:
         self.checkpointer.save(name, iteration=self.iter)
@@ -253,7 +253,7 @@ class Trainer(DefaultTrainer):
             super().resume_or_load(resume)
             if self.cfg.MODEL.WEIGHTS:
                 start = fingerprint(self.segmentor)
-                self._run.record = self._run.record.starting_from(start)
+                self._run.record = replace(self._run.record, start=start)
         estimates = self.method.selects and self.method.estimates
         if fisher_estimate and estimates and self.start_iter <= self.cfg.TUNING.WARMUP_ITERS:
             check_estimate(fisher_estimate, self._run.record)
@@ -376,7 +376,7 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> dict:
         done = min(self.iter + 1, self.max_iter)
-        remember_run(self.segmentor, self._run.record.after(done))
+        remember_run(self.segmentor, replace(self._run.record, iterations=done))
         try:
             results = self.test(self.cfg, self.segmentor)
         except DatasetError as error:

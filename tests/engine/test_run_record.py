@@ -1,19 +1,16 @@
 """The record of a run: which keys count for whom, and how it travels."""
 
+import json
+
 import pytest
 import torch
 
 from fishertune_d2.config import default_config
 from fishertune_d2.engine import Trainer
-from fishertune_d2.engine.run_keys import (
-    changes_estimate,
-    changes_predictions,
-    changes_warmup,
-    differing_keys,
-)
+from fishertune_d2.engine.run_keys import Result, changes, differing_keys
 from fishertune_d2.engine.run_record import RunRecord
 
-CLASSES = ["ground", "wall", "sky"]
+CLASSES = ("ground", "wall", "sky")
 
 
 def _record(**keys) -> RunRecord:
@@ -51,8 +48,8 @@ def _cfg(**keys):
 )
 def test_each_key_counts_for_what_depends_on_it(key, predictions, warmup, estimate):
     assert key in _record(TUNING__METHOD="lora").config
-    counts = (changes_predictions(key), changes_warmup(key), changes_estimate(key))
-    assert counts == (predictions, warmup, estimate)
+    results = (Result.PREDICTIONS, Result.WARMUP, Result.ESTIMATE)
+    assert tuple(changes(key, result) for result in results) == (predictions, warmup, estimate)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +61,13 @@ def test_places_and_the_protocol_of_the_test_are_no_part_of_a_run(key):
 
 def test_a_note_and_a_checkpoint_give_back_the_record(tmp_path):
     record = _record(DATASETS__TRAIN=("tiny_day", "tiny_night"))
-    read = RunRecord.of_note(record.to_note())
+    read = RunRecord.of_state(json.loads(json.dumps(record.state_dict())))
     assert not differing_keys(read.config, record.config)
     record.require_same_run(read)
     file = tmp_path / "model.pth"
     torch.save({"run": record.state_dict(), "iteration": 6}, file)
     read = RunRecord.of_checkpoint(torch.load(file, weights_only=True))
-    assert (read.classes, read.images, read.iterations) == (tuple(CLASSES), 2, 7)
+    assert (read.classes, read.images, read.iterations) == (CLASSES, 2, 7)
     assert RunRecord.of_checkpoint({"model": {}}) is None
 
 
@@ -111,17 +108,17 @@ def test_classes_in_another_order_are_refused(classes, trouble):
 def test_other_images_are_other_training_data():
     more = RunRecord.of_run(_cfg(), ["1.png", "2.png", "3.png"], CLASSES)
     with pytest.raises(ValueError, match="there were 2 training images and are 3"):
-        more.require_shareable(_record(), changes_warmup, "TUNING.WARMUP_CHECKPOINT w.pth")
+        more.require_shareable(_record(), Result.WARMUP, "TUNING.WARMUP_CHECKPOINT w.pth")
     moved = RunRecord.of_run(_cfg(), ["b/1.png", "b/2.png"], CLASSES)
-    assert moved.require_shareable(_record(), changes_warmup, "w") == []
+    assert moved.require_shareable(_record(), Result.WARMUP, "w") == []
 
 
 def test_the_length_of_training_is_allowed_to_differ_and_named():
     longer = _record(SOLVER__MAX_ITER=9, SOLVER__BACKBONE_MULTIPLIER=0.5)
-    unusual = longer.require_shareable(_record(), changes_warmup, "w")
+    unusual = longer.require_shareable(_record(), Result.WARMUP, "w")
     assert unusual == ["SOLVER.MAX_ITER was 40000 and is 9"]
     with pytest.raises(ValueError, match=r"w is of a run with other settings: SEED was 42 and is"):
-        _record(SEED=1).require_shareable(_record(), changes_warmup, "w")
+        _record(SEED=1).require_shareable(_record(), Result.WARMUP, "w")
 
 
 def test_the_trainer_records_its_classes_and_images(tiny_cfg):
@@ -129,7 +126,7 @@ def test_the_trainer_records_its_classes_and_images(tiny_cfg):
     trainer.checkpointer.save("model_0000000", iteration=0)
     file = tiny_cfg().OUTPUT_DIR + "/model_0000000.pth"
     record = RunRecord.of_checkpoint(torch.load(file, weights_only=True))
-    assert (record.classes, record.images, record.iterations) == (tuple(CLASSES), 6, 1)
+    assert (record.classes, record.images, record.iterations) == (CLASSES, 6, 1)
     assert record.config["TUNING.METHOD"] == "fishertune"
 
 
