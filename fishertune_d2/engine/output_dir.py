@@ -3,13 +3,11 @@
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
 from fishertune_d2.config import read_config
-from fishertune_d2.evaluation.label_pictures import find_pictures
 from fishertune_d2.files import first_names
 
 from .run_keys import as_words, defining_keys, differing_keys
@@ -62,13 +60,6 @@ def require_resumable(cfg: CfgNode) -> None:
             f"{'; '.join(differing)}. Choose another OUTPUT_DIR, or start anew with --overwrite "
             "in place of --resume"
         )
-
-
-def remove_pictures(folder: str | Path, names: Sequence[str]) -> None:
-    """Deletes the pictures that an earlier evaluation drew of these data sets."""
-    for name in names:
-        for path in find_pictures(folder, name):
-            path.unlink()
 
 
 def remove_run(folder: str | Path) -> None:

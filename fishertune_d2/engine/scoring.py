@@ -15,11 +15,11 @@ from torch import nn
 
 from fishertune_d2.data import DatasetError, SegmentationMapper
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table, summarize
+from fishertune_d2.evaluation.label_pictures import find_pictures
 from fishertune_d2.files import whole_file
 from fishertune_d2.version import commit
 
 from .loaders import scoring_loader
-from .output_dir import remove_pictures
 from .parameter_counts import count_parameters
 from .precision import scoring_autocast, set_matmul_precision
 from .run_record import RunRecord, run_of
@@ -61,7 +61,9 @@ def score_datasets(
     """
     require_trained(model)
     if comm.is_main_process():
-        remove_pictures(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)
+        for name in cfg.DATASETS.TEST:
+            for picture in find_pictures(cfg.OUTPUT_DIR, name):  # of an earlier evaluation
+                picture.unlink()
     set_matmul_precision(cfg)
     results: OrderedDict = OrderedDict()
     failed: dict[str, str] = {}
@@ -84,55 +86,43 @@ def score_datasets(
 def _score(
     cfg: CfgNode, model: nn.Module, load: Callable[[], Iterable], evaluator: DatasetEvaluator
 ) -> tuple[Any, str]:
-    """Scores one test set; returns the evaluator's result, and what stopped a process if any."""
-    together = _Together(evaluator)
+    """Scores one test set; returns the evaluator's result, and the errors of all processes."""
     device, training = next(model.parameters()).device, model.training
-    result = None
-    try:
-        with scoring_autocast(cfg, device):
-            result = inference_on_dataset(model, load(), together)
-    except DatasetError as error:
-        model.train(training)  # Detectron2 restores the mode only if nothing fails
-        together.fail(error)
-    return result, together.trouble()
+    result, error = None, ""
+    with scoring_autocast(cfg, device):
+        try:
+            inference_on_dataset(model, load(), _WithoutResult(evaluator))
+        except DatasetError as stop:
+            model.train(training)  # Detectron2 restores the mode only if nothing fails
+            error = str(stop)
+        # Before the evaluator gathers the counts of all processes. Otherwise they would wait for
+        # the counts of a process that could not read an image.
+        trouble = _errors_of_all(error)
+        if not trouble:
+            try:
+                result = evaluator.evaluate() or {}
+            except DatasetError as stop:  # of the first process, which has all counts
+                error = str(stop)
+            trouble = _errors_of_all(error)
+    return result, trouble
 
 
-class _Together(DatasetEvaluator):
-    """Tells the processes of each other's errors before the evaluator gathers their counts.
+def _errors_of_all(error: str) -> str:
+    """The errors of all processes, each once and the same text in each; "" if none has one."""
+    return "; ".join(dict.fromkeys(each for each in comm.all_gather(error) if each))
 
-    Otherwise they would wait for the counts of a process that could not read an image.
-    """
+
+class _WithoutResult(DatasetEvaluator):
+    """Passes images on to an evaluator, and leaves its ``evaluate`` to the caller."""
 
     def __init__(self, evaluator: DatasetEvaluator):
         self.evaluator = evaluator
-        self._asked = False
-        self._errors: list[str] = []
 
     def reset(self) -> None:
         self.evaluator.reset()
 
     def process(self, inputs: list, outputs: list) -> None:
         self.evaluator.process(inputs, outputs)
-
-    def evaluate(self) -> dict | None:
-        self._ask(None)
-        return None if self._errors else self.evaluator.evaluate()
-
-    def fail(self, error: DatasetError) -> None:
-        """Records the error that stopped this process."""
-        if self._asked:  # an error of the first process, after the counts
-            self._errors.append(str(error))
-        else:
-            self._ask(str(error))
-
-    def trouble(self) -> str:
-        """The errors that stopped any of the processes, the same in each; empty if none did."""
-        errors = [error for each in comm.all_gather(self._errors) for error in each]
-        return "; ".join(dict.fromkeys(errors))
-
-    def _ask(self, error: str | None) -> None:
-        self._asked = True
-        self._errors = [each for each in comm.all_gather(error) if each is not None]
 
 
 def metrics_by_name(results: Mapping[str, Any] | None) -> dict[str, Any]:
