@@ -8,14 +8,19 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
+from fishertune_d2.config import require_choice
 from fishertune_d2.tuning import build_tuning_method
 
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "ADAMW": torch.optim.AdamW,
+    "SGD": torch.optim.SGD,
+}
 # The head's embeddings, by parts of their names. Tuning methods name their own (``undecayed``).
 _HEAD_EMBEDDINGS = ("queries_embedder", "queries_features", "level_embed")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Builds AdamW (or SGD) for the parameters that require a gradient now.
+    """Builds SOLVER.OPTIMIZER for the parameters that require a gradient now.
 
     The backbone's learning rate is BASE_LR * BACKBONE_MULTIPLIER. Biases have BIAS_LR_FACTOR times
     the rate of their part. Norms have WEIGHT_DECAY_NORM, biases WEIGHT_DECAY_BIAS if it is set, and
@@ -27,11 +32,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     Returns:
         The optimizer.
-
-    Raises:
-        ValueError: if SOLVER.OPTIMIZER is unknown.
     """
     solver = cfg.SOLVER
+    require_choice("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
@@ -43,17 +46,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     parts = (*_HEAD_EMBEDDINGS, *build_tuning_method(cfg).undecayed)
     undecayed = {p for name, p in model.named_parameters() if any(part in name for part in parts)}
-    groups = [part for group in groups for part in _split(group, undecayed, solver)]
+    decay = solver.WEIGHT_DECAY_EMBED
+    groups = [part for group in groups for part in _split(group, undecayed, decay)]
+    optimizer_class = OPTIMIZERS[solver.OPTIMIZER]
     # Not False, with which torch would step one tensor at a time, on GPUs too.
     options: dict[str, Any] = {"fused": True if solver.FUSED else None}
-    optimizer_class: type[torch.optim.Optimizer]
-    if solver.OPTIMIZER == "ADAMW":
-        optimizer_class = torch.optim.AdamW
-    elif solver.OPTIMIZER == "SGD":
-        optimizer_class = torch.optim.SGD
+    if solver.OPTIMIZER == "SGD":
         options |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
-    else:
-        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: choose ADAMW or SGD")
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         return _clip_full_model(optimizer_class, clip.CLIP_VALUE, clip.NORM_TYPE)(groups, **options)
@@ -79,14 +78,11 @@ def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
                 new.state[parameter] = old.state[parameter]
 
 
-def _split(group: dict, undecayed: set, solver: CfgNode) -> list[dict]:
-    """Moves the undecayed parameters of a group into a group of their own."""
+def _split(group: dict, undecayed: set, decay: float) -> list[dict]:
+    """Moves the undecayed parameters of a group into a group of their own, with ``decay``."""
     plain = [p for p in group["params"] if p not in undecayed]
     rest = [p for p in group["params"] if p in undecayed]
-    parts = [
-        {**group, "params": plain},
-        {**group, "params": rest, "weight_decay": solver.WEIGHT_DECAY_EMBED},
-    ]
+    parts = [{**group, "params": plain}, {**group, "params": rest, "weight_decay": decay}]
     return [part for part in parts if part["params"]]
 
 

@@ -5,7 +5,6 @@ A run that would fail after its warm-up, or in the test after its last iteration
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -13,6 +12,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from fishertune_d2.config import require_choice
+from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.data import require_ignore_value
 from fishertune_d2.evaluation.evaluator import CLASS_RULES
 from fishertune_d2.fisher import ESTIMATORS, LABELS, count_of_share
@@ -20,13 +20,14 @@ from fishertune_d2.fisher.perturb import EPS_MODES
 from fishertune_d2.fisher.score import FORMS
 from fishertune_d2.tuning import SelectiveMethod, TuningMethod, build_tuning_method
 
+from .optimizer import OPTIMIZERS
 from .parameter_counts import build_empty, planned_share
 from .precision import ESTIMATE_DTYPES
 from .stages import attach
 
 # The values that keys can have, in training and in evaluation.
 _SCORING_CHOICES = {"INPUT.FORMAT": ("RGB", "BGR"), "TEST.CLASS_RULE": CLASS_RULES}
-# And those of keys that only training reads.
+# The values of keys that only training reads.
 _TRAINING_CHOICES: dict[str, Iterable[str]] = {
     "FISHER.ESTIMATOR": ESTIMATORS,
     "FISHER.FORM": FORMS,
@@ -41,7 +42,7 @@ _TRAINING_CHOICES: dict[str, Iterable[str]] = {
         "WarmupMultiStepLR",
         "WarmupStepWithFixedGammaLR",
     ),
-    "SOLVER.OPTIMIZER": ("ADAMW", "SGD"),
+    "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.WARMUP_METHOD": ("constant", "linear"),
 }
 # The number of FISHER.PERTURB.POINTS: the patch embedding, and the blocks at 1/3, 1/2 and 2/3.
@@ -49,18 +50,10 @@ _POINTS = 4
 
 
 def require_possible(cfg: CfgNode, processes: int = 1) -> None:
-    """Checks everything that needs neither data, nor files, nor a model.
-
-    Args:
-        cfg: the run's config.
-        processes: how many will share a batch.
-
-    Raises:
-        ValueError: one error for everything that is wrong, each with its key, value and remedy.
-    """
+    """Refuses a config by its values alone, in one error that names everything wrong in it."""
     require_scorable(cfg)
     method = build_tuning_method(cfg)
-    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg), *_batches(cfg, processes)]
+    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg, processes)]
     if method.selects and cfg.TUNING.WARMUP_ITERS < cfg.SOLVER.MAX_ITER:
         troubles += _shift(cfg, method)
     if troubles:
@@ -70,8 +63,9 @@ def require_possible(cfg: CfgNode, processes: int = 1) -> None:
 def require_scorable(cfg: CfgNode) -> None:
     """Checks the keys that training and evaluation have in common."""
     require_ignore_value(cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
+    values = dict(dotted_items(cfg))
     for key, known in _SCORING_CHOICES.items():
-        require_choice(key, _value(cfg, key), known)
+        require_choice(key, values[key], known)
 
 
 def require_file(key: str, file: str) -> None:
@@ -121,18 +115,12 @@ def require_attachable(cfg: CfgNode, method: TuningMethod) -> None:
         attach(build_empty(cfg, build_model), method)  # another model: the warm-up is without
 
 
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
 def _schedule(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
     solver, tuning = cfg.SOLVER, cfg.TUNING
     if cfg.SEED < 0:
         yield (
-            f"SEED is {cfg.SEED}: choose one of at least 0, on which the order of the data and "
-            "every random number depend; a run without one could not be resumed"
+            f"SEED is {cfg.SEED}: choose at least 0. The order of the data and all random numbers "
+            "depend on it, and a run without a seed could not be resumed"
         )
     if not 0 <= tuning.WARMUP_ITERS <= solver.MAX_ITER:
         yield (
@@ -147,12 +135,12 @@ def _schedule(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
 
 
 def _choices(cfg: CfgNode) -> Iterator[str]:
-    choices = dict(_TRAINING_CHOICES)
+    choices, values = dict(_TRAINING_CHOICES), dict(dotted_items(cfg))
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         choices["SOLVER.CLIP_GRADIENTS.CLIP_TYPE"] = ("full_model", "norm", "value")
     for key, known in choices.items():
         try:
-            require_choice(key, _value(cfg, key), known)
+            require_choice(key, values[key], known)
         except ValueError as error:
             yield str(error)
     points = cfg.FISHER.PERTURB.POINTS
@@ -160,7 +148,8 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
         yield f"FISHER.PERTURB.POINTS is {list(points)}: choose from 0 to {_POINTS - 1}"
 
 
-def _sizes(cfg: CfgNode) -> Iterator[str]:
+def _sizes(cfg: CfgNode, processes: int) -> Iterator[str]:
+    images = cfg.SOLVER.IMS_PER_BATCH
     crop, edges = cfg.INPUT.CROP, cfg.INPUT.MIN_SIZE_TRAIN
     period, warmup = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TUNING.WARMUP_CHECKPOINT
     if crop.ENABLED and not _positive(crop.SIZE, count=2):
@@ -174,19 +163,15 @@ def _sizes(cfg: CfgNode) -> Iterator[str]:
             f"TUNING.WARMUP_CHECKPOINT {warmup} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} both say "
             "where training starts: leave one of them empty"
         )
-
-
-def _positive(sizes: Sequence[int], count: int | None = None) -> bool:
-    return bool(sizes) and min(sizes) >= 1 and len(sizes) == (count or len(sizes))
-
-
-def _batches(cfg: CfgNode, processes: int) -> Iterator[str]:
-    images = cfg.SOLVER.IMS_PER_BATCH
     if images < 1 or images % processes:
         yield (
             f"A batch of {images} images (SOLVER.IMS_PER_BATCH) cannot be shared evenly by "
             f"{processes} processes; choose a multiple."
         )
+
+
+def _positive(sizes: Sequence[int], count: int | None = None) -> bool:
+    return bool(sizes) and min(sizes) >= 1 and len(sizes) == (count or len(sizes))
 
 
 def _shift(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:

@@ -119,5 +119,5 @@ def test_full_model_clipping_scales_all_gradients_together(power):
 
 
 def test_refuses_an_unknown_optimizer():
-    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'LION': choose ADAMW or SGD"):
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'LION': choose from ADAMW, SGD"):
         build_optimizer(_cfg(OPTIMIZER="LION"), _model())

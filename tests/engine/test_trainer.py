@@ -172,19 +172,16 @@ def test_resume_gives_the_same_weights(tiny_cfg, finished_run, iteration):
     assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
-class _KillInEstimation(HookBase):
-    def __init__(self, trainer):
-        self.batches = trainer._estimation_batches()
-
-    def __call__(self):
-        yield next(self.batches)
-        raise _Killed
-
-
 def test_resume_after_a_kill_in_the_middle_of_the_estimation(tiny_cfg, finished_run):
     parts = tiny_cfg("parts", DATASETS__TEST=())
     trainer = Trainer(parts)
-    trainer._estimation_batches = _KillInEstimation(trainer)
+    batches = trainer._estimation_batches()
+
+    def one_batch():
+        yield next(batches)
+        raise _Killed
+
+    trainer._estimation_batches = one_batch
     with pytest.raises(_Killed):
         trainer.train()
     _run(parts, resume=True)
@@ -238,15 +235,6 @@ def test_eval_only_from_a_checkpoint_gives_the_same_results(tiny_cfg, finished_r
     assert again["tuned_parameters"] is None
 
 
-def test_refuses(tiny_cfg):
-    with pytest.raises(ValueError, match="SEED is -1: choose one of at least 0"):
-        Trainer(tiny_cfg(SEED=-1))
-    with pytest.raises(ValueError, match="TUNING.WARMUP_ITERS is 8: choose at least 0"):
-        Trainer(tiny_cfg(TUNING__WARMUP_ITERS=8))
-    with pytest.raises(ValueError, match="sparse"):
-        Trainer(tiny_cfg(TUNING__METHOD="sparse"))
-
-
 @pytest.mark.parametrize("method", ["random", "random_v", "fisher", "delta_fisher"])
 def test_every_selective_method_trains(tiny_cfg, method):
     cfg = tiny_cfg(**LEAN, TUNING__METHOD=method, TUNING__D_MAX=0.02)
@@ -292,8 +280,6 @@ def test_the_estimate_follows_its_keys(tiny_cfg):
     for key, other in others.items():
         assert _near(default.f[name], other.f[name]) == (key == "points")
         assert not _near(default.shifted[name], other.shifted[name])
-    with pytest.raises(ValueError, match="FISHER.PRECISION is 'float16': choose from float32, b"):
-        Trainer(tiny_cfg("half", FISHER__PRECISION="float16"))
 
 
 class _Spoil(HookBase):
