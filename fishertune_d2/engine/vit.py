@@ -1,6 +1,7 @@
 """Finds the ViT in a model by its blocks, and the weights that are its own."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from torch import nn
@@ -76,14 +77,11 @@ def parameters_of_vit(vit: nn.Module) -> dict[str, nn.Parameter]:
 
 def count_parameters_around(model: nn.Module, path: str) -> Mapping[str, int]:
     """Counts the weights around the ViT ``path``, by child of the model or part of its class."""
-    own = {id(parameter) for parameter in parameters_of_vit(model.get_submodule(path)).values()}
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in own:
-            inside = name.removeprefix(f"{path}.") if path else name
-            part = inside.partition(".")[0]
-            part = part if inside == name else f"{path}.{part}"
-            counts[part] = counts.get(part, 0) + parameter.numel()
+    counts: Counter[str] = Counter()
+    for name, parameter in _parameters_around(model, model.get_submodule(path)).items():
+        inside = name.removeprefix(f"{path}.") if path else name
+        part = inside.partition(".")[0]
+        counts[part if inside == name else f"{path}.{part}"] += parameter.numel()
     return counts
 
 
@@ -92,22 +90,29 @@ def require_nothing_around(model: nn.Module) -> None:
     # Stages and methods treat everything named ``backbone.`` as the ViT: a neck in it, which starts
     # from random weights, would stay frozen for the whole run.
     path, vit = find_vit(model)
-    own = {id(parameter) for parameter in parameters_of_vit(vit).values()}
-    around = {n: p.numel() for n, p in model.backbone.named_parameters() if id(p) not in own}
+    backbone = model.get_submodule("backbone")
+    around = _parameters_around(backbone, vit)
     if around:
+        count = sum(parameter.numel() for parameter in around.values())
         raise ValueError(
-            f"the backbone {type(model.backbone).__name__} has {sum(around.values()):,} weights "
-            f"around its ViT {path} ({next(iter(around))}, ...), which this trainer would not "
+            f"the backbone {type(backbone).__name__} has {count:,} weights around its ViT "
+            f"{path} ({next(iter(around))}, ...), which this trainer would not "
             "train: use apply_fishertune with a trainer of Detectron2 (docs/reuse.md), or "
             "MODEL.BACKBONE.NAME VFMBackbone, whose maps need no neck"
         )
-    missing = [name for name in _ASKED_FOR if not hasattr(model.backbone, name)]
+    missing = [name for name in _ASKED_FOR if not hasattr(backbone, name)]
     if missing:
         raise ValueError(
-            f"the backbone {type(model.backbone).__name__} has no {', '.join(missing)}, which this "
+            f"the backbone {type(backbone).__name__} has no {', '.join(missing)}, which this "
             "trainer asks it for: use MODEL.BACKBONE.NAME VFMBackbone, or apply_fishertune with a "
             "trainer of Detectron2 (docs/reuse.md)"
         )
+
+
+def _parameters_around(module: nn.Module, vit: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a module, by name, without the ViT's own."""
+    own = set(parameters_of_vit(vit).values())
+    return {name: p for name, p in module.named_parameters() if p not in own}
 
 
 def _paths_of_blocks(module: nn.Module) -> list[str]:

@@ -31,12 +31,14 @@ def _fpn() -> Backbone:
     return FPN(_vfm(), MAPS, 32)
 
 
+VIT = {
+    **{"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 2},
+    **{"window_size": 0, "pretrain_img_size": 64, "out_feature": "last_feat"},
+}
+
+
 def _vitdet() -> Backbone:
-    vit = ViT(
-        img_size=64, patch_size=16, embed_dim=24, depth=3, num_heads=2, window_size=0,
-        pretrain_img_size=64, out_feature="last_feat",
-    )  # fmt: skip
-    return SimpleFeaturePyramid(vit, "last_feat", 32, (4.0, 2.0, 1.0, 0.5), norm="LN")
+    return SimpleFeaturePyramid(ViT(**VIT), "last_feat", 32, (4.0, 2.0, 1.0, 0.5), norm="LN")
 
 
 class _Neck(Backbone):
@@ -57,9 +59,9 @@ class _Neck(Backbone):
 
 def _segmentor(backbone: Backbone) -> nn.Module:
     torch.manual_seed(0)
-    head = SemSegFPNHead(
-        backbone.output_shape(), num_classes=CLASSES, conv_dims=32, common_stride=4, norm="GN"
-    )
+    shapes = backbone.output_shape()
+    stride = min(shape.stride for shape in shapes.values())
+    head = SemSegFPNHead(shapes, num_classes=CLASSES, conv_dims=32, common_stride=stride, norm="GN")
     return SemanticSegmentor(
         backbone=backbone, sem_seg_head=head, pixel_mean=[127.0] * 3, pixel_std=[60.0] * 3
     )
@@ -72,6 +74,35 @@ def _data() -> list[list[dict]]:
         "sem_seg": torch.randint(0, CLASSES, (64, 64)),
     }
     return [[item(), item()] for _ in range(2)]
+
+
+def _train(model, named, path, own, tmp_path, caplog) -> str:
+    """Trains the backbone ``named``, checks which weights moved, and returns the log."""
+    # The ViT is at ``path``; ``own`` are the beginnings of the names of its own weights.
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = SimpleTrainer(model, cycle(_data()), torch.optim.AdamW(model.parameters(), 1e-3))
+    options = {"max_iter": STEPS, "warmup": WARMUP, "batches": 1, "backbone": named}
+    with caplog.at_level(logging.INFO, logger="fishertune_d2.engine.other_trainers"):
+        estimation = apply_fishertune(trainer, _data(), output_dir=tmp_path, **options)
+    trainer.train(0, STEPS)
+    masks = {f"{path}.{n}": mask for n, mask in estimation.selection.masks(0.05).items()}
+    selected = 0
+    for name, value in model.named_parameters():
+        moved = value != start[name]
+        if name.startswith(own):
+            assert not moved[~masks.get(name, torch.zeros_like(moved))].any(), name
+            selected += int(moved.sum())
+        else:
+            assert moved.any(), name
+    inside = sum(value.numel() for name, value in start.items() if name.startswith(own))
+    assert estimation.base == inside
+    assert selected == int(0.05 * inside)
+    # The counts in the log are those of the model.
+    (text,) = [r.getMessage() for r in caplog.records if r.name.endswith("engine.other_trainers")]
+    numbers = [int(word.replace(",", "")) for word in text.split() if word[0].isdigit()]
+    assert sum(numbers) == sum(value.numel() for value in start.values())
+    assert sum(numbers[:2]) == inside
+    return text
 
 
 @pytest.mark.parametrize(
@@ -87,31 +118,8 @@ def _data() -> list[list[dict]]:
 def test_what_is_around_the_vit_trains_as_before(make, named, path, tmp_path, caplog):
     model = _segmentor(make())
     assert find_vit(model, named)[0] == path
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = SimpleTrainer(model, cycle(_data()), torch.optim.AdamW(model.parameters(), 1e-3))
-    options = {"max_iter": STEPS, "warmup": WARMUP, "batches": 1, "backbone": named}
-    with caplog.at_level(logging.INFO, logger="fishertune_d2.engine.other_trainers"):
-        estimation = apply_fishertune(trainer, _data(), output_dir=tmp_path, **options)
-    trainer.train(0, STEPS)
-    masks = {f"{path}.{n}": mask for n, mask in estimation.selection.masks(0.05).items()}
-    for name, value in model.named_parameters():
-        moved = value != start[name]
-        if name.startswith(f"{path}."):
-            assert not moved[~masks.get(name, torch.zeros_like(moved))].any(), name
-        else:
-            assert moved.any(), name
-    inside = sum(value.numel() for name, value in start.items() if name.startswith(f"{path}."))
-    assert estimation.base == inside
-    moved = sum(int((p != start[n]).sum()) for n, p in model.named_parameters() if n in masks)
-    assert moved == int(0.05 * inside)
-    # The counts in the log are those of the model.
-    records = [record for record in caplog.records if record.name.endswith("engine.other_trainers")]
-    (text,) = [record.getMessage() for record in records]
-    numbers = [int(word.replace(",", "")) for word in text.split() if word[0].isdigit()]
-    assert f"FisherTune on {path} " in text and sum(numbers) == sum(
-        v.numel() for v in start.values()
-    )
-    assert sum(numbers[:2]) == inside
+    text = _train(model, named, path, (f"{path}.",), tmp_path, caplog)
+    assert f"FisherTune on {path} " in text
 
 
 class _Model(nn.Module):
@@ -196,10 +204,7 @@ class _NeckInside(ViT):
     """As BEiT's and MAE's classes for detection, SETR's and SAM's: the neck beside the blocks."""
 
     def __init__(self):
-        super().__init__(
-            img_size=64, patch_size=16, embed_dim=24, depth=3, num_heads=2, window_size=0,
-            pretrain_img_size=64, out_feature="last_feat",
-        )  # fmt: skip
+        super().__init__(**VIT)
         self.fpn1 = nn.ConvTranspose2d(24, 24, 2, 2)
         self.neck = nn.Sequential(nn.Conv2d(24, 32, 1), nn.GroupNorm(4, 32))
         self.scale = nn.Parameter(torch.ones(32, 1, 1))
@@ -213,40 +218,15 @@ class _NeckInside(ViT):
         return {"out": ShapeSpec(channels=32, stride=8)}
 
 
-def _segmentor_of(backbone: Backbone) -> nn.Module:
-    head = SemSegFPNHead(
-        backbone.output_shape(), num_classes=CLASSES, conv_dims=32, common_stride=8, norm="GN"
-    )
-    return SemanticSegmentor(
-        backbone=backbone, sem_seg_head=head, pixel_mean=[127.0] * 3, pixel_std=[60.0] * 3
-    )
-
-
 def test_a_neck_in_the_class_of_the_vit_trains_as_before(tmp_path, caplog):
     torch.manual_seed(0)
-    model = _segmentor_of(_NeckInside())
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = SimpleTrainer(model, cycle(_data()), torch.optim.AdamW(model.parameters(), 1e-3))
-    options = {"max_iter": STEPS, "warmup": WARMUP, "batches": 1}
-    with caplog.at_level(logging.INFO, logger="fishertune_d2.engine.other_trainers"):
-        estimation = apply_fishertune(trainer, _data(), output_dir=tmp_path, **options)
-    trainer.train(0, STEPS)
-    masks = {f"backbone.{name}": mask for name, mask in estimation.selection.masks(0.05).items()}
+    model = _segmentor(_NeckInside())
     vit = ("backbone.blocks.", "backbone.patch_embed.", "backbone.pos_embed")
-    for name, value in model.named_parameters():
-        moved = value != start[name]
-        if name.startswith(vit):
-            assert not moved[~masks.get(name, torch.zeros_like(moved))].any(), name
-        else:
-            assert moved.any(), name
-    sizes = {name: value.numel() for name, value in start.items()}
-    assert estimation.base == sum(n for name, n in sizes.items() if name.startswith(vit))
-    (text,) = [r.getMessage() for r in caplog.records if r.name.endswith("engine.other_trainers")]
+    text = _train(model, None, "backbone", vit, tmp_path, caplog)
     for part in ("fpn1", "neck", "scale", "decode"):
-        count = sum(n for name, n in sizes.items() if name.startswith(f"backbone.{part}"))
-        assert f"{count:,} of backbone.{part}" in text
-    numbers = [int(word.replace(",", "")) for word in text.split() if word[0].isdigit()]
-    assert sum(numbers) == sum(sizes.values()) and sum(numbers[:2]) == estimation.base
+        start = f"backbone.{part}"
+        count = sum(p.numel() for name, p in model.named_parameters() if name.startswith(start))
+        assert f"{count:,} of {start}" in text
 
 
 def _parts(names) -> set[str]:
@@ -306,4 +286,4 @@ def test_a_neck_that_is_built_before_the_blocks_is_not_the_vits():
 
 def test_the_three_stage_trainer_takes_no_neck_in_the_class_of_the_vit():
     with pytest.raises(ValueError, match=r"weights around its ViT backbone \(scale, \.\.\.\)"):
-        require_nothing_around(_segmentor_of(_NeckInside()))
+        require_nothing_around(_segmentor(_NeckInside()))
