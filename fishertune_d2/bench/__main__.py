@@ -160,11 +160,6 @@ def _find_task(args: argparse.Namespace) -> Train:
 
 
 def _find_table(args: argparse.Namespace) -> Table:
-    """Returns the requested table.
-
-    Raises:
-        ValueError: A sweep has no values, or another table has some.
-    """
     if args.table == "sweep":
         if len(args.values) < 2:
             raise ValueError("write a sweep as: sweep KEY VALUE ...")

@@ -36,11 +36,11 @@ def execute(
     variables: Mapping[str, str],
     running: set[int] | None = None,
 ) -> Attempt:
-    """Runs a command and waits for its end.
+    """Runs a command, waits for its end, and appends its output to ``log``.
 
     Args:
         command: The command and its arguments.
-        log: The file to which the output is appended.
+        log: The file.
         variables: Environment variables to set, in addition to those of this process.
         running: A set that holds the process's id while it runs.
 

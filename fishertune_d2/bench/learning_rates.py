@@ -15,7 +15,7 @@ from fishertune_d2.analysis.study import TEST, read_table, split_place
 from fishertune_d2.files import whole_file
 from fishertune_d2.run import Results
 
-from .cells import Cell
+from .cells import DEV, Cell
 from .tables import find_entry
 
 
@@ -29,11 +29,7 @@ class Choice(TypedDict):
 
 
 def read_choices(place: Path) -> dict[str, Choice]:
-    """Returns the choice for each entry by its name; empty before a search.
-
-    Args:
-        place: The folder of a foundation model's cells, or such a folder in a study's table.
-    """
+    """Returns the choice for each entry by its name; empty before a search."""
     split = split_place(place)
     if split is not None:
         return _choices_of_table(*split)
@@ -42,7 +38,7 @@ def read_choices(place: Path) -> dict[str, Choice]:
 
 
 def _choices_of_table(table: Path, below: str) -> dict[str, Choice]:
-    """Derives the choices from runs: a search has tried several rates with one of the seeds."""
+    """Derives the choices from runs: a search tried several rates with one of the seeds."""
     tried: dict[str, dict[int, dict[float, Results]]] = {}
     for run in read_table(table):
         if run.rate is None or run.tested or not Path(run.run).is_relative_to(below):
@@ -77,7 +73,7 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
         scores = {}
         of_entry = [cell for cell in cells if cell.entry.name == name]
         for cell in of_entry:
-            results = cell.results(sets, "dev")
+            results = cell.results(sets, DEV)
             if results is not None and cell.rate is not None:
                 scores[cell.rate] = _mean(results, sets)
         if len(scores) < len(of_entry):
@@ -114,10 +110,6 @@ def describe(name: str, choice: Choice) -> str:
 
 def require_unseen(place: Path, names: Sequence[str]) -> None:
     """Refuses a new search for entries that were scored on the test sets.
-
-    Args:
-        place: The folder of a foundation model's cells.
-        names: The entries.
 
     Raises:
         ValueError: Some entries were; the message names them.

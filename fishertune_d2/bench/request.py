@@ -9,15 +9,10 @@ from .tables import PROFILES, RATE, Entry, Profile, Table
 
 @dataclass(frozen=True)
 class Request:
-    """A table to fill.
+    """A table to fill, for each of its entries, foundation models and seeds.
 
     Attributes:
         name: The name of the table, and of the files that show it.
-        table: The table.
-        profile_name: The name of the setting.
-        entries: The entries.
-        vfms: The foundation models.
-        seeds: The seeds.
         output: The folder of all cells, or a study's table, which can only be reported.
         options: Keys and values in turn for every cell.
     """

@@ -15,7 +15,7 @@ from pathlib import Path
 from fishertune_d2.analysis.study import TEST, StudyRun, save_runs, split_place
 from fishertune_d2.data import DatasetError, load_datasets
 
-from .cells import Cell, digest, make_cells, needs_rate
+from .cells import DEV, Cell, digest, make_cells, needs_rate
 from .learning_rates import describe, read_choices, require_unseen, write_choices
 from .request import Request
 from .result_table import paper_numbers, read_lines, write_table
@@ -26,14 +26,13 @@ from .tables import FREEZE, find_entry
 class Train:
     """Trains the cells with their chosen learning rates, and scores them on the dev sets.
 
+    A ValueError names learning rates that are not chosen yet.
+
     Args:
         request: The table.
-
-    Raises:
-        ValueError: A learning rate is not chosen yet.
     """
 
-    folder = "dev"  # below a cell's own, for scores that are made after training
+    folder = DEV
 
     def __init__(self, request: Request):
         self.request = request
@@ -89,21 +88,18 @@ class Train:
         if not finished:
             print("no cell is finished: there is no table yet", file=sys.stderr)
             return
-        # The tables about a study's table go into a folder with its name.
-        folder = (
-            request.output
-            if split_place(request.output) is None
-            else request.output.with_suffix("")
-        )
+        folder = request.output
+        if split_place(folder):
+            folder = folder.with_suffix("")  # the tables about a study's table go beside it
         folder.mkdir(parents=True, exist_ok=True)
-        papers = request.profile_name == "paper" and not request.options
+        compared = request.profile_name == "paper" and not request.options
         for name, sets in self.shown.items():
             path = folder / name
             text = write_table(
                 request.table.title,
                 read_lines(finished, sets, self.folder),
                 path,
-                paper=paper_numbers(request.table.paper) if papers else {},
+                paper=paper_numbers(request.table.paper) if compared else {},
                 missing=len(self.cells) - len(finished),
                 averages=request.table.averages,
             )
@@ -115,11 +111,7 @@ class Train:
         return [cell for cell in self.cells if cell.results(self.sets, self.folder)]
 
     def save(self, table: Path) -> None:
-        """Adds the finished cells to a study's table.
-
-        Args:
-            table: The file.
-        """
+        """Adds the finished cells to a study's table."""
         runs = []
         for cell in self.finished():
             results = cell.results(self.sets, self.folder)
@@ -162,13 +154,10 @@ class Search(Train):
     """Trains each entry with several learning rates and one seed, and chooses the best.
 
     Args:
-        request: The table.
+        request: The table. A ValueError says if it has no search.
         rates: The values to try; by default those that were tried before if ``again``, else the
             profile's.
         again: Whether to report a search that has run.
-
-    Raises:
-        ValueError: The profile or the table has no search.
     """
 
     def __init__(self, request: Request, rates: Sequence[float], again: bool):
@@ -213,11 +202,7 @@ class Search(Train):
 
 
 class Test(Train):
-    """Scores the trained cells on the test sets, once.
-
-    Args:
-        request: The table.
-    """
+    """Scores the trained cells on the test sets, once."""
 
     folder = TEST
 
