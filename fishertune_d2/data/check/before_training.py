@@ -63,9 +63,9 @@ def _check(known: DatasetMetadata) -> list[str]:
     """Returns the problems of a data set's labels; logs warnings if there are none."""
     dicts = load_datasets([known.name])
     problems, warnings = judge(known, dicts, count_pixels(known, dicts))
-    if not isinstance(known, SemSegDataset):
+    if not problems and not isinstance(known, SemSegDataset):
         warnings += _different_names(known.name, dicts)
-    for warning in warnings if not problems else ():
+    for warning in warnings:
         _log.warning(warning)
     return problems
 

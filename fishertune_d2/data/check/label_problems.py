@@ -32,11 +32,11 @@ _CERTAIN = f"{_NO_LATER_ID}, while 0 (road as a train id), 8 and 10 occur; {_CON
 def judge(
     known: DatasetMetadata, dicts: Sequence[dict[str, Any]], counts: np.ndarray
 ) -> tuple[list[str], list[str]]:
-    """Finds problems of the labels, and properties that are unusual but may be right.
+    """Finds problems of the labels, or properties that are unusual but may be right.
 
     Returns:
         Problems that forbid training and scoring on these labels, each with the remedy; and
-        warnings.
+        warnings, if there are no problems.
     """
     pixels = counts.sum(axis=0)
     scored = np.array(known.label_space.collapse) != IGNORE_LABEL
@@ -49,19 +49,21 @@ def judge(
         )
         return [problem], []
     converted, maybe_converted = _converted(known, dicts, counts)
-    scaled = _scaled(known, dicts, counts)
-    problems = [converted] if converted else []
-    if not converted and known.published is not None and len(dicts) == known.published.pairs:
-        problems = _differences(known, known.published, pixels)
+    if converted:
+        return [converted], []
+    if known.published is not None and len(dicts) == known.published.pairs:
+        problems = _class_differences(known, known.published, pixels)
+        if problems:
+            return problems, []
     absent = _absent(known, pixels)
+    scaled = _scaled(known, dicts, counts)
+    # One warning if the second says why the classes are absent.
     if absent and scaled and pixels[0] == pixels[:-1].sum():
-        absent += f" {scaled}"
-        scaled = None
+        absent, scaled = f"{absent} {scaled}", None
     elif absent and maybe_converted and len(_without_later_ids(known, counts)) == len(dicts):
-        absent += f" {maybe_converted}"
-        maybe_converted = None
-    named = [f"{known.name}: {text}" for text in (scaled, maybe_converted) if text]
-    return problems, [*([absent] if absent else []), *named]
+        absent, maybe_converted = f"{absent} {maybe_converted}", None
+    texts = (absent, scaled, maybe_converted)
+    return [], [f"{known.name}: {text}" for text in texts if text]
 
 
 def _absent(known: DatasetMetadata, pixels: np.ndarray) -> str | None:
@@ -71,9 +73,9 @@ def _absent(known: DatasetMetadata, pixels: np.ndarray) -> str | None:
     if not absent:
         return None
     return (
-        f"{known.name}: none of its labels holds {first_names(absent, _MAX_NAMED)} "
-        f"({len(absent)} of {len(known.classes)} classes). A model cannot learn such a class from "
-        "these labels, and they cannot test it."
+        f"none of its labels holds {first_names(absent, _MAX_NAMED)} ({len(absent)} of "
+        f"{len(known.classes)} classes). A model cannot learn such a class from these labels, and "
+        "they cannot test it."
     )
 
 
@@ -162,15 +164,17 @@ def _own_ids(dicts: Sequence[dict[str, Any]], among: np.ndarray) -> dict[int, se
     }
 
 
-def _differences(known: DatasetMetadata, published: Published, pixels: np.ndarray) -> list[str]:
+def _class_differences(
+    known: DatasetMetadata, published: Published, pixels: np.ndarray
+) -> list[str]:
     """Says where classes and shares of a complete data set differ from the published numbers."""
     problems = []
     remedy = f"The label map {known.label_map!r} needs the ids that the authors ship: {_CONVERTED}"
     absent = never_labelled(known, pixels)
     if published.absent is not None and set(absent) != set(published.absent):
         problems.append(
-            f"{known.name}: never labelled is {_list(absent)}; published is "
-            f"{_list(published.absent)}. {remedy}"
+            f"{known.name}: never labelled is {', '.join(absent) or 'no class'}; published is "
+            f"{', '.join(published.absent) or 'no class'}. {remedy}"
         )
     for name, usual in published.shares.items():
         share = 100 * pixels[known.classes.index(name)] / pixels.sum()
@@ -180,7 +184,3 @@ def _differences(known: DatasetMetadata, published: Published, pixels: np.ndarra
                 f"{remedy}"
             )
     return problems
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) or "no class"

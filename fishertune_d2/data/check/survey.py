@@ -85,17 +85,17 @@ def survey(dataset: SemSegDataset, pixels: bool = True) -> Survey:
     found.pairs = len(dicts)
     found.sizes = Counter((item["width"], item["height"]) for item in dicts)
     if dataset.published is not None:
-        found.problems += _differences(found, dataset.published)
+        found.problems += _file_differences(found, dataset.published)
     if pixels:
         counts, problem = read_pairs(dataset, dicts)
         found.pixels = counts.sum(axis=0)
         problems, warnings = ([problem], []) if problem else judge(dataset, dicts, counts)
         found.problems += problems
-        found.warnings += warnings if not problems else []  # as before training
+        found.warnings += warnings
     return found
 
 
-def _differences(found: Survey, published: Published) -> list[str]:
+def _file_differences(found: Survey, published: Published) -> list[str]:
     """Compares with the published number of pairs and sizes."""
     name, problems = found.dataset.name, []
     if found.pairs != published.pairs:
