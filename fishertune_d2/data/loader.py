@@ -107,7 +107,7 @@ class _Loader(DataLoader):
             batch_size=batch_size,
             sampler=order,
             num_workers=count_workers(num_workers),
-            collate_fn=_as_list,
+            collate_fn=list,
             pin_memory=pin_memory,
             worker_init_fn=_outlive_schedulers,
             # The loader draws a base seed when iteration begins. Drawn from the global generator,
@@ -221,10 +221,6 @@ def build_test_loader(
     """Builds a loader of this rank's images, one at a time; see `build_train_loader`."""
     items = _MappedItems(dicts, mapper)
     return _Loader(items, InferenceSampler(len(dicts)), 1, num_workers, pin_memory)
-
-
-def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return batch
 
 
 def _outlive_schedulers(worker: int) -> None:

@@ -120,8 +120,8 @@ class RepeatFactorSampler(ResumableSampler):
 class RareClassSampler(ResumableSampler):
     """Draws a class for each position, rare classes most often, then an image that holds it.
 
-    This is DAFormer's rare class sampling, which tqdm uses too: a class with a share f of all
-    labelled pixels has the probability softmax((1 - f) / temperature). There are no epochs.
+    This is the rare class sampling of DAFormer and of the method tqdm: a class with a share f of
+    all labelled pixels has the probability softmax((1 - f) / temperature). There are no epochs.
 
     Args:
         class_counts: (N, C + 1).

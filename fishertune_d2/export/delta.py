@@ -281,17 +281,17 @@ def _require_format(path: str | Path, found: str) -> None:
 def _read_header(text: str) -> Delta:
     header = json.loads(text)
     found = header["architecture"]
+    patch_size, changed = _numbers(int, 2, [found["patch_size"], header["changed"]])
     architecture = Architecture(
         vfm=_text(found["vfm"]),
         timm_name=_text(found["timm_name"]),
         img_size=_numbers(int, 2, found["img_size"]),
-        patch_size=_numbers(int, 1, [found["patch_size"]])[0],
+        patch_size=patch_size,
         pixel_mean=_numbers(float, 3, found["pixel_mean"]),
         pixel_std=_numbers(float, 3, found["pixel_std"]),
     )
     base = {name: _text(value) for name, value in header["base"].items()}
     notes = {name: _text(value) for name, value in header["notes"].items()}
-    (changed,) = _numbers(int, 1, [header["changed"]])
     return Delta(architecture, base, changed=changed, notes=notes)
 
 

@@ -209,17 +209,17 @@ class Mask2FormerHead(nn.Module):
         scores = semantic_scores(*predictions[-1]) + _MIN_SCORE
         return scores.log() - scores.sum(1, keepdim=True).log()
 
-    def loss_divisors(self, targets: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | float]:
+    def loss_divisors(self, labels: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """Returns the divisor of each loss; see `SegmentationHead`.
 
         ``loss_ce`` is divided by the sum of all queries' class weights, which is known before the
         matching; ``loss_mask`` and ``loss_dice`` by the number of masks per process, at least 1.
         """
-        labels = present_classes(targets, self.num_classes, self.ignore_value)
+        classes = present_classes(labels, self.num_classes, self.ignore_value)
         queries, nothing = self.num_queries, self.criterion.eos_coef
-        matched = [min(len(classes), queries) for classes in labels]
+        matched = [min(len(of_image), queries) for of_image in classes]
         weight = sum(n + nothing * (queries - n) for n in matched)
-        masks = self.criterion.get_num_masks(labels, self.class_predictor.weight.device)
+        masks = self.criterion.get_num_masks(classes, self.class_predictor.weight.device)
         return {"loss_ce": weight, "loss_mask": masks, "loss_dice": masks}
 
     def losses(

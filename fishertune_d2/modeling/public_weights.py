@@ -85,20 +85,20 @@ def load_vfm_weights(
 
 def _require_numbers(state: StateDict, title: str) -> StateDict:
     """Returns the tensors as float32, and refuses integers, NaN and infinity."""
+    numbers: StateDict = {}
     for key, value in state.items():
         if not value.is_floating_point():
             raise ValueError(
                 f"weights cannot be used: {title}. {key} holds {value.dtype}, as quantised models "
                 f"do; a backbone needs floating-point weights. {REMEDY}"
             )
-    state = {key: value.float() for key, value in state.items()}
-    for key, value in state.items():
-        if not value.isfinite().all():
+        numbers[key] = value.float()
+        if not numbers[key].isfinite().all():
             raise ValueError(
                 f"weights cannot be used: {key} holds NaN or infinity in {title}, as after a "
                 f"training that diverged. {REMEDY}"
             )
-    return state
+    return numbers
 
 
 def _read(path: str | Path) -> tuple[StateDict, str]:
