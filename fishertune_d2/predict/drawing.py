@@ -59,7 +59,7 @@ def draw_files(
             logger.info("%s -> %s", source, target)
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(inputs)} files could not be drawn, as said above: "
+            f"{len(failed)} of {len(inputs)} files could not be drawn (see the errors above): "
             f"{first_names([path.name for path in failed])}"
         )
 
@@ -111,7 +111,7 @@ def _draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndar
     if done < _SHORT * frames:
         logger.warning(
             f"{source} says that it has {frames} frames, and {done} could be read: is it damaged, "
-            "or not wholly copied?"
+            "or not copied to its end?"
         )
 
 

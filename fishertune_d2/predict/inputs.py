@@ -44,8 +44,8 @@ def find_inputs(names: Sequence[str]) -> list[Path]:
     for file in files:
         if not _is_readable(file):
             raise InputError(
-                f"--input {file}: by its name neither an image ({', '.join(IMAGES)}) nor a video "
-                f"({', '.join(VIDEOS)})"
+                f"--input {file}: its name ends neither as an image ({', '.join(IMAGES)}) nor as a "
+                f"video ({', '.join(VIDEOS)})"
             )
     return files
 

@@ -29,7 +29,7 @@ def test_files_folders_and_patterns(tmp_path):
         ("gone.png", "gone.png: there is no such file or folder, and as a pattern it matches none"),
         ("a/*.jpg", "matches none"),
         ("a", r"no image or video in this folder \(.*; its files end in .txt; folders inside"),
-        ("a/notes.txt", "neither an image .* nor a video"),
+        ("a/notes.txt", "neither as an image .* nor as a video"),
     ],
 )
 def test_inputs_that_lead_nowhere(tmp_path, name, message):
