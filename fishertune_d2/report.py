@@ -19,11 +19,7 @@ __all__ = ["Run", "RunError", "write_report"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command.
-
-    Args:
-        arguments: of the command line; None takes the process's own.
-    """
+    """Runs the command, with the process's own arguments by default."""
     parser = argparse.ArgumentParser(
         prog="python -m fishertune_d2.report", description=__doc__.splitlines()[0]
     )

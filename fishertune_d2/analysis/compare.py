@@ -22,10 +22,9 @@ _VARY = (*ENTRY, "vfm")
 def compare(output_dirs: Sequence[str | Path]) -> str:
     """Compares runs: the tuned weights, mIoU by data set, and the average over unseen domains.
 
-    Runs with different test sets or protocols raise a ValueError.
-
     Args:
-        output_dirs: The OUTPUT_DIR of each run, or its path in a study's table.
+        output_dirs: The OUTPUT_DIR of each run, or its path in a study's table. Runs with
+            different test sets or protocols raise a ValueError.
 
     Returns:
         A Markdown table, and a line with the protocol that the runs share.
@@ -38,10 +37,8 @@ def compare(output_dirs: Sequence[str | Path]) -> str:
 def compare_classes(output_dirs: Sequence[str | Path], name: str) -> str:
     """Compares the IoU by class of one data set, as the paper's Table 2.
 
-    Runs with different test sets or protocols raise a ValueError.
-
     Args:
-        output_dirs: The OUTPUT_DIR of each run, or its path in a study's table.
+        output_dirs: See :func:`compare`.
         name: A data set on which the runs were tested.
 
     Returns:

@@ -21,6 +21,14 @@ from fishertune_d2.fisher import KINDS
 MARKERS = "osD^vPX*"
 
 
+def group_array(values: Mapping[tuple[str, int], float]) -> np.ndarray:
+    """Arranges values of groups, by kind and block, as (K, B); NaN for a group without a value."""
+    array = np.full((len(KINDS), 1 + max(block for _, block in values)), np.nan)
+    for (kind, block), value in values.items():
+        array[KINDS.index(kind), block] = value
+    return array
+
+
 def draw_groups(
     axes: Axes, values: np.ndarray, norm: Normalize, write: Callable[[float], str]
 ) -> AxesImage:
@@ -28,7 +36,7 @@ def draw_groups(
 
     Args:
         axes: the panel.
-        values: (K, B); NaN for a group that the model lacks.
+        values: (K, B), see :func:`group_array`.
         norm: from a value to its place on the colour scale.
         write: from a value to its text.
 

@@ -29,8 +29,6 @@ def read_methods(
 ) -> dict[str, list[Results]]:
     """Reads the scores of the finished runs in a folder, each named <method>_<seed>.
 
-    Runs with different test sets or protocols raise a ValueError.
-
     Args:
         place: The folder that holds the runs' folders, or a study's table.
         methods: The methods to read, in this order; None reads all, by name.
@@ -40,7 +38,8 @@ def read_methods(
         The scores of each method, in the order of the seeds.
 
     Raises:
-        ValueError: There is no run, a method has none, or a run's seed is not that of its name.
+        ValueError: There is no run, a method has none, or a run's seed is not that of its name;
+            also for runs with different test sets or protocols.
     """
     found: dict[str, list[Results]] = {}
     for path, results in find_runs(place, test).items():
@@ -106,11 +105,7 @@ def commits_of(runs: Sequence[Results]) -> list[str]:
 
 
 def scores_by_set(methods: Mapping[str, Sequence[Results]]) -> dict[str, dict[str, list[float]]]:
-    """Returns the mIoU of each method, test set and seed, for :func:`draw`.
-
-    Args:
-        methods: The scores of each method, from :func:`read_methods`.
-    """
+    """Returns the mIoU of each method, test set and seed, for :func:`draw`."""
     return {
         method: {name: [results.scores[name] for results in runs] for name in runs[0].scores}
         for method, runs in methods.items()
@@ -184,17 +179,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     with ending_in_a_sentence():
-        picture = args.output or _default_picture(args.folder)
+        if split_place(args.folder) and not args.output:
+            raise ValueError(f"{args.folder} is a table: name the figure with --output FILE.png")
+        picture = args.output or args.folder / "methods.png"
         runs = read_methods(args.folder, args.methods or None, args.test)
         print(table(runs))
         draw(scores_by_set(runs), picture)
     print(picture)
-
-
-def _default_picture(place: Path) -> Path:
-    if split_place(place):
-        raise ValueError(f"{place} is a table: name the figure with --output FILE.png")
-    return place / "methods.png"
 
 
 if __name__ == "__main__":

@@ -10,33 +10,20 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from fishertune_d2.analysis.figures import draw_groups
+from fishertune_d2.analysis.figures import draw_groups, group_array
 from fishertune_d2.command_line import ending_in_a_sentence
-from fishertune_d2.fisher import KINDS, Selection
+from fishertune_d2.fisher import Selection
 from fishertune_d2.run import Run
 
 
 def shares_by_group(selection: Selection) -> np.ndarray:
-    """The selected share of each group's weights.
-
-    Returns:
-        Percent, (kinds, blocks), with kinds in the order of ``KINDS``; NaN for a group that the
-        model lacks.
-    """
-    totals = selection.group_sizes()
-    shares = np.full((len(KINDS), 1 + max(block for _, block in totals)), np.nan)
-    for (kind, block), count in selection.summary().items():
-        shares[KINDS.index(kind), block] = 100 * count / totals[kind, block]
-    return shares
+    """The selected share of each group's weights in percent, as ``figures.group_array``."""
+    totals, counts = selection.group_sizes(), selection.summary()
+    return group_array({group: 100 * counts[group] / totals[group] for group in counts})
 
 
 def draw_selection_map(selection: Selection, path: Path) -> None:
-    """Draws :func:`shares_by_group` as a picture.
-
-    Args:
-        selection: the ranked choice.
-        path: the PNG to write.
-    """
+    """Draws :func:`shares_by_group` into a PNG file."""
     shares = shares_by_group(selection)
     figure = Figure(figsize=(2.2 + 0.42 * shares.shape[1], 2.9), layout="constrained")
     axes = figure.subplots()

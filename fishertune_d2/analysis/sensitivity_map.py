@@ -13,9 +13,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from fishertune_d2.analysis.figures import draw_groups
+from fishertune_d2.analysis.figures import draw_groups, group_array
 from fishertune_d2.command_line import ending_in_a_sentence
-from fishertune_d2.fisher import KINDS, FisherEstimate, domain_related_fisher
+from fishertune_d2.fisher import FisherEstimate, domain_related_fisher
 from fishertune_d2.fisher.candidates import groups_of
 from fishertune_d2.run import Run
 
@@ -27,8 +27,7 @@ def mean_by_group(scores: Mapping[str, torch.Tensor]) -> np.ndarray:
         scores: scores by parameter name, not negative.
 
     Returns:
-        Means, (kinds, blocks), with kinds in the order of ``KINDS``; NaN for a group that the
-        model lacks.
+        Means, as ``figures.group_array``.
 
     Raises:
         ValueError: if no candidate scores above 0, so that there is no mean to divide by.
@@ -48,10 +47,7 @@ def mean_by_group(scores: Mapping[str, torch.Tensor]) -> np.ndarray:
             "estimate with a loss that reaches the backbone's blocks"
         )
     average = sum(sums.values()) / sum(counts.values())
-    means = np.full((len(KINDS), 1 + max(block for _, block in sums)), np.nan)
-    for (kind, block), total in sums.items():
-        means[KINDS.index(kind), block] = total / counts[kind, block] / average
-    return means
+    return group_array({group: sums[group] / counts[group] / average for group in sums})
 
 
 def draw_sensitivity_map(estimates: Sequence[tuple[str, FisherEstimate]], path: Path) -> None:

@@ -7,7 +7,7 @@ were the folder of the study: ``docs/results/selection.jsonl/dinov2_vits/freeze_
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,11 @@ class StudyRun:
         return Results.of(self.content, str(table / self.run))
 
 
-_COLUMNS = ("run", "entry", "vfm", "train", "seed", "rate", "config", "seconds")
+_COLUMNS = [each.name for each in fields(StudyRun) if each.name != "content"]
 
 
 def read_table(table: Path) -> list[StudyRun]:
     """Reads a study's table.
-
-    Args:
-        table: The file.
 
     Returns:
         Its runs, in the order of their paths.
@@ -92,12 +89,7 @@ def read_table(table: Path) -> list[StudyRun]:
 
 
 def save_runs(table: Path, runs: Iterable[StudyRun]) -> None:
-    """Adds runs to a study's table; a run replaces the one with the same path.
-
-    Args:
-        table: The file, which need not exist.
-        runs: The runs.
-    """
+    """Adds runs to a study's table, which may be new; a run replaces one with the same path."""
     kept = {run.run: run for run in (read_table(table) if table.is_file() else [])}
     kept |= {run.run: run for run in runs}
     lines = [
@@ -118,10 +110,7 @@ def split_place(place: str | Path) -> tuple[Path, str] | None:
 
 
 def read_results(run: str | Path) -> Results:
-    """Reads the scores of a run.
-
-    Args:
-        run: The run's folder, or its path in a study's table.
+    """Reads the scores of a run, by its folder or by its path in a study's table.
 
     Returns:
         The scores.

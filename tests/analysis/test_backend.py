@@ -34,7 +34,7 @@ curve = {"estimator": "x", "images": [1], "seconds": [1], "overlap": [1], "drf_o
 measured = {"reference": {"images": 1, "seconds_per_image": 1}, "curves": [curve]}
 convergence.draw_convergence(measured, folder / "5.png")
 shift = {k: [1.0, 2.0] for k in ("strengths", "fisher", "drf", "overlap_fisher", "overlap_change")}
-kinds = {kind: [0.2, 0.3] for kind in selection_map.KINDS}
+kinds = {kind: [0.2, 0.3] for kind in shift_curve.KINDS}
 shift_curve.draw_shift_curve({**shift, "kinds": kinds, "images": 1, "seed": 0}, folder / "6.png")
 assert len(list(folder.glob("*.png"))) == 6
 assert matplotlib.get_backend().lower() == "svg", matplotlib.get_backend()
