@@ -41,10 +41,12 @@ def find_files(
     """
     found: dict[str, str] = {}
     for folder in where:
-        for stem, path in _walk(folder, suffixes):
-            ending = len(path) - len(os.path.join(folder, stem))
-            if any(len(s) > ending and path.lower().endswith(s.lower()) for s in excluded):
+        for path in _files(folder):
+            suffix = _suffix_of(os.path.basename(path), suffixes, excluded)
+            if suffix is None:
                 continue
+            below = path.removeprefix(folder).lstrip(os.sep)
+            stem = below[: -len(suffix)].replace(os.sep, "/")  # its case may be another
             if keep is not None and not keep(stem):
                 continue
             if stem in found:
@@ -55,23 +57,19 @@ def find_files(
     return found
 
 
-def _walk(folder: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields the path below ``folder`` without suffix, and the whole path, of each file."""
-    endings = [suffix.lower() for suffix in suffixes]
-    for parent, names in _tree(folder):
-        below = os.path.relpath(parent, folder).replace(os.sep, "/")
-        prefix = "" if below == "." else f"{below}/"
-        for name in names:
-            suffix = next((s for s in endings if name.lower().endswith(s)), None)
-            if suffix is None or name.startswith("."):  # macOS keeps notes on x.png in ._x.png
-                continue
-            if name.endswith(_CONVERTED) and not suffix.endswith(_CONVERTED.lower()):
-                continue
-            yield prefix + name[: -len(suffix)], os.path.join(parent, name)
+def _suffix_of(name: str, suffixes: Sequence[str], excluded: Sequence[str]) -> str | None:
+    """Returns the suffix of a file's name; None for files of other tools or of ``excluded``."""
+    suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
+    if suffix is None or name.startswith("."):  # macOS keeps notes on x.png in ._x.png
+        return None
+    if name.endswith(_CONVERTED) and not suffix.lower().endswith(_CONVERTED.lower()):
+        return None
+    longer = (s for s in excluded if len(s) > len(suffix))
+    return None if any(name.lower().endswith(s.lower()) for s in longer) else suffix
 
 
-def _tree(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields ``folder`` and all folders below it, each with the names of its files.
+def _files(folder: str) -> Iterator[str]:
+    """Yields the paths of all files in ``folder`` and in folders below it.
 
     Follows links to folders, except a link to a folder that holds the link, which would never end.
     """
@@ -91,7 +89,7 @@ def _tree(folder: str) -> Iterator[tuple[str, list[str]]]:
                 below.remove(name)
             else:
                 inside[path] = (*way, real)
-        yield parent, sorted(names)
+        yield from (os.path.join(parent, name) for name in sorted(names))
 
 
 def other_files(where: Sequence[str], suffixes: Sequence[str]) -> str:
@@ -99,11 +97,10 @@ def other_files(where: Sequence[str], suffixes: Sequence[str]) -> str:
     counts: Counter[str] = Counter()
     example: dict[str, str] = {}
     for folder in where:
-        for _, names in _tree(folder):
-            for name in names:
-                if not name.lower().endswith(tuple(s.lower() for s in suffixes)):
-                    ending = os.path.splitext(name)[1] or "without an ending"
-                    counts[ending] += 1
-                    example.setdefault(ending, name)
+        for name in map(os.path.basename, _files(folder)):
+            if not name.lower().endswith(tuple(s.lower() for s in suffixes)):
+                ending = os.path.splitext(name)[1] or "without an ending"
+                counts[ending] += 1
+                example.setdefault(ending, name)
     found = [f"{count} {ending} ({example[ending]})" for ending, count in counts.most_common()]
     return f" Files of other names are there: {first_names(found)}." if found else ""
