@@ -16,22 +16,14 @@ warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
 warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
 
 
-# The oldest versions that have what is used, as in pyproject.toml, which gives the reasons.
+# The oldest versions that work, as in pyproject.toml, which gives the reasons.
 OLDEST = {"torch": "2.6", "timm": "1.0.20", "transformers": "5.0", "peft": "0.21"}
 
 
 def require_versions(*packages: str) -> None:
-    """Refuses packages that are older than the oldest version that works.
-
-    pip avoids such versions, but not with ``--no-deps``; conda does not avoid them. A missing
-    package raises its own error where it is imported.
-
-    Args:
-        packages: names in ``OLDEST``.
-
-    Raises:
-        ImportError: one sentence with the command that installs a newer version.
-    """
+    """Refuses packages of ``OLDEST`` that are older than there, with the command for newer ones."""
+    # pip avoids such versions, but not with ``--no-deps``; conda does not avoid them. A missing
+    # package raises its own error where it is imported.
     old = []
     for package in packages:
         with suppress(metadata.PackageNotFoundError):
@@ -65,19 +57,13 @@ def has_detectron2() -> bool:
 
 
 def require_detectron2() -> None:
-    """Says how to install Detectron2 if it is missing.
-
-    Detectron2 is not on PyPI under its own name, so it cannot be one of our requirements
-    (facebookresearch/detectron2#4859).
-
-    Raises:
-        ImportError: one sentence with the command that installs it.
-        ModuleNotFoundError: if Detectron2 is there, and cannot be imported without another package.
-    """
+    """Says how to install Detectron2 if it is missing."""
+    # It is not on PyPI under its own name, so it cannot be one of our requirements
+    # (facebookresearch/detectron2#4859).
     try:
         import detectron2  # noqa: F401
     except ModuleNotFoundError as error:
-        if error.name != "detectron2":
+        if error.name != "detectron2":  # Detectron2 is there, and lacks another package
             raise
         raise ImportError(
             "FisherTune needs Detectron2, which is not installed: run `python tools/"
@@ -95,17 +81,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def without_waiting_for_constants(device: torch.device) -> AbstractContextManager:
-    """Makes ``torch.tensor`` upload Python numbers without waiting for the GPU.
-
-    ``torch.tensor(numbers, device="cuda")`` waits until the GPU has finished all its work. The
-    pixel decoder of transformers calls it seven times in a forward pass, for the sizes of maps.
-
-    Args:
-        device: the model's device; on a CPU nothing changes.
-
-    Returns:
-        The context in which uploads do not wait.
-    """
+    """Makes ``torch.tensor`` upload Python numbers to a GPU without waiting for the GPU."""
+    # torch.tensor(numbers, device="cuda") waits until the GPU has finished all its work. The pixel
+    # decoder of transformers calls it seven times in a forward pass, for the sizes of maps.
     return _AsyncConstants() if device.type == "cuda" else nullcontext()
 
 

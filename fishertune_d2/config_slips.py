@@ -23,15 +23,8 @@ class ConfigError(ValueError):
 
 
 def nearest(word: str, names: Sequence[str]) -> list[str]:
-    """Finds the names that a misspelt word may mean.
-
-    Args:
-        word: as a user wrote it, in any case.
-        names: the known names. A word may also mean the last part of a name with dots.
-
-    Returns:
-        At most three names, the nearest first.
-    """
+    """Finds at most three names that a misspelt word may mean, the nearest first."""
+    # A word may also mean the last part of a name with dots.
     last = word.rpartition(".")[2]
     # If the whole path alone counted, all names of a long section would be near.
     ends = {name: _likeness(last, name.rpartition(".")[2]) for name in names}
@@ -47,16 +40,7 @@ def nearest(word: str, names: Sequence[str]) -> list[str]:
 
 
 def check_file(file: str, known: CN, within: Sequence[str] = ()) -> None:
-    """Checks a config file and those that it names as ``_BASE_``.
-
-    Args:
-        file: its path.
-        known: has all keys, with values of their types.
-        within: the files that led here by ``_BASE_``, in this order.
-
-    Raises:
-        ConfigError: names the file in which the slip is.
-    """
+    """Checks a config file, to which the files ``within`` led by ``_BASE_``, and its own bases."""
     if within and not PathManager.isfile(file):
         raise ConfigError(f"{within[-1]}: its {BASE} is {file}, and there is no such file")
     mapping = _read_mapping(file)
@@ -67,24 +51,15 @@ def check_file(file: str, known: CN, within: Sequence[str] = ()) -> None:
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise ConfigError(f"{file}: its {BASE} is {base!r}, and takes the path of a file")
-        path = str(Path(base).expanduser()) if base.startswith("~") else base
-        if not path.startswith(("/", "https://", "http://")):
-            path = str(Path(file).parent / path)
+        address = base.startswith(("https://", "http://"))
+        path = base if address else str(Path(file).parent / Path(base).expanduser())
         if Path(path).resolve() in [Path(each).resolve() for each in (*within, file)]:
             raise ConfigError(f"{file}: its {BASE} {base} leads back to itself")
         check_file(path, known, (*within, file))
 
 
 def check_options(options: Sequence[Any], known: CN) -> None:
-    """Checks keys and values of a command line.
-
-    Args:
-        options: keys and values in turn.
-        known: has all keys, with values of their types.
-
-    Raises:
-        ConfigError: names the key, or the words that are no pair.
-    """
+    """Checks the keys and values, in turn, of a command line; ``known`` has all keys."""
     keys = dict(dotted_items(known))
     for place in range(0, len(options), 2):
         key, *value = options[place : place + 2]

@@ -1,4 +1,4 @@
-"""Where files lie, how they are written whole, and how long lists of them are named in messages."""
+"""The cache folder, files that are written whole, tensor files, and long lists in messages."""
 
 import json
 import os
@@ -21,32 +21,21 @@ def cache_root() -> Path:
 
 
 def first_names(names: Collection[object], most: int = 5, separator: str = ", ") -> str:
-    """Joins the first names of a long list and counts the rest, as in "a, b and 3 more".
-
-    Args:
-        names: in the order in which they are shown.
-        most: how many are shown.
-        separator: stands between two names.
-
-    Returns:
-        The text; "none" if there are no names.
-    """
+    """Joins the first names of a list and counts the rest: "a, b and 3 more", or "none"."""
     shown = separator.join(str(name) for name in list(names)[:most]) or "none"
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Puts a file in its place when it is complete, so that a kill leaves the one before, or none.
+    """Replaces a file when the new one is complete, so that a kill leaves the old one, or none.
 
-    A kill may also leave ``<name>.tmp``, which the next attempt writes over. Whoever writes the
-    file, its permissions are those of the umask: safetensors alone would let nobody else read it.
-
-    Args:
-        path: where the file is to be.
+    A kill may also leave ``<name>.tmp``, which the next attempt overwrites. The file gets the
+    permissions that the umask asks for, because safetensors makes files that only their owner can
+    read.
 
     Yields:
-        Where to write it.
+        The path to write to.
 
     Raises:
         OSError: if writing fails, as it does on a full disk; names the file and the free space.
@@ -76,7 +65,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def _usual_permissions(unused: Path) -> int:
-    """The permissions of a file that is created there: to ask for the umask, one has to set it."""
+    """The permissions of a new file. Python cannot read the umask without setting it."""
     unused.unlink(missing_ok=True)
     unused.touch()
     permissions = stat.S_IMODE(unused.stat().st_mode)
@@ -96,7 +85,7 @@ class TensorFile:
     """A safetensors file of one of our formats, open for reading.
 
     Attributes:
-        names: of the tensors in it.
+        names: the names of its tensors.
     """
 
     def __init__(self, file: safe_open, texts: dict[str, str]):
@@ -105,7 +94,7 @@ class TensorFile:
         self._texts = texts
 
     def json(self, key: str, kind: type) -> Any:
-        """The value that the file's metadata hold as JSON under ``key``, of type ``kind``."""
+        """The value of type ``kind`` that the metadata hold as JSON under ``key``."""
         if key not in self._texts:
             raise ValueError(f"its header lacks {key!r}")
         value = json.loads(self._texts[key])
@@ -120,14 +109,10 @@ class TensorFile:
 
 @contextmanager
 def open_tensors(path: str | Path, form: str) -> Iterator[TensorFile]:
-    """Opens a safetensors file; whatever is wrong with it becomes one kind of error with its name.
-
-    Args:
-        path: the file.
-        form: the ``format`` that its metadata must name.
+    """Opens a safetensors file whose metadata must name ``form`` as their ``format``.
 
     Yields:
-        The file. A ``ValueError`` raised meanwhile is said of it.
+        The file. An error that the caller raises meanwhile gets the file's name, too.
 
     Raises:
         FileNotFoundError: if there is no such file.

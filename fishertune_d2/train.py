@@ -25,6 +25,7 @@ from torch.multiprocessing import ProcessExitedException
 from fishertune_d2.analysis.selection_map import draw_run
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.config import find_config, read_config
+from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.data import check_datasets
 from fishertune_d2.engine import Trainer, launch, log_plan
 from fishertune_d2.engine.output_dir import (
@@ -115,7 +116,12 @@ def run() -> None:
     Raises:
         ProcessExitedException: if a process was killed.
     """
-    parser = _parser()
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete the files of an earlier run in OUTPUT_DIR, and start anew",
+    )
     args = parser.parse_args()
     if not args.config_file:
         parser.error("--config-file is needed, for example --config-file configs/demo.yaml")
@@ -130,16 +136,6 @@ def run() -> None:
             if error.exit_code <= 0:  # killed, for example for its memory
                 raise
             sys.exit(error.exit_code)  # that process has printed its reason
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = default_argument_parser()
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="delete the files of an earlier run in OUTPUT_DIR, and start anew",
-    )
-    return parser
 
 
 def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -171,12 +167,9 @@ def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _require_startable(cfg: CfgNode) -> None:
     """Refuses to delete a run for a new one that could not start."""
     going = {path.resolve() for path in files_of_run(cfg.OUTPUT_DIR)}
-    for key, file in (
-        ("TUNING.WARMUP_CHECKPOINT", cfg.TUNING.WARMUP_CHECKPOINT),
-        ("FISHER.ESTIMATE", cfg.FISHER.ESTIMATE),
-        ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS),
-        ("MODEL.VFM.WEIGHTS", cfg.MODEL.VFM.WEIGHTS),
-    ):
+    values = dict(dotted_items(cfg))
+    for key in "TUNING.WARMUP_CHECKPOINT FISHER.ESTIMATE MODEL.WEIGHTS MODEL.VFM.WEIGHTS".split():
+        file = values[key]
         if Path(file).resolve() in going:
             raise ValueError(
                 f"--overwrite would delete {file}, from which {key} starts the new run: choose "
