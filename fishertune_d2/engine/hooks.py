@@ -169,22 +169,19 @@ class FisherEstimation(HookBase):
         selection.save(self.selection_file)
 
     def _log(self, estimate: FisherEstimate, selection: Selection) -> None:
-        alone = {
-            "F": estimate.f,
-            "dF": relative_change(estimate.f, estimate.shifted, self.eps),
-        }
-        shares = {name: self._overlap(selection, scores) for name, scores in alone.items()}
+        by_f = self._overlap(selection, estimate.f)
+        change = relative_change(estimate.f, estimate.shifted, self.eps)
+        by_change = self._overlap(selection, change)
         self.trainer.storage.put_scalars(
-            **{f"fisher/overlap_{name}": value for name, value in shares.items()},
-            smoothing_hint=False,
+            **{"fisher/overlap_F": by_f, "fisher/overlap_dF": by_change}, smoothing_hint=False
         )
         logger.info(
             "Fisher information from %d images, mean shift weight %.3f. Of the selection, %.1f %% "
             "would be selected by F alone and %.1f %% by dF alone",
             estimate.images,
             estimate.shift_weight,
-            100 * shares["F"],
-            100 * shares["dF"],
+            100 * by_f,
+            100 * by_change,
         )
 
     def _overlap(self, selection: Selection, scores: Mapping[str, Tensor]) -> float:
@@ -242,7 +239,7 @@ class ParameterMask(HookBase):
         )
 
     def after_train(self) -> None:
-        """Logs the weights tuned in the end, and leaves model and optimizer as without the hook."""
+        """Logs the weights that are tuned in the end, and removes the restriction."""
         if self._update is not None and self.trainer.iter >= self.start + self.iters:
             _log_tuned(self._update.selection, None)
             self._update.release()

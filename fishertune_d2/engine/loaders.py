@@ -20,7 +20,6 @@ def training_loader(cfg: CfgNode) -> DataLoader:
     """The images of DATASETS.TRAIN in the order that SEED and DATALOADER.SAMPLER_TRAIN give."""
     sampler = cfg.DATALOADER.SAMPLER_TRAIN
     require_sampler(sampler)
-    by_class = sampler != "TrainingSampler"
     return build_train_loader(
         load_datasets(cfg.DATASETS.TRAIN),
         SegmentationMapper(cfg, is_train=True),
@@ -29,7 +28,7 @@ def training_loader(cfg: CfgNode) -> DataLoader:
         seed=cfg.SEED,
         pin_memory=_on_gpu(cfg),
         sampler=sampler,
-        class_counts=class_counts(cfg.DATASETS.TRAIN) if by_class else None,
+        class_counts=None if sampler == "TrainingSampler" else class_counts(cfg.DATASETS.TRAIN),
         repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD,
     )
 

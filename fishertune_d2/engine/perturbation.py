@@ -28,19 +28,7 @@ def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> Sta
 def perturbation_of_training(
     cfg: CfgNode, backbone: nn.Module, processes: int
 ) -> StatisticsPerturbation | None:
-    """Builds Eq. 6 for the steps of training, if TUNING.FEATURE_PERTURBATION asks for it.
-
-    Args:
-        cfg: the run's config.
-        backbone: the backbone of the run's model.
-        processes: how many share a batch.
-
-    Returns:
-        The perturbation, or None.
-
-    Raises:
-        ValueError: if a process has one image a step, or blocks are computed again.
-    """
+    """Eq. 6 for the steps of training, or None; refuses a config with which it cannot work."""
     if not cfg.TUNING.FEATURE_PERTURBATION:
         return None
     images = cfg.SOLVER.IMS_PER_BATCH // processes // cfg.SOLVER.ACCUMULATE

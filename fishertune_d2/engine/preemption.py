@@ -1,9 +1,9 @@
 """Writes a checkpoint when a scheduler (SIGTERM) or Ctrl-C (SIGINT) asks a run to stop.
 
-The run finishes its iteration, writes ``model_preempted.pth``, and exits with ``EXIT_CODE``. Not
-143 or 130, which a process that the signal killed has too, without a checkpoint. The estimation and
-an evaluation stop at once, with the same code, and leave the checkpoint before them; there the
-signal must reach every process, as schedulers send it.
+The run finishes its iteration, writes ``model_preempted.pth``, and exits with ``EXIT_CODE``, which
+differs from 143 and 130, the codes of a process that a signal killed without a checkpoint. The
+estimation and an evaluation stop at once with the same code, and the last checkpoint stays as it
+was; there the signal must reach every process, as schedulers send it.
 
 SLURM requeues the jobs that it preempts; a script recognises the others by the code:
 
@@ -53,9 +53,9 @@ class Preemption(HookBase):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals meanwhile, and restores the handlers before it afterwards."""
+        """Handles the signals in a ``with`` block, and restores the earlier handlers after it."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python lets no other thread have handlers
+            yield  # Python allows handlers in the main thread only
             return
         with handling(self._receive):
             yield
@@ -70,7 +70,7 @@ class Preemption(HookBase):
                     sys.exit(EXIT_CODE)
                 return work()
             except SystemExit:
-                logger.warning("Left unfinished; --resume goes on from the checkpoint before")
+                logger.warning("Stopped before its end; --resume goes on from the last checkpoint")
                 raise
             finally:
                 self._at_once = False
@@ -115,7 +115,7 @@ def forwarding() -> Iterator[None]:
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Lets ``handler`` receive SIGNALS meanwhile; only works in the main thread."""
+    """Lets ``handler`` receive SIGNALS in a ``with`` block; works in the main thread only."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

@@ -6,7 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Thread
 
@@ -32,25 +32,18 @@ def launch(main: Callable[[Namespace], object], args: Namespace, *, device: str)
     process, or by gloo on CPUs. Otherwise this is the only process so far, and Detectron2's
     launcher starts as many as ``--num-gpus`` and its other options say. However ``main`` ends, its
     process leaves the others' group, and waits at most 10 seconds for them. A ValueError refuses
-    processes that are asked for in both ways, and more of them than this machine has GPUs.
-
-    Args:
-        main: a function of a module, because Detectron2's launcher pickles it.
-        args: from Detectron2's ``default_argument_parser``.
-        device: MODEL.DEVICE.
+    ``--num-gpus`` or ``--num-machines`` under torchrun, and more processes than GPUs. ``args`` come
+    from Detectron2's ``default_argument_parser``, whose launcher must be able to pickle ``main``;
+    ``device`` is MODEL.DEVICE.
     """
     if all(name in os.environ for name in _TORCHRUN):
         _join_torchrun(args, device)
         _run(main, args)
     elif args.num_gpus * args.num_machines > 1:  # this process only waits for the others
-        options = {name: getattr(args, name) for name in ("num_machines", "machine_rank")}
-        gpus: AbstractContextManager = (
-            nullcontext() if device.startswith("cuda") else _hidden_gpus()
-        )
+        places = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+        gpus = nullcontext() if device.startswith("cuda") else _hidden_gpus()
         with preemption.forwarding(), gpus:
-            detectron2_launch(
-                partial(_run, main), args.num_gpus, dist_url=args.dist_url, args=(args,), **options
-            )
+            detectron2_launch(partial(_run, main), *places, args=(args,))
     else:
         main(args)
 
@@ -59,7 +52,7 @@ def _run(main: Callable[[Namespace], object], args: Namespace) -> None:
     """Runs one of several processes, leaves their group, and exits if another has stopped."""
     try:
         main(args)
-        comm.synchronize()  # or the first process that is done would wait in vain for the others
+        comm.synchronize()  # otherwise the first one to finish would wait in vain for the others
     except RuntimeError as error:  # torch.distributed has no class of its own for this error
         if _LEFT_ALONE.search(str(error)) is None:
             raise

@@ -33,14 +33,9 @@ def prepare_stage(
 ) -> tuple[list[nn.Parameter], SelectedWeights | None]:
     """Lets the parameters that a stage trains require a gradient, and no others.
 
-    It frees earlier gradients, and adds the method's weights when tuning begins. Weights that the
-    method adds to the head train like the rest of the decoder.
-
-    Args:
-        model: the segmentor, without DDP wrapper.
-        stage: ``"warmup"`` trains the decoder alone; ``"tuning"`` also the method's parameters.
-        method: the tuning method.
-        selection: the selected weights, if ``method`` selects.
+    ``"warmup"`` trains the decoder alone, ``"tuning"`` also the method's parameters: it adds them
+    now, or selects them by ``selection``. Weights that the method adds to the head train like the
+    rest of the decoder. Earlier gradients are freed.
 
     Returns:
         The trained backbone parameters, and the ``SelectedWeights`` (None unless the method

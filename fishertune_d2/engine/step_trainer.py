@@ -1,4 +1,4 @@
-"""One training step: autocast, a batch that passes in parts, and the log of losses."""
+"""One training step with autocast, gradient accumulation and a log of losses."""
 
 import time
 from collections import Counter
@@ -46,7 +46,7 @@ class StepTrainer(SimpleTrainer):
         parts: int = 1,
     ):
         if parts < 1:
-            raise ValueError(f"SOLVER.ACCUMULATE is {parts}: choose 1, or how many parts")
+            raise ValueError(f"SOLVER.ACCUMULATE is {parts}: choose at least 1 part")
         if parts > 1:
             model.require_splittable()
         super().__init__(model, data_loader, optimizer=None)

@@ -23,18 +23,14 @@ _LATER_PARTS = re.compile(r"neck|fpn|head|decode|pyramid")
 
 
 def find_vit(model: nn.Module, backbone: str | None = None) -> tuple[str, nn.Module]:
-    """Finds the module that holds the blocks, whatever is around it.
+    """Finds the module with the blocks in the submodule ``backbone``, or one of another name.
 
     A backbone may wrap a ViT: Detectron2's FPN has it in ``bottom_up``, ViTDet's pyramid in
     ``net``, and ``VFMBackbone`` in ``vit``. If a backbone has stages with blocks of their own, the
     ViT is the module that holds all stages.
 
-    Args:
-        model: a model with a backbone.
-        backbone: name of the submodule to look in; by default ``backbone``.
-
     Returns:
-        The name of the ViT in ``model`` (one of them if it has several), and the ViT.
+        The name of the ViT in ``model`` (one of its names if it has several), and the ViT.
 
     Raises:
         ValueError: if there is no such submodule, it has no blocks, or more than one ViT.

@@ -115,7 +115,7 @@ def test_processes_on_cpus_see_no_gpu_for_which_detectron2_would_take_nccl(
 ):
     started = []
 
-    def recorded(main, processes, **options):
+    def recorded(main, processes, *places, **options):
         started.append((main.func, main.args, processes, os.environ["CUDA_VISIBLE_DEVICES"]))
 
     monkeypatch.setattr(MODULE, "detectron2_launch", recorded)
