@@ -24,7 +24,7 @@ from .cells import file_name, sweep_entries
 from .launch import Local, Submitit
 from .request import Request
 from .runner import Runner
-from .tables import PROFILES, TABLES, Entry, Table, entry_names, find_entry, sweep
+from .tables import PROFILES, RATE, TABLES, Entry, Table, entry_names, find_entry
 from .tasks import Search, Test, Train
 
 _TRAIN = (sys.executable, "-m", "fishertune_d2.train")
@@ -163,7 +163,8 @@ def _find_table(args: argparse.Namespace) -> Table:
     if args.table == "sweep":
         if len(args.values) < 2:
             raise ValueError("write a sweep as: sweep KEY VALUE ...")
-        return sweep(args.values[0])
+        key = args.values[0]  # FisherTune with one key changed, as in appendices C and E
+        return Table(f"FisherTune by {key}", entries=("fishertune",), search=key != RATE)
     if args.values:
         raise ValueError(f"{args.table} takes no values: {' '.join(args.values)}")
     return TABLES[args.table]

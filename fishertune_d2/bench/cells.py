@@ -244,7 +244,8 @@ def sweep_entries(request: Request, key: str, values: Sequence[str]) -> list[Ent
         before = read_config(get_config_file(config), plain)
         for value in values:
             same = read_config(get_config_file(config), [*plain, key, value]) == before
-            swept.append(entry if same else entry.with_options(f"{key}={value}", key, value))
+            name, options = f"{entry.name}@{key}={value}", (*entry.options, key, value)
+            swept.append(entry if same else replace(entry, name=name, options=options))
     return swept
 
 

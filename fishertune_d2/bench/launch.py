@@ -118,14 +118,14 @@ class Submitit:
                 "--submitit needs the package submitit, which is not installed: pip install "
                 "submitit; or use --jobs"
             ) from error
-        pairs = [parameter.partition("=") for parameter in parameters]
-        for (_, sign, _), parameter in zip(pairs, parameters, strict=True):
+        values: dict[str, int | str] = {}
+        for parameter in parameters:
+            name, sign, value = parameter.partition("=")
             if not sign:
                 raise ValueError(f"--submitit {parameter!r}: write it as name=value")
+            values[name] = int(value) if value.isdigit() else value
         self._executor = submitit.AutoExecutor(folder=folder)
-        self._executor.update_parameters(
-            **{name: int(value) if value.isdigit() else value for name, _, value in pairs}
-        )
+        self._executor.update_parameters(**values)
         self._submitted: list = []
 
     def run(self, command: Sequence[str], log: Path) -> Attempt:

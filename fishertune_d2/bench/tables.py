@@ -6,6 +6,7 @@ list of entries. Add a new one of any here. Every method of the tuning registry 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fishertune_d2.tuning import TUNING_REGISTRY
 
@@ -38,22 +39,22 @@ class Profile:
 
 
 _CAMVID_TEST = ("camvid_day_test", "camvid_dusk_test")
+_CAMVID = Profile(
+    config="camvid/{method}.yaml",
+    base="camvid/Base-camvid.yaml",
+    vfms=("dinov2_vits",),
+    dev=("camvid_day_val", "camvid_dusk_dev"),
+    test={"test": _CAMVID_TEST},
+    rates=(0.3, 1.0, 3.0),
+)
 PROFILES: dict[str, Profile] = {
     "paper": Profile(config="{source}{method}_{vfm}.yaml", base="{source}fishertune_{vfm}.yaml"),
-    "camvid": Profile(
-        config="camvid/{method}.yaml",
-        base="camvid/Base-camvid.yaml",
-        vfms=("dinov2_vits",),
-        dev=("camvid_day_val", "camvid_dusk_dev"),
-        test={"test": _CAMVID_TEST},
-        rates=(0.3, 1.0, 3.0),
-    ),
+    "camvid": _CAMVID,
     # Learning rates are chosen on CamVid: the final test is the first look at the scenes' shifts.
-    "streets": Profile(
+    "streets": replace(
+        _CAMVID,
         config="streets/{method}.yaml",
         base="streets/Base-streets.yaml",
-        vfms=("dinov2_vits",),
-        dev=("camvid_day_val", "camvid_dusk_dev"),
         test={
             "test_camvid": _CAMVID_TEST,
             "test_shifts": (
@@ -61,7 +62,6 @@ PROFILES: dict[str, Profile] = {
                 *("streets_fog_val", "streets_rain_val", "streets_snow_val"),
             ),
         },
-        rates=(0.3, 1.0, 3.0),
     ),
 }
 
@@ -83,10 +83,6 @@ class Entry:
     config: str
     rate_of: str
     options: tuple[str, ...] = ()
-
-    def with_options(self, mark: str, *options: str) -> "Entry":
-        """Returns the entry with further options; its name ends in ``@mark``."""
-        return replace(self, name=f"{self.name}@{mark}", options=(*self.options, *options))
 
 
 def _variant(name: str, method: str, *options: str) -> Entry:
@@ -114,20 +110,17 @@ def _group(name: str) -> Entry:
     return Entry(name, "group", "fishertune", "random", (*kinds, *depth, *_SHARE_OF_GROUP))
 
 
-def _with_perturbation(method: str) -> Entry:
-    return _variant(f"{method}_fp", method, "TUNING.FEATURE_PERTURBATION", "True")
-
+_PERTURBED = ("adaptformer", "vpt", "rein", "fishertune")  # Table 5
 
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        *(_selected(name) for name in ("fisher", "delta_fisher")),
-        *(_selected(name) for name in ("random", "random_q", "random_k", "random_v")),
-        _selected("childtune"),
-        *(_peft(name) for name in ("dora", "vera", "ia3")),
+        *map(_selected, ("fisher", "delta_fisher", "childtune")),
+        *map(_selected, ("random", "random_q", "random_k", "random_v")),
+        *map(_peft, ("dora", "vera", "ia3")),
         *map(_group, _GROUPS),
         _variant("share_2.5", "fishertune", *_SHARE_OF_GROUP),
-        *(_with_perturbation(name) for name in ("adaptformer", "vpt", "rein", "fishertune")),
+        *(_variant(f"{m}_fp", m, "TUNING.FEATURE_PERTURBATION", "True") for m in _PERTURBED),
         _variant("eq7", "fishertune", "FISHER.FORM", "eq7"),
         _variant("eq15", "fishertune", "FISHER.FORM", "eq15"),
         _variant("rank", "fishertune", "FISHER.FORM", "rank"),
@@ -156,11 +149,6 @@ def entry_names() -> list[str]:
     return list(dict.fromkeys(methods + variants))
 
 
-_GTAV, _CITYSCAPES = "", "cityscapes/"
-_L = ("dinov2_vitl", "eva02_vitl")
-_CBM = ("cityscapes_val", "bdd100k_val", "mapillary_val")
-
-
 @dataclass(frozen=True)
 class Table:
     """Entries that are compared with each other.
@@ -169,8 +157,8 @@ class Table:
         title: The title.
         entries: Names for ``find_entry``.
         vfms: The foundation models in the profile ``paper``.
-        source: The folder of configs in the profile ``paper``, which fixes the training data;
-            tables of one folder share its models.
+        source: The folder of configs in the profile ``paper``, which fixes the training data:
+            GTAV in configs/ itself. Tables of one folder share its models.
         test: The test sets in the profile ``paper``, with the source's own.
         search: Whether the learning rate of each entry is chosen first, if the profile has dev
             sets; False uses those of the configs.
@@ -180,14 +168,17 @@ class Table:
 
     title: str
     entries: tuple[str, ...]
-    vfms: tuple[str, ...] = _L
-    source: str = _GTAV
-    test: tuple[str, ...] = _CBM
+    vfms: tuple[str, ...] = ("dinov2_vitl", "eva02_vitl")
+    source: str = ""
+    test: tuple[str, ...] = ("cityscapes_val", "bdd100k_val", "mapillary_val")
     search: bool = True
     paper: str = ""
     averages: bool = False
 
 
+_from_cityscapes = partial(
+    Table, source="cityscapes/", test=("cityscapes_val", "bdd100k_val", "acdc_val")
+)
 _RIVALS = (FREEZE, "full", "lora", "adaptformer", "vpt", "vqt", "rein", "childtune")
 _CITY_ENTRIES = (FREEZE, "full", "rein", "vqt", "childtune", "fishertune")
 _TABLE_1 = Table(
@@ -198,57 +189,44 @@ _TABLE_1 = Table(
 )
 TABLES: dict[str, Table] = {
     "table1": _TABLE_1,
-    "table2": Table(
+    "table2": _from_cityscapes(
         "Table 2: from one city to others",
         entries=_CITY_ENTRIES,
-        source=_CITYSCAPES,
-        test=("cityscapes_val", "bdd100k_val", "acdc_val"),
         paper="table2",
     ),
-    "table3": Table(
+    "table3": _from_cityscapes(
         "Table 3: adverse weather",
         entries=_CITY_ENTRIES,
         vfms=("dinov2_vitl",),
-        source=_CITYSCAPES,
         test=(
             *("cityscapes_val", "foggy_zurich", "foggy_driving", "dark_zurich_val"),
             *("nighttime_driving", "acdc_rain_val", "acdc_snow_val"),
         ),
         paper="table3",
     ),
-    "table4": Table(
+    "table4": _from_cityscapes(
         "Table 4: which weights to select",
         entries=(
             *(FREEZE, "full", "random", "random_q", "random_k", "random_v"),
             *("fisher", "delta_fisher", "fishertune"),
         ),
-        source=_CITYSCAPES,
-        test=("cityscapes_val", "bdd100k_val", "acdc_val"),
         paper="table4",
     ),
     "table5": Table(
         "Table 5: perturbed features in training (_fp)",
-        entries=tuple(
-            name + end
-            for name in ("adaptformer", "vpt", "rein", "fishertune")
-            for end in ("", "_fp")
-        ),
+        entries=tuple(name + end for name in _PERTURBED for end in ("", "_fp")),
         paper="table5",
     ),
     "fig2": replace(
         _TABLE_1, title="Fig. 2: average by foundation model and way to tune", averages=True
     ),
-    "fig3": Table(
+    "fig3": _from_cityscapes(
         "Fig. 3: one kind in one third of the blocks, as many weights of each",
         entries=(FREEZE, *_GROUPS, "share_2.5"),
-        source=_CITYSCAPES,
-        test=("cityscapes_val", "bdd100k_val", "acdc_val"),
     ),
-    "fig5": Table(
+    "fig5": _from_cityscapes(
         "Fig. 5: plain and variational estimates, of F and of DRF",
         entries=("fisher", "fisher_variational", "fishertune", "variational"),
-        source=_CITYSCAPES,
-        test=("cityscapes_val", "bdd100k_val", "acdc_val"),
     ),
     # For docs/results/selection.md; docs/results/camvid.md says how its learning rates were chosen.
     "selection": Table(
@@ -262,8 +240,3 @@ TABLES: dict[str, Table] = {
         search=False,
     ),
 }
-
-
-def sweep(key: str) -> Table:
-    """Returns the table for FisherTune with one key of the config changed (appendices C and E)."""
-    return Table(f"FisherTune by {key}", entries=("fishertune",), search=key != RATE)

@@ -49,8 +49,8 @@ def test_a_source_without_spread_has_no_unit():
 
 
 def test_draws_each_domain_and_the_simulated_shift(tmp_path, drawn):
-    rows = {"dusk": {"pixels": 0.5, "block 4": 1.0}, "night": {"pixels": 2.0, "block 4": 3.0}}
-    domains.draw_distances(rows, tmp_path / "d.png", source="day")
+    distances = {"dusk": {"pixels": 0.5, "block 4": 1.0}, "night": {"pixels": 2.0, "block 4": 3.0}}
+    domains.draw_distances(distances, tmp_path / "d.png", source="day")
     (axes,) = drawn[0].axes
     assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[0.5, 1.0], [2.0, 3.0]]
     # The mean of |N(0, 1)|, here by quadrature.

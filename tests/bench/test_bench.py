@@ -15,7 +15,7 @@ from fishertune_d2.bench.launch import execute
 from fishertune_d2.bench.tables import PROFILES
 from fishertune_d2.engine.preemption import EXIT_CODE
 
-ROWS = ("--methods", "freeze", "full", "fisher", "fishertune")
+METHODS = ("--methods", "freeze", "full", "fisher", "fishertune")
 WARMUP, ESTIMATE = "TUNING.WARMUP_CHECKPOINT", "FISHER.ESTIMATE"
 
 
@@ -27,7 +27,7 @@ def _refused(capsys, runs, *arguments, **options) -> str:
 
 
 def test_shares_one_warm_up_by_seed_and_one_estimate(runs, names):
-    assert runs("selection", *ROWS, "--seeds", "42", "43") == 0
+    assert runs("selection", *METHODS, "--seeds", "42", "43") == 0
     calls = runs.calls()
     assert len(calls) == 8
     for seed in ("42", "43"):
@@ -64,7 +64,7 @@ def test_what_changes_the_warm_up_is_not_shared(runs, monkeypatch):
     assert runs("sweep", "SOLVER.BASE_LR", "1e-3", "--methods", "freeze", "fisher") == 0
     freeze, fisher = runs.calls()
     assert freeze["options"]["SOLVER.BASE_LR"] == "1e-3"
-    assert "warmup_42" in fisher["options"][WARMUP]  # two rows with the same value share theirs
+    assert "warmup_42" in fisher["options"][WARMUP]  # entries with the same value share it
     assert runs("selection", "--methods", "random") == 0
     (random,) = runs.calls()
     assert random["options"][WARMUP] == ""
@@ -73,11 +73,11 @@ def test_what_changes_the_warm_up_is_not_shared(runs, monkeypatch):
 def test_a_killed_run_goes_on_and_says_so_by_its_exit_code(runs, names, capsys):
     runs.kill("full_42")
     with pytest.raises(SystemExit) as left:
-        runs("selection", *ROWS)
+        runs("selection", *METHODS)
     assert left.value.code == EXIT_CODE
     assert "run the same command to resume" in capsys.readouterr().err
     runs.calls()
-    assert runs("selection", *ROWS) == 0
+    assert runs("selection", *METHODS) == 0
     (call,) = runs.calls()
     assert call["name"] == "full_42" and "--resume" in call["words"]
     attempts = json.loads((runs.cells / "full_42/cell.json").read_text())["attempts"]
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_and_says_so_by_its_exit_code(runs, names, capsys):
 def test_what_waits_for_a_failed_cell_is_left_and_named(runs, names, capsys, monkeypatch):
     monkeypatch.setenv("FAKE_EXIT", "3")
     runs.kill("freeze_42")
-    assert runs("selection", *ROWS) == 1
+    assert runs("selection", *METHODS) == 1
     assert names(runs.calls()) == ["freeze_42"]
     said = capsys.readouterr().err
     assert "failed with exit code 3: see" in said and "the warm-up that it takes is missing" in said
@@ -168,9 +168,9 @@ def test_a_folder_with_another_recipe_is_refused(runs, capsys):
 def test_search_chooses_on_the_dev_sets_and_later_seeds_use_the_choice(runs, names, capsys):
     runs.score({"full 0.3": 41.0, "full 1.0": 43.0, "full 3.0": 42.0, "fisher 3.0": 50.0})
     assert "not chosen yet for full on dinov2_vits, fisher" in _refused(
-        capsys, runs, "table4", *ROWS[:-1]
+        capsys, runs, "table4", *METHODS[:-1]
     )
-    assert runs("table4", *ROWS[:-1], "--search", "--seeds", "42", "43") == 0
+    assert runs("table4", *METHODS[:-1], "--search", "--seeds", "42", "43") == 0
     calls = runs.calls()
     assert sorted(names(calls)) == sorted(
         ["freeze_42"] + [f"{m}@rate={r}_42" for m in ("full", "fisher") for r in ("0.3", "1", "3")]
@@ -187,7 +187,7 @@ def test_search_chooses_on_the_dev_sets_and_later_seeds_use_the_choice(runs, nam
         "fisher": 3.0,
     }
 
-    assert runs("table4", *ROWS[:-1], "--seeds", "42", "43") == 0
+    assert runs("table4", *METHODS[:-1], "--seeds", "42", "43") == 0
     assert names(runs.calls()) == ["freeze_43", "full@rate=1_43", "fisher@rate=3_43"]
 
 
@@ -271,7 +271,7 @@ def test_scenes_and_camvid_are_scored_at_once_and_averaged_apart(runs):
 
 def test_writes_csv_markdown_and_a_figure(runs, capsys):
     runs.score({"fishertune": 44.0, "full": 43.0, "freeze": 30.0})
-    assert runs("selection", *ROWS[:3], "fishertune", "--seeds", "42", "43") == 0
+    assert runs("selection", *METHODS[:3], "fishertune", "--seeds", "42", "43") == 0
     printed = capsys.readouterr().out
     assert printed.strip() == (runs.output / "selection.md").read_text().strip()
     assert "+1.00 [+1.00, +1.00]" in printed and "43.25 ± 0.07" in printed
@@ -322,7 +322,7 @@ def test_a_rate_that_is_given_needs_no_search(runs, capsys):
 
 
 def test_a_dry_run_prints_the_commands_and_runs_nothing(runs, capsys):
-    assert runs("selection", *ROWS, "--dry-run") == 0
+    assert runs("selection", *METHODS, "--dry-run") == 0
     said = capsys.readouterr().out
     assert runs.calls() == [] and not runs.output.exists()
     assert said.count("python -m fishertune_d2.train") == 4 and "makes the Fisher estimate" in said
@@ -330,16 +330,16 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(runs, capsys):
 
 
 def test_a_report_is_the_table_of_the_results_alone(runs, capsys, tmp_path):
-    rows = ("table4", "--methods", "freeze", "full", "--seeds", "42", "43")
-    assert runs(*rows, "--search") == 0
+    table = ("table4", "--methods", "freeze", "full", "--seeds", "42", "43")
+    assert runs(*table, "--search") == 0
     runs.kill("freeze_43")
     with pytest.raises(SystemExit):
-        runs(*rows)
+        runs(*table)
     capsys.readouterr()
-    assert runs(*rows, "--report") == 0
+    assert runs(*table, "--report") == 0
     partial = capsys.readouterr().out
     assert partial.count("| 1       |") == 2 and "Not finished: 2 of" in partial
-    assert runs(*rows) == 0
+    assert runs(*table) == 0
     whole = capsys.readouterr().out
     runs.calls()
     kept = tmp_path / "kept"
@@ -347,19 +347,19 @@ def test_a_report_is_the_table_of_the_results_alone(runs, capsys, tmp_path):
         copy = kept / file.relative_to(runs.output)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
-    assert bench.main([*rows, "--report", "--profile", "camvid", "--output", str(kept)]) == 0
+    assert bench.main([*table, "--report", "--profile", "camvid", "--output", str(kept)]) == 0
     assert capsys.readouterr().out == whole and runs.calls() == []
     assert (kept / "table4.csv").read_text() == (runs.output / "table4.csv").read_text()
 
 
 def test_jobs_side_by_side(runs, names):
-    assert runs("selection", *ROWS, "--seeds", "42", "43", "--jobs", "4") == 0
+    assert runs("selection", *METHODS, "--seeds", "42", "43", "--jobs", "4") == 0
     assert len(runs.calls()) == 8
 
 
 def test_a_cell_waits_for_what_it_takes_and_for_nothing_else(runs, names):
     runs.hold("freeze_42", until="fishertune_43")
-    assert runs("selection", *ROWS, "--seeds", "42", "43", "--jobs", "2") == 0
+    assert runs("selection", *METHODS, "--seeds", "42", "43", "--jobs", "2") == 0
     order = names(runs.calls())
     assert len(order) == 8 and {*order[:2]} == {"freeze_42", "freeze_43"}
     assert {*order[-3:]} == {"full_42", "fisher_42", "fishertune_42"}

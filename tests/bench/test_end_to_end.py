@@ -38,7 +38,7 @@ def camvid(tmp_path, monkeypatch):
     monkeypatch.setenv("FISHERTUNE_CACHE", str(tmp_path / "cache"))
 
 
-def test_trains_two_rows_and_tests_one(camvid, tmp_path):
+def test_trains_two_entries_and_tests_one(camvid, tmp_path):
     # Two processes at once have a thread each.
     command = ["selection", "--profile", "camvid", "--vfm", "tiny", "--jobs", "2"]
     command += ["--output", str(tmp_path / "out"), "--set", *TINY]

@@ -65,11 +65,11 @@ def test_table_of_several_models_with_the_papers_numbers(cell, tmp_path):
     assert "| eva02_vitl" in text and "Not finished: 1" in text and "15.21 M" in text
 
     with open(tmp_path / "t.csv", newline="") as file:
-        rows = {(line["vfm"], line["entry"], line["set"]): line for line in csv.DictReader(file)}
-    assert rows["dinov2_vitl", "full", "dusk"]["paper"] == "47.5"
-    assert float(rows["dinov2_vitl", "full", "dusk"]["fishertune_minus_entry"]) == 2.5
-    assert rows["dinov2_vitl", "freeze", AVERAGE]["low"] == ""
-    assert rows["eva02_vitl", "full", "day"]["fishertune_minus_entry"] == ""
+        written = {(line["vfm"], line["entry"], line["set"]): line for line in csv.DictReader(file)}
+    assert written["dinov2_vitl", "full", "dusk"]["paper"] == "47.5"
+    assert float(written["dinov2_vitl", "full", "dusk"]["fishertune_minus_entry"]) == 2.5
+    assert written["dinov2_vitl", "freeze", AVERAGE]["low"] == ""
+    assert written["eva02_vitl", "full", "day"]["fishertune_minus_entry"] == ""
     assert (tmp_path / "t.png").is_file()
 
 
@@ -96,8 +96,8 @@ def test_papers_numbers_are_of_entries_sets_and_models_of_their_tables():
     for name, table in TABLES.items():
         numbers = result_table.paper_numbers(table.paper)
         assert bool(numbers) == bool(table.paper), name
-        for vfm, row, key in numbers:
-            assert vfm in table.vfms and row in table.entries and key in (*table.test, AVERAGE)
+        for vfm, entry, key in numbers:
+            assert vfm in table.vfms and entry in table.entries and key in (*table.test, AVERAGE)
     assert result_table.paper_numbers("table1")["dinov2_vitl", "fishertune", AVERAGE] == 66.5
     assert result_table.paper_numbers("table2")["eva02_vitl", "rein", "acdc_val"] == 70.9
     assert result_table.paper_numbers("table4")["eva02_vitl", "delta_fisher", "bdd100k_val"] == 63.1
