@@ -1,11 +1,13 @@
 """Paints houses: walls of a material, fronts with windows, shops, roofs and chimneys."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fishertune_d2.streets.canvas import Canvas
-from fishertune_d2.streets.world import BUILDING, Colour, Thing, as_colour
+from fishertune_d2.streets.world import BUILDING, UP, Colour, Thing, as_colour, on_plane
 
 WARM, COLD = (255, 206, 132), (226, 236, 255)  # light of lamps and rooms
 MATERIALS = np.array([  # bricks, stones, renders and concretes
@@ -15,27 +17,58 @@ MATERIALS = np.array([  # bricks, stones, renders and concretes
 ], float)  # fmt: skip
 
 
-def rectangles(plane: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Returns upright rectangles on a plane.
+@dataclass(frozen=True)
+class Front:
+    """An upright plane of a thing in view, on which details are painted.
 
-    Args:
-        plane: (3, 3) origin, and unit vectors along and up, in world coordinates.
-        boxes: (M, 4) along, up, length, height in metres.
-
-    Returns:
-        (M, 4, 3) world corners.
+    Attributes:
+        canvas: The canvas, whose last surface is the plane.
+        origin: (3,) its lower left corner in world coordinates.
+        along: Its horizontal unit vector.
+        light: (3,) the light on it.
     """
-    origin, along, up = plane
-    a0, u0 = boxes[:, 0], boxes[:, 1]
-    a1, u1 = a0 + boxes[:, 2], u0 + boxes[:, 3]
-    corners = np.stack([np.stack([a0, a1, a1, a0], 1), np.stack([u0, u0, u1, u1], 1)], axis=-1)
-    return origin + corners[..., :1] * along + corners[..., 1:] * up
+
+    canvas: Canvas
+    origin: np.ndarray
+    along: tuple[float, float, float]
+    light: np.ndarray
+
+    def paint(
+        self,
+        boxes: ArrayLike,
+        colours: np.ndarray,
+        glow: np.ndarray | None = None,
+        shadow: float = 1.0,
+    ) -> None:
+        """Paints rectangles.
+
+        Args:
+            boxes: (M, 4) along, up, length, height in metres.
+            colours: (M, 3) or (3,) under white light.
+            glow: (M, 3) or (3,), emitted light when lamps are on; None emits nothing.
+            shadow: Share of the light that reaches them.
+        """
+        a, u, length, height = np.asarray(boxes, float).reshape(-1, 4).T
+        corners = [[a, u], [a + length, u], [a + length, u + height], [a, u + height]]
+        flat = np.transpose(corners, (2, 0, 1))
+        polygons = on_plane(flat, self.origin, self.along)
+        self.canvas.details(polygons, colours, self.light * shadow, glow)
 
 
-def facing(thing: Thing, along: float, across: float) -> tuple[float, float, float]:
-    """Converts a horizontal direction in a thing's frame to a world vector."""
-    sin, cos = math.sin(thing.heading), math.cos(thing.heading)
-    return (along * sin + across * cos, 0.0, along * cos - across * sin)
+def paint_front(
+    canvas: Canvas,
+    thing: Thing,
+    height: float,
+    colour: Colour | None,
+    label: int,
+    two_sided: bool = False,
+) -> Front | None:
+    """Paints a thing's front, from its origin along its length; returns it if it is in view."""
+    length = thing.length
+    corners = thing.place([[0.0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
+    normal = None if two_sided else thing.direction(across=-thing.side)
+    light = canvas.surface(corners, colour, label, normal)
+    return None if light is None else Front(canvas, corners[0], thing.direction(1), light)
 
 
 def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
@@ -50,16 +83,14 @@ def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     outline = ((0, 0), (far, 0), (far, height), (far / 2, height + rise), (0, height))
     for at, direction in ((length, 1.0), (0.0, -1.0)):
         gable = thing.place([(at, *corner) for corner in outline])
-        shade = canvas.surface(gable, tuple(wall * 0.96), BUILDING, facing(thing, direction, 0))
+        shade = canvas.surface(gable, tuple(wall * 0.96), BUILDING, thing.direction(direction))
         if shade is not None and direction < 0 and rng.random() < 0.6:
-            boxes = np.array([[depth * 0.3, h, 0.9, 1.3] for h in np.arange(1, height - 2, 3)])
-            if len(boxes):
-                plane = np.array([thing.place([0, 0, 0]), facing(thing, 0, side), (0, 1, 0)])
-                canvas.details(rectangles(plane, boxes), np.array([58, 62, 70]), shade)
+            boxes = [[depth * 0.3, h, 0.9, 1.3] for h in np.arange(1, height - 2, 3)]
+            end = Front(canvas, thing.foot, thing.direction(across=side), shade)
+            end.paint(boxes, np.array([58, 62, 70]))
     if pitched:
         slope = math.hypot(rise, depth / 2)
-        tilt = facing(thing, 0, -side * rise / slope)
-        normal = (tilt[0], depth / 2 / slope, tilt[2])
+        normal = thing.direction(0.0, -side * rise / slope, depth / 2 / slope)
         eave, ridge = [-side * 0.4, height - 0.1], [far / 2, height + rise]
         slopes = [[-0.2, *eave], [length + 0.2, *eave], [length + 0.2, *ridge], [-0.2, *ridge]]
         canvas.surface(thing.place(slopes), tuple(roof.astype(float)), BUILDING, normal)
@@ -67,21 +98,12 @@ def paint_house(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
             top = height + rise + rng.uniform(0.8, 1.6)
             foot, brick = thing.place([at, far / 2, 0]), as_colour(wall * 0.8)
             upright(canvas, foot, height + rise * 0.6, top, 0.9, brick, BUILDING)
-    front = thing.place([[0.0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
-    shade = canvas.surface(front, tuple(wall), BUILDING, facing(thing, 0, -side))
-    if shade is not None:
-        plane = np.array([front[0], facing(thing, 1, 0), (0, 1, 0)])
-        _paint_front(canvas, thing, rng, plane, wall, shade)
+    front = paint_front(canvas, thing, height, tuple(wall), BUILDING)
+    if front is not None:
+        _paint_facade(front, thing, rng, wall)
 
 
-def _paint_front(
-    canvas: Canvas,
-    thing: Thing,
-    rng: np.random.Generator,
-    plane: np.ndarray,
-    wall: np.ndarray,
-    shade: np.ndarray,
-) -> None:
+def _paint_facade(front: Front, thing: Thing, rng: np.random.Generator, wall: np.ndarray) -> None:
     """Paints windows, door or shop, cornice and drainpipe on a front."""
     length, height = thing.length, thing.height
     storey = rng.uniform(2.7, 3.5)
@@ -103,33 +125,29 @@ def _paint_front(
     up = floor.ravel() * storey + (storey - tall) * 0.55
     size = np.broadcast_to([wide, tall], (len(along), 2))
     boxes = np.column_stack([along, up, size])
-    _paint_windows(canvas, rng, plane, boxes, trim, shade, thing.distance, bars=not modern)
+    _paint_windows(front, rng, boxes, trim, thing.distance, bars=not modern)
     band = rng.uniform(0.2, 0.6)
-    cornice = rectangles(plane, np.array([[0, height - band, length, band]]))
-    canvas.details(cornice, np.clip(wall * rng.uniform(0.75, 1.25), 0, 245), shade)
+    cornice = np.clip(wall * rng.uniform(0.75, 1.25), 0, 245)
+    front.paint([0, height - band, length, band], cornice)
     if shop:
-        _paint_shop(canvas, rng, plane, length, min(storey, 4.2), shade)
+        _paint_shop(front, rng, length, min(storey, 4.2))
     else:
         at = rng.integers(columns) * pitch + pitch / 2 - 0.5
-        door = np.array([[at - 0.12, 0, 1.24, 2.35], [at, 0, 1.0, 2.15]])
-        colours = np.array([trim, rng.uniform(25, 150, 3)])
-        canvas.details(rectangles(plane, door), colours, shade)
+        door = np.array([trim, rng.uniform(25, 150, 3)])
+        front.paint([[at - 0.12, 0, 1.24, 2.35], [at, 0, 1.0, 2.15]], door)
     if rng.random() < 0.5:
-        drainpipe = rectangles(plane, np.array([[0.15, 0, 0.1, height]]))
-        canvas.details(drainpipe, np.full(3, rng.uniform(30, 120)), shade)
+        front.paint([0.15, 0, 0.1, height], np.full(3, rng.uniform(30, 120)))  # a drainpipe
 
 
 def _paint_windows(
-    canvas: Canvas,
+    front: Front,
     rng: np.random.Generator,
-    plane: np.ndarray,
     boxes: np.ndarray,
     trim: np.ndarray,
-    shade: np.ndarray,
     distance: float,
     bars: bool,
 ) -> None:
-    """Paints equal windows (M, 4) as in `rectangles`; far fronts get only the coarse features."""
+    """Paints equal windows (M, 4) as in `Front.paint`; far fronts get only the coarse features."""
     glass = rng.choice([[44, 50, 58], [70, 80, 92], [110, 124, 138], [30, 32, 36]])
     panes = glass * rng.uniform(0.6, 1.35, (len(boxes), 1))
     curtains = rng.random(len(boxes)) < 0.2
@@ -141,27 +159,17 @@ def _paint_windows(
         return
     if distance < 75:
         frame = 0.09
-        grown = boxes + [-frame, -frame, 2 * frame, 2 * frame]
-        canvas.details(rectangles(plane, grown), trim, shade)
-    canvas.details(rectangles(plane, boxes), panes, shade, rooms)
+        front.paint(boxes + [-frame, -frame, 2 * frame, 2 * frame], trim)
+    front.paint(boxes, panes, rooms)
     if distance < 28 and bars:  # glazing bars, sills
         wide, tall = boxes[0, 2:]
         upright_bars = boxes * [1, 1, 0, 1] + [wide / 2 - 0.03, 0, 0.06, 0]
         level_bars = boxes * [1, 1, 1, 0] + [0, tall * 0.55, 0, 0.06]
-        both = np.concatenate([upright_bars, level_bars])
-        canvas.details(rectangles(plane, both), trim, shade)
-        sills = boxes * [1, 1, 1, 0] + [-0.12, -0.16, 0.24, 0.14]
-        canvas.details(rectangles(plane, sills), trim * 0.9, shade)
+        front.paint(np.concatenate([upright_bars, level_bars]), trim)
+        front.paint(boxes * [1, 1, 1, 0] + [-0.12, -0.16, 0.24, 0.14], trim * 0.9)
 
 
-def _paint_shop(
-    canvas: Canvas,
-    rng: np.random.Generator,
-    plane: np.ndarray,
-    length: float,
-    storey: float,
-    shade: np.ndarray,
-) -> None:
+def _paint_shop(front: Front, rng: np.random.Generator, length: float, storey: float) -> None:
     """Paints shop windows under a coloured fascia, with goods, a door and sometimes an awning."""
     colour = rng.uniform(20, 220, 3)
     colour = colour * 0.55 + colour.mean() * 0.45
@@ -170,47 +178,35 @@ def _paint_shop(
     pitch = length / count
     shine = np.array(WARM if rng.random() < 0.6 else COLD) * rng.uniform(0.5, 1.0)
     lit = rng.random() < 0.6
-    base = np.array([[0.0, 0, length, storey * 0.98]])
-    canvas.details(rectangles(plane, base), colour * 0.75, shade)
-    panes = np.array(
-        [[k * pitch + 0.18, 0.45 if k else 0.05, pitch - 0.36, storey * 0.68] for k in range(count)]
-    )
+    front.paint([0, 0, length, storey * 0.98], colour * 0.75)
+    panes = [
+        [k * pitch + 0.18, 0.45 if k else 0.05, pitch - 0.36, storey * 0.68] for k in range(count)
+    ]
     glass = np.array([66, 70, 76]) * rng.uniform(0.5, 1.4, (count, 1))
-    canvas.details(rectangles(plane, panes), glass, shade, shine * lit)
-    goods = np.stack(
-        [
-            rng.uniform(low, high, 3 * count)
-            for low, high in ((0, length - 0.8), (0.5, 1.3), (0.2, 0.8), (0.2, 0.9))
-        ],
-        1,
-    )
+    front.paint(panes, glass, shine * lit)
+    ranges = ((0, length - 0.8), (0.5, 1.3), (0.2, 0.8), (0.2, 0.9))
+    goods = np.stack([rng.uniform(low, high, 3 * count) for low, high in ranges], 1)
     wares = rng.uniform(60, 190, (len(goods), 1)) + rng.normal(0, 22, (len(goods), 3))
     wares = np.clip(wares, 0, 255)
-    canvas.details(rectangles(plane, goods), wares, shade * 0.7, wares * 0.6 * lit)
-    fascia = np.array([[0.05, storey * 0.76, length - 0.1, storey * 0.19]])
-    canvas.details(rectangles(plane, fascia), colour, shade, colour * 0.5 * lit)
-    letters = np.array(
-        [
-            [length * 0.25 + 0.38 * k, storey * 0.80, 0.24, storey * 0.1]
-            for k in range(int(length * 0.5 / 0.38))
-        ]
-    )
-    if len(letters):
-        canvas.details(rectangles(plane, letters), lettering, shade, lettering * 0.8 * lit)
+    front.paint(goods, wares, wares * 0.6 * lit, shadow=0.7)
+    fascia = [0.05, storey * 0.76, length - 0.1, storey * 0.19]
+    front.paint(fascia, colour, colour * 0.5 * lit)
+    starts = [length * 0.25 + 0.38 * k for k in range(int(length * 0.5 / 0.38))]
+    letters = [[start, storey * 0.80, 0.24, storey * 0.1] for start in starts]
+    front.paint(letters, lettering, lettering * 0.8 * lit)
     if rng.random() < 0.3:
-        origin, along, _ = plane
-        out = np.cross(along, (0, 1, 0))
-        out = out if np.dot(out, canvas.eye - origin) > 0 else -out
-        top, low = storey * 0.76, storey * 0.56
-        cloth = rng.uniform(60, 230, 3)
-        start, end = origin + along * 0.2, origin + along * (length - 0.2)
-        corners = [
-            start + [0, top, 0],
-            end + [0, top, 0],
-            end + out * 1.2 + [0, low, 0],
-            start + out * 1.2 + [0, low, 0],
-        ]
-        canvas.surface(np.array(corners), tuple(cloth), BUILDING)
+        _paint_awning(front, length, storey, rng.uniform(60, 230, 3))
+
+
+def _paint_awning(front: Front, length: float, storey: float, cloth: np.ndarray) -> None:
+    """Paints a slope of cloth that hangs over the sidewalk."""
+    out = np.cross(front.along, UP)
+    out = out if np.dot(out, front.canvas.eye - front.origin) > 0 else -out
+    top, low = storey * 0.76, storey * 0.56
+    flat = np.array([[0.2, top], [length - 0.2, top], [length - 0.2, low], [0.2, low]])
+    corners = on_plane(flat, front.origin, front.along)
+    corners[2:] += out * 1.2
+    front.canvas.surface(corners, as_colour(cloth), BUILDING)
 
 
 def upright(

@@ -5,14 +5,7 @@ import math
 import numpy as np
 
 from fishertune_d2.streets.canvas import Canvas, Cutout
-from fishertune_d2.streets.houses import (
-    MATERIALS,
-    WARM,
-    facing,
-    paint_house,
-    rectangles,
-    upright,
-)
+from fishertune_d2.streets.houses import MATERIALS, WARM, paint_front, paint_house, upright
 from fishertune_d2.streets.people import (
     paint_bicycle,
     paint_cyclist,
@@ -26,12 +19,13 @@ from fishertune_d2.streets.world import (
     POLE,
     TRAFFIC_LIGHT,
     TRAFFIC_SIGN,
+    UP,
     VEGETATION,
     WALL,
-    Colour,
     Thing,
     as_colour,
     grey,
+    on_plane,
 )
 
 SHADOWLESS = ("lamp", "bollard", "sign", "traffic_light", "fence", "bicycle")
@@ -49,18 +43,12 @@ def _blob(
     angle = np.linspace(0, 2 * math.pi, count, endpoint=False)
     reach = 1 + rng.uniform(-ragged, ragged, count)
     across, rise = np.cos(angle) * reach * radius[0], np.sin(angle) * reach * radius[1]
-    return centre + across[:, None] * sideways + rise[:, None] * np.array([0.0, 1.0, 0.0])
-
-
-def _front(thing: Thing, height: float) -> np.ndarray:
-    """Returns (4, 3) world corners of a thing's front, from its origin along its length."""
-    length = thing.length
-    return thing.place([[0.0, 0, 0], [length, 0, 0], [length, 0, height], [0, 0, height]])
+    return on_plane(np.stack([across, rise], 1), centre, sideways)
 
 
 def paint_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Paints a trunk, and a crown of leaf clusters, lighter towards the top and the sun."""
-    foot, sideways = np.array([thing.x, 0.0, thing.z]), canvas.projection.axes[0]
+    foot, sideways = thing.foot, canvas.projection.axes[0]
     height, radius = thing.height, thing.width / 2
     bark = np.array([88, 74, 58]) * rng.uniform(0.6, 1.3)
     width = 0.05 * height * rng.uniform(0.6, 1.1)
@@ -99,7 +87,7 @@ def paint_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
 
 def paint_bare_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Paints a leafless tree: branches in a haze of twigs; the label is the crown's outline."""
-    foot, sideways = np.array([thing.x, 0.0, thing.z]), canvas.projection.axes[0]
+    foot, sideways = thing.foot, canvas.projection.axes[0]
     height, radius = thing.height, thing.width / 2
     bark = np.array([82, 72, 62]) * rng.uniform(0.45, 1.15)
     centre = foot + [0, height * 0.63, 0]
@@ -120,20 +108,14 @@ def paint_bare_tree(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> N
                 grow.append((x1, y1, angle + turn, shorter, width * 0.62, depth + 1))
     flat = np.array(branches)
     flat[..., 1] = np.minimum(flat[..., 1], height)
-    points = foot + flat[..., :1] * sideways + flat[..., 1:] * np.array([0, 1.0, 0])
-    canvas.details(points, bark, canvas.shade(None))
+    canvas.details(on_plane(flat, foot, sideways), bark, canvas.shade(None))
 
 
 def paint_hedge(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Paints a row of bushes along the sidewalk."""
     leaf = np.array([66, 92, 42]) * rng.uniform(0.7, 1.2) + rng.normal(0, 6, 3)
     height, sideways = min(thing.height, 1.9), canvas.projection.axes[0]
-    canvas.surface(
-        _front(thing, height * 0.85),
-        as_colour(leaf * 0.75),
-        VEGETATION,
-        facing(thing, 0, -thing.side),
-    )
+    paint_front(canvas, thing, height * 0.85, as_colour(leaf * 0.75), VEGETATION)
     bushes: list[Cutout] = []
     for along in np.arange(thing.length, 0, -0.75 if thing.distance < 40 else -1.6):
         for level in (0.35, 0.75):
@@ -151,19 +133,17 @@ def paint_wall(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     colour = MATERIALS[rng.integers(len(MATERIALS))] * rng.uniform(0.6, 1.0)
     length, height, inner = thing.length, thing.height, thing.side * thing.width
     end = thing.place([[0.0, 0, 0], [0, inner, 0], [0, inner, height], [0, 0, height]])
-    canvas.surface(end, as_colour(colour * 0.95), WALL, facing(thing, -1, 0))
+    canvas.surface(end, as_colour(colour * 0.95), WALL, thing.direction(-1))
     top = [[0, 0, height], [length, 0, height], [length, inner, height], [0, inner, height]]
     canvas.surface(thing.place(top), as_colour(colour), WALL, (0, 1, 0))
-    front = _front(thing, height)
-    shade = canvas.surface(front, tuple(colour), WALL, facing(thing, 0, -thing.side))
-    if shade is not None:
-        plane = np.array([front[0], facing(thing, 1, 0), (0, 1, 0)])
-        courses = np.array([[0, h, length, 0.03] for h in np.arange(0.2, height - 0.1, 0.3)])
-        canvas.details(rectangles(plane, courses), colour * 0.85, shade)
-        coping = rectangles(plane, np.array([[0, height - 0.12, length, 0.12]]))
-        canvas.details(coping, np.clip(colour * 1.2, 0, 240), shade)
-        piers = np.array([[a, 0, 0.4, height] for a in np.arange(0, length - 0.4, 3.5)])
-        canvas.details(rectangles(plane, piers), colour * 1.08, shade)
+    front = paint_front(canvas, thing, height, as_colour(colour), WALL)
+    if front is not None:
+        courses = [[0, h, length, 0.03] for h in np.arange(0.2, height - 0.1, 0.3)]
+        front.paint(courses, colour * 0.85)
+        coping = [0, height - 0.12, length, 0.12]
+        front.paint(coping, np.clip(colour * 1.2, 0, 240))
+        piers = [[a, 0, 0.4, height] for a in np.arange(0, length - 0.4, 3.5)]
+        front.paint(piers, colour * 1.08)
 
 
 def paint_fence(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
@@ -172,34 +152,30 @@ def paint_fence(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     solid = thing.width > 0.2 and rng.random() < 0.5
     wood = np.array([132, 104, 74]) * rng.uniform(0.6, 1.3)
     metal = np.array(grey(rng, 25, 190, 5))
-    outline = _front(thing, height)
-    shade = canvas.surface(outline, as_colour(wood) if solid else None, FENCE)
-    if shade is None:
+    planks = as_colour(wood) if solid else None
+    front = paint_front(canvas, thing, height, planks, FENCE, two_sided=True)
+    if front is None:
         return
-    plane = np.array([outline[0], facing(thing, 1, 0), (0, 1, 0)])
     step = 0.16 if solid else 0.14
     if thing.distance > 30:
         step *= 3
-    posts = np.array([[a, 0, 0.025, height] for a in np.arange(0, length, step)])
-    rails = np.array([[0, h * height, length, 0.06] for h in (0.12, 0.92)])
-    strong = np.array([[a, 0, 0.09, height * 1.0] for a in np.arange(0, length, 2.2)])
-    colour = wood * 0.7 if solid else metal
-    for boxes in (posts, rails, strong):
-        canvas.details(rectangles(plane, boxes), colour, shade)
+    posts = [[a, 0, 0.025, height] for a in np.arange(0, length, step)]
+    rails = [[0, h * height, length, 0.06] for h in (0.12, 0.92)]
+    strong = [[a, 0, 0.09, height] for a in np.arange(0, length, 2.2)]
+    front.paint(posts + rails + strong, wood * 0.7 if solid else metal)
 
 
 def paint_lamp(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Paints a street lamp: a mast with an arm over the road."""
-    colour = grey(rng, 40, 170)
-    foot = np.array([thing.x, 0.0, thing.z])
+    colour, foot = grey(rng, 40, 170), thing.foot
     upright(canvas, foot, 0, thing.height, thing.width, colour, POLE, 0.6)
     head = thing.place([0, -thing.side * thing.length, thing.height])
     lift, reach = np.array([0, 0.1, 0]), (head - foot) * [1, 0, 1]
     top = foot + [0, thing.height, 0]
     arm = np.array([top - lift, top + reach - lift / 2, top + reach + lift / 2, top])
     canvas.surface(arm, colour, POLE)
-    bulb = head + canvas.projection.axes[0] * np.array([[-0.3], [0.3], [0.3], [-0.3]])
-    bulb = bulb + np.array([[0, -0.16, 0], [0, -0.16, 0], [0, 0, 0], [0, 0, 0]])
+    flat = np.array([[-0.3, -0.16], [0.3, -0.16], [0.3, 0], [-0.3, 0]])
+    bulb = on_plane(flat, head, canvas.projection.axes[0])
     canvas.surface(bulb, (190, 190, 180), POLE, glow=WARM)
 
 
@@ -211,22 +187,7 @@ def lamp_heads(things: list[Thing]) -> np.ndarray:
 
 def paint_bollard(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Paints a bollard."""
-    foot = np.array([thing.x, 0.0, thing.z])
-    upright(canvas, foot, 0, thing.height, thing.width, grey(rng, 25, 150), POLE)
-
-
-def _plate(
-    canvas: Canvas,
-    thing: Thing,
-    centre: np.ndarray,
-    shape: np.ndarray,
-    scale: float,
-    colour: Colour,
-    label: int,
-) -> np.ndarray | None:
-    """Paints a shape (N, 2) in units of ``scale`` metres, across the street; returns the light."""
-    points = centre + shape[:, :1] * scale * np.array(facing(thing, 0, 1))
-    return canvas.surface(points + shape[:, 1:] * scale * np.array([0, 1.0, 0]), colour, label)
+    upright(canvas, thing.foot, 0, thing.height, thing.width, grey(rng, 25, 150), POLE)
 
 
 def regular(count: int, turn: float = 0.0) -> np.ndarray:
@@ -237,7 +198,7 @@ def regular(count: int, turn: float = 0.0) -> np.ndarray:
 
 def paint_sign(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Paints a sign on a post: round, triangular, octagonal or a panel; some show their back."""
-    foot = np.array([thing.x, 0.0, thing.z])
+    foot = thing.foot
     upright(canvas, foot, 0, thing.height + 0.3, 0.08, grey(rng, 90, 170), POLE)
     red, blue, white = (186, 30, 36), (28, 76, 160), (232, 232, 228)
     square = regular(4, math.pi / 4)
@@ -254,37 +215,31 @@ def paint_sign(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
         rim = face = (128, 130, 132)
     radius, symbol = thing.width / 2, rng.uniform(-0.5, 0.5, (3, 2))
     mark = white if face in (blue, red, (24, 104, 64)) else (34, 34, 36)
-    toward = np.array(facing(thing, -0.06, 0))
-    centre = foot + [0, thing.height - radius * 0.3, 0] + toward
-    shade = _plate(canvas, thing, centre, shape, radius, rim, TRAFFIC_SIGN)
-    if shade is not None:
-        across = np.array(facing(thing, 0, 1))
-
-        def flat(points: np.ndarray) -> np.ndarray:
-            sideways = centre + points[..., :1] * radius * across
-            return sideways + points[..., 1:] * radius * np.array([0, 1.0, 0])
-
-        canvas.details(flat(shape * 0.78)[None], np.array(face), shade)
+    centre = foot + [0, thing.height - radius * 0.3, 0] + thing.direction(-0.06)
+    across = thing.direction(across=1)
+    light = canvas.surface(on_plane(shape * radius, centre, across), rim, TRAFFIC_SIGN)
+    if light is not None:
+        inside = on_plane(shape * 0.78 * radius, centre, across)
+        canvas.details(inside[None], np.array(face), light)
         if rim != (128, 130, 132):
-            canvas.details(flat(symbol * 0.8)[None], np.array(mark), shade)
+            corners = on_plane(symbol * 0.8 * radius, centre, across)
+            canvas.details(corners[None], np.array(mark), light)
 
 
 def paint_traffic_light(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Paints three lamps in a dark box on a post; one of them is lit."""
-    foot = np.array([thing.x, 0.0, thing.z])
-    box = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float)
+    foot, width, across = thing.foot, thing.width, thing.direction(across=1)
     upright(canvas, foot, 0, thing.height - 0.6, 0.12, grey(rng, 40, 120), POLE)
-    centre = foot + [0, thing.height - 1.5 * thing.width, 0]
-    housing = box * [0.62, 1.5]
-    shade = _plate(canvas, thing, centre, housing, thing.width, (26, 27, 28), TRAFFIC_LIGHT)
+    centre = foot + [0, thing.height - 1.5 * width, 0]
+    housing = np.array([[-0.62, -1.5], [0.62, -1.5], [0.62, 1.5], [-0.62, 1.5]]) * width
+    in_view = canvas.surface(on_plane(housing, centre, across), (26, 27, 28), TRAFFIC_LIGHT)
     lit = rng.choice([0, 1, 2], p=[0.45, 0.1, 0.45])
-    if shade is None:
+    if in_view is None:
         return
     bright = [(255, 48, 32), (255, 176, 32), (40, 255, 150)]
-    across, up = np.array(facing(thing, 0, 1)), np.array([0, 1.0, 0])
     for index in range(3):
-        middle = centre + up * ((1 - index) * 0.95 * thing.width)
-        disc = middle + (regular(10)[:, :1] * across + regular(10)[:, 1:] * up) * thing.width * 0.4
+        middle = centre + UP * ((1 - index) * 0.95 * width)
+        disc = on_plane(regular(10) * width * 0.4, middle, across)
         on = index == lit
         colour = np.array(bright[index]) * (1.0 if on else 0.16)
         canvas.details(disc[None], colour, np.ones(3), np.array(bright[index]) * float(on))

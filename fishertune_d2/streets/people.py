@@ -6,7 +6,15 @@ import numpy as np
 
 from fishertune_d2.streets.canvas import Canvas, Cutout
 from fishertune_d2.streets.vehicles import HEADLIGHT, PAINT_SHARES, PAINTS, TAILLIGHT, oval
-from fishertune_d2.streets.world import BICYCLE, MOTORCYCLE, PERSON, RIDER, Thing, as_colour
+from fishertune_d2.streets.world import (
+    BICYCLE,
+    MOTORCYCLE,
+    PERSON,
+    RIDER,
+    Thing,
+    as_colour,
+    on_plane,
+)
 
 SKINS = np.array([[224, 178, 148], [198, 150, 118], [142, 98, 72], [92, 62, 48]], float)
 Parts = list[Cutout]
@@ -34,13 +42,11 @@ class _Figure:
 
     def __init__(self, thing: Thing, sideways: np.ndarray, parts: Parts) -> None:
         self.sideways, self.parts = sideways, parts
-        self.foot = np.array([thing.x, 0.0, thing.z])
+        self.foot = thing.foot
 
     def part(self, flat: np.ndarray, colour: np.ndarray, label: int) -> None:
         """Adds a shape (N, 2)."""
-        points = self.foot + flat[:, :1] * self.sideways
-        points[:, 1] += flat[:, 1]
-        self.parts.append((points, colour, label))
+        self.parts.append((on_plane(flat, self.foot, self.sideways), colour, label))
 
 
 def _clothes(rng: np.random.Generator) -> np.ndarray:
@@ -171,8 +177,7 @@ def paint_motorcycle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> 
     canvas.cutouts(parts)
     toward = math.cos(thing.heading) < 0
     light = np.array(HEADLIGHT if toward else TAILLIGHT)
-    lamp = figure.foot + oval((0, 0.8), (0.09, 0.08), 8)[:, :1] * sideways
-    lamp = lamp + oval((0, 0.8), (0.09, 0.08), 8)[:, 1:] * np.array([0, 1.0, 0])
+    lamp = on_plane(oval((0, 0.8), (0.09, 0.08), 8), thing.foot, sideways)
     canvas.surface(lamp, as_colour(light * 0.8), MOTORCYCLE, glow=as_colour(light))
 
 

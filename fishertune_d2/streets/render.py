@@ -206,7 +206,7 @@ def _paint_things(canvas: Canvas, scene: Scene) -> None:
     _paint_skyline(canvas, scene)
     for thing in scene.things:
         reach = thing.length + thing.width + 1.5
-        if canvas.may_show(np.array([thing.x, 0.0, thing.z]), reach):
+        if canvas.may_show(thing.foot, reach):
             MODELS[thing.kind](canvas, thing, np.random.default_rng(thing.seed))
 
 

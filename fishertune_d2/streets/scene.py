@@ -13,6 +13,7 @@ from fishertune_d2.streets.world import (
     VISIBLE,
     Camera,
     Colour,
+    Draft,
     Scene,
     Strip,
     as_colour,
@@ -50,17 +51,17 @@ def draw_scene(seed: int) -> Scene:
     junction = float(rng.uniform(13, 45)) if rng.random() < 0.65 else None
     kerbs = {side: side * (lanes * lane + parking[side]) for side in (-1, 1)}
     crossing = float(rng.uniform(9, 13))
-    _add_carriageway(scene, rng, kerbs, lanes, lane, tram)
+    draft = Draft(scene, rng, drive, lanes, lane, tram, kerbs)
+    _add_carriageway(draft)
     for side in (-1, 1):
-        gap = None
         if junction is not None and rng.random() < 0.75:
-            gap = (junction, junction + crossing)
-        _add_side(scene, rng, side, kerbs[side], gap)
+            draft.gaps[side] = (junction, junction + crossing)
+        _add_side(draft, side)
         if parking[side]:
-            add_parked(scene, rng, kerbs[side] - side * 1.05, side * drive, gap)
+            add_parked(draft, side)
     if junction is not None:
-        add_junction(scene, rng, kerbs, junction, crossing, drive)
-    add_traffic(scene, rng, lanes, lane, drive, kerbs, tram)
+        add_junction(draft, junction, crossing)
+    add_traffic(draft)
     scene.things.sort(key=lambda thing: -thing.distance)
     return scene
 
@@ -81,17 +82,11 @@ def _draw_sun(rng: np.random.Generator) -> tuple[float, float, float] | None:
     return None if overcast else sun
 
 
-def _add_carriageway(
-    scene: Scene,
-    rng: np.random.Generator,
-    kerbs: dict[int, float],
-    lanes: int,
-    lane: float,
-    tram: bool,
-) -> None:
+def _add_carriageway(draft: Draft) -> None:
     """Adds road surface, repairs, lane marks, rails, and the tracks that snow leaves free."""
+    rng, kerbs, lanes, lane = draft.rng, draft.kerbs, draft.lanes, draft.lane
     asphalt, paint = grey(rng, 62, 125, 3), grey(rng, 185, 240, 4)
-    strips = scene.strips
+    strips = draft.scene.strips
     strips.append(Strip(kerbs[-1], kerbs[1], -4, VISIBLE + 60, ROAD, asphalt))
     for _ in range(int(rng.integers(0, 6))):  # repaired patches
         left = rng.uniform(kerbs[-1], kerbs[1] - 1)
@@ -110,7 +105,7 @@ def _add_carriageway(
     def line(offset: float, colour: Colour, width: float = 0.12) -> None:
         strips.append(Strip(offset - width / 2, offset + width / 2, -4, VISIBLE, ROAD, colour))
 
-    if tram:
+    if draft.tram:
         for offset in (-2.42, -0.98, 0.98, 2.42):
             line(offset, (88, 84, 80), 0.16)
             line(offset, (168, 168, 172), 0.07)
@@ -131,13 +126,13 @@ def _add_carriageway(
     for index in range(-lanes, lanes):
         middle = (index + 0.5) * lane
         for offset in (middle - 0.75, middle + 0.75):
-            scene.tracks.append(Strip(offset - 0.3, offset + 0.3, -4, VISIBLE, ROAD, asphalt))
+            track = Strip(offset - 0.3, offset + 0.3, -4, VISIBLE, ROAD, asphalt)
+            draft.scene.tracks.append(track)
 
 
-def _add_side(
-    scene: Scene, rng: np.random.Generator, side: int, kerb: float, gap: tuple[float, float] | None
-) -> None:
+def _add_side(draft: Draft, side: int) -> None:
     """Adds kerb, verge, sidewalk, frontage and furniture of one side of the street."""
+    rng, kerb, strips = draft.rng, draft.kerbs[side], draft.scene.strips
     verge = rng.uniform(0.8, 2.6) if rng.random() < 0.4 else 0.0
     walk = rng.uniform(1.6, 4.5)
     front = kerb + side * (0.15 + verge + walk)
@@ -146,7 +141,7 @@ def _add_side(
     grass = _draw_grass(rng)
 
     def band(inner: float, outer: float, s0: float, s1: float, label: int, c: Colour) -> None:
-        scene.strips.append(Strip(min(inner, outer), max(inner, outer), s0, s1, label, c))
+        strips.append(Strip(min(inner, outer), max(inner, outer), s0, s1, label, c))
 
     far = front + side * 90
     band(kerb, far, -4, VISIBLE + 60, SIDEWALK, shaded(paving, 0.93))
@@ -159,13 +154,13 @@ def _add_side(
         band(kerb, kerb + side * (0.15 + verge), -4, VISIBLE + 60, TERRAIN, grass)
     band(kerb, kerb + side * 0.15, -4, VISIBLE + 60, SIDEWALK, grey(rng, 135, 200, 3))
     band(kerb, kerb - side * 0.1, -4, VISIBLE + 60, ROAD, (70, 68, 66))
-    _add_frontage(scene, rng, side, front, gap, grass)
-    _add_furniture(scene, rng, side, kerb, gap, trees_wanted=bool(verge))
-    _add_bicycles_and_people(scene, rng, kerb + side * (0.15 + verge), front, gap)
-    if gap is not None:  # the side street covers the side's bands
-        asphalt = scene.strips[0].colour
-        band(kerb, far, gap[0] - 2, gap[1] + 2, SIDEWALK, paving)
-        band(kerb - side * 0.2, far, gap[0], gap[1], ROAD, asphalt)
+    _add_frontage(draft, side, front, grass)
+    _add_furniture(draft, side, trees_wanted=bool(verge))
+    _add_bicycles_and_people(draft, side, kerb + side * (0.15 + verge), front)
+    if side in draft.gaps:  # the side street covers the side's bands
+        start, end = draft.gaps[side]
+        band(kerb, far, start - 2, end + 2, SIDEWALK, paving)
+        band(kerb - side * 0.2, far, start, end, ROAD, strips[0].colour)
 
 
 def _draw_grass(rng: np.random.Generator) -> Colour:
@@ -176,15 +171,9 @@ def _draw_grass(rng: np.random.Generator) -> Colour:
     return as_colour(mixed)
 
 
-def _add_frontage(
-    scene: Scene,
-    rng: np.random.Generator,
-    side: int,
-    front: float,
-    gap: tuple[float, float] | None,
-    grass: Colour,
-) -> None:
+def _add_frontage(draft: Draft, side: int, front: float, grass: Colour) -> None:
     """Adds houses, gardens, parks and walls in a row along the sidewalk."""
+    rng, gap = draft.rng, draft.gaps.get(side)
     town, suburb = rng.dirichlet([1.6, 1.0, 0.7])[:2]
     storeys = rng.uniform(2, 5.5)
     style = int(rng.integers(1 << 16))  # neighbours share a style, within limits
@@ -200,9 +189,9 @@ def _add_frontage(
         height = float(np.clip(rng.normal(storeys, 1.2), 1, 9)) * rng.uniform(2.8, 3.5)
         plot = _Plot(side, front, s, length, height)
         if choice < town:
-            _add_town_house(scene, rng, plot, style)
+            _add_town_house(draft, plot, style)
         else:
-            _add_garden(scene, rng, plot, 8.0 if choice < town + suburb else 70.0, grass)
+            _add_garden(draft, plot, 8.0 if choice < town + suburb else 70.0, grass)
         s += length + (rng.uniform(1, 4) if rng.random() < 0.12 else 0.0)
 
 
@@ -217,104 +206,86 @@ class _Plot:
     height: float
 
 
-def _add_town_house(scene: Scene, rng: np.random.Generator, plot: _Plot, style: int) -> None:
+def _add_town_house(draft: Draft, plot: _Plot, style: int) -> None:
     """Adds a house or a shop that stands at the sidewalk."""
+    rng = draft.rng
     setback = float(rng.choice([0.0, 0.0, rng.uniform(0, 1.5)]))
     kind = "shop" if (style % 3 != 0 and rng.random() < 0.6) else "house"
     size = (plot.length, float(rng.uniform(8, 14)), plot.height)
     offset = plot.front + plot.side * setback
-    scene.add(rng, kind, plot.s, offset, size, side=plot.side, reach=plot.length)
+    draft.add(kind, plot.s, offset, size, side=plot.side, reach=plot.length)
 
 
-def _add_garden(
-    scene: Scene, rng: np.random.Generator, plot: _Plot, deep: float, grass: Colour
-) -> None:
+def _add_garden(draft: Draft, plot: _Plot, deep: float, grass: Colour) -> None:
     """Adds a garden with a house, or a park if the plot is deep, with boundary and trees."""
-    side, front, s, length = plot.side, plot.front, plot.s, plot.length
+    rng, side, front, s, length = draft.rng, plot.side, plot.front, plot.s, plot.length
     setback = float(rng.uniform(2.5, 7))
     near, outer = sorted((front, front + side * deep))
-    scene.strips.append(Strip(near, outer, s, s + length, TERRAIN, grass))
+    draft.scene.strips.append(Strip(near, outer, s, s + length, TERRAIN, grass))
     boundary = str(rng.choice(["wall", "fence", "hedge", "fence", "wall", "none"]))
     if boundary != "none":
         size = (length, 0.3, float(rng.uniform(0.7, 2.4)))
-        scene.add(rng, boundary, s, front + side * 0.3, size, side=side, reach=length)
+        draft.add(boundary, s, front + side * 0.3, size, side=side, reach=length)
     garden = deep < 10
     if garden:
         size = (max(length - 1.6, 4), 9.0, min(plot.height, 10))
-        scene.add(rng, "house", s + 0.8, front + side * setback, size, side=side, reach=length)
+        draft.add("house", s + 0.8, front + side * setback, size, side=side, reach=length)
     for _ in range(int(rng.integers(0, 3 if garden else 9))):
         away = rng.uniform(1.5, setback + 1.0 if garden else 26)
-        _add_tree(scene, rng, s + rng.uniform(0, length), front + side * away, 0.6)
+        _add_tree(draft, s + rng.uniform(0, length), front + side * away, 0.6)
 
 
-def _add_tree(
-    scene: Scene, rng: np.random.Generator, s: float, offset: float, smallest: float = 1.0
-) -> None:
+def _add_tree(draft: Draft, s: float, offset: float, smallest: float = 1.0) -> None:
     """Adds a tree, unless its crown would reach the camera."""
+    rng = draft.rng
     height = float(rng.uniform(smallest * 4, 13))
     width = height * rng.uniform(0.4, 0.75)
     if s > 3 + width / 2:
         # The kind follows the scene, not the tree: streets have a season.
-        leafless = (scene.seed * 2654435761 >> 7) % 4 == 0
+        leafless = (draft.scene.seed * 2654435761 >> 7) % 4 == 0
         kind = "bare_tree" if leafless and rng.random() < 0.8 else "tree"
-        scene.add(rng, kind, s, offset, (width, width, height))
+        draft.add(kind, s, offset, (width, width, height))
 
 
-def _free(s: float, gap: tuple[float, float] | None) -> bool:
-    """Whether a thing at length ``s`` is off the camera and the side street."""
-    return s > 3 and (gap is None or not gap[0] - 1 < s < gap[1] + 1)
-
-
-def _add_furniture(
-    scene: Scene,
-    rng: np.random.Generator,
-    side: int,
-    kerb: float,
-    gap: tuple[float, float] | None,
-    trees_wanted: bool,
-) -> None:
+def _add_furniture(draft: Draft, side: int, trees_wanted: bool) -> None:
     """Adds lamps, trees, signs, bollards, motorcycles and a railing along one kerb."""
+    rng, kerb, gap = draft.rng, draft.kerbs[side], draft.gaps.get(side)
     edge = kerb + side * 0.5
     spacing, height = rng.uniform(16, 34), rng.uniform(5, 9)
     arm = float(rng.uniform(0.6, 2.2))
     for s in np.arange(rng.uniform(3, spacing), 140, spacing):
-        if _free(s, gap):
-            scene.add(rng, "lamp", s, edge, (arm, 0.16, height), side=side)
+        if draft.free(side, s):
+            draft.add("lamp", s, edge, (arm, 0.16, height), side=side)
     if trees_wanted or rng.random() < 0.3:
         spacing = rng.uniform(7, 16)
         for s in np.arange(rng.uniform(2, spacing), 150, spacing):
-            if _free(s, gap) and rng.random() < 0.85:
-                _add_tree(scene, rng, s, kerb + side * 0.9)
+            if draft.free(side, s) and rng.random() < 0.85:
+                _add_tree(draft, s, kerb + side * 0.9)
     for _ in range(int(rng.poisson(3))):
         s = 5 + rng.exponential(16)
-        if _free(s, gap):
+        if draft.free(side, s):
             size = (0.0, rng.uniform(0.55, 0.95), rng.uniform(2.1, 3.0))
-            scene.add(rng, "sign", s, edge, size, rng.normal(0, 0.15), side)
+            draft.add("sign", s, edge, size, rng.normal(0, 0.15), side)
     for _ in range(int(rng.poisson(1.0))):
         s, step = rng.uniform(4, 50), rng.uniform(1.3, 2.5)
         for index in range(int(rng.integers(2, 9))):
-            if _free(s + index * step, gap):
-                scene.add(rng, "bollard", s + index * step, edge, (0, 0.16, 0.95))
+            if draft.free(side, s + index * step):
+                draft.add("bollard", s + index * step, edge, (0, 0.16, 0.95))
     for _ in range(int(rng.poisson(0.4))):  # some park on the sidewalk
         s = 5 + rng.exponential(12)
-        if _free(s, gap):
+        if draft.free(side, s):
             turn = rng.uniform(-1.6, 1.6)
-            scene.add(rng, "motorcycle", s, kerb + side * 1.0, (2.1, 0.7, 1.15), turn)
+            draft.add("motorcycle", s, kerb + side * 1.0, (2.1, 0.7, 1.15), turn)
     if rng.random() < 0.3:
         s, length = rng.uniform(5, 40), rng.uniform(6, 25)
         beside_gap = gap is None or (s > gap[1]) == (s + length > gap[1])
-        if _free(s, gap) and _free(s + length, gap) and beside_gap:
-            scene.add(rng, "fence", s, edge, (length, 0.05, 1.05), side=side)
+        if draft.free(side, s) and draft.free(side, s + length) and beside_gap:
+            draft.add("fence", s, edge, (length, 0.05, 1.05), side=side)
 
 
-def _add_bicycles_and_people(
-    scene: Scene,
-    rng: np.random.Generator,
-    verge: float,
-    front: float,
-    gap: tuple[float, float] | None,
-) -> None:
+def _add_bicycles_and_people(draft: Draft, side: int, verge: float, front: float) -> None:
     """Adds parked bicycles and people between the verge and the frontage."""
+    rng = draft.rng
 
     def walkable() -> float:
         return float(rng.uniform(min(verge, front) + 0.4, max(verge, front) - 0.4))
@@ -323,12 +294,12 @@ def _add_bicycles_and_people(
         s, offset = 4 + rng.exponential(14), walkable()
         for index in range(int(rng.integers(1, 5))):
             at = s + index * 0.8
-            if _free(at, gap):
+            if draft.free(side, at):
                 turn = rng.uniform(-1.6, 1.6)
-                scene.add(rng, "bicycle", at, offset, (1.75, 0.5, 1.05), turn)
+                draft.add("bicycle", at, offset, (1.75, 0.5, 1.05), turn)
     for _ in range(int(rng.poisson(rng.choice([2.0, 5.0, 11.0])))):
         s = 4 + rng.exponential(22)
-        if s > 4 and s < 110:
+        if s < 110:
             offset, size = walkable(), (0.5, 0.5, rng.normal(1.71, 0.1))
             turn = rng.choice([0, math.pi]) + rng.normal(0, 0.5)
-            scene.add(rng, "person", s, offset, size, turn)
+            draft.add("person", s, offset, size, turn)

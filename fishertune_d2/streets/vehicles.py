@@ -83,7 +83,7 @@ def paint_vehicle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> Non
         quad = thing.place(np.array([left[index], left[index + 1], right[index + 1], right[index]]))
         run = profile[index + 1] - profile[index]
         length = max(float(np.hypot(*run)), 1e-6)
-        normal = _world_normal(thing, -run[1] / length, 0.0, run[0] / length)
+        normal = thing.direction(-run[1] / length, up=run[0] / length)
         strips.append((quad, normal, index in glass))
     strips.sort(key=lambda strip: -float(np.linalg.norm(strip[0].mean(axis=0) - canvas.eye)))
     for quad, normal, glazed in strips:
@@ -94,19 +94,12 @@ def paint_vehicle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> Non
             sky = np.array([120.0, 132, 146]) * 0.5 + window * 0.5
             canvas.details(pane[None], sky, shade)
     for sign, flank in ((-1, left), (1, right)):
-        normal = _world_normal(thing, 0.0, float(sign), 0.0)
+        normal = thing.direction(across=sign)
         outline, colour = thing.place(flank), as_colour(paint * 0.94)
         shade = canvas.surface(outline, colour, label, normal, convex=False)
         if shade is not None:
             _paint_flank(canvas, thing, rng, sign, label, window, paint, shade)
     _paint_ends(canvas, thing, rng, label, paint)
-
-
-def _world_normal(
-    thing: Thing, along: float, across: float, up: float
-) -> tuple[float, float, float]:
-    sin, cos = math.sin(thing.heading), math.cos(thing.heading)
-    return (along * sin + across * cos, up, along * cos - across * sin)
 
 
 class _Pane(NamedTuple):
@@ -219,7 +212,7 @@ def _paint_ends(
     plate = np.array([[236.0, 234, 226], [232, 196, 60]])[rng.integers(2)]
     display = rng.random() < 0.7
     for end in (-1, 1):
-        normal = _world_normal(thing, float(end), 0.0, 0.0)
+        normal = thing.direction(end)
         at = end * thing.length * 0.503
         if float(np.dot(normal, canvas.eye - thing.place([at, 0, 0]))) <= 0:
             continue

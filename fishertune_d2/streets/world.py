@@ -19,6 +19,7 @@ VOID = 255
 
 VISIBLE = 170.0  # metres of street that are built; a skyline closes the street behind them
 Colour = tuple[float, float, float]
+UP = np.array([0.0, 1.0, 0.0])
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,18 @@ class Thing:
     distance: float
     seed: int
     side: int = 1
+
+    @property
+    def foot(self) -> np.ndarray:
+        """The frame's origin in the world, (3,)."""
+        return np.array([self.x, 0.0, self.z])
+
+    def direction(
+        self, along: float = 0.0, across: float = 0.0, up: float = 0.0
+    ) -> tuple[float, float, float]:
+        """Converts a direction in the thing's frame to a world vector."""
+        sin, cos = math.sin(self.heading), math.cos(self.heading)
+        return along * sin + across * cos, up, along * cos - across * sin
 
     def place(self, local: ArrayLike) -> np.ndarray:
         """Converts local points (..., 3) to world coordinates (..., 3)."""
@@ -118,9 +131,39 @@ class Scene:
         x = self.bend / 2 * s**2 + offset * np.cos(heading)
         return np.stack([x, np.zeros_like(x), s - offset * np.sin(heading)], axis=-1)
 
+
+@dataclass
+class Draft:
+    """A scene that is being drawn, and the street that its things stand along.
+
+    Attributes:
+        scene: The scene, which grows.
+        rng: Draws everything.
+        drive: +1 for right-hand traffic, -1 for left-hand traffic.
+        lanes: Number of lanes in each direction.
+        lane: Width of a lane in metres.
+        tram: Whether rails lie in the middle of the street.
+        kerbs: Lateral offset of the kerb on each side (-1 left, +1 right).
+        gaps: Start and end of the side street, in metres, on each side that has one.
+    """
+
+    scene: Scene
+    rng: np.random.Generator
+    drive: int
+    lanes: int
+    lane: float
+    tram: bool
+    kerbs: dict[int, float]
+    gaps: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def free(self, side: int, s: float) -> bool:
+        """Whether a thing at length ``s`` is off the camera and the side street."""
+        if side in self.gaps and self.gaps[side][0] - 1 < s < self.gaps[side][1] + 1:
+            return False
+        return s > 3
+
     def add(
         self,
-        rng: np.random.Generator,
         kind: str,
         s: float,
         offset: float,
@@ -132,7 +175,6 @@ class Scene:
         """Puts a thing on the street.
 
         Args:
-            rng: Draws the thing's seed.
             kind: A key of ``models.MODELS``.
             s: Length along the street of the frame's origin, metres.
             offset: Lateral offset of the frame's origin, metres.
@@ -142,11 +184,32 @@ class Scene:
             reach: Metres added to the painting distance: a long front that begins at ``s`` hides
                 things beyond its far end, and nothing beside it.
         """
-        x, _, z = self.street(s, offset)
-        heading = math.atan(self.bend * s) + turn
-        distance = s + reach + 0.5 * abs(offset - self.camera.lateral)
-        seed = int(rng.integers(1 << 31))
-        self.things.append(Thing(kind, float(x), float(z), heading, *size, distance, seed, side))
+        x, _, z = self.scene.street(s, offset).tolist()
+        heading = math.atan(self.scene.bend * s) + turn
+        distance = s + reach + 0.5 * abs(offset - self.scene.camera.lateral)
+        seed = int(self.rng.integers(1 << 31))
+        self.scene.things.append(Thing(kind, x, z, heading, *size, distance, seed, side))
+
+    def add_vehicle(
+        self,
+        kind: str,
+        rear: float,
+        offset: float,
+        size: tuple[float, float, float],
+        direction: int,
+        turn: float = 0.0,
+    ) -> None:
+        """Puts a vehicle on the street from length ``rear``; ``direction`` -1 drives to the camera.
+
+        The other arguments are those of :meth:`add`; ``turn`` is relative to the direction.
+        """
+        turn += 0.0 if direction > 0 else math.pi
+        self.add(kind, rear + size[0] / 2, offset, size, turn, reach=-size[0] / 2)
+
+
+def on_plane(flat: np.ndarray, origin: np.ndarray, along: ArrayLike) -> np.ndarray:
+    """Converts metres (..., 2) along and up an upright plane to world points (..., 3)."""
+    return origin + flat[..., :1] * np.asarray(along) + flat[..., 1:] * UP
 
 
 def grey(rng: np.random.Generator, low: float, high: float, tint: float = 4.0) -> Colour:
