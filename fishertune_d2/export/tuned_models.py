@@ -1,11 +1,11 @@
 """Reads tuned models from runs and deltas, and makes deltas of runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, cast
 
-import timm
 import torch
 from detectron2.config import CfgNode
 
@@ -14,7 +14,6 @@ from fishertune_d2.engine.parameter_counts import count_parameters
 from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.modeling import VFMS, VFMBackbone
-from fishertune_d2.modeling.plain_vit import PlainViT
 from fishertune_d2.modeling.vfm_table import Pixels, pixel_statistics
 from fishertune_d2.run import Run
 from fishertune_d2.tuning import build_tuning_method
@@ -130,10 +129,8 @@ def _public_backbone(
 def _resized(backbone: VFMBackbone, architecture: Architecture) -> set[str]:
     """Returns the names of the tensors whose size differs from the public one."""
     vfm = VFMS[architecture.vfm]
-    sizes = {"img_size": vfm.img_size, "patch_size": vfm.patch_size}
-    with torch.device("meta"):
-        model = timm.create_model(vfm.timm_name, num_classes=0, **{**vfm.options, **sizes})
-    public = cast(PlainViT, model)
+    size = (vfm.img_size, vfm.img_size)
+    public = empty_backbone(replace(architecture, img_size=size, patch_size=vfm.patch_size)).vit
     shapes = {name: tensor.shape for name, tensor in public.state_dict().items()}
     names = {name for name, t in backbone.vit.state_dict().items() if t.shape != shapes[name]}
     # 16 x 16 and 8 x 32 positions have one shape.
