@@ -112,7 +112,7 @@ def _in_folder(folder: Path) -> list[Path]:
             f"--input {folder}: there is no image or video in this folder (none ends in "
             f"{', '.join((*IMAGES, *VIDEOS))}; {holds}; folders inside are not searched)"
         )
-    others = Counter(_label(path) for path in listed if path not in set(found))
+    others = Counter(_label(path) for path in set(listed).difference(found))
     if others:
         left_out = ", ".join(f"{count} {label}" for label, count in sorted(others.items()))
         logger.warning(
