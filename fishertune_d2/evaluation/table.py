@@ -76,13 +76,9 @@ def all_scores(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-    """Formats a summary for the log: mIoU by data set, then IoU by class and data set.
+    """Returns tables of a `summarize` result: mIoU by data set, then IoU by class and data set.
 
-    Args:
-        summary: The result of `summarize`.
-
-    Returns:
-        Lines of text; "-" where a data set does not score a class.
+    They have a "-" where a data set does not score a class.
     """
     lines = [[name, "source", score] for name, score in summary["source"].items()]
     lines += [[name, "unseen", score] for name, score in summary["targets"].items()]

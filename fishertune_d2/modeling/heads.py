@@ -119,11 +119,7 @@ def try_out(head: SegmentationHead) -> dict[str, Tensor]:
 
 
 def require_divisors(losses: Iterable[str], divisors: Iterable[str]) -> None:
-    """Refuses losses without a known divisor.
-
-    Args:
-        losses: their names, those of single predictions with a number at the end.
-        divisors: the names that ``loss_divisors`` gives.
+    """Refuses losses without a known divisor; loss_ce_3 has the divisor of loss_ce.
 
     Raises:
         ValueError: names the loss and the remedy.
