@@ -50,31 +50,18 @@ ESTIMATE = Shared(
 
 @dataclass(frozen=True)
 class Cell:
-    """One run.
+    """One run."""
 
-    Attributes:
-        entry: The method with its options.
-        vfm: A name in ``fishertune_d2.modeling.VFMS``.
-        seed: SEED.
-        rate: The value of RATE; None uses the config's.
-        folder: OUTPUT_DIR, or the run's path in a study's table.
-        config: The config's name for ``get_config_file``.
-        options: Keys and values in turn, without test sets and shared files.
-        recipe: The keys that define the training, and their values.
-        shared: The paths of the shared files.
-        makes: The shared files that this cell makes; it takes the others.
-    """
-
-    entry: Entry
-    vfm: str
+    entry: Entry  # the method with its options
+    vfm: str  # MODEL.VFM.NAME
     seed: int
-    rate: float | None
-    folder: Path
-    config: str
-    options: tuple[str, ...]
-    recipe: Mapping[str, Any]
+    rate: float | None  # the value of RATE; None uses the config's
+    folder: Path  # OUTPUT_DIR, or the run's path in a study's table
+    config: str  # a name for get_config_file
+    options: tuple[str, ...]  # keys and values in turn, without test sets and shared files
+    recipe: Mapping[str, Any]  # the keys that define the training, and their values
     shared: Mapping[Shared, Path] = field(default_factory=dict)
-    makes: frozenset[Shared] = frozenset()
+    makes: frozenset[Shared] = frozenset()  # of the shared files; the cell takes the others
 
     @property
     def takes(self) -> dict[Shared, Path]:

@@ -47,44 +47,30 @@ def paper_numbers(table: str) -> dict[tuple[str, str, str], float]:
 
 @dataclass(frozen=True)
 class Line:
-    """The finished cells of an entry and a foundation model.
-
-    Attributes:
-        vfm: The foundation model.
-        entry: The entry's name.
-        rate: The chosen learning rate; None for the config's.
-        scores: mIoU in percent, by data set (or ``AVERAGE``) and seed.
-        tuned: The counts of backbone weights that were tuned or added.
-        commits: The commits that scored the runs.
-    """
+    """The finished cells of an entry and a foundation model."""
 
     vfm: str
     entry: str
-    rate: float | None
-    scores: Mapping[str, Mapping[int, float]]
-    tuned: Sequence[int]
-    commits: Sequence[str]
+    rate: float | None  # the chosen learning rate; None for the config's
+    scores: Mapping[str, Mapping[int, float]]  # mIoU in percent, by data set or AVERAGE, and seed
+    tuned: Sequence[int]  # how many backbone weights were tuned or added
+    commits: Sequence[str]  # those that scored the runs
 
 
-def read_lines(cells: Sequence[Cell], sets: Sequence[str], name: str) -> list[Line]:
-    """Reads the finished cells by foundation model and entry, in the order of the cells.
-
-    Cells that were scored by different protocols raise a ValueError.
+def read_lines(finished: Sequence[tuple[Cell, Results]], sets: Sequence[str]) -> list[Line]:
+    """Gathers finished cells by foundation model and entry, in the order of the cells.
 
     Args:
-        cells: The cells of a table.
-        sets: The data sets to read.
-        name: The folder for scores that were made after training; see ``Cell.results``.
+        finished: The cells and their scores; different protocols raise a ValueError.
+        sets: The data sets to show.
 
     Returns:
         A line for each foundation model and entry.
     """
     found: dict[tuple[str, str, float | None], dict[int, Results]] = {}
-    for cell in cells:
-        results = cell.results(sets, name)
-        if results is not None:
-            found.setdefault((cell.vfm, cell.entry.name, cell.rate), {})[cell.seed] = results
-    every = [results for runs in found.values() for results in runs.values()]
+    for cell, results in finished:
+        found.setdefault((cell.vfm, cell.entry.name, cell.rate), {})[cell.seed] = results
+    every = [results for _, results in finished]
     # Options of an entry may change how long it trains, and --set may change it for all cells.
     require_same_protocol(every, vary=(*ENTRY, *LENGTH, "vfm", "seed"), sets=sets)
     lines = []
@@ -94,8 +80,8 @@ def read_lines(cells: Sequence[Cell], sets: Sequence[str], name: str) -> list[Li
             key: {seed: of_seed[key] for seed, of_seed in by_seed.items()}
             for key in next(iter(by_seed.values()))
         }
-        results = list(runs.values())
-        lines.append(Line(vfm, entry, rate, scores, tuned_counts(results), commits_of(results)))
+        of_line = list(runs.values())
+        lines.append(Line(vfm, entry, rate, scores, tuned_counts(of_line), commits_of(of_line)))
     return lines
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fishertune_d2.analysis.study import TEST, StudyRun, save_runs, split_place
 from fishertune_d2.data import DatasetError, load_datasets
+from fishertune_d2.run import Results
 
 from .cells import DEV, Cell, digest, make_cells, needs_rate
 from .learning_rates import describe, read_choices, require_unseen, write_choices
@@ -97,7 +98,7 @@ class Train:
             path = folder / name
             text = write_table(
                 request.table.title,
-                read_lines(finished, sets, self.folder),
+                read_lines(finished, sets),
                 path,
                 paper=paper_numbers(request.table.paper) if compared else {},
                 missing=len(self.cells) - len(finished),
@@ -106,16 +107,15 @@ class Train:
             print(text)
             print(f"{path}.csv, .md, .png", file=sys.stderr)
 
-    def finished(self) -> list[Cell]:
-        """Returns the cells that are scored."""
-        return [cell for cell in self.cells if cell.results(self.sets, self.folder)]
+    def finished(self) -> list[tuple[Cell, Results]]:
+        """Returns the cells that are scored, with their scores."""
+        found = [(cell, cell.results(self.sets, self.folder)) for cell in self.cells]
+        return [(cell, results) for cell, results in found if results is not None]
 
     def save(self, table: Path) -> None:
         """Adds the finished cells to a study's table."""
         runs = []
-        for cell in self.finished():
-            results = cell.results(self.sets, self.folder)
-            assert results is not None  # it is finished
+        for cell, results in self.finished():
             file = Path(results.place)
             record = file.with_name("cell.json")
             known = json.loads(record.read_text()) if record.is_file() else {}
