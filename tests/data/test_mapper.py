@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,20 @@ def test_training_sees_what_detectron2s_transforms_make(
         image = out["image"][:, :height, :width].permute(1, 2, 0).numpy().astype(int)
         worst = max(worst, np.abs(image - expected.image).max())
     assert worst <= 2  # grey levels
+
+
+def test_the_benchmark_maps_as_detectron2_and_as_we_to_the_same_labels(item, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from data_loading import Clock, map_as_detectron2, map_as_we
+
+    mapper = SegmentationMapper(make_cfg(**{"INPUT.CROP.SIZE": [48, 32]}), is_train=True)  # padded
+    results = []
+    for way in (map_as_detectron2, map_as_we):
+        np.random.seed(0)
+        results.append(way(mapper, item, Clock()))
+    (image, label), (other_image, other_label) = results
+    assert label.shape == (48, 32) and torch.equal(label, other_label.long())
+    assert (image.int() - other_image.int()).abs().max() <= 2  # grey levels
 
 
 def test_colour_jitter_sees_the_crop_alone(item, monkeypatch):
