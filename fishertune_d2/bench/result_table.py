@@ -110,6 +110,12 @@ def differences(lines: Sequence[Line], key: str) -> dict[tuple[str, str], Differ
     return {place: difference for place, difference in found.items() if difference}
 
 
+def _printed(paper: Numbers, line: Line) -> dict[str, float]:
+    """Returns the paper's numbers of a line, by data set."""
+    place = line.vfm, line.entry
+    return {key: number for (vfm, entry, key), number in paper.items() if (vfm, entry) == place}
+
+
 def write_csv(lines: Sequence[Line], path: Path, paper: Numbers) -> None:
     """Writes a line for each foundation model, entry and data set."""
     header = "vfm entry rate tuned_parameters set seeds mean std"
@@ -127,7 +133,7 @@ def write_csv(lines: Sequence[Line], path: Path, paper: Numbers) -> None:
                     numbers[2:] = [difference.mean, difference.low, difference.high]
                 cells = [*place, line.rate, " ".join(map(str, line.tuned)), key, len(values)]
                 cells += [None if number is None else f"{number:.4f}" for number in numbers]
-                cells += [difference.pairs if difference else 0, paper.get((*place, key))]
+                cells += [difference.pairs if difference else 0, _printed(paper, line).get(key)]
                 writer.writerow([*cells, " ".join(line.commits)])
 
 
@@ -138,11 +144,11 @@ def format_markdown(title: str, lines: Sequence[Line], paper: Numbers, missing: 
     ours = differences(lines, main)
     body = []
     for line in lines:
-        place = line.vfm, line.entry
+        place, printed = (line.vfm, line.entry), _printed(paper, line)
         means = {key: format_mean(list(scores.values())) for key, scores in line.scores.items()}
         for key in keys:
-            if (*place, key) in paper:
-                means[key] += f" ({paper[(*place, key)]:.1f})"
+            if key in printed:
+                means[key] += f" ({printed[key]:.1f})"
         seeds = max(len(of_set) for of_set in line.scores.values())
         rate = "-" if line.rate is None else f"{line.rate:g}"
         numbers = [seeds, rate, format_weights(line.tuned), *means.values()]
@@ -192,9 +198,8 @@ def write_table(
     points: dict[str, dict[str, list[float]]] = {}
     marks: dict[str, dict[str, float]] = {}
     for line in lines:
-        place = line.vfm, line.entry
-        label = " ".join(place) if several else line.entry
+        label = f"{line.vfm} {line.entry}" if several else line.entry
         points[label] = {key: list(line.scores[key].values()) for key in keys}
-        marks[label] = {key: paper[(*place, key)] for key in keys if (*place, key) in paper}
+        marks[label] = {k: number for k, number in _printed(paper, line).items() if k in keys}
     draw(points, Path(f"{path}.png"), {name: mark for name, mark in marks.items() if mark})
     return text
