@@ -15,20 +15,19 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fishertune_d2.version import commit
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-OK, WARNING, PROBLEM = "ok", "!", "x"
+OK, WARNING, PROBLEM = "ok", "!", "x"  # a warning is possible trouble, a problem stops a run
 
 # Packages that are imported under another name than they are installed.
 _MODULES = {"Pillow": "PIL", "PyYAML": "yaml", "opencv-python-headless": "cv2"}
@@ -45,16 +44,8 @@ OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        what: the subject of the check.
-        words: the finding.
-        mark: ``OK``; ``WARNING`` for possible trouble; ``PROBLEM`` for what stops a run.
-        remedy: the advice; printed unless the mark is ``OK``.
-    """
+class Finding(NamedTuple):
+    """One line of the report: its subject and text, and a remedy unless the mark is ``OK``."""
 
     what: str
     words: str
@@ -79,9 +70,13 @@ def python() -> Iterator[Finding]:
 
 def requirements() -> Iterator[Finding]:
     """Every required package: its version, and whether it can be imported."""
-    for need in map(_requirement, _needs()[1]):
-        if need.marker is None:
-            yield _required(need)
+    yield from (_required(need) for need in _packages() if need.marker is None)
+    # torchvision's own metadata name the torch that it was built for.
+    version, built = _version("torch"), _version("torchvision")
+    for need in map(_requirement, built and metadata.requires("torchvision") or []):
+        if version and need.name == "torch" and not _fits(version, need):
+            words = f"built for torch {need.specifier}, but torch is {version}"
+            yield Finding("torchvision", words, PROBLEM, _BOTH)
 
 
 def _required(need: "Requirement") -> Finding:
@@ -101,17 +96,6 @@ def _required(need: "Requirement") -> Finding:
     return Finding(name, version)
 
 
-def torch_and_torchvision() -> Iterator[Finding]:
-    """Whether torchvision was built for this torch, as its own metadata say."""
-    version = _version("torch")
-    if version is None or _version("torchvision") is None:
-        return
-    for need in map(_requirement, metadata.requires("torchvision") or []):
-        if need.name == "torch" and not _fits(version, need):
-            words = f"built for torch {need.specifier}, but torch is {version}"
-            yield Finding("torchvision", words, PROBLEM, _BOTH)
-
-
 def detectron2() -> Iterator[Finding]:
     """Where Detectron2 comes from, and that its compiled part is not needed."""
     if find_spec("detectron2") is None:
@@ -120,39 +104,32 @@ def detectron2() -> Iterator[Finding]:
         return
     module = importlib.import_module("detectron2")
     origin = metadata.packages_distributions().get("detectron2", ["a folder on the path"])[0]
-    compiled = "with" if find_spec("detectron2._C") else "without"
-    yield Finding(
-        "detectron2",
-        f"{module.__version__} from {origin}, in {module.__path__[0]}; {compiled} its compiled "
-        "part _C, which is not needed",
-    )
+    words = f"{module.__version__} from {origin}, in {module.__path__[0]}; "
+    words += "with" if find_spec("detectron2._C") else "without"
+    yield Finding("detectron2", f"{words} its compiled part _C, which is not needed")
     try:
         importlib.import_module("detectron2.model_zoo")
     except Exception as error:
-        yield Finding(
-            "model_zoo",
-            f"detectron2.model_zoo cannot be imported with setuptools {_version('setuptools')} "
-            f"({_line(error)}); FisherTune does not use it",
-            WARNING,
-            "for code that does (the ViTDet example): pip install 'setuptools<81'",
-        )
+        words = f"detectron2.model_zoo cannot be imported ({_line(error)}) with setuptools "
+        words += f"{_version('setuptools')}; FisherTune does not use it"
+        remedy = "for code that does (the ViTDet example): pip install 'setuptools<81'"
+        yield Finding("model_zoo", words, WARNING, remedy)
 
 
 def extras() -> Iterator[Finding]:
     """The packages that only some commands need."""
-    groups: dict[str, list[Requirement]] = {}
-    for need in map(_requirement, _needs()[1]):
+    words: dict[str, list[str]] = {}
+    marks: dict[str, str] = {}
+    for need in _packages():
         if need.marker is not None:
-            groups.setdefault(str(need.marker).split('"')[1], []).append(need)
-    for extra, needs in groups.items():
-        words, mark = [], OK
-        for need in needs:
-            version = _version(need.name)
-            words.append(f"{need.name} {version or 'not installed'}")
+            extra, version = str(need.marker).split('"')[1], _version(need.name)
+            text = f"{need.name} {version or 'not installed'}"
             if version and not _fits(version, need):
-                words[-1] += f" ({need.specifier} is needed)"
-                mark = WARNING
-        yield Finding(f"[{extra}]", "; ".join(words), mark, f"pip install 'fishertune-d2[{extra}]'")
+                text, marks[extra] = f"{text} ({need.specifier} is needed)", WARNING
+            words.setdefault(extra, []).append(text)
+    for extra, texts in words.items():
+        remedy = f"pip install 'fishertune-d2[{extra}]'"
+        yield Finding(f"[{extra}]", "; ".join(texts), marks.get(extra, OK), remedy)
 
 
 def registration() -> Iterator[Finding]:
@@ -170,21 +147,17 @@ def devices() -> Iterator[Finding]:
     """The GPUs, and whether this torch can use them."""
     import torch
 
-    kinds = (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip))
-    named = [f"{kind} {version}" for kind, version in kinds if version]
-    built = f"torch is built for {named[0] if named else 'CPUs'}"
+    cuda, rocm = torch.version.cuda, torch.version.hip
+    built = "torch is built for " + (f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPUs")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(index)
+        words = f"{about.name}, {about.total_memory / _GB:.0f} GB, "
+        words += f"capability {about.major}.{about.minor}; {built}"
+        yield Finding(f"GPU {index}", words)
+        torch.ones(1, device=index).add_(1).cpu()  # fails if torch has no code for the GPU
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            about = torch.cuda.get_device_properties(index)
-            memory, capability = (
-                f"{about.total_memory / _GB:.0f} GB",
-                f"{about.major}.{about.minor}",
-            )
-            words = f"{about.name}, {memory}, capability {capability}; {built}"
-            yield Finding(f"GPU {index}", words)
-            torch.ones(1, device=index).add_(1).cpu()  # fails if torch has no code for the GPU
         return
-    driver, oldest = _driver(), OLDEST_DRIVERS.get(_first(torch.version.cuda))
+    driver, oldest = _driver(), OLDEST_DRIVERS.get(_first(cuda))
     if driver is None:
         yield Finding("GPU", f"none, so add MODEL.DEVICE cpu to a command; {built}")
     elif driver and oldest and _first(driver) < oldest:
@@ -192,18 +165,17 @@ def devices() -> Iterator[Finding]:
         remedy = "update the driver, or take the torch and torchvision that INSTALL.md names for it"
         yield Finding("GPU", words, WARNING, remedy)
     else:
-        yield Finding(
-            "GPU",
-            f"NVIDIA's driver is there, but torch sees no GPU; {built}",
-            WARNING,
+        words = f"NVIDIA's driver is there, but torch sees no GPU; {built}"
+        remedy = (
             "see that nvidia-smi lists the GPU, that CUDA_VISIBLE_DEVICES does not hide it, and "
             "that its CUDA version is not below torch's; else update the driver, or take another "
-            "build of torch and torchvision",
+            "build of torch and torchvision"
         )
+        yield Finding("GPU", words, WARNING, remedy)
 
 
 def resources() -> Iterator[Finding]:
-    """Memory and disk."""
+    """Memory, disk, and the cores that this process may use."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     words = f"{total / _GB:.0f} GB"
     with suppress(OSError, KeyError):  # Linux alone; "available" includes caches that it would drop
@@ -222,10 +194,6 @@ def resources() -> Iterator[Finding]:
         words += f"; a checkpoint takes up to {_CHECKPOINT / _GB:.1f} GB (DINOv2-L, tuned in full)"
         mark = WARNING
     yield Finding("disk", words, mark, "make room, or set OUTPUT_DIR to another disk")
-
-
-def threads() -> Iterator[Finding]:
-    """The cores that this process may use, and torch's number of threads."""
     import torch
 
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
@@ -286,17 +254,15 @@ def datasets() -> Iterator[Finding]:
             yield Finding(dataset.name, f"{result.pairs} pairs, complete by number and size")
 
 
-CHECKS: list[Callable[[], Iterable[Finding]]] = [
+CHECKS = [
     package,
     python,
     requirements,
-    torch_and_torchvision,
     detectron2,
     extras,
     registration,
     devices,
     resources,
-    threads,
     weights,
     datasets,
 ]
@@ -321,14 +287,12 @@ def report(findings: Sequence[Finding], width: int = 100) -> str:
     lines = []
     for found in findings:
         start = f"{found.mark:>3}  {found.what:<{column}}  "
-        indent = " " * len(start)
-        texts = [(start, found.words)]
+        wrapper = textwrap.TextWrapper(width, start, " " * len(start), break_on_hyphens=False)
+        wrapper.break_long_words = False
+        lines += wrapper.wrap(found.words)
         if found.mark != OK and found.remedy:
-            texts.append((indent, f"-> {found.remedy}"))
-        for first, text in texts:
-            wrapper = textwrap.TextWrapper(width, first, indent, break_on_hyphens=False)
-            wrapper.break_long_words = False
-            lines += wrapper.wrap(text)
+            wrapper.initial_indent = wrapper.subsequent_indent
+            lines += wrapper.wrap(f"-> {found.remedy}")
     problems, notes = (sum(f.mark == mark for f in findings) for mark in (PROBLEM, WARNING))
     end = f"{problems} problems (x) that stop a run" if problems else "Nothing stops a run"
     return "\n".join([*lines, "", f"{end}; {notes} warnings (!)."])
@@ -358,6 +322,10 @@ def _needs() -> tuple[str, list[str]]:
     optional = project["optional-dependencies"].items()
     extra = [f'{need}; extra == "{name}"' for name, group in optional for need in group]
     return project["requires-python"], [*project["dependencies"], *extra]
+
+
+def _packages() -> list["Requirement"]:
+    return [_requirement(need) for need in _needs()[1]]
 
 
 def _requirement(text: str) -> "Requirement":

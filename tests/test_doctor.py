@@ -103,9 +103,9 @@ def test_what_is_there_and_broken_is_a_problem(monkeypatch, tmp_path):
 
 
 def test_torch_must_be_the_one_that_torchvision_was_built_for(monkeypatch):
-    assert not _of(doctor.torch_and_torchvision)
+    assert _of(doctor.requirements)["torchvision"].mark == OK
     _fake_versions(monkeypatch, torch="2.6.0+cpu", torchvision="0.99")
-    found = _of(doctor.torch_and_torchvision)["torchvision"]
+    found = _of(doctor.requirements)["torchvision"]
     assert found.mark == PROBLEM and "but torch is 2.6.0+cpu" in found.words
     assert "both from one index" in found.remedy
 
@@ -160,7 +160,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch, tmp_path):
 
 def test_more_threads_than_cores_are_a_warning(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
-    assert _of(doctor.threads)["cores"].mark == WARNING
+    assert _of(doctor.resources)["cores"].mark == WARNING
 
 
 def test_a_disk_that_holds_no_checkpoint_is_a_warning(monkeypatch):
