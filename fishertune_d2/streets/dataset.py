@@ -15,7 +15,6 @@ round the last bit of an image differently, but not of a label.
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -98,27 +97,17 @@ def write_streets(
     root.parent.mkdir(parents=True, exist_ok=True)
     growing = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        jobs = [
-            (split, domain, index)
-            for (split, domain), count in counts.items()
-            for index in range(count)
-        ]
+        jobs = [(*part, index) for part, count in counts.items() for index in range(count)]
         for split, domain in counts:
             for kind in ("leftImg8bit", "gtFine"):
                 (growing / kind / split / domain).mkdir(parents=True)
-        quiet = not (progress and sys.stderr.isatty())
         work = partial(_write_one, growing, size)
         # "spawn": a caller may have threads (torch does), which are broken in a forked child.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(
-                tqdm(
-                    pool.map(work, jobs, chunksize=4),
-                    total=len(jobs),
-                    disable=quiet,
-                    desc=f"Generating street scenes in {root}",
-                    unit="image",
-                )
-            )
+            written = pool.map(work, jobs, chunksize=4)
+            about = f"Generating street scenes in {root}"
+            quiet = None if progress else True  # None: a bar only on a terminal
+            list(tqdm(written, about, len(jobs), disable=quiet, unit="image"))
         (growing / VERSION_FILE).write_text(GENERATOR_VERSION + "\n")
         growing.chmod(0o755)  # mkdtemp makes it private
         _move_in_place(growing, root)
@@ -157,11 +146,11 @@ def _is_current(root: Path) -> bool:
     return marker.is_file() and marker.read_text().strip() == GENERATOR_VERSION
 
 
-def ensure_streets(root: Path) -> Path:
+def ensure_streets(root: Path, counts: Mapping[tuple[str, str], int] = COUNTS) -> Path:
     """Generates the data set at ``root`` unless it exists in this version; returns ``root``."""
     root = Path(root)
     if not _is_current(root):
-        write_streets(root)
+        write_streets(root, counts=counts)
     return root
 
 
@@ -169,6 +158,12 @@ def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description="Write the built-in street scenes.")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument(
+        "--images",
+        type=int,
+        help="images in each split and domain (default: 240 to train on, 40 for each test set)",
+    )
     arguments = parser.parse_args()
-    root = ensure_streets(arguments.output)
+    counts = COUNTS if arguments.images is None else dict.fromkeys(COUNTS, arguments.images)
+    root = ensure_streets(arguments.output, counts)
     print(f"Street scenes (generator version {GENERATOR_VERSION}) are in {root.resolve()}")
