@@ -1,4 +1,4 @@
-"""What the tests of several rooms share: real data, small ViTs of every layout, images, a loss."""
+"""Fixtures of several rooms: real data, small ViTs of every layout, images, a loss."""
 
 import os
 import shutil
@@ -18,13 +18,13 @@ from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
 from fishertune_d2.streets.dataset import DOMAINS, GENERATOR_VERSION, VERSION_FILE
 
 CLASSES = 3
-# Where the tests' models are: "cpu", or "cuda" on a machine with a GPU.
+# The device of the tests' models: "cpu", or "cuda" on a machine with a GPU.
 DEVICE = os.environ.get("FISHERTUNE_TEST_DEVICE", "cpu")
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """MODEL.DEVICE of the tests that run on a GPU as on a CPU; FISHERTUNE_TEST_DEVICE chooses."""
+    """The value of FISHERTUNE_TEST_DEVICE, for the tests that can run on a GPU."""
     return DEVICE
 
 
@@ -40,10 +40,10 @@ def shared_dir() -> Path:
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A copy of the checkout, without data and what runs wrote, that a test may write into."""
-    passed_over = (".*", "datasets", "outputs", "build", "dist", "__pycache__", "*.egg-info")
+    """A copy of the checkout, without data and outputs of runs. A test may write into it."""
+    left_out = (".*", "datasets", "outputs", "build", "dist", "__pycache__", "*.egg-info")
     root, copy = Path(__file__).resolve().parents[1], tmp_path / "checkout"
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*passed_over))
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*left_out))
     (copy / "datasets").mkdir()
     shutil.copy(root / "datasets/README.md", copy / "datasets")
     return copy
@@ -51,7 +51,7 @@ def checkout(tmp_path) -> Path:
 
 @pytest.fixture
 def furnished(checkout) -> Path:
-    """That copy, with tiny data and weights: streets, two cities of three classes."""
+    """A copy of the checkout with tiny data (streets, two cities of three classes) and weights."""
     rng = np.random.default_rng(0)
 
     def draw(image: Path, label: Path, classes: int) -> None:
@@ -80,7 +80,7 @@ def furnished(checkout) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_head, device) -> list[str]:
-    """What makes a training through train_net.py a matter of seconds: keys and values in turn."""
+    """Options that shorten a training through train_net.py to seconds: keys and values in turn."""
     keys = tiny_head | {
         "MODEL.DEVICE": device,
         "MODEL.VFM.NAME": "tiny",
@@ -103,7 +103,7 @@ def tiny_run(tiny_head, device) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_head() -> dict[str, int]:
-    """The keys of a Mask2Former head of three classes that a test can afford."""
+    """The keys of a small Mask2Former head with three classes."""
     return {
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES": CLASSES,
         "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
@@ -121,7 +121,7 @@ def tiny_head() -> dict[str, int]:
 
 @pytest.fixture
 def one_thread():
-    """Threads cost more than they save on tensors this small."""
+    """Sets one thread: on tensors this small, threads cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -130,7 +130,7 @@ def one_thread():
 
 @pytest.fixture
 def vit(device) -> Callable[..., nn.Module]:
-    """Returns a function that builds a classifier of two blocks, the same at every call."""
+    """Returns a function that builds the same classifier of two blocks at every call."""
 
     def make(family: str = "vit", dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
@@ -140,7 +140,7 @@ def vit(device) -> Callable[..., nn.Module]:
 
 
 def _eva(**options) -> nn.Module:
-    # Without QK normalisation and with rotary embeddings, as EVA-02's models are.
+    # Like EVA-02: no QK normalisation, rotary embeddings.
     return timm.models.eva.Eva(
         img_size=32, patch_size=8, num_classes=CLASSES, embed_dim=24, depth=2, num_heads=2,
         use_rot_pos_emb=True, **options,
@@ -160,7 +160,7 @@ _FAMILIES = {
     "packed SwiGLU": lambda: _plain(mlp_layer=timm.layers.SwiGLUPacked),
     "fused qkv, separate biases": lambda: _eva(qkv_fused=True, swiglu_mlp=True),
     "separate q, k, v and SwiGLU": lambda: _eva(qkv_fused=False, swiglu_mlp=True, scale_mlp=True),
-    # Windows of 3 x 3 patches on a map of 4 x 4: padded, and folded into the batch.
+    # Windows of 3 x 3 patches on a map of 4 x 4 are padded and folded into the batch.
     "windowed attention": lambda: timm.models.VisionTransformerSAM(
         img_size=32, patch_size=8, num_classes=CLASSES, embed_dim=24, depth=2, num_heads=2,
         window_size=3, global_attn_indexes=(1,), use_rel_pos=True, neck_chans=8,
@@ -170,13 +170,13 @@ _FAMILIES = {
 
 @pytest.fixture(params=list(_FAMILIES))
 def family(request) -> str:
-    """Every way in which a ViT's candidates are laid out."""
+    """Each layout of a ViT's candidates in turn."""
     return request.param
 
 
 @pytest.fixture
 def images(device) -> Callable[[int], list[tuple[torch.Tensor, int]]]:
-    """Returns a function that draws (image, class) pairs, the same at every call."""
+    """Returns a function that draws the same (image, class) pairs at every call."""
 
     def draw(count: int) -> list[tuple[torch.Tensor, int]]:
         generator = torch.Generator().manual_seed(1)
@@ -188,7 +188,7 @@ def images(device) -> Callable[[int], list[tuple[torch.Tensor, int]]]:
 
 @pytest.fixture
 def loss() -> Callable[[nn.Module, Sequence], torch.Tensor]:
-    """Cross entropy of each image."""
+    """The cross entropy of each image."""
 
     def cross_entropy(model: nn.Module, batch: Sequence) -> torch.Tensor:
         pixels = torch.stack([image for image, _ in batch])
@@ -209,28 +209,28 @@ _SMALL_FAMILIES = {
     "clip_vitl": {},  # a norm before the blocks, quick GELU
     "mae_vitl": {},
     "sam_vith": {"global_attn_indexes": (2, 5), "window_size": 3},
-    "eva02_vitl": {},  # rotary positions, query, key and value apart, a norm inside the SwiGLU
-    "eva02_clip_vitl": {},  # and one inside the attention
+    "eva02_vitl": {},  # rotary positions, separate query, key, value, a norm in the SwiGLU
+    "eva02_clip_vitl": {},  # as eva02_vitl, with a norm inside the attention too
 }
 
 
 @pytest.fixture(params=_SMALL_FAMILIES)
 def small_family(request, monkeypatch) -> str:
-    """The name of a row whose model has 6 blocks of 64 channels for the time of a test."""
+    """The name of a VFM whose model has 6 blocks of 64 channels during the test."""
     return _shrink(request.param, monkeypatch)
 
 
 def _shrink(name: str, monkeypatch) -> str:
-    row = VFMS[name]
-    options = {**row.options, **_SMALL, **_SMALL_FAMILIES[name]}
-    taps = (1, 2, 4, 5) if row.taps else ()
-    monkeypatch.setitem(VFMS, name, replace(row, options=options, taps=taps))
+    vfm = VFMS[name]
+    options = {**vfm.options, **_SMALL, **_SMALL_FAMILIES[name]}
+    taps = (1, 2, 4, 5) if vfm.taps else ()
+    monkeypatch.setitem(VFMS, name, replace(vfm, options=options, taps=taps))
     return name
 
 
 @pytest.fixture
 def small(monkeypatch) -> Callable[..., VFMBackbone]:
-    """Builds the tiny model of a family, all of its numbers random and none equal."""
+    """Returns a function that builds the small model of a VFM with random weights, none equal."""
 
     def build(name: str, weights: str = "random", seed: int = 0, **kwargs) -> VFMBackbone:
         if VFMS[name].options.get("depth") != _SMALL["depth"]:
@@ -239,7 +239,7 @@ def small(monkeypatch) -> Callable[..., VFMBackbone]:
         kwargs = {"img_size": (70, 70), "patch_size": 14} | kwargs
         backbone = VFMBackbone(name=name, weights=str(weights), **kwargs).eval()
         if weights == "random":
-            # As they are initialised, norms, biases and LayerScale are all alike.
+            # The initial values of norms, biases and LayerScale are all equal.
             for parameter in backbone.parameters():
                 parameter.data += 0.1 * torch.randn_like(parameter)
         return backbone

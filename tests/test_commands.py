@@ -1,12 +1,12 @@
-"""Every command in the documents: it can be typed as it stands, and it is run, or says why not.
+"""Every command in the documents can be typed as it stands; it runs, or a comment says why not.
 
-* Every command, also one in the middle of a sentence or in a config's head, must parse: its program
-  and its config exist, it has the options, the config has the keys.
-* A command in a block of its own is run, in the order of the document, in a copy of the checkout
-  with tiny data: trainings and plans are shortened by options, the bench is asked what it would
-  do. Not run is what a comment beside it says "needs" something for (a GPU, data), a training on
-  data that are not built in, a benchmark whose comment says how many minutes it takes, what
-  installs things, and a pattern such as ``--seeds N ...``.
+* Every command, also in a sentence or in the head of a config, parses: its program and config
+  exist, the program knows the options, the config knows the keys.
+* The commands in blocks run in the order of the document, in a copy of the checkout with tiny data.
+  Options shorten trainings and plans, and the bench prints its plan only. Some commands do not run:
+  those whose comment says that they need something (a GPU, data), trainings on data that are not
+  built in, benchmarks whose comment says how many minutes they take, commands that install
+  something, and patterns such as ``--seeds N ...``.
 """
 
 import argparse
@@ -59,18 +59,11 @@ PARSE = argparse.ArgumentParser.parse_args
 
 
 class _Parsed(Exception):
-    """Stops a program after its command line was read."""
+    """Stops a program once it has read its command line."""
 
 
 def parse(words: Sequence[str]) -> None:
-    """Lets a program read its command line, and reads its config with the keys; runs nothing.
-
-    Args:
-        words: of the command, in the root of the checkout.
-
-    Raises:
-        ValueError: says what is wrong.
-    """
+    """Reads the command line and its config; raises a ValueError that says what is wrong."""
     program, *rest = words
     if program == "torchrun":
         parsed = _read(get_args_parser(), rest)
@@ -92,7 +85,7 @@ def parse(words: Sequence[str]) -> None:
     elif program in PYTHONS:
         script = "train_net.py" if rest[0] in WRITTEN else rest[0]
         _require(script)
-        if script == "tools/fake_cuda":  # runs what the other words say
+        if script == "tools/fake_cuda":  # it runs the command in the other words
             with patch.object(sys, "path", ["tools", *sys.path]):
                 return parse(["python", *rest[1:]])
         _parse_program(script, "".join(_sources(Path(script))), rest[1:])
@@ -101,17 +94,19 @@ def parse(words: Sequence[str]) -> None:
 
 
 def _sources(script: Path) -> Iterator[str]:
-    """The text of a script or of a folder that runs as one.
+    """The text of a script, or of the files of a folder that runs as one.
 
-    Of a script that is but a door, also the text of the package's module that runs for it.
+    If a script only imports `run` from a module of the package, the module's text follows.
     """
     if script.is_dir():
         yield from (file.read_text() for file in script.glob("*.py"))
         return
     yield script.read_text()
-    door = re.search(r"^from (fishertune_d2[.\w]*) import run$", script.read_text(), re.MULTILINE)
-    if door:
-        yield Path(find_spec(door[1]).origin).read_text()
+    imported = re.search(
+        r"^from (fishertune_d2[.\w]*) import run$", script.read_text(), re.MULTILINE
+    )
+    if imported:
+        yield Path(find_spec(imported[1]).origin).read_text()
 
 
 def _parse_module(name: str, arguments: Sequence[str]) -> None:
@@ -134,12 +129,12 @@ def _parse_program(program: str, text: str, arguments: Sequence[str]) -> None:
     try:
         parsed = _stop_when_read(program, arguments)
     except ValueError as error:
-        # A mention of "export delta" in a sentence leaves the rest out.
+        # A sentence that mentions "export delta" leaves out the rest.
         if "required" in str(error):
             return
         raise
     config = getattr(parsed, "config_file", None)
-    if config and not str(config).startswith("outputs/"):  # those, a run before has written
+    if config and not str(config).startswith("outputs/"):  # an earlier run writes those
         try:
             config = find_config(str(config))
         except FileNotFoundError:
@@ -195,14 +190,14 @@ def _require(path: str) -> None:
 
 
 def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
-    """The words to run for a command, None for one that is not run.
+    """The words to run for a command; None for a command that does not run.
 
     Args:
-        command: of a block.
-        tiny: keys and values that make a training short.
+        command: A command of a block.
+        tiny: Keys and values that make a training short.
 
     Raises:
-        ValueError: if it would take long and does not say so.
+        ValueError: If the command takes long and its comment does not say so.
     """
     words = list(command.words)
     if command.pattern or words[0] in NOT_HERE:
@@ -211,7 +206,7 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
         told = "needs " in command.said or _tells_time(command)
         if not told and "--report" not in words:
             raise ValueError("say in a comment what data it needs, or how long it takes")
-        # A report needs neither data nor time, but would write into docs/.
+        # A report needs neither data nor time, but it would write into docs/.
         return [*(word for word in words[2:] if word != "--report"), "--dry-run"]
     if "needs " in command.said:
         return None
@@ -242,7 +237,7 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
 
 
 def _needs_data(words: Sequence[str]) -> bool:
-    """Whether the command's config trains on what is not built in, as its head says then."""
+    """Whether the command's config trains on data that are not built in."""
     names = [word for word in words if word.endswith(".yaml")]
     configs = [str(ROOT / name) if (ROOT / name).is_file() else name for name in names]
     trained = [name for path in configs for name in read_config(path).DATASETS.TRAIN]
@@ -250,7 +245,7 @@ def _needs_data(words: Sequence[str]) -> bool:
 
 
 def recipe(command: Command) -> list[Command]:
-    """The trainings that a target of the Makefile stands for."""
+    """The trainings that a target of the Makefile starts."""
     if command.words[0] != "make":
         return []
     rules = (ROOT / "Makefile").read_text()
@@ -305,7 +300,7 @@ def test_a_slip_is_found(line, wrong, monkeypatch):
         parse(make_command(line, "here").words)
 
 
-def test_what_is_run_and_what_is_not(tiny_run):
+def test_shortened_chooses_the_commands_that_run(tiny_run):
     body = """
 python benchmarks/scaling.py --show docs/results/scaling.json
 for method in full freeze; do
@@ -353,7 +348,7 @@ def test_it_runs_or_says_what_it_needs(path, furnished, tiny_run):
     child.start()
     child.join()
     assert child.exitcode == 0, (furnished / "said.txt").read_text()[-4000:]
-    # Tables of what lies in a folder: "| in `outputs/demo/` | |", and a line for each file.
+    # Tables of a folder's files: "| in `outputs/demo/` | |", then a line for each file.
     tables = re.findall(r"^\| in `(.+?)/`.*\n\|.*\n((?:\|.*\n)+)", (ROOT / path).read_text(), re.M)
     for folder, lines in tables:
         for name in re.findall(r"`([a-z_]+(?:\.\w+|/))`", lines):
@@ -361,12 +356,12 @@ def test_it_runs_or_says_what_it_needs(path, furnished, tiny_run):
 
 
 def _run_all(checkout: Path, commands: Sequence[tuple[str, list[str]]]) -> None:
-    """Runs commands one after the other; exits with 1 at the first that fails."""
+    """Runs commands in turn; exits with 1 at the first that fails."""
     os.chdir(checkout)
     os.environ |= {"DETECTRON2_DATASETS": "datasets", "FISHERTUNE_CACHE": str(checkout / "cache")}
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    tqdm.set_lock(threading.RLock())  # its own, between processes, outlives one that is killed
+    tqdm.set_lock(threading.RLock())  # tqdm's own stays locked if a process is killed
     with open("said.txt", "w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         for where, (program, *arguments) in commands:
             print(f"{where}: {program} {shlex.join(arguments)}")
@@ -381,7 +376,7 @@ def _run_all(checkout: Path, commands: Sequence[tuple[str, list[str]]]) -> None:
 
 
 def _forget_logs() -> None:
-    """Lets the next command set up logging as in a process of its own."""
+    """Removes the log handlers, so that the next command sets up logging as in a new process."""
     setup_logger.cache_clear()
     for name in ("detectron2", "fvcore", "fishertune_d2"):
         logging.getLogger(name).handlers.clear()
@@ -399,6 +394,6 @@ def _run(program: str, arguments: Sequence[str]) -> None:
             choices = {name: {"rate": 1.0} for name in entry_names()}
             (place / "choices.json").write_text(json.dumps(choices))  # as after a search
     delta = Path("outputs/demo/delta.safetensors")
-    if delta.exists():  # and in the hands of who was given it
+    if delta.exists():  # the recipient of a delta has it in the working folder
         shutil.copy(delta, delta.name)
     start(program, arguments)

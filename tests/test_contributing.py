@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says, done in a copy of the checkout; no other file is touched."""
+"""The examples of CONTRIBUTING.md work in a copy of the checkout, and change no other file."""
 
 import os
 import re
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 METHOD, VFM_ROW, DATASET_ROW, BENCH_ENTRY = BLOCKS
-# Where each row goes: the file, and the line that opens its table.
+# Entry of a table: the file that it belongs to, and the line that opens the table.
 TABLES = {
     VFM_ROW: ("fishertune_d2/modeling/vfm_table.py", "VFMS: dict[str, VFM] = {\n"),
     DATASET_ROW: (
@@ -36,12 +36,12 @@ TABLES = {
 
 @pytest.fixture
 def extended(checkout) -> Path:
-    """The copy with all that the page adds to it."""
+    """The copy of the checkout with everything that the page adds."""
     (checkout / "fishertune_d2/tuning/saliency.py").write_text(METHOD)
-    for row, (file, opening) in TABLES.items():
+    for entry, (file, opening) in TABLES.items():
         assert file in TEXT
         before, after = (checkout / file).read_text().split(opening)
-        (checkout / file).write_text(before + opening + row + after)
+        (checkout / file).write_text(before + opening + entry + after)
     return checkout
 
 
@@ -76,7 +76,7 @@ def test_the_method_trains_on_the_data_set_through_the_real_trainer(extended, ti
     command = ["train_net.py", "--config-file", config, *options, "OUTPUT_DIR", "out"]
     _call(extended, *command, DETECTRON2_DATASETS="datasets", FISHERTUNE_CACHE=cache)
 
-    # The formula again, from the files that the run wrote.
+    # Recompute the formula from the run's files.
     out = extended / "out"
     estimate = FisherEstimate.load(out / "fisher.safetensors")
     start = torch.load(out / "model_warmup.pth", weights_only=True)["model"]
@@ -117,14 +117,14 @@ def test_the_examples_pass_the_linter(extended):
 
 
 def test_the_vfm_builds_and_gives_features(monkeypatch):
-    ((name, row),) = eval(f"{{{VFM_ROW}}}", vars(vfm_table)).items()
+    ((name, vfm),) = eval(f"{{{VFM_ROW}}}", vars(vfm_table)).items()
     assert name not in VFMS
-    public = timm.models.get_pretrained_cfg(row.timm_name)
-    assert (row.source, row.licence.lower()) == (public.url, public.license)
-    assert (3, row.img_size, row.img_size) == tuple(public.input_size)
+    public = timm.models.get_pretrained_cfg(vfm.timm_name)
+    assert (vfm.source, vfm.licence.lower()) == (public.url, public.license)
+    assert (3, vfm.img_size, vfm.img_size) == tuple(public.input_size)
 
-    small = {**row.options, "embed_dim": 64, "depth": 6, "num_heads": 2}
-    monkeypatch.setitem(VFMS, name, replace(row, options=small))
+    small = {**vfm.options, "embed_dim": 64, "depth": 6, "num_heads": 2}
+    monkeypatch.setitem(VFMS, name, replace(vfm, options=small))
     backbone = VFMBackbone(name=name, weights="random", img_size=(48, 64), patch_size=0)
     maps = backbone(torch.rand(2, 3, 48, 64))
     assert {level: tuple(m.shape) for level, m in maps.items()} == {
