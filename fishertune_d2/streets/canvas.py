@@ -10,6 +10,7 @@ gives the label, depth and world position of every pixel.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -32,6 +33,8 @@ SUBPIXEL_BITS = 4  # of the coordinates passed to OpenCV
 SNOW_COVER = {ROAD: 0.72, SIDEWALK: 0.9, TERRAIN: 0.97, VEGETATION: 0.8}
 SNOW: Colour = (228, 232, 240)
 
+Value = float | Sequence[float]
+"""The number of a surface, or a colour."""
 Cutout = tuple[np.ndarray, np.ndarray, int]
 """A shape (N, 3) in world coordinates, its colour (3,), and its train id."""
 
@@ -96,9 +99,17 @@ class Projection:
         y = (np.arange(self.size[1], dtype=np.float32) - self.centre[1]) / self.focal
         return x[None, :].astype(np.float32), y[:, None].astype(np.float32)
 
+    def world_rays(self) -> list[np.ndarray]:
+        """Returns the x, y and z per unit of depth of each pixel in the world, (H, W) float32."""
+        x, y = self.rays()
+        axes = self.axes.astype(np.float32)
+        return [axes[0, k] * x + axes[1, k] * y + axes[2, k] for k in range(3)]
+
 
 def clip_near(seen: np.ndarray) -> np.ndarray:
     """Cuts a polygon (N, 3) in camera coordinates at the near plane; returns the far part."""
+    if seen[:, 2].min() >= NEAR:
+        return seen
     kept = []
     for here, after in zip(seen, np.roll(seen, -1, axis=0), strict=True):
         inside, next_inside = here[2] >= NEAR, after[2] >= NEAR
@@ -148,10 +159,8 @@ class Canvas:
 
     def shade(self, normal: tuple[float, float, float] | None) -> np.ndarray:
         """Returns the light (3,) on a surface with this world normal (None: a round surface)."""
-        if normal is None:
-            normal, soften = (0.0, 0.3, -0.4), 0.5
-        else:
-            soften = 0.0
+        soften = 0.5 if normal is None else 0.0
+        normal = normal or (0.0, 0.3, -0.4)
         ambient = 0.80 + 0.17 * normal[1] + 0.07 * normal[0] - 0.04 * normal[2]
         if self.sun is None:
             return np.full(3, ambient)
@@ -183,31 +192,47 @@ class Canvas:
         points = np.asarray(points, dtype=np.float64)
         if normal is not None and float(np.dot(normal, self.eye - points[0])) <= 0:
             return None
-        seen = self._see(points)
-        if seen[:, 2].min() < NEAR:
-            seen = clip_near(seen)
-            if len(seen) < 3:
-                return None
+        seen = clip_near(self._see(points))
+        if len(seen) < 3:
+            return None
         pixels = self._pixels(seen)
         if self._outside(pixels):
             return None
+        fill = partial(_fill, pixels, convex)
         shade = self.shade(normal)
-        fill: Callable[..., object] = cv2.fillConvexPoly if convex else _fill
         up = normal is not None and normal[1] > 0.3
         if colour is not None:
             albedo = np.array(colour)
             if up and self.snow and label != VOID:
                 cover = SNOW_COVER.get(label, 0.85)
                 albedo = albedo * (1 - cover) + np.array(SNOW) * cover
-            lit = np.minimum(albedo * shade, 255).tolist()
-            fill(self.colour, pixels, lit, shift=SUBPIXEL_BITS)
-        if self.glow is not None:
-            fill(self.glow, pixels, glow or (0, 0, 0), shift=SUBPIXEL_BITS)
-        fill(self.ids, pixels, len(self.classes), shift=SUBPIXEL_BITS)
-        self.classes.append(label)
-        self.planes.append(_inverse_depth(seen))
-        self.faces_up.append(up)
+            fill(self.colour, np.minimum(albedo * shade, 255).tolist())
+        self.add(fill, label, _inverse_depth(seen), up, glow or (0, 0, 0))
         return shade
+
+    def add(
+        self,
+        fill: Callable[[np.ndarray, Value], None],
+        label: int,
+        plane: tuple[float, float, float],
+        up: bool = False,
+        glow: Colour = (0, 0, 0),
+    ) -> None:
+        """Adds a surface, whose colour is painted already.
+
+        Args:
+            fill: Paints a value into the pixels of the surface.
+            label: Train id.
+            plane: See `_inverse_depth`.
+            up: Whether it faces up.
+            glow: Emitted light when lamps are on.
+        """
+        if self.glow is not None:
+            fill(self.glow, glow)
+        fill(self.ids, len(self.classes))
+        self.classes.append(label)
+        self.planes.append(plane)
+        self.faces_up.append(up)
 
     def details(
         self,
@@ -255,14 +280,9 @@ class Canvas:
         for index, (_, _, label) in enumerate(parts):
             if not ahead[index]:  # it reaches behind the camera
                 continue
-            outline = [pixels[starts[index] : starts[index + 1]]]
-            cv2.fillPoly(self.colour, outline, lit[index], shift=SUBPIXEL_BITS)
-            cv2.fillPoly(self.ids, outline, len(self.classes), shift=SUBPIXEL_BITS)
-            if self.glow is not None:
-                cv2.fillPoly(self.glow, outline, (0, 0, 0), shift=SUBPIXEL_BITS)
-            self.classes.append(label)
-            self.planes.append((0.0, 0.0, 1 / float(depths[index])))
-            self.faces_up.append(False)
+            fill = partial(_fill, pixels[starts[index] : starts[index + 1]], False)
+            fill(self.colour, lit[index])
+            self.add(fill, label, (0.0, 0.0, 1 / float(depths[index])))
 
     def haze(self, points: np.ndarray, colour: Colour, label: int, share: float) -> None:
         """Paints a surface (N, 3), maybe not convex, that covers only a share of its background."""
@@ -282,9 +302,7 @@ class Canvas:
         """Leaves only a share of the light inside convex ground polygons (N, 3): shadows."""
         mask = np.zeros(self.ids.shape, np.uint8)
         for points in polygons:
-            seen = self._see(points)
-            if seen[:, 2].min() < NEAR:
-                seen = clip_near(seen)
+            seen = clip_near(self._see(points))
             if len(seen) >= 3:
                 hull = cv2.convexHull(self._pixels(seen))
                 cv2.fillConvexPoly(mask, hull, 255, shift=SUBPIXEL_BITS)
@@ -297,27 +315,20 @@ class Canvas:
     def finish(self) -> Painting:
         """Scales the picture down, and looks up label, depth and world position."""
         width, height = self.projection.size
-        colour = cv2.resize(self.colour, (width, height), interpolation=cv2.INTER_AREA)
-        colour = colour.astype(np.float32)
-        glow = np.zeros_like(colour)
-        if self.glow is not None:
-            glow = cv2.resize(self.glow, (width, height), interpolation=cv2.INTER_AREA)
-            glow = glow.astype(np.float32)
+        emitted = np.zeros_like(self.colour) if self.glow is None else self.glow
+        colour, glow = (
+            cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
+            for picture in (self.colour, emitted)
+        )
         ids = self.ids[::SCALE, ::SCALE]
         label = np.array(self.classes, np.uint8)[ids]
         planes = np.array(self.planes, np.float32)
         x, y = self.projection.rays()
         inverse = planes[:, 0][ids] * x + planes[:, 1][ids] * y + planes[:, 2][ids]
         depth = 1 / np.clip(inverse, 1e-4, 1 / NEAR)
-        axes = self.projection.axes.astype(np.float32)
-        world = np.stack(
-            [
-                depth * (axes[0, k] * x + axes[1, k] * y + axes[2, k])
-                + np.float32(self.projection.position[k])
-                for k in range(3)
-            ],
-            axis=-1,
-        )
+        eye = self.projection.position.astype(np.float32)
+        rays = self.projection.world_rays()
+        world = np.stack([depth * ray + place for ray, place in zip(rays, eye, strict=True)], -1)
         up = np.array(self.faces_up)[ids]
         depth[label == SKY] = np.inf
         return Painting(colour, glow, label, depth, world, up)
@@ -336,8 +347,11 @@ class Canvas:
         return high[0] < 0 or high[1] < 0 or low[0] >= columns or low[1] >= rows
 
 
-def _fill(picture: np.ndarray, pixels: np.ndarray, colour: Colour, shift: int) -> None:
-    cv2.fillPoly(picture, [pixels], colour, shift=shift)
+def _fill(pixels: np.ndarray, convex: bool, picture: np.ndarray, value: Value) -> None:
+    if convex:
+        cv2.fillConvexPoly(picture, pixels, value, shift=SUBPIXEL_BITS)
+    else:
+        cv2.fillPoly(picture, [pixels], value, shift=SUBPIXEL_BITS)
 
 
 def _inverse_depth(seen: np.ndarray) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from fishertune_d2.streets.canvas import Canvas, Painting, Projection
+from fishertune_d2.streets.canvas import Canvas, Painting, Projection, Value
 from fishertune_d2.streets.models import MODELS, SHADOWLESS
 from fishertune_d2.streets.world import (
     BUILDING,
@@ -97,8 +97,7 @@ def paint_sky(scene: Scene, look: Look, size: tuple[int, int], mirrored: bool) -
     """Paints (H, W, 3) uint8: a gradient from the horizon up, and clouds on a level ceiling."""
     projection = Projection(scene.camera, size)
     x, y = projection.rays()
-    axes = projection.axes.astype(np.float32)
-    right, rise, forward = (axes[0, k] * x + axes[1, k] * y + axes[2, k] for k in range(3))
+    right, rise, forward = projection.world_rays()
     rise = -rise if mirrored else rise
     height = np.clip(rise / np.sqrt(1 + x * x + y * y), 0, 1)
     blend = np.sqrt(np.clip(height * 1.6, 0, 1))[..., None]
@@ -146,21 +145,7 @@ def _paint_ground(canvas: Canvas, scene: Scene) -> None:
     up = (0.0, 1.0, 0.0)
     canvas.surface(plane, (108, 112, 84), TERRAIN, up)
     for strip in scene.strips + (scene.tracks if canvas.snow else []):
-        canvas.surface(
-            _outline(scene, strip),
-            _strip_colour(canvas, scene, strip),
-            strip.label,
-            up,
-            convex=False,
-        )
-
-
-def _strip_colour(canvas: Canvas, scene: Scene, strip: Strip) -> Colour:
-    """Returns a strip's colour, which snow may hide; wheel tracks in snow are slush."""
-    if canvas.snow and any(strip is track for track in scene.tracks):
-        # surface() adds its snow cover; a dark colour leaves the tracks grey.
-        return (0.0, 0.0, 0.0)
-    return strip.colour
+        canvas.surface(_outline(scene, strip), strip.colour, strip.label, up, convex=False)
 
 
 def _outline(scene: Scene, strip: Strip) -> np.ndarray:
@@ -239,11 +224,10 @@ def _paint_hood(canvas: Canvas, scene: Scene) -> None:
     share = int(2 * scene.camera.hood * rows)
     rng = np.random.default_rng([scene.seed, 2])
     body = np.minimum(rng.choice([40.0, 90.0, 150.0, 200.0]) * canvas.shade((0, 1, 0)), 230)
-    centre, axes = (columns // 2, rows), (int(columns * 0.62), share // 2)
-    for picture, value in ((canvas.colour, body.tolist()), (canvas.ids, len(canvas.classes))):
+
+    def fill(picture: np.ndarray, value: Value) -> None:
+        centre, axes = (columns // 2, rows), (int(columns * 0.62), share // 2)
         cv2.ellipse(picture, centre, axes, 0, 0, 360, value, -1)
-    if canvas.glow is not None:
-        cv2.ellipse(canvas.glow, centre, axes, 0, 0, 360, (0, 0, 0), -1)
-    canvas.classes.append(VOID)
-    canvas.planes.append((0.0, 0.0, 1.0))
-    canvas.faces_up.append(False)
+
+    fill(canvas.colour, body.tolist())
+    canvas.add(fill, VOID, plane=(0.0, 0.0, 1.0))

@@ -126,7 +126,8 @@ def _add_carriageway(draft: Draft) -> None:
     for index in range(-lanes, lanes):
         middle = (index + 0.5) * lane
         for offset in (middle - 0.75, middle + 0.75):
-            track = Strip(offset - 0.3, offset + 0.3, -4, VISIBLE, ROAD, asphalt)
+            # Slush: black under the snow cover that Canvas.surface adds.
+            track = Strip(offset - 0.3, offset + 0.3, -4, VISIBLE, ROAD, (0, 0, 0))
             draft.scene.tracks.append(track)
 
 

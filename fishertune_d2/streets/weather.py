@@ -63,17 +63,25 @@ def airlight(
     return image * through + light.astype(np.float32) * (1 - through)
 
 
+def _in_air(
+    image: np.ndarray, painting: Painting, visibility: float, light: np.ndarray, sky: float = 0.0
+) -> np.ndarray:
+    """Fades a painting's distant pixels as `airlight`; the sky is at ``sky`` metres."""
+    depth = np.where(painting.label == SKY, sky, painting.depth)
+    return airlight(image, depth, visibility, light)
+
+
+def _on_ground(tile: np.ndarray, painting: Painting, scale: float, offset: int) -> np.ndarray:
+    """Returns (H, W) numbers of a noise tile that lies on the ground, ``scale`` texels a metre."""
+    texel = (painting.world[..., [0, 2]] * scale).astype(np.int32) + offset
+    return tile[texel[..., 1] & 511, texel[..., 0] & 511]
+
+
 def _day(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
     """Applies clear air. The exposure follows the street, so the sky over a dark one burns out."""
-    sky = painting.label == SKY
-    clear = airlight(
-        painting.colour,
-        np.where(sky, 0, painting.depth),
-        rng.uniform(500, 4000),
-        np.array(look.horizon),
-    )
-    wanted = rng.uniform(78, 128)
-    return clear * np.clip(wanted / clear[~sky].mean(), 0.8, 2.2)
+    clear = _in_air(painting.colour, painting, rng.uniform(500, 4000), np.array(look.horizon))
+    wanted, mean = rng.uniform(78, 128), clear[painting.label != SKY].mean()
+    return clear * np.clip(wanted / mean, 0.8, 2.2)
 
 
 def _glare(painting: Painting, strength: float) -> np.ndarray:
@@ -115,7 +123,7 @@ def _night(painting: Painting, scene: Scene, look: Look, rng: np.random.Generato
     lit = painting.colour * light
     sky = painting.label == SKY
     lit[sky] = painting.colour[sky]
-    lit = airlight(lit, np.where(sky, 0, painting.depth), 500, np.array([16.0, 14, 14]))
+    lit = _in_air(lit, painting, 500, np.array([16.0, 14, 14]))
     return (lit + _glare(painting, 1.0)) * np.array([1.05, 0.98, 0.86], np.float32)
 
 
@@ -126,7 +134,7 @@ def _dusk(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator
     lit = painting.colour * light
     sky = painting.label == SKY
     lit[sky] = painting.colour[sky] * rng.uniform(0.7, 1.05)
-    lit = airlight(lit, np.where(sky, 0, painting.depth), 700, np.array([92.0, 80, 84]))
+    lit = _in_air(lit, painting, 700, np.array([92.0, 80, 84]))
     return lit + 0.5 * _glare(painting, 0.6)
 
 
@@ -149,19 +157,14 @@ def _rain(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator
     # Fresnel: water mirrors more at a flatter angle of view. Puddles are where the noise is high.
     steep = np.abs(painting.world[..., 1] - scene.camera.height) / np.maximum(painting.depth, 1)
     fresnel = 0.06 + 0.94 * np.clip(1 - steep, 0, 1) ** 5
-    texel = (painting.world[..., [0, 2]] * 9).astype(np.int32) + scene.seed % 97
-    puddle = noise_tile(1.7, 3)[texel[..., 1] & 511, texel[..., 0] & 511]
+    puddle = _on_ground(noise_tile(1.7, 3), painting, 9, scene.seed % 97)
     wet = np.clip(0.55 + 0.5 * puddle, 0.15, 1.0)
     wet = np.where(painting.label == TERRAIN, 0.15, wet)
     share = np.where(ground, fresnel * wet, 0).astype(np.float32)[..., None]
     image = image * (1 - share * 0.7) + mirror * share * 0.95
     image += 0.8 * _glare(painting, 0.5)
-    image = airlight(
-        image,
-        np.where(painting.label == SKY, 250, painting.depth),
-        rng.uniform(160, 320),
-        np.array([138.0, 144, 150]),
-    )
+    air = np.array([138.0, 144, 150])
+    image = _in_air(image, painting, rng.uniform(160, 320), air, sky=250)
     image += _streaks(rng, width, height)[..., None]
     return _lens_drops(image, rng)
 
@@ -197,14 +200,10 @@ def _snow(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator
     """Applies snow in the air and falling flakes; painting has covered the ground with snow."""
     grey = painting.colour.mean(axis=2, keepdims=True)
     image = (0.75 * painting.colour + 0.25 * grey) * rng.uniform(0.85, 1.02)
-    drift = noise_tile(1.3, 1)
-    texel = (painting.world[..., [0, 2]] * 4).astype(np.int32) + scene.seed % 89
-    patch = drift[texel[..., 1] & 511, texel[..., 0] & 511]
+    patch = _on_ground(noise_tile(1.3, 1), painting, 4, scene.seed % 89)
     image[painting.up] *= (1 + 0.05 * np.clip(patch, -2, 1))[painting.up][:, None]
     air = np.full(3, rng.uniform(188, 212)) + [-3, 0, 5]
-    image = airlight(
-        image, np.where(painting.label == SKY, 300, painting.depth), rng.uniform(90, 260), air
-    )
+    image = _in_air(image, painting, rng.uniform(90, 260), air, sky=300)
     height, width = painting.label.shape
     flakes = np.zeros((height * 2, width * 2), np.uint8)
     for _ in range(int(rng.uniform(1.5, 4.0) * width)):
