@@ -112,7 +112,7 @@ def require_same_protocol(
 ) -> None:
     """Refuses to compare scores of different protocols.
 
-    A fact that one of the runs does not record, as those of earlier versions, is not compared.
+    A fact is compared only if both runs recorded it; earlier versions recorded fewer.
 
     Args:
         results: the runs to compare.

@@ -19,30 +19,19 @@ TEST = "test"  # the folder below a run's own for its scores on the test sets
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One line of a study's table.
+    """One line of a study's table."""
 
-    Attributes:
-        run: The path below the study's folder, such as ``dinov2_vits/full@rate=0.3_43/test``.
-        entry: The method with its options, as the bench calls it.
-        vfm: The foundation model.
-        train: The data sets of the training.
-        seed: The seed.
-        rate: The learning rate of the backbone as a share of SOLVER.BASE_LR, if it was searched.
-        config: A digest of the config's keys that define the run; None if they were not recorded.
-        seconds: The wall time of the training, or of the scoring alone for scores on the test sets;
-            None if it was not recorded.
-        content: The content of ``results.json``.
-    """
-
-    run: str
-    entry: str
+    run: str  # the path below the study's folder, such as dinov2_vits/full@rate=0.3_43/test
+    entry: str  # the method with its options, as the bench calls it
     vfm: str
-    train: tuple[str, ...]
+    train: tuple[str, ...]  # the data sets of the training
     seed: int
-    rate: float | None
-    config: str | None
+    rate: float | None  # the backbone's learning rate as a share of BASE_LR, if it was searched
+    config: str | None  # a digest of the keys that define the run; None if not recorded
+    # The wall time of the training, or for scores on the test sets of the scoring alone; None if it
+    # was not recorded.
     seconds: float | None
-    content: Mapping[str, Any]
+    content: Mapping[str, Any]  # of results.json
 
     @property
     def tested(self) -> bool:

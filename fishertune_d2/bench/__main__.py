@@ -50,8 +50,10 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] = _TRAIN) 
         done = True
         if not args.report:
             task.require_ready()
-            runner = Runner(_find_launcher(args, task.request.output), train)
-            done = runner.run(task.cells, task.sets, task.folder)
+            launcher: Local | Submitit = Local(args.jobs)
+            if args.submitit is not None:
+                launcher = Submitit(task.request.output / "submitit", args.submitit)
+            done = Runner(launcher, train).run(task.cells, task.sets, task.folder)
         task.conclude()
         if args.save:
             task.save(args.save)
@@ -177,12 +179,6 @@ def _require_registered(entries: Sequence[Entry]) -> None:
         raise KeyError(
             f"no tuning method for {', '.join(unknown)}; there are {', '.join(entry_names())}"
         )
-
-
-def _find_launcher(args: argparse.Namespace, output: Path) -> Local | Submitit:
-    if args.submitit is None:
-        return Local(args.jobs)
-    return Submitit(output / "submitit", args.submitit)
 
 
 if __name__ == "__main__":

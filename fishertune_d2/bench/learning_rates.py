@@ -1,7 +1,7 @@
 """The search over the backbone's learning rate, the same for every entry.
 
 It chooses the value with the highest mean mIoU on the profile's dev sets, with one seed, and writes
-it to ``choices.json`` beside the cells. In a study's table the search follows from the runs.
+it to ``choices.json`` beside the cells. From a study's table the choices are computed again.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from fishertune_d2.analysis.study import TEST, read_table, split_place
+from fishertune_d2.analysis.study import read_table, split_place
 from fishertune_d2.files import whole_file
 from fishertune_d2.run import Results
 
@@ -106,17 +106,3 @@ def describe(name: str, choice: Choice) -> str:
     at_edge = len(tried) > 1 and choice["rate"] in (min(tried), max(tried))
     edge = "; at the edge, more values may be better" if at_edge else ""
     return f"{name}: {choice['rate']:g} of {scores}{edge}"
-
-
-def require_unseen(place: Path, names: Sequence[str]) -> None:
-    """Refuses a new search for entries that were scored on the test sets.
-
-    Raises:
-        ValueError: Some entries were; the message names them.
-    """
-    seen = [name for name in names if any(place.glob(f"{name}@*/{TEST}/results.json"))]
-    if seen:
-        raise ValueError(
-            f"{', '.join(seen)} in {place}: the test sets were scored with the chosen learning "
-            "rates, which stand. For a new search, name another --output"
-        )

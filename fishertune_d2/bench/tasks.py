@@ -17,7 +17,7 @@ from fishertune_d2.data import DatasetError, load_datasets
 from fishertune_d2.run import Results
 
 from .cells import DEV, Cell, digest, make_cells, needs_rate
-from .learning_rates import describe, read_choices, require_unseen, write_choices
+from .learning_rates import describe, read_choices, write_choices
 from .request import Request
 from .result_table import paper_numbers, read_lines, write_table
 from .runner import require_same_recipe
@@ -181,11 +181,20 @@ class Search(Train):
         return make_cells(one_seed, rates, [*frozen, *map(find_entry, names)])
 
     def require_ready(self) -> None:
-        """Also refuses entries that were scored on the test sets."""
+        """Also refuses entries that were scored on the test sets.
+
+        Raises:
+            ValueError: Some entries were; the message names them.
+        """
         super().require_ready()
         searched = list(dict.fromkeys(c.entry.name for c in self.cells if c.rate is not None))
-        for vfm in self.request.vfms:
-            require_unseen(self.request.place(vfm), searched)
+        for place in map(self.request.place, self.request.vfms):
+            seen = [n for n in searched if any(place.glob(f"{n}@*/{TEST}/results.json"))]
+            if seen:
+                raise ValueError(
+                    f"{', '.join(seen)} in {place}: the test sets were scored with the chosen "
+                    "learning rates, which stand. For a new search, name another --output"
+                )
 
     def conclude(self) -> None:
         """Chooses the learning rates, and prints them."""

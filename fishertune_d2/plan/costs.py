@@ -120,8 +120,7 @@ def _files(run: FakeRun, stages: list[Stage], trained: VFMSegmentor) -> dict[str
         weights = held_bytes(run.model("warmup").state_dict())
         files["model_warmup.pth"] = weights + memory["warmup"].optimizer
     if "estimation" in memory:
-        candidates = find_candidates(trained.backbone)
-        files["fisher.safetensors"] = estimator_bytes(Cost(), candidates)
+        files["fisher.safetensors"] = estimator_bytes(Cost(), find_candidates(trained.backbone))
     if "tuning" in memory and run.method.selects:
         # An index and a rank, of 8 bytes each.
         files["selection.safetensors"] = 16 * run.selected(trained)

@@ -36,7 +36,7 @@ def fake_model(cfg: CfgNode) -> VFMSegmentor:
     criterion = getattr(model.sem_seg_head, "criterion", None)
     if criterion is not None:  # Detectron2's heads match nothing
         criterion.match = match_in_order
-    # Beside the class's own method, for this model alone.
+    # Replaces the class's method for this model alone.
     vars(model)["features_and_targets"] = partial(_features_and_targets, model)
     return model
 
@@ -69,7 +69,7 @@ def padded_size(model: VFMSegmentor, size: tuple[int, int]) -> tuple[int, int]:
 
 @contextmanager
 def on_fake_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Moves a model from the meta device, for good, to a fake device, which new tensors share."""
+    """Moves a model from the meta device to a fake one, and makes new tensors fake, too."""
     with FakeTensorMode(allow_non_fake_inputs=True), WithoutValues():
         model.to_empty(device=device)
         yield
@@ -78,7 +78,8 @@ def on_fake_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 @contextmanager
 def fake_autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
     """Does what ``torch.autocast`` does, also for a GPU that does not exist; nothing for None."""
-    if dtype is None:
+    # The meta device has no autocast, and counts the same FLOPs without.
+    if dtype is None or device.type == "meta":
         yield
         return
     with warnings.catch_warnings():

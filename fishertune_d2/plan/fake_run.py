@@ -26,19 +26,12 @@ from .fake_model import fake_autocast, fake_batch, fake_model, fake_selection
 
 
 class Pass(NamedTuple):
-    """A forward and a backward pass; a step of a stage consists of some of them.
+    """A forward and a backward pass; a step of a stage consists of some of them."""
 
-    Attributes:
-        loss: computes the loss of the pass, or one loss for each image.
-        wanted: the tensors whose gradients the backward pass computes.
-        images: how many images it covers.
-        repeats: how often a step covers each of its images.
-    """
-
-    loss: Callable[[], Tensor]
-    wanted: Sequence[Tensor]
-    images: int
-    repeats: int = 1
+    loss: Callable[[], Tensor]  # computes the loss of the pass, or one loss for each image
+    wanted: Sequence[Tensor]  # the tensors whose gradients the backward pass computes
+    images: int  # how many images the pass covers
+    repeats: int = 1  # how often a step covers each of its images
 
 
 class FakeRun:
@@ -70,7 +63,7 @@ class FakeRun:
         return model
 
     def enter(self, name: str, model: VFMSegmentor) -> SelectedWeights | None:
-        """Prepares the model for a stage, for good; returns the selected weights of tuning."""
+        """Turns the model into that of a stage; returns the selected weights of tuning."""
         if name != "tuning":  # estimation begins as the warm-up leaves the model
             prepare_stage(model, "warmup", self.method, None)
             return None
@@ -94,13 +87,10 @@ class FakeRun:
 
     def one_pass(self, name: str, model: VFMSegmentor, device: torch.device) -> Pass:
         """The largest pass of a stage's step, for a model that has entered the stage."""
-        # The meta device has no autocast, and counts the same FLOPs without.
-        casts = device.type != "meta"
         if name == "estimation":
-            dtype = ESTIMATE_DTYPES[self._cfg.FISHER.PRECISION] if casts else None
+            dtype = ESTIMATE_DTYPES[self._cfg.FISHER.PRECISION]
             return self._estimation(model, fake_autocast(device, dtype))
-        dtype = autocast_dtype(self._cfg) if casts else None
-        return self._training(name, model, fake_autocast(device, dtype))
+        return self._training(name, model, fake_autocast(device, autocast_dtype(self._cfg)))
 
     def _training(self, name: str, model: VFMSegmentor, autocast: AbstractContextManager) -> Pass:
         images = largest_part(self.stages[name][1], self._cfg.SOLVER.ACCUMULATE)
@@ -134,7 +124,7 @@ class FakeRun:
 
 
 def stage_lengths(cfg: CfgNode, method: TuningMethod) -> dict[str, tuple[int, int]]:
-    """The steps and images of a run's stages, without those that it takes from another run."""
+    """The steps and images of a run's own stages, without those that another run made for it."""
     solver, fisher, tuning = cfg.SOLVER, cfg.FISHER, cfg.TUNING
     lengths = {}
     if tuning.WARMUP_ITERS > 0 and not tuning.WARMUP_CHECKPOINT:

@@ -1,8 +1,8 @@
 """FLOPs of a forward and a backward pass, counted by PyTorch on tensors without values.
 
 One multiply-add is one FLOP, as fvcore and most papers on vision count; PyTorch's FlopCounterMode
-counts it as two. The counter knows matrix products, convolutions and attention. Work number by
-number (norms, activations, resampling) is left out: it takes about a hundredth of a pass.
+counts it as two. The counter knows matrix products, convolutions and attention. Elementwise
+work (norms, activations, resampling) is left out: it takes about a hundredth of a pass.
 
 Autograd computes only the gradients that something needs, so frozen parts before the first trained
 weight cost no backward pass. Checkpointed blocks pay their forward pass twice. On the meta device

@@ -17,21 +17,13 @@ from .flops import Flops, count_flops
 
 @dataclass(frozen=True)
 class Inference:
-    """The cost of scoring one image.
+    """The cost of scoring one image."""
 
-    Attributes:
-        names: the test sets whose images have this size, or at most this size.
-        size: (height, width) in pixels; None where only the data will tell.
-        window: (height, width) of the part of an image that passes through the model at once.
-        windows: how many windows make an image; 1 where its size is not known.
-        flops: of one window.
-    """
-
-    names: tuple[str, ...]
-    size: tuple[int, int] | None
-    window: tuple[int, int]
-    windows: int
-    flops: Flops
+    names: tuple[str, ...]  # the test sets whose images have this size, or at most this size
+    size: tuple[int, int] | None  # (height, width) in pixels; None where only the data will tell
+    window: tuple[int, int]  # (height, width) of the part that passes through the model at once
+    windows: int  # how many windows make an image; 1 where its size is not known
+    flops: Flops  # of one window
 
 
 def plan_inference(cfg: CfgNode, model: VFMSegmentor, unknown: tuple[int, int]) -> list[Inference]:

@@ -42,7 +42,7 @@ class Memory:
 
 
 def held_bytes(value: object) -> int:
-    """Counts tensors in nested containers and dataclasses, each storage once, but no parameters."""
+    """Counts the tensors in nested containers and dataclasses, each storage once; no parameters."""
     return _bytes(each for each in _tensors(value) if not isinstance(each, nn.Parameter))
 
 
@@ -52,7 +52,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def saved_bytes(model: nn.Module, loss: Callable[[], object]) -> int:
-    """Counts the bytes that autograd saves for the backward pass, but for the model's own."""
+    """Counts the bytes that autograd saves for the backward pass, without the model's weights."""
     own = {_key(each) for each in [*model.parameters(), *model.buffers()]}
     alive: WeakSet[_Saved] = WeakSet()
 
@@ -90,8 +90,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 def estimator_bytes(cost: Cost, candidates: Sequence[Candidate]) -> int:
     """Counts the sums of F(x) and F(x'), and the estimator's extra tensors."""
-    parameters = {c.name: c.parameter for c in candidates}
-    numbers = sum(parameter.numel() for parameter in parameters.values())
+    # Several candidates may be parts of one parameter.
+    numbers = sum({c.name: c.parameter.numel() for c in candidates}.values())
     # F(x) and F(x') take turns, so the extra tensors exist once.
     return 4 * numbers * (2 * cost.kept + cost.extra)
 
