@@ -60,15 +60,7 @@ class ReinTokens(nn.Module):
         return self.learnable_tokens_a[block] @ self.learnable_tokens_b[block]
 
     def change(self, patches: Tensor, block: int) -> Tensor:
-        """The change of the patches after a block, without its factor ``scale``.
-
-        Args:
-            patches: (..., D); each patch has its own change.
-            block: its index.
-
-        Returns:
-            (..., D).
-        """
+        """The change of the patches, (..., D), after a block, without its factor ``scale``."""
         tokens = self.tokens(block)
         scores = F.linear(patches, tokens)
         return attend(patches, scores, tokens, self.mlp_token2feat, self.mlp_delta_f)
@@ -76,18 +68,8 @@ class ReinTokens(nn.Module):
     def after_block(
         self, block: int, prefix: int, module: nn.Module, args: tuple, output: Tensor
     ) -> Tensor:
-        """A forward hook: refines the patches; class token and registers stay unchanged.
-
-        Args:
-            block: its index.
-            prefix: the number of tokens before the patches.
-            module: the block.
-            args: its input.
-            output: its output, (B, prefix + n, D), or (B, h, w, D) without a prefix.
-
-        Returns:
-            The new output, for the next block and the pyramid.
-        """
+        """A forward hook: refines the patches; class token and registers stay unchanged."""
+        # (B, prefix + n, D), or (B, h, w, D) without a prefix.
         patches = output[:, prefix:]
         refined = patches + (self.scale * self.change(patches, block)).to(patches.dtype)
         return torch.cat([output[:, :prefix], refined], dim=1)
@@ -158,18 +140,8 @@ class Rein(AddingMethod):
         self.token_sizes = {"num_tokens": num_tokens, "rank": rank, "query_width": query_width}
 
     def build_module(self, backbone: VFMBackbone, head: nn.Module | None) -> ReinTokens:
-        """Builds the tokens, and makes them the queries of the head.
-
-        The head's learned queries, for example from a warm-up, are dropped.
-
-        Args:
-            backbone: a ``VFMBackbone``.
-            head: a ``Mask2FormerHead``; another head raises a ValueError. None to count only: then
-                ``transform`` and ``merge`` have no use and get no gradient.
-
-        Returns:
-            The tokens.
-        """
+        """Builds the tokens, and makes them the queries of the head, which must have queries."""
+        # Without a head, to count only, ``transform`` and ``merge`` get no gradient.
         vit = backbone.vit
         tokens = self.module(
             blocks=len(vit.blocks),

@@ -157,44 +157,31 @@ class Entries(nn.Module):
             self.shared.write()
         if not torch.is_grad_enabled():
             return dense
-        index = self.index[: self.active]
-        if compiling:  # torch.compile cannot trace the shared buffer of gradients
-            return _SelectedGradient.apply(self.values, dense, index)
-        return _SharedGradient.apply(self.values, dense, index, self)
+        # torch.compile cannot trace the shared buffer of gradients.
+        entries = None if compiling else self
+        return _SelectedGradient.apply(self.values, dense, self.index[: self.active], entries)
 
 
 class _SelectedGradient(torch.autograd.Function):
     """The identity on a dense weight; the selected entries of its gradient go to their values."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, dense: Tensor, index: Tensor) -> Tensor:
+    def forward(
+        ctx, values: Tensor, dense: Tensor, index: Tensor, entries: Entries | None
+    ) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.count = len(values)
-        return dense.view_as(dense)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        selected = gradient.new_zeros(ctx.count)
-        selected[: len(index)] = gradient.reshape(-1).index_select(0, index)
-        return selected, None, None
-
-
-class _SharedGradient(torch.autograd.Function):
-    """The same with one operator, into a buffer of zeros that all tensors share."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor, dense: Tensor, index: Tensor, entries: Entries) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.entries = entries
+        ctx.count, ctx.entries = len(values), entries
         return dense.view_as(dense)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
+        if ctx.entries is None:
+            selected = gradient.new_zeros(ctx.count)
+            selected[: len(index)] = gradient.reshape(-1).index_select(0, index)
+            return selected, None, None, None
         selected = ctx.entries.shared.gradient_of(ctx.entries.place, gradient)
-        if len(index):
+        if len(index):  # one operator, into a buffer of zeros that all tensors share
             torch.index_select(gradient.reshape(-1), 0, index, out=selected[: len(index)])
         return selected, None, None, None

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from fishertune_d2.modeling.vfm import VFMBackbone
 
-from .registry import TUNING_REGISTRY, AddingMethod
-from .vpt import Prompts
+from .registry import TUNING_REGISTRY
+from .vpt import VPT, Prompts
 
 
 class Queries(Prompts):
@@ -80,20 +80,12 @@ class Queries(Prompts):
         return enriched
 
 
-class VQT(AddingMethod):
-    """Trains queries in every block and the layer that reads their outputs, in ``backbone.vqt``.
-
-    Args:
-        num_tokens: queries in each block.
-    """
+class VQT(VPT):
+    """Trains queries in every block and the layer that reads their outputs, in ``backbone.vqt``."""
 
     options = ("VQT",)
     name = "vqt"
-    undecayed = ("prompts",)
     no_merge = "queries are tokens, and no weight of the backbone can replace a token"
-
-    def __init__(self, num_tokens: int):
-        self.num_tokens = num_tokens
 
     def build_module(self, backbone: VFMBackbone, head: nn.Module | None) -> Queries:
         """Builds the queries and the linear layer."""
