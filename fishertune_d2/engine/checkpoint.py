@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole, and that must fill the model that loads them."""
+"""Checkpoints that are written whole, and checks that they fit the model that loads them."""
 
 import logging
 import zipfile
@@ -32,7 +32,8 @@ class WholeCheckpointer(DetectionCheckpointer):
         method: its tuning method. A checkpoint of the tuning stage holds the weights that the
             method adds, so they are attached before it is loaded; one of the warm-up does not.
         accept: called with a checkpoint's record, if it has one, before its weights are loaded;
-            raises if the record does not fit. With it, a checkpoint must fill the whole model.
+            raises if the record does not fit.
+        complete: refuse a checkpoint that leaves a part of the model as it was initialised.
         checkpointables: as Detectron2's.
     """
 
@@ -43,11 +44,13 @@ class WholeCheckpointer(DetectionCheckpointer):
         *,
         method: TuningMethod | None = None,
         accept: Callable[[RunRecord], None] | None = None,
+        complete: bool = False,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.method = method
         self.accept = accept
+        self.complete = complete
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``<name>.pth``, then makes it the last checkpoint.
@@ -82,7 +85,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         if self.accept is not None and record is not None:
             self.accept(record)
         incompatible = self._load_weights(checkpoint)
-        if self.accept is not None:
+        if self.complete:
             _require_complete(incompatible)
         else:
             _require_some(self.model, incompatible)

@@ -179,9 +179,9 @@ class _ViT:
         """Restricts the optimizer to the weights that the estimation has selected."""
         if estimation.selection is None:
             raise RuntimeError(
-                f"training goes on after iteration {estimation.start}, where weights are selected, "
-                "and no checkpoint has told which: call apply_fishertune before one is loaded, and "
-                "resume runs that had it from their beginning"
+                f"training starts after iteration {estimation.start}, where weights are selected, "
+                "and no checkpoint holds a selection: call apply_fishertune before a checkpoint is "
+                "loaded, and from the beginning of a run"
             )
         return MaskedUpdate(self.optimizer, self.tunable, estimation.selection)
 

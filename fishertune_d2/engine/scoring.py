@@ -67,7 +67,7 @@ def score_datasets(
     set_matmul_precision(cfg)
     results: OrderedDict = OrderedDict()
     failed: dict[str, str] = {}
-    pairs = zip(cfg.DATASETS.TEST, _as_list(cfg, build_evaluator, evaluators), strict=True)
+    pairs = zip(cfg.DATASETS.TEST, _evaluators(cfg, build_evaluator, evaluators), strict=True)
     for name, evaluator in pairs:
         result, trouble = _score(cfg, model, partial(build_loader, cfg, name), evaluator)
         if trouble:
@@ -155,7 +155,7 @@ def require_trained(model: nn.Module) -> None:
         )
 
 
-def _as_list(
+def _evaluators(
     cfg: CfgNode,
     build: Callable[[CfgNode, str], DatasetEvaluator] | None,
     evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None,

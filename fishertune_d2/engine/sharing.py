@@ -87,7 +87,9 @@ def load_warmup(
         require_end(then.iterations)
         _require_shareable(record, then, Result.WARMUP, name)
 
-    checkpointer = WholeCheckpointer(model, method=method, accept=accept, trainer=trainer)
+    checkpointer = WholeCheckpointer(
+        model, method=method, accept=accept, complete=True, trainer=trainer
+    )
     try:
         checkpointer.load(file)
         require_end(trainer.iter + 1)

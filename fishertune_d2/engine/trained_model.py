@@ -55,7 +55,7 @@ def build_trained(
         record.require_same_predictions(cfg, classes)
         remember_run(model, record)
 
-    checkpointer = WholeCheckpointer(model, method=method, accept=accept)
+    checkpointer = WholeCheckpointer(model, method=method, accept=accept, complete=True)
     try:
         checkpointer.load(weights, checkpointables=[])
     except (OSError, ValueError) as error:  # an OSError of an address

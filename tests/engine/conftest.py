@@ -13,6 +13,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from PIL import Image
 from tqdm import tqdm
 
@@ -142,10 +143,33 @@ def finished_run(tiny_data, tiny_head, device, tmp_path_factory) -> Path:
     """The folder of an undisturbed run of ``tiny_cfg()``. Tests that write must copy it."""
     root = tmp_path_factory.mktemp("finished")
     with on_one_thread():
-        trainer = Trainer(make_cfg(root, {**tiny_head, "MODEL.DEVICE": device}))
-        trainer.resume_or_load(resume=False)
-        trainer.train()
+        train(make_cfg(root, {**tiny_head, "MODEL.DEVICE": device}))
     return root / "out"
+
+
+def train(cfg: CfgNode, *hooks: HookBase, resume: bool = False, stop: int | None = None) -> Trainer:
+    """Begins or resumes a run, and trains to its end, or fails before the iteration ``stop``."""
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.register_hooks(list(hooks))
+    if stop is None:
+        trainer.train()
+        return trainer
+    trainer.register_hooks([_StopBefore(stop)])
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    return trainer
+
+
+class _StopBefore(HookBase):
+    """Raises before an iteration, after the checkpoint of the iteration before it is written."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            raise InterruptedError
 
 
 @contextmanager

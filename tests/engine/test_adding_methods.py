@@ -23,7 +23,7 @@ from fishertune_d2.export import delta_of_run, read_tuned, tuned_backbone
 from fishertune_d2.plan import make_plan
 from fishertune_d2.tuning import TUNING_REGISTRY, build_tuning_method
 
-from .conftest import make_cfg, on_one_thread, same
+from .conftest import make_cfg, on_one_thread, same, train
 
 
 def _adding() -> list[str]:
@@ -81,15 +81,10 @@ def warmup(make) -> str:
 
 
 class _Watch(HookBase):
-    """Keeps what the backbone holds when tuning has begun, and stops before an iteration."""
-
-    def __init__(self, stop: int | None = None):
-        self.stop = stop
+    """Keeps what the backbone holds when tuning has begun."""
 
     def before_step(self) -> None:
         trainer = self.trainer
-        if trainer.iter == self.stop:
-            raise InterruptedError
         if trainer.iter == trainer.cfg.TUNING.WARMUP_ITERS:
             state = trainer.segmentor.backbone.state_dict()
             self.begun = {name: tensor.clone() for name, tensor in state.items()}
@@ -97,15 +92,8 @@ class _Watch(HookBase):
 
 def _train(cfg, resume: bool = False, stop: int | None = None) -> tuple[Trainer, _Watch]:
     torch.manual_seed(99)  # what was drawn before does not count
-    trainer, watch = Trainer(cfg), _Watch(stop)
-    trainer.resume_or_load(resume=resume)
-    trainer.register_hooks([watch])
-    if stop is None:
-        trainer.train()
-    else:
-        with pytest.raises(InterruptedError):
-            trainer.train()
-    return trainer, watch
+    watch = _Watch()
+    return train(cfg, watch, resume=resume, stop=stop), watch
 
 
 def _state(cfg, name: str = "model_final") -> dict[str, torch.Tensor]:

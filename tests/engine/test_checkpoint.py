@@ -8,39 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import HookBase
 from torch import nn
 
 from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.checkpoint import WholeCheckpointer
 
-from .conftest import same_end
-
-
-class _Broken(HookBase):
-    """Fails before an iteration, and does something first."""
-
-    def __init__(self, iteration: int, action=lambda: None):
-        self.iteration = iteration
-        self.action = action
-
-    def before_step(self) -> None:
-        if self.trainer.iter == self.iteration:
-            self.action()
-            raise InterruptedError
-
-
-def _train(cfg, hook: HookBase | None = None, resume: bool = False) -> Trainer:
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if hook is not None:
-        trainer.register_hooks([hook])
-        with pytest.raises(InterruptedError):
-            trainer.train()
-    else:
-        trainer.train()
-    return trainer
+from .conftest import same_end, train
 
 
 @pytest.fixture
@@ -158,15 +132,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(checkpointer, tmp_path):
 
 def test_a_run_with_a_truncated_last_checkpoint_ends_as_the_undisturbed_one(tiny_cfg, finished_run):
     parts = tiny_cfg("parts", DATASETS__TEST=())
-    _train(parts, _Broken(4))
+    train(parts, stop=4)
     os.truncate(Path(parts.OUTPUT_DIR) / "model_0000003.pth", 1000)
-    trainer = _train(parts, resume=True)
+    trainer = train(parts, resume=True)
     assert trainer.start_iter == 3  # behind the warm-up, so the estimation was made again
     assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
 def test_resuming_names_the_keys_that_contradict_the_checkpoint(tiny_cfg):
-    _train(tiny_cfg(), _Broken(2))
+    train(tiny_cfg(), stop=2)
     other = tiny_cfg(
         SOLVER__MAX_ITER=9, SEED=1, TUNING__D_MAX=0.02, FISHER__PERTURB__POINTS=[0, 1],
         DATASETS__TRAIN=("tiny_night",),
@@ -187,7 +161,7 @@ def test_resuming_names_the_keys_that_contradict_the_checkpoint(tiny_cfg):
 
 def test_where_files_are_and_what_is_written_when_may_change(tiny_cfg, finished_run):
     parts = tiny_cfg("parts", DATASETS__TEST=())
-    _train(parts, _Broken(4))
+    train(parts, stop=4)
     changed = tiny_cfg(
         "parts",
         DATALOADER__NUM_WORKERS=1,
@@ -197,13 +171,13 @@ def test_where_files_are_and_what_is_written_when_may_change(tiny_cfg, finished_
         TEST__CLASS_RULE="union",
         TEST__EVAL_PERIOD=6,
     )
-    _train(changed, resume=True)
+    train(changed, resume=True)
     assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
 def test_a_checkpoint_from_before_there_were_records_resumes(tiny_cfg):
     cfg = tiny_cfg()
-    _train(cfg, _Broken(2))
+    train(cfg, stop=2)
     file = Path(cfg.OUTPUT_DIR) / "model_0000001.pth"
     state = torch.load(file, weights_only=True)
     del state["run"]
@@ -214,7 +188,7 @@ def test_a_checkpoint_from_before_there_were_records_resumes(tiny_cfg):
 
 
 def test_resuming_with_other_images_says_so(tiny_cfg, tiny_data):
-    _train(tiny_cfg(), _Broken(2))
+    train(tiny_cfg(), stop=2)
     images = tiny_data / "tiny_day" / "images"
     image, label = images / "5.png", tiny_data / "tiny_day" / "labels" / "5.png"
     try:
@@ -247,5 +221,5 @@ def test_an_image_that_breaks_in_the_middle_of_an_epoch_costs_nothing(
             trainer.train()
     finally:
         path.write_bytes(content)
-    assert _train(parts, resume=True).start_iter == 2
+    assert train(parts, resume=True).start_iter == 2
     assert same_end(finished_run, parts.OUTPUT_DIR)

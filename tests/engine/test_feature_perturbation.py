@@ -10,34 +10,20 @@ from detectron2.engine import HookBase
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.trained_model import build_trained
 
-from .conftest import TOLERANCE, same
+from .conftest import TOLERANCE, same, train
 
 
 class _Watch(HookBase):
-    """Sees that no hook stays behind after a step; stops before an iteration if told."""
-
-    def __init__(self, stop: int | None = None):
-        self.stop = stop
-
-    def before_step(self) -> None:
-        if self.trainer.iter == self.stop:
-            raise InterruptedError
+    """Sees that no hook stays behind after a step."""
 
     def after_step(self) -> None:
         for point in self.trainer.segmentor.backbone.perturbation_points():
             assert not point._forward_hooks
 
 
-def _run(cfg, resume: bool = False, stop: int | None = None) -> tuple[list[float], dict]:
-    trainer, losses = Trainer(cfg), []
-    trainer.resume_or_load(resume=resume)
-    trainer.register_hooks([_Watch(stop)])
-    if stop is None:
-        trainer.train()
-        losses = [loss for loss, _ in trainer.storage.history("total_loss").values()]
-    else:
-        with pytest.raises(InterruptedError):
-            trainer.train()
+def _run(cfg, resume: bool = False) -> tuple[list[float], dict]:
+    trainer = train(cfg, _Watch(), resume=resume)
+    losses = [loss for loss, _ in trainer.storage.history("total_loss").values()]
     return losses, {k: v.clone() for k, v in trainer.segmentor.state_dict().items()}
 
 
@@ -84,7 +70,7 @@ def test_about_half_of_the_batches_are_perturbed(fp_cfg):
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(fp_cfg):
     _, expected = _run(fp_cfg("whole", TUNING__METHOD="full"))
     parts = fp_cfg("parts", TUNING__METHOD="full")
-    _run(parts, stop=5)
+    train(parts, _Watch(), stop=5)
     _, got = _run(parts, resume=True)
     assert all(same(got[name], expected[name]) for name in expected)
 

@@ -314,7 +314,7 @@ def test_refuses_a_frozen_backbone_and_a_second_time(tmp_path):
     [
         ({"data_loader": [[{}]]}, 0, ValueError, "batches of one image"),
         ({"estimator": "diagonal"}, 0, ValueError, "one number for 4 images"),
-        ({}, WARMUP + 1, RuntimeError, "call apply_fishertune before one is loaded"),
+        ({}, WARMUP + 1, RuntimeError, "call apply_fishertune before a checkpoint is loaded"),
     ],
 )
 def test_says_at_the_estimation_what_is_wrong(options, start, error, message, tmp_path):

@@ -16,21 +16,17 @@ from fishertune_d2.engine.output_dir import (
 )
 from fishertune_d2.engine.trained_model import build_trained
 
-
-def _train(cfg, resume: bool = False) -> None:
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
+from .conftest import train
 
 
 def test_a_second_run_in_one_folder_is_refused_and_overwritten_on_demand(tiny_cfg):
     cfg = tiny_cfg(TEST__PICTURES=1)
     out = Path(cfg.OUTPUT_DIR)
-    _train(cfg)
+    train(cfg)
     written = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     other = tiny_cfg(TUNING__METHOD="freeze", SOLVER__MAX_ITER=4)
     with pytest.raises(FileExistsError, match="holds another run .*--resume.*another.*--overwrite"):
-        _train(other)
+        train(other)
     kept = {name: (out / name).read_bytes() for name in written if "events" not in name}
     assert kept.items() <= written.items()
 
@@ -38,7 +34,7 @@ def test_a_second_run_in_one_folder_is_refused_and_overwritten_on_demand(tiny_cf
     (out / "timm").mkdir()
     remove_run(out)
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "timm"]
-    _train(other)
+    train(other)
     # Nothing of the first run is mixed into the second one's files.
     names = {path.name for path in out.iterdir()}
     assert not names & {"fisher.safetensors", "selection.safetensors", "model_0000005.pth"}
@@ -62,8 +58,8 @@ def test_a_run_that_failed_at_its_start_does_not_stop_the_next(tiny_cfg):
 def test_a_killed_run_is_resumed_in_its_folder(tiny_cfg):
     cfg = tiny_cfg()
     Path(cfg.OUTPUT_DIR, "metrics.json").write_text("{}\n")  # killed before a checkpoint
-    _train(cfg, resume=True)
-    _train(cfg, resume=True)
+    train(cfg, resume=True)
+    train(cfg, resume=True)
     assert Path(cfg.OUTPUT_DIR, "model_final.pth").is_file()
 
 
@@ -82,7 +78,7 @@ def test_resuming_where_another_run_was_killed_early_is_refused(tiny_cfg):
 
 def test_pictures_of_an_earlier_evaluation_do_not_stay(tiny_cfg):
     cfg = tiny_cfg(TUNING__METHOD="freeze", TEST__PICTURES=3)
-    _train(cfg)
+    train(cfg)
     pictures = Path(cfg.OUTPUT_DIR, "pictures")
     (pictures / "tiny_day_at_noon_2.png").touch()  # of another data set
     model = build_trained(cfg, cfg.OUTPUT_DIR + "/model_final.pth")

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.preemption import EXIT_CODE, SIGNALS, forwarding
 
-from .conftest import EXACT, same_end
+from .conftest import EXACT, same_end, train
 
 
 class _Signal(HookBase):
@@ -30,14 +30,6 @@ class _Signal(HookBase):
             self.trainer.segmentor.backbone.register_forward_pre_hook(
                 lambda *_: os.kill(os.getpid(), self.number)
             )
-
-
-def _run(cfg: CfgNode, *hooks: HookBase, resume: bool = False) -> Trainer:
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.register_hooks(list(hooks))
-    trainer.train()
-    return trainer
 
 
 def _last(cfg: CfgNode) -> tuple[str, int]:
@@ -55,14 +47,14 @@ def parts(tiny_cfg) -> CfgNode:
 def test_a_signal_ends_the_iteration_and_the_run_goes_on_from_there(parts, finished_run):
     handlers = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(SystemExit) as left:
-        _run(parts, _Signal(1, signal.SIGTERM))
+        train(parts, _Signal(1, signal.SIGTERM))
     assert left.value.code == EXIT_CODE == 75
     assert _last(parts) == ("model_preempted.pth", 1)
     with pytest.raises(SystemExit) as left:
-        _run(parts, _Signal(4, signal.SIGINT), resume=True)
+        train(parts, _Signal(4, signal.SIGINT), resume=True)
     assert left.value.code == EXIT_CODE
     assert _last(parts) == ("model_preempted.pth", 4)
-    _run(parts, resume=True)
+    train(parts, resume=True)
     assert same_end(finished_run, parts.OUTPUT_DIR)
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
@@ -81,7 +73,7 @@ def test_in_the_estimation_it_leaves_at_once(parts, finished_run):
         trainer.train()
     assert left.value.code == EXIT_CODE
     assert _last(parts) == ("model_warmup.pth", 2)
-    _run(parts, resume=True)
+    train(parts, resume=True)
     assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
@@ -94,11 +86,11 @@ def test_an_evaluation_is_left_to_the_resumed_run(parts, finished_run, when, mon
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
         patch.setattr(Trainer, "test", staticmethod(interrupted))
-        _run(parts, *([_Signal(6)] if when == "in the last iteration" else []))
+        train(parts, *([_Signal(6)] if when == "in the last iteration" else []))
     assert left.value.code == EXIT_CODE
     results = Path(parts.OUTPUT_DIR) / "results.json"
     assert not results.exists()
-    _run(parts, resume=True)
+    train(parts, resume=True)
     assert same_end(finished_run, parts.OUTPUT_DIR)
     if EXACT:
         assert results.read_text() == (finished_run / "results.json").read_text()
@@ -110,7 +102,7 @@ def _rank(rank: int, rendezvous: Path, cfg: CfgNode, iteration: int) -> None:
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
     )
     comm.create_local_process_group(2)
-    _run(cfg, *([_Signal(iteration)] if rank == 1 else []), resume=True)
+    train(cfg, *([_Signal(iteration)] if rank == 1 else []), resume=True)
 
 
 def test_processes_leave_after_the_same_iteration_if_one_is_told_to(

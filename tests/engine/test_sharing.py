@@ -12,13 +12,11 @@ from safetensors.torch import save_file
 from fishertune_d2.engine import Trainer
 from fishertune_d2.fisher import FisherEstimate
 
-from .conftest import final_state, same_end
+from .conftest import final_state, same_end, train
 
 
 def _train(cfg) -> Path:
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=False)
-    trainer.train()
+    train(cfg)
     return Path(cfg.OUTPUT_DIR)
 
 

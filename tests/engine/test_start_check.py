@@ -7,6 +7,8 @@ from fishertune_d2.engine.start_check import require_fillable, require_possible,
 from fishertune_d2.plan.fake_model import fake_model
 from fishertune_d2.tuning import build_tuning_method
 
+from .conftest import train
+
 
 @pytest.mark.parametrize(
     ("options", "trouble"),
@@ -59,10 +61,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tiny_cfg):
 @pytest.mark.parametrize("method", ["fisher", "childtune"])
 def test_a_method_that_needs_no_shift_trains_without_one(tiny_cfg, method):
     keys = {"FISHER__IMS_PER_BATCH": 1, "FISHER__PERTURB__STRENGTH": 0.0, "TUNING__D_MAX": 0.02}
-    trainer = Trainer(tiny_cfg(TUNING__METHOD=method, DATASETS__TEST=(), **keys))
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    assert trainer.iter == 7
+    assert train(tiny_cfg(TUNING__METHOD=method, DATASETS__TEST=(), **keys)).iter == 7
 
 
 def test_the_share_that_is_named_can_be_filled(tiny_cfg):

@@ -11,14 +11,11 @@ from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.step_trainer import _as_shares
 
-from .conftest import same
+from .conftest import same, train
 
 
 def _trained(cfg, resume: bool = False) -> dict[str, torch.Tensor]:
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer.segmentor.state_dict()
+    return train(cfg, resume=resume).segmentor.state_dict()
 
 
 def _losses(cfg) -> list[float]:

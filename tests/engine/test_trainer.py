@@ -12,19 +12,10 @@ from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.fisher import FisherEstimate, Selection
 
-from .conftest import EXACT, same_end
+from .conftest import EXACT, same_end, train
 
 # A training of which only the end counts: no scores, and one checkpoint.
 LEAN = {"DATASETS__TEST": (), "SOLVER__CHECKPOINT_PERIOD": 100}
-
-
-def _run(cfg, resume: bool = False, hook: HookBase | None = None) -> Trainer:
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if hook is not None:
-        trainer.register_hooks([hook])
-    trainer.train()
-    return trainer
 
 
 def _state(path: Path) -> dict[str, torch.Tensor]:
@@ -35,24 +26,9 @@ def _metrics(cfg) -> list[dict]:
     return [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").open()]
 
 
-class _Killed(Exception):
-    pass
-
-
-class _KillBefore(HookBase):
-    """Raises before an iteration runs, after its checkpoint was written."""
-
-    def __init__(self, iteration: int):
-        self.iteration = iteration
-
-    def before_step(self) -> None:
-        if self.trainer.iter == self.iteration:
-            raise _Killed
-
-
 def test_three_stages_write_what_they_promise(tiny_cfg):
     cfg = tiny_cfg(SOLVER__CLIP_GRADIENTS__ENABLED=True)
-    trainer = _run(cfg)
+    trainer = train(cfg)
     out = Path(cfg.OUTPUT_DIR)
 
     names = {name for name, _ in trainer.segmentor.named_parameters()}
@@ -165,10 +141,9 @@ def test_other_methods(tiny_cfg, method):
 @pytest.mark.parametrize("iteration", [2, 3, 5])
 def test_resume_gives_the_same_weights(tiny_cfg, finished_run, iteration):
     parts = tiny_cfg("parts", DATASETS__TEST=())
-    with pytest.raises(_Killed):
-        _run(parts, hook=_KillBefore(iteration))
+    train(parts, stop=iteration)
     torch.manual_seed(99)  # a new process has another random state
-    _run(parts, resume=True)
+    train(parts, resume=True)
     assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
@@ -179,21 +154,21 @@ def test_resume_after_a_kill_in_the_middle_of_the_estimation(tiny_cfg, finished_
 
     def one_batch():
         yield next(batches)
-        raise _Killed
+        raise InterruptedError
 
     trainer._estimation_batches = one_batch
-    with pytest.raises(_Killed):
+    with pytest.raises(InterruptedError):
         trainer.train()
-    _run(parts, resume=True)
+    train(parts, resume=True)
     assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
 def test_methods_can_share_one_warmup(tiny_cfg, finished_run):
     freeze = tiny_cfg("freeze", **LEAN, TUNING__METHOD="freeze")
-    _run(freeze)
+    train(freeze)
     warmup = str(Path(freeze.OUTPUT_DIR) / "model_warmup.pth")
     shared = tiny_cfg("shared", **LEAN, TUNING__WARMUP_CHECKPOINT=warmup)
-    trainer = _run(shared)
+    trainer = train(shared)
     assert trainer.start_iter == 3
     assert same_end(finished_run, shared.OUTPUT_DIR)
 
@@ -204,8 +179,7 @@ def test_methods_can_share_one_warmup(tiny_cfg, finished_run):
 
 def test_resume_refuses_another_selection(tiny_cfg):
     cfg = tiny_cfg(DATASETS__TEST=())
-    with pytest.raises(_Killed):
-        _run(cfg, hook=_KillBefore(5))
+    train(cfg, stop=5)
     file = Path(cfg.OUTPUT_DIR) / "selection.safetensors"
     selection = Selection.load(file)
     selection.notes["changed"] = "yes"
@@ -238,7 +212,7 @@ def test_eval_only_from_a_checkpoint_gives_the_same_results(tiny_cfg, finished_r
 @pytest.mark.parametrize("method", ["random", "random_v", "fisher", "delta_fisher"])
 def test_every_selective_method_trains(tiny_cfg, method):
     cfg = tiny_cfg(**LEAN, TUNING__METHOD=method, TUNING__D_MAX=0.02)
-    trainer = _run(cfg)
+    trainer = train(cfg)
     out = Path(cfg.OUTPUT_DIR)
     assert (out / "fisher.safetensors").is_file() == trainer.method.estimates
     moved = Selection.load(out / "selection.safetensors").masks(0.02)
@@ -311,14 +285,14 @@ def test_a_loss_that_is_not_finite_names_what_met_it_and_costs_nothing(
 ):
     parts = tiny_cfg("parts", DATASETS__TEST=())
     with pytest.raises(FloatingPointError, match=expected) as stopped:
-        _run(parts, hook=_Spoil(iteration, what))
+        train(parts, _Spoil(iteration, what))
     assert "The last checkpoint stands" in str(stopped.value)
     # The images are those of that step.
     trainer = Trainer(parts)
     trainer.data_loader.sampler.start = 2 * iteration
     names = ", ".join(item["file_name"] for item in next(iter(trainer.data_loader)))
     assert re.search(expected, str(stopped.value)).group(1) == names
-    _run(parts, resume=True)
+    train(parts, resume=True)
     assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
