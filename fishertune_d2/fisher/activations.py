@@ -44,23 +44,13 @@ def keeping_activations(model: nn.Module) -> Iterator[None]:
 
 
 def gradients_of(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> list[Tensor | None]:
-    """The gradient of each parameter.
-
-    Args:
-        loss: a scalar, with its graph.
-        parameters: by name.
-
-    Returns:
-        The gradients, in the order of ``parameters``; None where the loss does not depend on one.
-
-    Raises:
-        RuntimeError: if the graph has a checkpoint, which may hide that the loss depends on one.
-    """
+    """The gradient of each parameter, in order; None where the loss does not depend on one."""
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     if any(gradient is None for gradient in gradients):
         seen: set[Node | None] = {None}
         waiting = {loss.grad_fn}
         while new := [node for node in waiting - seen if node is not None]:
+            # A checkpoint may hide that the loss depends on a parameter.
             if any("Checkpoint" in node.name() for node in new):
                 raise RuntimeError("a reentrant checkpoint keeps no graph of its block")
             seen.update(new)

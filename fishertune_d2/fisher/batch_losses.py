@@ -6,6 +6,7 @@ Shapes: B images in the batch; losses (B,).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ LossFn = Callable[[nn.Module, Sequence], Tensor]
 _measured: ContextVar[tuple[int, Sequence[int]] | None] = ContextVar("measured", default=None)
 
 
+@dataclass(kw_only=True)
 class BatchLosses:
     """The losses of one batch, as an estimator asks for them: together, or image by image.
 
     Both ways give the same numbers if an image's loss does not depend on its batch. On x', each
     image replays the draws of Eq. 6 for the whole batch.
 
-    Args:
+    Attributes:
         model: the first argument of ``loss_fn``.
         batch: B images.
         loss_fn: ``(model, batch) -> (B,)``.
@@ -33,68 +35,55 @@ class BatchLosses:
         name: the batch's name in error messages.
         autocast: autocast's dtype; None for no autocast.
         device_type: the type of the device that computes the losses.
-
-    Attributes:
-        size: B.
-        seed: as above.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batch: Sequence,
-        loss_fn: LossFn,
-        *,
-        perturb: StatisticsPerturbation | None,
-        seed: int,
-        name: str,
-        autocast: torch.dtype | None,
-        device_type: str,
-    ):
-        self.size = len(batch)
-        self.seed = seed
-        self._model, self._batch, self._loss_fn = model, batch, loss_fn
-        self._perturb, self._name = perturb, name
-        self._autocast, self._device_type = autocast, device_type
-        self._drawn = perturb is None
+    model: nn.Module
+    batch: Sequence
+    loss_fn: LossFn
+    perturb: StatisticsPerturbation | None
+    seed: int
+    name: str
+    autocast: torch.dtype | None
+    device_type: str
+    _drawn: bool = False
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return len(self.batch)
 
     def together(self) -> Tensor:
         """The losses of all images from one forward pass, (B,)."""
-        with seeded(self.seed), self._drawing():
-            return self._losses(self._batch, range(self.size))
+        # Its own generator, because the loss's random numbers must not depend on the shift.
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, -1))
+        drawing = nullcontext() if self.perturb is None else self.perturb.drawing(generator)
+        with seeded(self.seed), drawing:
+            losses = self._losses(self.batch, range(self.size))
+        self._drawn = True
+        return losses
 
     def alone(self, image: int) -> Tensor:
         """The loss of one image, given by its index, from a forward pass over it alone; ()."""
-        if not self._drawn:
+        if self.perturb is not None and not self._drawn:
             with torch.no_grad():
                 self.together()
-        replaying = nullcontext() if self._perturb is None else self._perturb.replaying(image)
+        replaying = nullcontext() if self.perturb is None else self.perturb.replaying(image)
         with seeded(self.seed, image), replaying:
-            return self._losses(self._batch[image : image + 1], [image])[0]
+            return self._losses(self.batch[image : image + 1], [image])[0]
 
     def place(self, image: int) -> str:
         """The name of an image in an error message."""
-        item = self._batch[image]
+        item = self.batch[image]
         file = item.get("file_name") if isinstance(item, Mapping) else None
-        domain = "" if self._perturb is None else "shifted "
-        return f"{domain}image {image} of {self._name}" + (f" ({file})" if file else "")
-
-    @contextmanager
-    def _drawing(self) -> Iterator[None]:
-        if self._perturb is None:
-            yield
-            return
-        # Its own generator, because the loss's random numbers must not depend on the shift.
-        with self._perturb.drawing(torch.Generator().manual_seed(mixed_seed(self.seed, -1))):
-            yield
-        self._drawn = True
+        domain = "" if self.perturb is None else "shifted "
+        return f"{domain}image {image} of {self.name}" + (f" ({file})" if file else "")
 
     def _losses(self, batch: Sequence, images: Sequence[int]) -> Tensor:
-        enabled = self._autocast is not None
+        enabled = self.autocast is not None
         token = _measured.set((self.seed, images))
         try:
-            with torch.autocast(self._device_type, dtype=self._autocast, enabled=enabled):
-                losses = self._loss_fn(self._model, batch)
+            with torch.autocast(self.device_type, dtype=self.autocast, enabled=enabled):
+                losses = self.loss_fn(self.model, batch)
         finally:
             _measured.reset(token)
         if losses.shape != (len(images),):

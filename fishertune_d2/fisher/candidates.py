@@ -52,7 +52,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         The candidates in the order of ``model.named_parameters()``. They do not overlap.
 
     Raises:
-        ValueError: if ``model`` has no such block; :func:`groups_of` raises another.
+        ValueError: if ``model`` has no such block, or a fused projection does not split in three.
     """
     found: list[Candidate] = []
     for name, parameter in model.named_parameters():
@@ -70,18 +70,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
 
 
 def groups_of(name: str, total: int) -> list[tuple[str, int, slice]]:
-    """The groups (kind, block) of a parameter's rows, according to its name.
-
-    Args:
-        name: the parameter's name.
-        total: its number of rows.
-
-    Returns:
-        (kind, block, rows) for each group; empty if the parameter is no candidate.
-
-    Raises:
-        ValueError: if the rows of a fused projection do not split in three.
-    """
+    """Each group (kind, block) in a parameter of ``total`` rows, with its rows; maybe none."""
     match = _BLOCK_PARAMETER.search(name)
     if match is None:
         return []

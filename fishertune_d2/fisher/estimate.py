@@ -76,7 +76,7 @@ def estimate_fisher(
         notes |= {"strength": str(perturb.strength), "eps_mode": perturb.eps_mode}
         domains.append((perturb, on_x.fresh()))
     batch_losses = partial(
-        BatchLosses, model, loss_fn=_with_labels(loss_fn, labels), autocast=autocast
+        BatchLosses, model=model, loss_fn=_with_labels(loss_fn, labels), autocast=autocast
     )
     with _ready_to_measure(model, candidates):
         images, weight = _pass_all(batches, domains, batch_losses, seed, progress)
@@ -95,7 +95,7 @@ def _pass_all(
 ) -> tuple[int, float]:
     """Updates all estimators; returns the images of all processes and the mean shift weight."""
     rank, world = rank_and_size()
-    device = next(iter(domains[0][1].parameters.values())).device
+    device = domains[0][1].device
     # Images seen and the sum of their shift weights; float64 to count exactly.
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     for step, batch in enumerate(tqdm(batches, "Fisher", disable=None if progress else True)):

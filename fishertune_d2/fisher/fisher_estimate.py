@@ -50,10 +50,8 @@ class FisherEstimate(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> "FisherEstimate":
         """The estimate on another device."""
-        f, shifted = (
-            {name: value.to(device) for name, value in part.items()}
-            for part in (self.f, self.shifted)
-        )
+        f = {name: value.to(device) for name, value in self.f.items()}
+        shifted = {name: value.to(device) for name, value in self.shifted.items()}
         return replace(self, f=f, shifted=shifted)
 
     def save(self, path: str | Path) -> None:
@@ -80,14 +78,11 @@ class FisherEstimate(Mapping[str, Tensor]):
             if not 0 <= weight <= 1 or images < 1:
                 raise ValueError(f"its shift weight is {weight}, from {images} images")
             names = file.json("names", list)
-            f = {name: _read_fisher(file, f"f/{name}") for name in names}
-            shifted = {
-                name: _read_fisher(file, f"shifted/{name}")
-                for name in names
-                if f"shifted/{name}" in file.names
-            }
-            if len(file.names) != len(f) + len(shifted) or len(shifted) not in (0, len(f)):
+            domains = ("f", "shifted") if len(file.names) > len(names) else ("f",)
+            if file.names != {f"{domain}/{name}" for domain in domains for name in names}:
                 raise ValueError("its tensors are not F(x) and F(x') of the names in its header")
+            f = {name: _read_fisher(file, f"f/{name}") for name in names}
+            shifted = {n: _read_fisher(file, f"shifted/{n}") for n in names if len(domains) == 2}
             for name, value in shifted.items():
                 if value.shape != f[name].shape:
                     raise ValueError(f"F(x) and F(x') of {name} differ in shape")

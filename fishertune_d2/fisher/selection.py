@@ -6,6 +6,7 @@ selected weight stays selected.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -121,21 +122,20 @@ class Selection:
             masks[name] = mask
         return masks
 
-    def summary(self, share: float | None = None) -> dict[tuple[str, int], int]:
+    def summary(self, share: float | None = None) -> Counter[tuple[str, int]]:
         """The number of weights of each group (kind, block) within ``share`` (default: all)."""
-        counts: dict[tuple[str, int], int] = {}
+        counts: Counter[tuple[str, int]] = Counter()
         for name, mask in self.masks(self.share if share is None else share).items():
             for kind, block, rows in groups_of(name, len(mask)):
-                counts[kind, block] = counts.get((kind, block), 0) + int(mask[rows].sum())
+                counts[kind, block] += int(mask[rows].sum())
         return counts
 
-    def group_sizes(self) -> dict[tuple[str, int], int]:
+    def group_sizes(self) -> Counter[tuple[str, int]]:
         """The number of weights of each group (kind, block), selected or not."""
-        sizes: dict[tuple[str, int], int] = {}
+        sizes: Counter[tuple[str, int]] = Counter()
         for name, shape in self.shapes.items():
             for kind, block, rows in groups_of(name, shape[0]):
-                size = (rows.stop - rows.start) * math.prod(shape[1:])
-                sizes[kind, block] = sizes.get((kind, block), 0) + size
+                sizes[kind, block] += (rows.stop - rows.start) * math.prod(shape[1:])
         return sizes
 
     def table(self, share: float | None = None, *, by_block: bool = False) -> str:
@@ -150,7 +150,7 @@ class Selection:
             cells = []
             for kinds in (*((kind,) for kind in KINDS), KINDS):
                 groups = [(kind, block) for kind in kinds for block in blocks]
-                count, size = (sum(n.get(g, 0) for g in groups) for n in (counts, sizes))
+                count, size = (sum(n[g] for g in groups) for n in (counts, sizes))
                 cells.append(f"{count:,} ({count / size:.1%})" if size else "-")
             lines.append([name, *cells])
         headers = ["blocks", *KINDS, "all"]

@@ -98,22 +98,11 @@ def add_squares(
     losses: BatchLosses,
     linear: Callable[[LinearCall], Tensor] = LinearCall.output,
 ) -> Tensor:
-    """Adds each image's squared gradients to ``sums``, from one pass over the batch.
-
-    Args:
-        estimator: its parameters and their candidate rows are measured.
-        sums: by name, in the parameter's shape.
-        losses: the batch.
-        linear: computes a layer's output.
-
-    Returns:
-        The losses, (B,).
-    """
+    """Adds each image's squared gradients to ``sums`` in one pass; returns the losses, (B,)."""
     parameters = estimator.parameters
-    device = next(iter(parameters.values())).device
     # The backward pass differentiates with respect to this scalar alone. So it computes no gradient
     # of a weight, and reaches every layer, whichever weights require a gradient.
-    anchor = torch.zeros((), device=device, requires_grad=True)
+    anchor = torch.zeros((), device=estimator.device, requires_grad=True)
     finite: list[tuple[LinearCall, Tensor]] = []
 
     def catch(call: LinearCall, x: Tensor, g: Tensor) -> None:
@@ -184,16 +173,7 @@ def _add_products(
 def require_all_caught(
     losses: Tensor, parameters: Mapping[str, nn.Parameter], seen: Set[str]
 ) -> None:
-    """Refuses parameters that reach the loss in another way than by a linear layer.
-
-    Args:
-        losses: (B,), with their graph, which stays.
-        parameters: the candidates' parameters by name.
-        seen: names of the parameters that the caught linear layers use.
-
-    Raises:
-        ValueError: if the loss depends on another parameter.
-    """
+    """Refuses parameters that reach the losses in another way than by a layer in ``seen``."""
     missed = {name: p for name, p in parameters.items() if name not in seen}
     if not missed or not losses.requires_grad:
         return

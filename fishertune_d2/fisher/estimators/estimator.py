@@ -43,6 +43,7 @@ class Estimator(ABC):
 
     Attributes:
         cost: its memory and passes.
+        device: the device of the parameters.
         parameters: the parameters that hold candidates, by name.
         rows: the candidate rows of each parameter.
     """
@@ -53,6 +54,7 @@ class Estimator(ABC):
         self.candidates = candidates
         self.parameters = {c.name: c.parameter for c in candidates}
         self.rows = row_ranges(candidates)
+        self.device = candidates[0].parameter.device
         self.reset()
 
     def fresh(self) -> "Estimator":

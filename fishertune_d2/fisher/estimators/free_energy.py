@@ -69,13 +69,7 @@ class FreeEnergy:
         rows: Mapping[str, Sequence[slice]],
         losses: Tensor,
     ) -> None:
-        """Derives the constants that are not known yet; a second call changes nothing.
-
-        Args:
-            parameters: the candidates' parameters by name.
-            rows: their candidate rows.
-            losses: the losses of the first batch, (B,).
-        """
+        """Derives the constants that are not known yet from the first batch's losses, (B,)."""
         if self._tau is not None and self._gamma is not None:
             return
         parts = [parameters[name].detach()[part] for name in parameters for part in rows[name]]

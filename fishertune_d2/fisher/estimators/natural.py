@@ -58,8 +58,7 @@ class Natural(PrecisionEstimator):
 
     def update(self, losses: BatchLosses) -> None:
         """Makes one step; raises the errors of :class:`Diagonal`."""
-        device = next(iter(self.parameters.values())).device
-        generator = torch.Generator(device).manual_seed(losses.seed)
+        generator = torch.Generator(self.device).manual_seed(losses.seed)
 
         def perturbed(call: LinearCall) -> Tensor:
             weight, bias = call.weight, call.bias

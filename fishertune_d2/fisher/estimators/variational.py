@@ -96,13 +96,12 @@ class Variational(PrecisionEstimator):
             FloatingPointError: if the gradient of Lambda is not finite, with the parameter's name.
         """
         optimizer = self._optimizer = self._optimizer or self._start(losses)
-        device = next(iter(self.parameters.values())).device
         names, learned = zip(*self._log_precision.items(), strict=True)
         gradients = [torch.zeros_like(each) for each in learned]
         # Antithetic pairs: the loss's slope along the noise is far larger than its curvature, but
         # has the opposite sign in the second pass and cancels.
         for sign in (1.0, -1.0):
-            generator = torch.Generator(device).manual_seed(losses.seed)
+            generator = torch.Generator(self.device).manual_seed(losses.seed)
             with torch.enable_grad():
                 variance = {name: self._variance(name) for name in self.parameters}
                 run = partial(_noisy_linear, variance, sign, generator)
@@ -114,7 +113,7 @@ class Variational(PrecisionEstimator):
             )
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient += part
-        images = torch.tensor(float(losses.size), device=device)
+        images = torch.tensor(float(losses.size), device=self.device)
         sum_over_processes([images, *gradients])
         prior = self.free_energy.prior_precision
         for name, gradient in zip(names, gradients, strict=True):
