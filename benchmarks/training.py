@@ -138,10 +138,7 @@ class Training:
         return seconds
 
     def sizes(self) -> dict[str, int]:
-        """Counts the bytes that training the backbone needs beside its weights, and a checkpoint's.
-
-        Processes exchange the gradients after each step.
-        """
+        """Counts the bytes of the backbone's gradients and moments, and of a checkpoint."""
         states = [self.optimizer.state[p] for p in self.tuned]
         moments = [value for state in states for value in state.values() if value.dim() > 0]
         file = io.BytesIO()

@@ -38,6 +38,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         The path to write to.
 
     Raises:
+        FileNotFoundError: if the folder is missing.
         OSError: if writing fails, as it does on a full disk; names the file and the free space.
     """
     path = Path(path)

@@ -96,6 +96,9 @@ def noise_batch(size: tuple[int, int], images: int) -> list[dict]:
     Args:
         size: height and width.
         images: how many.
+
+    Returns:
+        Inputs of a segmentor, one for each image.
     """
     height, width = size
     bands = (torch.arange(height) * CLASSES // height)[:, None].expand(height, width)

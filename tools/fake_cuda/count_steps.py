@@ -102,6 +102,9 @@ def count_steps(
         method: TUNING.METHOD.
         options: further keys and values in turn.
         iterations: all of them, of which the first two are warm-up.
+
+    Returns:
+        Operators and waits of each step.
     """
     with tempfile.TemporaryDirectory() as folder:
         _write_data(Path(folder))

@@ -17,6 +17,9 @@ def draw(operator, args: tuple, kwargs: dict):
     The numbers depend on the generator's seed and offset alone, so that seeding, saving and
     restoring a generator have the effect that they have on a GPU.
 
+    Returns:
+        The operator's result, on the device.
+
     Raises:
         RuntimeError: if the generator is not the device's.
     """

@@ -18,6 +18,9 @@ BEFORE = "FAKE_CUDA_LD_PRELOAD_BEFORE"
 def build() -> Path:
     """Compiles the library into a temporary folder whose name depends on the source.
 
+    Returns:
+        The library.
+
     Raises:
         SystemExit: if there is no gcc, or it fails.
     """

@@ -200,11 +200,7 @@ def _on_cpu(x):
 
 
 def _run(operator, args: tuple, kwargs: dict):
-    """Computes an operator, on the device of its arguments.
-
-    Raises:
-        RuntimeError: if CUDA refuses it.
-    """
+    """Computes an operator on the device of its arguments, or refuses it as CUDA does."""
     name = operator._schema.name.partition("::")[2]
     tensors = [x for x in _flat(args, kwargs) if isinstance(x, Tensor)]
     fakes = [x for x in tensors if isinstance(x, FakeCudaTensor)]

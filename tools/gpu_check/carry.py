@@ -79,17 +79,14 @@ def wanted(has: set[str]) -> list[Requirement]:
 
 
 def fetch_wheels(folder: Path, has: set[str]) -> dict[str, Requirement]:
-    """Downloads packages and their requirements.
+    """Downloads packages and their requirements. If pip cannot, a RuntimeError says why.
 
     Args:
         folder: where the wheels go.
-        has: canonical names of what is on the machine already.
+        has: canonical names of the packages on the machine.
 
     Returns:
-        By canonical name what was carried.
-
-    Raises:
-        RuntimeError: if pip finds no wheel that fits the machine and can build none.
+        The downloaded requirements by canonical name.
     """
     folder.mkdir(parents=True)
     carried: dict[str, Requirement] = {}
@@ -134,7 +131,10 @@ def missing(folder: Path, has: set[str]) -> list[str]:
 
     Args:
         folder: with the wheels.
-        has: canonical names of what is on the machine.
+        has: canonical names of the packages on the machine.
+
+    Returns:
+        The requirements, each with the wheel that needs it.
     """
     wheels = {canonicalize_name(w.name.split("-")[0]): w for w in sorted(folder.glob("*.whl"))}
     found = []
@@ -263,11 +263,14 @@ def checkout_size() -> int:
 
 
 def carry_wheels(folder: Path, has: Path | None) -> bool:
-    """Makes the folder of wheels anew, names what is missing, and returns whether it is complete.
+    """Makes the folder of wheels anew, and names missing packages.
 
     Args:
         folder: where the wheels go.
-        has: a list of what is on the machine, as pip freeze prints it; None for HAS.
+        has: a list of the packages on the machine, as pip freeze prints it; None for HAS.
+
+    Returns:
+        Whether the folder is complete.
     """
     names = HAS
     if has:

@@ -62,11 +62,7 @@ def demo_scores(output: Path) -> dict:
 
 
 def read_scores(output: Path) -> dict[str, float]:
-    """Reads the mIoU of a run by data set, in percent.
-
-    Args:
-        output: its OUTPUT_DIR.
-    """
+    """Reads the mIoU in percent by data set from a run's OUTPUT_DIR."""
     results = json.loads((output / "results.json").read_text())
     return {**results["source"], **results["targets"]}
 

@@ -38,11 +38,7 @@ def merge(runs: Sequence[dict]) -> dict:
 
 
 def page(found: dict | None) -> str:
-    """Formats the page.
-
-    Args:
-        found: what gpu.json holds; None while there is none.
-    """
+    """Formats the page from the content of gpu.json, or from None while there is none."""
     if found is None:
         return head(NOT_YET)
     tables = [head(state(found)), "## Parts\n", parts_table(found["parts"])]
