@@ -13,15 +13,14 @@ from .estimators import (
     ESTIMATORS,
     BatchMean,
     ClosedForm,
-    Cost,
     Diagonal,
     DiagonalLoop,
-    Estimator,
-    FreeEnergy,
     Natural,
     Smoothed,
     Variational,
 )
+from .estimators.estimator import Cost, Estimator
+from .estimators.free_energy import FreeEnergy
 from .fisher_estimate import FisherEstimate
 from .likelihood import SoftmaxLikelihood, sampled_nll
 from .perturb import StatisticsPerturbation

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from .activations import keeping_activations
 from .batch_losses import BatchLosses, LossFn, mixed_seed
 from .candidates import Candidate
-from .estimators import ESTIMATORS, Estimator
+from .estimators import ESTIMATORS
+from .estimators.estimator import Estimator
 from .fisher_estimate import FisherEstimate
 from .perturb import StatisticsPerturbation
 from .processes import rank_and_size, sum_over_processes

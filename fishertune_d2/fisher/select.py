@@ -7,7 +7,7 @@ from torch import nn
 from .batch_losses import LossFn
 from .candidates import Candidate, find_candidates
 from .estimate import estimate_fisher
-from .estimators import Estimator
+from .estimators.estimator import Estimator
 from .perturb import StatisticsPerturbation
 from .score import domain_related_fisher
 from .selection import Selection

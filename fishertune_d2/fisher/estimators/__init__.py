@@ -3,25 +3,10 @@
 from .batch_mean import BatchMean
 from .closed_form import ClosedForm
 from .diagonal import Diagonal, DiagonalLoop
-from .estimator import Cost, Estimator
-from .free_energy import FreeEnergy
+from .estimator import Estimator
 from .natural import Natural
 from .smoothed import Smoothed
 from .variational import Variational
-
-__all__ = [
-    "ESTIMATORS",
-    "BatchMean",
-    "ClosedForm",
-    "Cost",
-    "Diagonal",
-    "DiagonalLoop",
-    "Estimator",
-    "FreeEnergy",
-    "Natural",
-    "Smoothed",
-    "Variational",
-]
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "diagonal": Diagonal,

@@ -99,6 +99,8 @@ def _known(constant: float | None) -> float:
 class PrecisionEstimator(Estimator):
     """Finds Lambda, from which Eq. 14 gives F.
 
+    Two processes find what one finds from batches twice as large, except for random draws.
+
     Args:
         candidates: the weights to measure.
         free_energy: gamma and tau; by default derived from the first batch.

@@ -25,9 +25,8 @@ from .linear_calls import LinearCall
 class Natural(PrecisionEstimator):
     """An exponential average, which begins as a plain average over the first batches.
 
-    The first batch meets unperturbed weights. Memory: three numbers per weight, and the perturbed
-    weights during a pass. Processes make each step together: two of them equal one process with
-    batches twice as large, except for the perturbations drawn.
+    The first batch meets unperturbed weights. Processes make each step together. Memory: three
+    numbers per weight, and the perturbed weights during a pass.
 
     Args:
         candidates: the weights to measure.

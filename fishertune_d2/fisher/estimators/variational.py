@@ -49,9 +49,8 @@ def _noisy_linear(
 class Variational(PrecisionEstimator):
     """Learns log Lambda with Adam: one step for each batch, two passes for each step.
 
-    Starts from deviations of 0.22 tau (Task2Vec's variance: 5 % of the weights'). Memory: four
-    numbers per weight, or per output row. Processes make each step together: two of them equal one
-    process with batches twice as large, except for the noise drawn.
+    Starts from deviations of 0.22 tau (Task2Vec's variance: 5 % of the weights'). Processes make
+    each step together. Memory: four numbers per weight, or per output row.
 
     Args:
         candidates: the weights to measure.
