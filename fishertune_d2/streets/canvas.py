@@ -15,16 +15,7 @@ from functools import partial
 import cv2
 import numpy as np
 
-from fishertune_d2.streets.world import (
-    ROAD,
-    SIDEWALK,
-    SKY,
-    TERRAIN,
-    VEGETATION,
-    VOID,
-    Camera,
-    Colour,
-)
+from .world import ROAD, SIDEWALK, SKY, TERRAIN, VEGETATION, VOID, Camera, Colour
 
 NEAR = 0.4  # metres; anything closer to the camera is cut off
 SCALE = 2  # supersampling

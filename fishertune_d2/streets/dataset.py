@@ -26,8 +26,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from fishertune_d2.streets.scene import draw_scene
-from fishertune_d2.streets.weather import LOOKS, render_domain
+from .scene import draw_scene
+from .weather import LOOKS, render_domain
 
 DOMAINS = ("day", "dusk", "night", "fog", "rain", "snow")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fishertune_d2.streets.canvas import Canvas
-from fishertune_d2.streets.world import BUILDING, UP, Colour, Thing, as_colour, on_plane
+from .canvas import Canvas
+from .world import BUILDING, UP, Colour, Thing, as_colour, on_plane
 
 WARM, COLD = (255, 206, 132), (226, 236, 255)  # light of lamps and rooms
 MATERIALS = np.array([  # bricks, stones, renders and concretes

@@ -4,17 +4,11 @@ import math
 
 import numpy as np
 
-from fishertune_d2.streets.canvas import Canvas, Cutout
-from fishertune_d2.streets.houses import MATERIALS, WARM, paint_front, paint_house, upright
-from fishertune_d2.streets.people import (
-    paint_bicycle,
-    paint_cyclist,
-    paint_motorcycle,
-    paint_motorcyclist,
-    paint_person,
-)
-from fishertune_d2.streets.vehicles import paint_vehicle
-from fishertune_d2.streets.world import (
+from .canvas import Canvas, Cutout
+from .houses import MATERIALS, WARM, paint_front, paint_house, upright
+from .people import paint_bicycle, paint_cyclist, paint_motorcycle, paint_motorcyclist, paint_person
+from .vehicles import paint_vehicle
+from .world import (
     FENCE,
     POLE,
     TRAFFIC_LIGHT,

@@ -5,17 +5,9 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fishertune_d2.streets.canvas import Canvas, Cutout
-from fishertune_d2.streets.vehicles import HEADLIGHT, PAINT_SHARES, PAINTS, TAILLIGHT, oval
-from fishertune_d2.streets.world import (
-    BICYCLE,
-    MOTORCYCLE,
-    PERSON,
-    RIDER,
-    Thing,
-    as_colour,
-    on_plane,
-)
+from .canvas import Canvas, Cutout
+from .vehicles import HEADLIGHT, PAINT_SHARES, PAINTS, TAILLIGHT, oval
+from .world import BICYCLE, MOTORCYCLE, PERSON, RIDER, Thing, as_colour, on_plane
 
 SKINS = np.array([[224, 178, 148], [198, 150, 118], [142, 98, 72], [92, 62, 48]], float)
 

@@ -7,9 +7,9 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from fishertune_d2.streets.canvas import Canvas, Painting, Projection, Value
-from fishertune_d2.streets.models import MODELS, SHADOWLESS
-from fishertune_d2.streets.world import (
+from .canvas import Canvas, Painting, Projection, Value
+from .models import MODELS, SHADOWLESS
+from .world import (
     BUILDING,
     FENCE,
     POLE,

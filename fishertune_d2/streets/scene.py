@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fishertune_d2.streets.scene_traffic import add_junction, add_parked, add_traffic
-from fishertune_d2.streets.world import (
+from .scene_traffic import add_junction, add_parked, add_traffic
+from .world import (
     ROAD,
     SIDEWALK,
     TERRAIN,

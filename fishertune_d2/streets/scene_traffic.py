@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from fishertune_d2.streets.world import ROAD, Draft, Strip, grey
+from .world import ROAD, Draft, Strip, grey
 
 # Length, width, height in metres. A van counts as a car, as in Cityscapes.
 VEHICLES = {

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fishertune_d2.streets.canvas import Canvas
-from fishertune_d2.streets.world import BUS, CAR, TRAIN, TRUCK, Colour, Thing, as_colour
+from .canvas import Canvas
+from .world import BUS, CAR, TRAIN, TRUCK, Colour, Thing, as_colour
 
 PAINTS = np.array([
     [28, 29, 32], [60, 62, 66], [128, 130, 134], [186, 188, 190], [232, 232, 230], [22, 44, 96],
@@ -16,6 +16,7 @@ PAINT_SHARES = np.array([20, 14, 14, 16, 16, 6, 7, 4, 2, 2, 2]) / 103
 BUS_PAINTS = [
     [186, 34, 34], [222, 222, 216], [40, 96, 150], [226, 180, 48], [52, 122, 84], [210, 118, 40],
 ]  # fmt: skip
+LABELS = {"car": CAR, "van": CAR, "truck": TRUCK, "bus": BUS, "train": TRAIN}
 HEADLIGHT, TAILLIGHT, ROOM = (255, 244, 214), (210, 18, 14), (250, 226, 170)
 
 # A profile runs from the rear bumper over the roof to the front: (along, up) in shares of length
@@ -61,7 +62,7 @@ def _profile(thing: Thing, rng: np.random.Generator) -> tuple[np.ndarray, tuple[
 
 def paint_vehicle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> None:
     """Paints a side profile pulled to the vehicle's width, with wheels, windows and lights."""
-    label = {"car": CAR, "van": CAR, "truck": TRUCK, "bus": BUS, "train": TRAIN}[thing.kind]
+    label = LABELS[thing.kind]
     profile, glass = _profile(thing, rng)
     paint = np.clip(PAINTS[rng.choice(len(PAINTS), p=PAINT_SHARES)] + rng.normal(0, 6, 3), 8, 245)
     if label in (BUS, TRAIN):
@@ -98,8 +99,8 @@ def paint_vehicle(canvas: Canvas, thing: Thing, rng: np.random.Generator) -> Non
         outline, colour = thing.place(flank), as_colour(paint * 0.94)
         shade = canvas.surface(outline, colour, label, normal, convex=False)
         if shade is not None:
-            _paint_flank(canvas, thing, rng, sign, label, window, paint, shade)
-    _paint_ends(canvas, thing, rng, label, paint)
+            _paint_flank(canvas, thing, rng, sign, window, paint, shade)
+    _paint_ends(canvas, thing, rng, paint)
 
 
 class _Pane(NamedTuple):
@@ -131,11 +132,11 @@ class _Pane(NamedTuple):
 
 
 def _side_panes(
-    thing: Thing, rng: np.random.Generator, label: int, window: np.ndarray, paint: np.ndarray
+    thing: Thing, rng: np.random.Generator, window: np.ndarray, paint: np.ndarray
 ) -> list[_Pane]:
     """Returns side windows, gaps, stripes and loads."""
     length, height = thing.length, thing.height
-    if label == CAR and thing.kind == "car":
+    if thing.kind == "car":
         low, high = 0.64 * height, 0.92 * height
         return [
             _Pane(-0.34 * length, -0.04 * length, low, high, window, 0.3, 0.86),
@@ -143,12 +144,12 @@ def _side_panes(
             _Pane(-0.48 * length, 0.48 * length, 0.36 * height, 0.39 * height, paint * 0.7),
             _Pane(-0.025 * length, -0.02 * length, 0.25 * height, low, paint * 0.6),
         ]
-    if label == CAR:
+    if thing.kind == "van":
         return [
             _Pane(0.1 * length, 0.3 * length, 0.56 * height, 0.88 * height, window, 0.2),
             _Pane(0.05 * length, 0.06 * length, 0.15 * height, 0.95 * height, paint * 0.7),
         ]
-    if label == TRUCK:
+    if thing.kind == "truck":
         load = np.clip(PAINTS[rng.integers(len(PAINTS))] * 1.1, 0, 240)
         sign = rng.uniform(30, 230, 3)
         return [
@@ -178,14 +179,13 @@ def _paint_flank(
     thing: Thing,
     rng: np.random.Generator,
     sign: int,
-    label: int,
     window: np.ndarray,
     paint: np.ndarray,
     shade: np.ndarray,
 ) -> None:
     """Paints side windows, stripes and wheels."""
-    half = sign * thing.width / 2
-    panes = _side_panes(thing, rng, label, window, paint)
+    half, label = sign * thing.width / 2, LABELS[thing.kind]
+    panes = _side_panes(thing, rng, window, paint)
     canvas.details(
         thing.place([pane.corners(half) for pane in panes]),
         np.array([pane.colour for pane in panes]),
@@ -204,11 +204,9 @@ def _paint_flank(
                 canvas.details(thing.place(wheel)[None], np.array(colour), shade)
 
 
-def _paint_ends(
-    canvas: Canvas, thing: Thing, rng: np.random.Generator, label: int, paint: np.ndarray
-) -> None:
+def _paint_ends(canvas: Canvas, thing: Thing, rng: np.random.Generator, paint: np.ndarray) -> None:
     """Paints lights, number plate, grille and large windows on the end that faces the camera."""
-    half, height = thing.width / 2, thing.height
+    half, height, kind = thing.width / 2, thing.height, thing.kind
     plate = np.array([[236.0, 234, 226], [232, 196, 60]])[rng.integers(2)]
     display = rng.random() < 0.7
     for end in (-1, 1):
@@ -222,18 +220,17 @@ def _paint_ends(
             corners = [[[at, a, u], [at, b, u], [at, b, v], [at, a, v]] for a, b, u, v in edges]
             return thing.place(corners)
 
-        tall = label in (BUS, TRAIN, TRUCK) or thing.kind == "van"
-        if tall and not (label == TRUCK and end < 0) and not (thing.kind == "van" and end > 0):
+        if {"car": False, "van": end < 0, "truck": end > 0}.get(kind, True):
             pane = boxes([[-half * 0.86, half * 0.86, height * 0.45, height * 0.82]])
-            glow = np.array(ROOM) * (0.5 if label in (BUS, TRAIN) else 0.0)
+            glow = np.array(ROOM) * (0.5 if kind in ("bus", "train") else 0.0)
             canvas.details(pane, np.array([46.0, 54, 62]), shade, glow)
-            if display and label in (BUS, TRAIN):
+            if display and kind in ("bus", "train"):
                 amber = np.array([230.0, 150, 40])
                 sign = boxes([[-half * 0.6, half * 0.6, height * 0.86, height * 0.95]])
                 canvas.details(sign, amber, shade, amber)
-        if label == TRUCK and end < 0:
+        if kind == "truck" and end < 0:
             canvas.details(boxes([[-0.03, 0.03, height * 0.25, height * 0.95]]), paint * 0.6, shade)
-        low = height * (0.44 if label == CAR and thing.kind == "car" else 0.24)
+        low = height * (0.44 if kind == "car" else 0.24)
         deep = max(height * 0.07, 0.13)
         left = [-half * 0.92, -half * 0.55, low, low + deep]
         lights = boxes([left, [half * 0.55, half * 0.92, low, low + deep]])

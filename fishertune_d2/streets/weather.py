@@ -9,9 +9,9 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from fishertune_d2.streets.models import WARM, lamp_heads
-from fishertune_d2.streets.render import Look, Painting, noise_tile, paint, paint_reflection
-from fishertune_d2.streets.world import ROAD, SIDEWALK, SKY, TERRAIN, Scene
+from .models import WARM, lamp_heads
+from .render import Look, Painting, noise_tile, paint, paint_reflection
+from .world import ROAD, SIDEWALK, SKY, TERRAIN, Scene
 
 LOOKS = {
     "day": Look(True, (96, 150, 222), (206, 220, 236), (240, 241, 244), 0.0),
@@ -120,9 +120,8 @@ def _night(painting: Painting, scene: Scene, look: Look, rng: np.random.Generato
     """Applies lamps instead of a sky: little light, warm, uneven; windows and lights glare."""
     ambient = np.array([0.045, 0.047, 0.06]) * rng.uniform(0.5, 1.6)
     light = _lamplight(painting, scene, 90) * rng.uniform(0.6, 1.2) + ambient.astype(np.float32)
+    light[painting.label == SKY] = 1
     lit = painting.colour * light
-    sky = painting.label == SKY
-    lit[sky] = painting.colour[sky]
     lit = _in_air(lit, painting, 500, np.array([16.0, 14, 14]))
     return (lit + _glare(painting, 1.0)) * np.array([1.05, 0.98, 0.86], np.float32)
 
@@ -131,9 +130,8 @@ def _dusk(painting: Painting, scene: Scene, look: Look, rng: np.random.Generator
     """Applies a glowing sky over dark streets: facades are dim and blue, first lights are on."""
     ambient = np.array([0.17, 0.185, 0.235]) * rng.uniform(0.65, 1.35)
     light = ambient.astype(np.float32) + 0.35 * _lamplight(painting, scene, 60)
+    light[painting.label == SKY] = rng.uniform(0.7, 1.05)
     lit = painting.colour * light
-    sky = painting.label == SKY
-    lit[sky] = painting.colour[sky] * rng.uniform(0.7, 1.05)
     lit = _in_air(lit, painting, 700, np.array([92.0, 80, 84]))
     return lit + 0.5 * _glare(painting, 0.6)
 
