@@ -5,8 +5,11 @@ export PYTHON
 # two cores that other programs used too (load 11), and 1.4 s with and without it on idle cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# The tests of `make check`: the pure parts, one training through the real trainer, the documents.
-FAST_TESTS := tests/fisher tests/tuning tests/evaluation tests/test_config.py tests/test_links.py
+# The tests of `make check`: the method, the config, the documents and one training.
+FAST_TESTS := tests/fisher tests/evaluation tests/tuning/test_masked_update.py \
+  tests/tuning/test_selected_weights.py tests/test_architecture.py tests/test_config.py \
+  tests/test_config_slips.py tests/test_links.py tests/test_old_names.py \
+  tests/engine/test_trainer.py::test_three_stages_write_what_they_promise
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types notebooks docs setup clean
@@ -20,7 +23,7 @@ demo: .venv/ready  ## train FisherTune on the built-in street scenes and score i
 test: .venv/ready  ## run all tests
 	.venv/bin/python -m pytest
 
-check: lint types  ## lint, types and the fast tests (90 seconds)
+check: lint types  ## lint, types and the fast tests (at most 90 seconds)
 	.venv/bin/python -m pytest -q $(FAST_TESTS)
 
 lint: .venv/ready  ## check style, docstrings and format (ruff)

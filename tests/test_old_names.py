@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from detectron2.config import get_cfg
 
+from fishertune_d2 import train
 from fishertune_d2.bench import tables
 from fishertune_d2.config import add_fishertune_config, get_config_file, read_config
 from fishertune_d2.config_slips import dotted_items
@@ -226,6 +227,20 @@ def test_a_renamed_config_is_read_with_its_old_test_sets(old, new, test, output)
     assert cfg == expected
     with pytest.warns(FutureWarning):
         assert read_config(old, ["DATASETS.TEST", "()"]).DATASETS.TEST == ()
+
+
+def test_the_train_command_takes_a_renamed_config(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(train, "launch", lambda main, args, device: started.append(args))
+    old = "configs/cityscapes_to_acdc/freeze_dinov2.yaml"
+    own = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", old, *own])
+    with pytest.warns(FutureWarning, match="is now configs/cityscapes/freeze_dinov2.yaml"):
+        train.run()
+    (args,) = started
+    cfg = read_config(args.config_file, args.opts)
+    assert args.config_file == get_config_file("cityscapes/freeze_dinov2.yaml")
+    assert cfg.DATASETS.TEST == ("cityscapes_val", "acdc_val") and cfg.OUTPUT_DIR == str(tmp_path)
 
 
 def test_keys_and_values_exist():
