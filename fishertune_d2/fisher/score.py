@@ -4,6 +4,7 @@ Every function maps parameter names to tensors of the parameter's shape. Scores 
 A weight with F(x) = F(x') = 0, such as one outside the candidates, scores 0.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -18,7 +19,9 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def domain_related_fisher(
-    estimate: FisherEstimate,
+    estimate: FisherEstimate | Mapping[str, Tensor],
+    f_shifted: Mapping[str, Tensor] | None = None,
+    shift_weight: float = 1.0,
     *,
     form: str = "balanced",
     gamma: float = 1e-8,
@@ -35,6 +38,8 @@ def domain_related_fisher(
 
     Args:
         estimate: F(x), F(x') and the weight of the shift.
+        f_shifted: the former way to give F(x'), after F(x) by parameter name.
+        shift_weight: the former way to give the weight of the shift, after ``f_shifted``.
         form: ``"balanced"``; ``"eq7"`` and ``"eq15"``, as printed; ``"rank"``, the sum of the
             two terms' ranks, scaled to (0, 1], the second times the weight of the shift. The ranks
             are on the CPU.
@@ -48,11 +53,22 @@ def domain_related_fisher(
         DRF by parameter name.
 
     Raises:
+        TypeError: if F(x) is given alone, without F(x').
         ValueError: if ``form`` is unknown, the estimate lacks F(x'), the weight of the shift is out
             of range, or F(x) is 0 everywhere.
     """
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}: choose from {FORMS}")
+    if f_shifted is not None:
+        warnings.warn(
+            "domain_related_fisher(f, f_shifted, shift_weight) is now called with the estimate "
+            "alone: domain_related_fisher(estimate)",
+            FutureWarning,
+            stacklevel=2,
+        )
+        estimate = FisherEstimate(dict(estimate), dict(f_shifted), shift_weight, images=0)
+    elif not isinstance(estimate, FisherEstimate):
+        raise TypeError(f"domain_related_fisher takes a FisherEstimate: got {type(estimate)}")
     if not estimate.shifted:
         raise ValueError(
             f"{estimate.source} has no F(x'), which DRF compares F(x) with: estimate with perturb="

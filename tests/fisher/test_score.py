@@ -41,6 +41,16 @@ def test_balanced_is_equation_15_with_constants_of_the_estimate():
     assert score["a"][1].item() == 0.0
 
 
+@pytest.mark.parametrize("form", ["balanced", "eq7", "eq15", "rank"])
+def test_three_arguments_in_place_of_the_estimate_still_work(form):
+    with pytest.warns(FutureWarning, match="now called with the estimate alone"):
+        former = domain_related_fisher(F, SHIFTED, 0.5, form=form)
+    score = domain_related_fisher(ESTIMATE, form=form)
+    assert all(torch.equal(former[name], score[name]) for name in F)
+    with pytest.raises(TypeError, match="takes a FisherEstimate"):
+        domain_related_fisher(F)
+
+
 @pytest.mark.parametrize("form", ["balanced", "rank"])
 def test_the_ranking_does_not_see_the_scale_of_the_loss(form):
     torch.manual_seed(0)
