@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing import parent_process
 from typing import Any
@@ -161,6 +162,7 @@ def build_train_loader(
     batch_size: int,
     num_workers: int,
     seed: int,
+    start: int | None = None,
     pin_memory: bool = False,
     sampler: str = "TrainingSampler",
     class_counts: np.ndarray | None = None,
@@ -176,6 +178,7 @@ def build_train_loader(
         batch_size: Images per step over all ranks.
         num_workers: Worker processes of each rank, see `count_workers`.
         seed: Seed of the order and of the augmentation, the same on every rank.
+        start: The former way to set ``loader.sampler.start``.
         pin_memory: Returns tensors in pinned memory, for a model on a GPU.
         sampler: One of `SAMPLERS`: every image once in each epoch ("TrainingSampler"), images of
             rare classes more often ("RepeatFactorTrainingSampler"), or rare classes drawn first
@@ -208,6 +211,14 @@ def build_train_loader(
         class_counts=class_counts,
         repeat_threshold=repeat_threshold,
     )
+    if start is not None:
+        warnings.warn(
+            "the argument start of build_train_loader is now set on the loader: "
+            "loader.sampler.start = ...",
+            FutureWarning,
+            stacklevel=2,
+        )
+        order.start = start
     return _Loader(items, order, block, num_workers, pin_memory)
 
 

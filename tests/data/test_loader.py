@@ -48,6 +48,12 @@ def test_a_fresh_loader_goes_on_where_another_stopped(num_workers):
     assert batches(count=6, num_workers=num_workers) == whole
 
 
+def test_the_former_argument_start_still_works():
+    with pytest.warns(FutureWarning, match="now set on the loader: loader.sampler.start"):
+        loader = build_train_loader(DICTS, draw, batch_size=2, num_workers=0, seed=7, start=6)
+    assert list(islice(loader, 3)) == batches(start=6, count=3)
+
+
 def test_each_epoch_is_another_order_of_all_entries():
     epochs = np.array([item["k"] for batch in batches(count=10) for item in batch]).reshape(4, 5)
     assert (np.sort(epochs) == np.arange(5)).all()
