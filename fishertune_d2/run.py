@@ -6,6 +6,7 @@ Reports, tables, exports and predictions read a run through :class:`Run`, and it
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -159,6 +160,14 @@ class Run:
     """
 
     folder: Path
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Run":
+        """The former way to read a folder, which checks its files at once."""
+        warnings.warn("Run.read(folder) is now Run(Path(folder))", FutureWarning, stacklevel=2)
+        run = cls(Path(folder))
+        _ = run.config, run.results
+        return run
 
     @property
     def name(self) -> str:

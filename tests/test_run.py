@@ -106,6 +106,15 @@ def test_the_config_names_what_differs_from_the_defaults(tmp_path):
     assert run.config["TUNING.D_MAX"] == cfg.TUNING.D_MAX
 
 
+def test_the_former_way_to_read_a_folder_still_works(tmp_path):
+    former = pytest.warns(FutureWarning, match=r"Run.read\(folder\) is now Run\(Path\(folder\)\)")
+    with former, pytest.raises(RunError, match="no .*config.yaml"):
+        Run.read(tmp_path)
+    (tmp_path / "config.yaml").write_text(default_config().dump())
+    with pytest.warns(FutureWarning):
+        assert Run.read(str(tmp_path)) == Run(tmp_path)
+
+
 def test_later_numbers_of_an_iteration_count(tmp_path):
     lines = [{"iteration": 19, "lr": 1.0}, {"iteration": 39, "lr": 2.0}, {"iteration": 19, "lr": 3}]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 59, "l'

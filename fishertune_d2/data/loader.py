@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fishertune_d2.data.image_files import DatasetError
-from fishertune_d2.data.samplers import build_sampler
+from fishertune_d2.data.samplers import ResumableSampler, build_sampler
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # macOS does not
@@ -212,14 +212,18 @@ def build_train_loader(
         repeat_threshold=repeat_threshold,
     )
     if start is not None:
-        warnings.warn(
-            "the argument start of build_train_loader is now set on the loader: "
-            "loader.sampler.start = ...",
-            FutureWarning,
-            stacklevel=2,
-        )
-        order.start = start
+        _set_former_start(order, start)
     return _Loader(items, order, block, num_workers, pin_memory)
+
+
+def _set_former_start(order: ResumableSampler, start: int) -> None:
+    warnings.warn(
+        "the argument start of build_train_loader is now set on the loader: "
+        "loader.sampler.start = ...",
+        FutureWarning,
+        stacklevel=3,
+    )
+    order.start = start
 
 
 def build_test_loader(

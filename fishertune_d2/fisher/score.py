@@ -53,22 +53,13 @@ def domain_related_fisher(
         DRF by parameter name.
 
     Raises:
-        TypeError: if F(x) is given alone, without F(x').
         ValueError: if ``form`` is unknown, the estimate lacks F(x'), the weight of the shift is out
             of range, or F(x) is 0 everywhere.
     """
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}: choose from {FORMS}")
-    if f_shifted is not None:
-        warnings.warn(
-            "domain_related_fisher(f, f_shifted, shift_weight) is now called with the estimate "
-            "alone: domain_related_fisher(estimate)",
-            FutureWarning,
-            stacklevel=2,
-        )
-        estimate = FisherEstimate(dict(estimate), dict(f_shifted), shift_weight, images=0)
-    elif not isinstance(estimate, FisherEstimate):
-        raise TypeError(f"domain_related_fisher takes a FisherEstimate: got {type(estimate)}")
+    if f_shifted is not None or not isinstance(estimate, FisherEstimate):
+        estimate = _former_estimate(estimate, f_shifted, shift_weight)
     if not estimate.shifted:
         raise ValueError(
             f"{estimate.source} has no F(x'), which DRF compares F(x) with: estimate with perturb="
@@ -85,6 +76,21 @@ def domain_related_fisher(
     if form == "rank":
         f, ratio = _ranks(f), _ranks(ratio)
     return {name: f[name] + shift_weight * ratio[name] for name in f}  # Eq. 7
+
+
+def _former_estimate(
+    f: Mapping[str, Tensor], f_shifted: Mapping[str, Tensor] | None, shift_weight: float
+) -> FisherEstimate:
+    """The estimate of the former arguments, with a warning; refuses F(x) alone."""
+    if f_shifted is None:
+        raise TypeError(f"domain_related_fisher takes a FisherEstimate: got {type(f)}")
+    warnings.warn(
+        "domain_related_fisher(f, f_shifted, shift_weight) is now called with the estimate alone: "
+        "domain_related_fisher(estimate)",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return FisherEstimate(dict(f), dict(f_shifted), shift_weight, images=0)
 
 
 def relative_change(
