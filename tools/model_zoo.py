@@ -24,11 +24,14 @@ from fishertune_d2.run import ENTRY, LENGTH, Results, require_same_protocol  # n
 # The title of each study, and the part of docs/results that reads it.
 STUDIES = {
     "table1_camvid": ("Table 1 on CamVid", "tables.md#which-method-is-best-at-dusk"),
-    "table1_streets": ("Table 1 from the scenes", "tables.md#do-the-built-in-scenes-agree"),
+    "table1_streets": ("Table 1, trained on the scenes", "tables.md#do-the-built-in-scenes-agree"),
     "selection": ("Which weights to select", "selection.md"),
-    "other_kernels": ("Same seeds, other kernels", "tables.md#how-far-do-cpu-kernels-move-a-score"),
+    "other_kernels": (
+        "Same seeds, other CPU kernels",
+        "tables.md#how-far-do-cpu-kernels-move-a-score",
+    ),
     "warm_moments": (
-        "AdamW's moments kept warm",
+        "AdamW's moments from the start",
         "tables.md#do-adamws-moments-of-late-weights-matter",
     ),
     "constant_schedule": ("All weights from the start", "tables.md#does-the-growing-share-matter"),
@@ -38,7 +41,7 @@ STUDIES = {
         "tables.md#do-900-iterations-of-tuning-close-the-gap",
     ),
     "iterations_900_search": (
-        "Learning rates over 900",
+        "Rates for 900 iterations",
         "tables.md#do-900-iterations-of-tuning-close-the-gap",
     ),
     "iterations_900_share_20": (
@@ -49,20 +52,22 @@ STUDIES = {
 
 HEAD = """# Model zoo
 
-Results by method and setting: mIoU in percent, mean and sample standard deviation over seeds. The
-link in the first column explains the setting and lists its commands. The paper's own numbers are
-not here.{large} Checkpoints are not published. To train a model again, run the commands of its
-setting; `python -m fishertune_d2.export delta OUTPUT_DIR --decoder` makes a small file of it.
+This page lists results by method and setting: mIoU in percent, mean and sample standard deviation
+over seeds. The link in the first column explains the setting and lists its commands. The paper's
+own numbers are not here.{large}
+Checkpoints are not published. To train a model again, run the commands of its setting.
+`python -m fishertune_d2.export delta OUTPUT_DIR --decoder` then makes a small file of the trained
+model.
 
-*Rate* is the learning rate of the backbone as a share of `SOLVER.BASE_LR`, if it was searched. The
-seed of a search is left out if there are other seeds. *Steps* are the iterations of warm-up and of
-tuning. The tables `docs/results/*.jsonl` have one line for each run, with its seed, commit, IoU by
-class and seconds. This command reads them and writes this page:
+*Rate* is the learning rate of the backbone as a multiple of `SOLVER.BASE_LR`, if it was searched.
+If there are other seeds, the table leaves out the seed of the search. *Steps* are the iterations of
+warm-up and of tuning. The tables `docs/results/*.jsonl` have one line for each run, with its seed,
+commit, IoU by class and seconds. This command reads them and writes this page:
 
 ```sh
 python tools/model_zoo.py
 ```"""
-NONE_LARGE = " **No ViT-L, nor a\nlarger model, has been trained here yet.**"
+NONE_LARGE = " **No ViT-L or larger model has been trained here yet.**"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from gpu_check.demo import ROOT
 
 DATA, PAGE = ROOT / "docs/results/gpu.json", ROOT / "docs/results/gpu.md"
 HEAD = Path(__file__).with_name("page.md")
-NOT_YET = "Not measured yet. The command below measures it."
+NOT_YET = "Not measured yet. The commands below measure it."
 
 
 def write_page(files: Sequence[Path] = ()) -> None:
