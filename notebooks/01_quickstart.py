@@ -23,8 +23,9 @@
 # - Stage T2 measures the Fisher information of each weight. No weight changes.
 # - Stage T3 trains the decoder and the selected weights.
 # - This notebook trains on street scenes by day and scores the model by day, at night and in snow.
-# - It needs the set-up of the README, and neither a GPU nor data: the scenes are drawn on the spot.
-# - The first run downloads 90 MB of weights and draws the scenes; each takes a minute or two.
+# - It needs the set-up of the README. It needs no GPU and no data: it draws the scenes itself.
+# - The first run downloads 90 MB of weights and draws the scenes. Each of the two takes a minute or
+#   two.
 # - You get a table of scores, pictures, and a map of the selected weights.
 #
 # The next cell holds the imports.
@@ -82,7 +83,7 @@ print(f"d_min = {cfg.TUNING.D_MIN:.0%}, d_max = {cfg.TUNING.D_MAX:.0%} of the ba
 
 # %% [markdown]
 # The trainer is Detectron2's `DefaultTrainer` with these stages as hooks. Its log says how many
-# weights the optimizer holds in each stage, and where the weights are that it tuned in the end.
+# weights the optimizer holds in each stage, and where the tuned weights are at the end.
 
 # %%
 log = logging.getLogger("fishertune_d2.engine")
@@ -97,9 +98,9 @@ trainer.train()
 # %% [markdown]
 # ## The table
 #
-# Test sets of the training domain are the *source*, the others are *unseen*. The score to compare
-# is the average over the unseen sets. The log above ends with the table by data set and class, and
-# `results.json` holds the table and the protocol:
+# Test sets of the training domain are the *source*; the other test sets are *unseen*. The score to
+# compare is the average over the unseen sets. The log above ends with the table by data set and
+# class, and `results.json` holds the table and the protocol:
 
 # %%
 results = json.loads((output / "results.json").read_text())
@@ -109,14 +110,14 @@ print(f"{'average over unseen':20} mIoU {results['target_average']:5.2f} %")
 
 # %% [markdown]
 # These scores come from a minute of training: the model has learnt the classes that fill the image,
-# and not the small ones. Do not rank methods by such a run;
+# but not the small classes. Do not rank methods by such a run;
 # [docs/results/camvid.md](../docs/results/camvid.md) has longer ones.
 #
 # ## The pictures
 #
 # Each picture shows image, label and prediction, from left to right, in Cityscapes' colours. By day
-# the model finds the large regions. In snow it loses parts of them, and at night it loses far more,
-# first of all the sky.
+# the model finds the large regions. In snow it loses parts of these regions. At night it loses far
+# more, most of all the sky.
 
 # %%
 Image(filename=output / "pictures/streets_day_val_1.png", width=840)
@@ -131,9 +132,9 @@ Image(filename=output / "pictures/streets_snow_val_1.png", width=840)
 # ## What was tuned
 #
 # The map shows the selected share of each group: the query, key, value or feed-forward weights of a
-# block. The selection is far from even: values and feed-forward layers of the first half hold
-# nearly all of it. (After so short a warm-up the selection is close to that of F alone, as the log
-# above says; [05_fisher](05_fisher.ipynb) explains this.)
+# block. The selection is far from even: nearly all selected weights are values and feed-forward
+# layers in the first half of the blocks. (After so short a warm-up the selection is close to that
+# of F alone, as the log above says; [05_fisher](05_fisher.ipynb) explains this.)
 
 # %%
 Image(filename=draw_run(output), width=760)

@@ -12,7 +12,7 @@
 # # 2. Data and domains
 #
 # Domain generalization trains on one *source* domain, never sees the *targets*, and is tested on
-# them. This notebook looks at the data. It measures how far the domains are apart, in the same
+# them. This notebook looks at the data. It measures the distance between the domains, by the same
 # statistics that the method's simulated shift (Eq. 6) changes. Then it registers data of your own.
 # The next cell holds the imports.
 
@@ -124,8 +124,8 @@ plt.show()
 # $$d_\mu = \frac{|\bar\mu_{\text{target}} - \bar\mu_{\text{source}}|}{\Sigma_\mu}
 #   \quad \text{(and likewise } d_\sigma \text{)},$$
 #
-# the $|\epsilon|$ that moves the average source image to the target. The first table shows it for
-# the three colours:
+# the $|\epsilon|$ that moves the average source image to the target. The first table shows this
+# distance for the three colours:
 
 # %%
 cfg = read_config(CONFIG)
@@ -140,9 +140,9 @@ headers = ["domain", *(f"{statistic} {c}" for statistic in "μσ" for c in ("red
 Markdown(tabulate(rows, headers, tablefmt="github", floatfmt=".1f"))
 
 # %% [markdown]
-# The next figure shows it for the features of the foundation model, at the four places where Eq. 6
-# is applied by default: the patch embedding, and the blocks at one third, one half and two thirds
-# of the depth. Each value is the mean of $d_\mu$ and $d_\sigma$ over the channels:
+# The next figure shows the distance for the features of the foundation model, at the four places
+# where Eq. 6 is applied by default: the patch embedding, and the blocks at one third, one half and
+# two thirds of the depth. Each value is the mean of $d_\mu$ and $d_\sigma$ over the channels:
 
 # %%
 model = Trainer.build_model(cfg).eval()
@@ -160,15 +160,15 @@ Image(filename=output / "distances.png")
 
 # %% [markdown]
 # In the pixels, dusk and night are about four $\Sigma$ away from day. That is far more than Eq. 6
-# draws at strength 1 (the dotted line shows the mean of $|\epsilon|$). In the blocks they come
-# nearer: the foundation model already removes a good part of the shift. At two thirds of the depth
-# one to one and a half $\Sigma$ remain, about as much as the simulated shift. This measure is
-# crude: it treats each channel alone, and uses a dozen images.
+# draws at strength 1 (the dotted line shows the mean of $|\epsilon|$). In the blocks, dusk and
+# night are nearer to day: the foundation model already removes a good part of the shift. At two
+# thirds of the depth, a distance of one to one and a half $\Sigma$ remains, about as much as the
+# simulated shift. This measure is crude: it treats each channel alone, and uses a dozen images.
 #
 # ## On real photographs
 #
-# This cell measures the same for CamVid, by day and at dusk, if its files are there. (CamVid's
-# licence covers research, so this notebook keeps only numbers and no pictures.)
+# This cell measures the same distances for CamVid, by day and at dusk, if its files are there.
+# (CamVid's licence covers research, so this notebook keeps only numbers and no pictures.)
 
 # %%
 if QUICK or not Path(os.environ["DETECTRON2_DATASETS"], "CamVid").is_dir():
@@ -186,8 +186,8 @@ else:
 # %% [markdown]
 # ## Your own data, in one call
 #
-# `register_sem_seg` makes a data set from a folder of images and a folder of labels. This one has
-# four scenes and three classes:
+# `register_sem_seg` makes a data set from a folder of images and a folder of labels. This data set
+# has four scenes and three classes:
 
 # %%
 own, classes = output / "own", ["ground", "things", "sky"]

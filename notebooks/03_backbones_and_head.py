@@ -11,9 +11,9 @@
 # %% [markdown]
 # # 3. Backbones and head
 #
-# The model is a plain vision transformer (ViT), which others pretrained on many images, with a
+# The model is a plain vision transformer (ViT), pretrained on many images by its authors, with a
 # Mask2Former decoder on top. This notebook builds the model, looks at the backbone's features, and
-# takes the decoder's prediction apart into its queries. The next cell holds the imports.
+# splits the decoder's prediction into its queries. The next cell holds the imports.
 
 # %% jupyter={"source_hidden": true}
 import os
@@ -47,7 +47,7 @@ cfg = read_config(CONFIG, ["TUNING.METHOD", "freeze", "OUTPUT_DIR", str(OUTPUT /
 # %% [markdown]
 # ## One table of foundation models
 #
-# `MODEL.VFM.NAME` names an entry of this table; a further model is a further entry. The weights are
+# `MODEL.VFM.NAME` names an entry of this table. To add a model, add an entry. The weights are
 # downloaded when a model is built. `MODEL.VFM.WEIGHTS` may name a file instead, in the format of
 # its authors.
 
@@ -91,8 +91,8 @@ Markdown(tabulate(rows, ["kind", "candidate weights", "% of the backbone"], "git
 # ## The features
 #
 # These pictures show the first three principal components of the patch features as red, green and
-# blue, for one street by day, at night and in snow. A colour means the same in the three pictures
-# of a line. The road, the cars and the houses have colours of their own although the backbone has
+# blue, for one street by day, at night and in snow. A colour means the same in three pictures side
+# by side. The road, the cars and the houses have colours of their own although the backbone has
 # seen no label. Snow keeps most of the colours of the day; night changes them in every block,
 # including the last.
 
@@ -140,8 +140,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# In snow a patch keeps a good part of its feature. At night it keeps far less, and most of it in
-# the middle of the depth. Fine-tuning has to repair the rest.
+# In snow a patch keeps a good part of its feature. At night a patch keeps far less of its feature,
+# and it keeps most in the middle of the depth. Fine-tuning has to repair the rest.
 #
 # ## Mask2Former's queries
 #
@@ -171,8 +171,8 @@ print(f"{len(predictions)} predictions: one on the queries alone, then one after
 # %% [markdown]
 # The figure shows the six queries that are most certain of a class, with their masks in the last
 # prediction. The queries of sky and road draw their region. The queries of pole and traffic sign
-# are certain of their class, because most images contain some, but have not learnt to find it:
-# their masks are almost empty.
+# are certain of their class, because most images contain a pole or a traffic sign. But they have
+# not learnt to find these objects: their masks are almost empty.
 
 # %%
 classes = MetadataCatalog.get("streets_day_val").label_space.classes
@@ -189,8 +189,8 @@ plt.show()
 # %% [markdown]
 # The next figure shows the class with the highest score after each prediction. A mask is the
 # product of a query with the pixel decoder's features, so the queries find regions even before the
-# first layer; the layers let them look at the image. After so short a training, the large regions
-# are there from the start, and the layers add small ones, not all of them correct.
+# first layer. In the layers, the queries attend to the image. After such a short training, the
+# large regions are there from the start. The layers add small regions, some of which are wrong.
 
 # %%
 space = MetadataCatalog.get("streets_day_val").label_space
@@ -208,11 +208,11 @@ plt.show()
 # %% [markdown]
 # ## On real photographs
 #
-# Day and dusk in CamVid show different streets, so patches cannot be compared one by one; the mean
-# features of images can. How similar are two images of the same light, and of different light,
-# relative to the mean over all images? A cosine below 0 across the lights means two groups on
-# opposite sides. (CamVid's licence covers research, so this notebook keeps only numbers and no
-# pictures.)
+# Day and dusk in CamVid show different streets, so patches cannot be compared one by one, but the
+# mean features of images can. The next cell shows how similar two images of the same light, and two
+# images of different light, are relative to the mean over all images. A cosine below 0 between day
+# and dusk means that the two groups lie on opposite sides of this mean. (CamVid's licence covers
+# research, so this notebook keeps only numbers and no pictures.)
 
 # %%
 if QUICK or not Path(os.environ["DETECTRON2_DATASETS"], "CamVid").is_dir():
@@ -237,5 +237,6 @@ else:
 # - Use another backbone: `["MODEL.VFM.NAME", "dinov2_vits_reg"]` in `read_config`. Its registers
 #   hold the information that DINOv2 otherwise writes into a few background patches. Do the pictures
 #   get smoother?
-# - `MODEL.VFM.WEIGHTS random`: which principal components has a model without pretraining?
+# - Set `MODEL.VFM.WEIGHTS random`. How do the principal components of a model without pretraining
+#   look?
 # - Which queries predict "person" in other images, and are they always the same?

@@ -13,7 +13,7 @@
 #
 # Stage 1 of Algorithm 1 freezes the backbone and trains the decoder for $T_1$ iterations. There are
 # two reasons. The Fisher information consists of gradients, and the gradients of a random decoder
-# would say nothing about the backbone. And a frozen foundation model is a strong baseline, which
+# would say nothing about the backbone. Also, a frozen foundation model is a strong baseline, which
 # every way of tuning has to beat.
 #
 # This run writes a checkpoint at $T_1$, from which [05_fisher](05_fisher.ipynb) and
@@ -127,8 +127,8 @@ Markdown(f"```\n{format_table(results)}\n```")
 
 # %% [markdown]
 # The next figure shows the IoU by class, for the classes that the run has learnt (IoU above 5 % by
-# day). The classes lose differently. The sky, which is bright by day, is not found at night at all;
-# the road is found nearly as well as by day.
+# day). The fall differs between classes. The sky, which is bright by day, is not found at night at
+# all; the road is found nearly as well as by day.
 
 # %%
 iou = results["per_class"]
@@ -155,8 +155,8 @@ Image(filename=output / "pictures/streets_night_val_1.png", width=840)
 # %% [markdown]
 # ## On real photographs
 #
-# This cell trains the same on CamVid by day, and scores it by day and at dusk, if CamVid's files
-# are there. (CamVid's licence covers research, so this notebook keeps only numbers and no
+# This cell trains the same model on CamVid by day, and scores it by day and at dusk, if CamVid's
+# files are there. (CamVid's licence covers research, so this notebook keeps only numbers and no
 # pictures.)
 
 # %%
@@ -179,9 +179,9 @@ else:
 #
 # ## Something to try
 #
-# - For how long does the frozen model improve? `"SOLVER.MAX_ITER", 600`.
-# - `"MODEL.VFM.WEIGHTS", "random"`: how well does the same decoder do on features without
+# - Set `"SOLVER.MAX_ITER", 600`. For how long does the frozen model improve?
+# - Set `"MODEL.VFM.WEIGHTS", "random"`. How good is the same decoder on features without
 #   pretraining?
-# - How much would the steps of the first table cost with a larger model? This command says it
-#   without running the model: `python -m fishertune_d2.plan --config-file streets.yaml
+# - How much would the steps of the first table cost with a larger model? This command computes the
+#   cost without running the model: `python -m fishertune_d2.plan --config-file streets.yaml
 #   MODEL.VFM.NAME dinov2_vitl`.

@@ -99,9 +99,9 @@ print(f"{sum(map(len, batches))} crops to estimate from, and {sum(map(len, other
 #   \left[ \left( \frac{\partial L(f(x_i), y)}{\partial \theta_n} \right)^2 \right].$$
 #
 # The square is taken **per image, before the mean**. With the labels of the data instead of $y \sim
-# f$ it is the *empirical* Fisher. This is the default, because Eq. 5 and 7 are written with labels.
-# `estimate_fisher` takes any model, any batches and any loss that gives one number for each image.
-# `perturb` is Eq. 6 (below); with it, one call measures F on $x$ and on $x'$.
+# f$, F is the *empirical* Fisher information. This is the default, because Eq. 5 and 7 are written
+# with labels. `estimate_fisher` takes any model, any batches and any loss that gives one number for
+# each image. `perturb` is Eq. 6 (below); with it, one call measures F on $x$ and on $x'$.
 
 # %%
 loss = SegmentationLoss()
@@ -145,9 +145,9 @@ for share in (0.01, 0.05, 0.2):
 # $$F = \gamma \Lambda - \gamma \tau^{-2}. \tag{14}$$
 #
 # `batch_mean` squares the mean gradient of the batch: a common mistake, and ChildTuning's choice.
-# The table shows which share of the 5 % that `diagonal` selects each estimator also selects. The
-# last two lines show the noise: `diagonal` on other crops, and with labels drawn from the model
-# (the true Fisher).
+# `diagonal` selects 5 % of the weights. The table shows the share of these weights that each
+# estimator also selects. The last two lines show the noise: `diagonal` on other crops, and with
+# labels drawn from the model (the true Fisher).
 
 # %%
 chosen = Selection.from_scores(estimate.f, 0.05, base)
@@ -172,12 +172,12 @@ headers = ["estimator", "% in common with diagonal", "mean F", "processor second
 Markdown(tabulate(rows, headers, tablefmt="github", floatfmt=("", ".1f", ".1e", ".0f")))
 
 # %% [markdown]
-# `diagonal_loop` and `closed_form` select the same weights as `diagonal`, as they should, and
-# `smoothed` nearly the same. Other crops agree less, so with so few images noise matters more than
-# smoothing. The mean of `batch_mean` is about a quarter, because a batch has four images: their
-# gradients point in unrelated directions and cancel, while their squares do not. `natural` and
-# `variational` have made one step for each of six batches and are far from their optimum. (Sampled
-# labels give another loss, so only the ranking can be compared.)
+# `diagonal_loop` and `closed_form` select the same weights as `diagonal`, as expected, and
+# `smoothed` selects nearly the same. Other crops agree less, so with so few images noise matters
+# more than smoothing. The mean of `batch_mean` is about a quarter, because a batch has four images:
+# their gradients point in unrelated directions and cancel, while their squares do not. `natural`
+# and `variational` have made one step for each of six batches and are far from their optimum.
+# (Sampled labels give another loss, so only the ranking can be compared.)
 # [docs/results/fisher.md](../docs/results/fisher.md) uses many more images.
 #
 # ## The simulated shift
@@ -228,8 +228,8 @@ Markdown(table(select_by_each(estimate, share=0.05)))
 
 # %% [markdown]
 # `eq7` selects the same weights as dF, and `eq15` with a fixed $\gamma$ the same as F. `balanced`
-# lies between, here near F: after so short a warm-up, F is concentrated in few weights. After 300
-# iterations on CamVid, both terms contribute about equally
+# lies between the two, here near F: after so short a warm-up, F is concentrated in few weights.
+# After 300 iterations on CamVid, both terms contribute about equally
 # ([docs/results/camvid.md](../docs/results/camvid.md)). Every run logs both overlaps, so that you
 # notice a one-sided score.
 #
@@ -279,8 +279,8 @@ Image(filename=output / "sensitivity.png", width=760)
 #
 # Does another source select other weights? This cell makes the same estimate on CamVid by day,
 # after CamVid's warm-up, if 04_warmup has trained it. The maps of groups are similar, but less than
-# half of the single weights are the same. (For scale, the table above says how much other crops of
-# the same source share.)
+# half of the single weights are the same. (For comparison, the table above shows this share for
+# other crops of the same source.)
 
 # %%
 real_warmup = OUTPUT / "camvid_freeze/model_warmup.pth"

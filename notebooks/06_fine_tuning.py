@@ -92,9 +92,10 @@ plt.show()
 # %% [markdown]
 # ## Three methods from one warm-up
 #
-# All runs continue from the checkpoint of [04_warmup](04_warmup.ipynb), which is trained now if it
-# is missing. Each method has its own learning rate for the backbone, because a sparse selection
-# needs a higher one. `configs/camvid` has the same ratios, chosen on validation data.
+# All runs continue from the checkpoint of [04_warmup](04_warmup.ipynb). If the checkpoint is
+# missing, this cell trains the warm-up. Each method has its own learning rate for the backbone,
+# because a sparse selection needs a higher learning rate. `configs/camvid` has the same ratios,
+# chosen on validation data.
 
 # %%
 freeze = OUTPUT / "freeze"
@@ -178,8 +179,9 @@ print(f"{outside} of them were not selected")
 #
 # Each point is an image: the mean over all patches of its last block's features, embedded by t-SNE
 # (as in the paper's Fig. 7). t-SNE keeps neighbours together; its axes and the distances between
-# groups mean nothing. So each title also gives a number without t-SNE: for how many images the most
-# similar other image is of the same domain. The lower it is, the better the domains mix.
+# groups mean nothing. So each title also gives a number without t-SNE: it counts the images whose
+# most similar other image is of the same domain. The lower this number is, the better the domains
+# mix.
 
 # %%
 domains, count = ["day", "dusk", "night", "fog", "rain", "snow"], 2 if QUICK else 10
@@ -193,7 +195,7 @@ Image(filename=OUTPUT / "tsne.png")
 
 # %% [markdown]
 # The images of night are apart in all three models. Full fine-tuning mixes the domains most, and
-# FisherTune a little. After forty iterations nothing more can be read from the figure.
+# FisherTune a little. After forty iterations, the figure shows no more than that.
 #
 # ## The scores of longer runs on CamVid
 #
@@ -202,7 +204,7 @@ Image(filename=OUTPUT / "tsne.png")
 # can repeat with `python -m fishertune_d2.bench`
 # ([docs/results/selection.md](../docs/results/selection.md)). They trained on CamVid by day for 300
 # iterations of warm-up and 300 of tuning, with three seeds (`full`: one). The test set is CamVid at
-# dusk, which no setting was chosen on. All methods but `full` and `freeze` train 5 % of the
+# dusk. No setting was chosen on this set. All methods but `full` and `freeze` train 5 % of the
 # backbone; they differ in the choice of the weights:
 
 # %%
@@ -218,16 +220,16 @@ Image(filename=OUTPUT / "camvid.png", width=760)
 # %% [markdown]
 # The figure shows a point for each seed and a bar at the mean. FisherTune is far above the frozen
 # backbone and above a selection by dF alone. It is also above a random selection and a selection by
-# F alone, but three seeds cannot show that: the intervals in the last column contain 0. Full
-# fine-tuning, with one seed, is above FisherTune at this size. The paper reports that FisherTune
-# beats full fine-tuning after far longer training on larger models.
+# F alone, but these differences are not significant with three seeds: the intervals in the last
+# column contain 0. Full fine-tuning, with one seed, is above FisherTune at this size. The paper
+# reports that FisherTune beats full fine-tuning after far longer training on larger models.
 # [docs/results/tables.md](../docs/results/tables.md) compares more methods.
 
 # %% [markdown]
 # ## Something to try
 #
-# - `"TUNING.METHOD", "random"` trains equally many weights, chosen at random: a control that costs
-#   nothing.
+# - `"TUNING.METHOD", "random"` trains the same number of weights, chosen at random. This control
+#   costs nothing.
 # - Train few parameters in other ways: `"TUNING.METHOD", "lora"` (needs peft), `"vpt"` or `"rein"`.
 # - Compare the three runs of this notebook: `python -m fishertune_d2.analysis.compare
 #   outputs/notebooks/freeze outputs/notebooks/full outputs/notebooks/fishertune`. Repeat them with

@@ -19,8 +19,8 @@
 # ```
 #
 # This notebook shows the arguments of the call, the weights that it may change, its work in each of
-# the three stages, and why a zero gradient is not enough to keep a weight unchanged. All of it runs
-# on a CPU, without downloads. The next cell holds the imports.
+# the three stages, and why a zero gradient is not enough to keep a weight unchanged. The notebook
+# runs on a CPU, without downloads. The next cell holds the imports.
 
 # %% jupyter={"source_hidden": true}
 import os
@@ -51,8 +51,8 @@ torch.manual_seed(0)
 # ## The other project's model and data
 #
 # The model has Detectron2's own `ViT`, the one of ViTDet, with attention in windows, and a head
-# that classifies each patch as one of three things. Like every Detectron2 model in training, it
-# takes a list of dicts and returns **losses by name, one number for the whole batch**.
+# that gives each patch one of three classes. Like every Detectron2 model in training, it takes a
+# list of dicts and returns **losses by name, one number for the whole batch**.
 
 
 # %%
@@ -105,8 +105,8 @@ plt.show()
 #
 # The candidates are the query, key and value projections and the feed-forward layers of every
 # block. `find_candidates` recognises them by the parameters' names, which are the same in timm and
-# in Detectron2: `blocks.<i>.attn.qkv`, `blocks.<i>.mlp.fc1`, `fc2`. Here the three projections are
-# one matrix, and three groups of its rows.
+# in Detectron2: `blocks.<i>.attn.qkv`, `blocks.<i>.mlp.fc1`, `fc2`. Here one matrix holds the three
+# projections, as three groups of rows.
 
 # %%
 candidates = fisher.find_candidates(model.backbone)
@@ -118,8 +118,8 @@ for kind in fisher.KINDS:
 # %% [markdown]
 # ## The other project's trainer, and one call
 #
-# SGD with momentum and a strong weight decay holds all weights of the model. The call changes none
-# of this; it registers hooks:
+# The optimizer is SGD with momentum and a strong weight decay, and holds all weights of the model.
+# The call does not change the optimizer; it registers hooks:
 #
 # | iterations | what happens |
 # |---|---|
@@ -134,9 +134,9 @@ for kind in fisher.KINDS:
 #
 # and a batch's loss $\frac{1}{B}\sum_i L_i$ does not contain the squares of its images. So the
 # model receives **one image at a time**, which works for every model that Detectron2 can train.
-# $F(x')$ is measured in the same way, with the statistics of the features shifted (Eq. 6) as they
-# were drawn for the whole batch, and both give the score (Eq. 15). The estimate needs a second data
-# loader, because the trainer's own would lose its position.
+# $F(x')$ is measured in the same way, with shifted statistics of the features (Eq. 6), which are
+# drawn for the whole batch. $F(x)$ and $F(x')$ give the score (Eq. 15). The estimate needs a second
+# data loader, because the trainer's own would lose its position.
 
 # %%
 before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -227,8 +227,8 @@ print(f"a weight of 1 after {max_iter} steps with a gradient of zero: {weight.it
 #
 # An existing optimizer stays dense: it keeps gradients and moments for weights that never change.
 # If you build the optimizer yourself, after the estimate, `SelectedWeights` gives it only the
-# selected weights: one vector for each tensor. Our own trainer does this. It needs no Detectron2,
-# and neither does anything in `fishertune_d2.fisher`.
+# selected weights: one vector for each tensor. Our own trainer does this. `SelectedWeights` and
+# `fishertune_d2.fisher` need no Detectron2.
 
 # %%
 selected = SelectedWeights(model.backbone, selection)
