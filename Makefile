@@ -20,8 +20,9 @@ help:  ## print this list
 demo: .venv/ready  ## train FisherTune on the built-in street scenes and score it (8 minutes)
 	.venv/bin/python train_net.py --config-file configs/demo.yaml --resume
 
+# Two processes with a thread each use two cores better than one process with two threads.
 test: .venv/ready  ## run all tests
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 check: lint types  ## lint, types and the fast tests (at most 90 seconds)
 	.venv/bin/python -m pytest -q $(FAST_TESTS)
