@@ -30,7 +30,7 @@ class TuningMethod:
         adds: whether the method adds parameters; see :class:`AddingMethod`.
         undecayed: parts of names of added parameters with SOLVER.WEIGHT_DECAY_EMBED instead of the
             usual weight decay, such as tokens, and factors: decay pulls towards 0, not towards the
-            start.
+            start. The default has the usual names, for methods that set none.
         takes_warmup: whether the method gains from a warm-up; if not, the bench trains without.
         options: the groups of keys below TUNING that the method reads, such as "LORA"; None if they
             are unknown. A run's record leaves the groups of other methods out.
@@ -41,7 +41,7 @@ class TuningMethod:
     compares_domains: bool = False
     schedule: str = ""
     adds: bool = False
-    undecayed: tuple[str, ...] = ()
+    undecayed: tuple[str, ...] = ("learnable_tokens", "prompts", ".scale")
     takes_warmup: bool = True
     options: tuple[str, ...] | None = None
 

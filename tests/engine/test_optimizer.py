@@ -46,7 +46,7 @@ def _rates_and_decays(cfg, model: nn.Module) -> dict[str, tuple[float, float]]:
         ("adaptformer", {"adaptformer.down.0": 0.05}),
         ("lora", {"q_proj.lora_A.default": 0.05}),
         ("peft", {"fc2.ia3_l.default": 0.0, "q_proj.lora_magnitude_vector.default": 0.0}),
-        ("fishertune", {"prompts": 0.05}),  # of no method that adds them
+        ("fishertune", {"prompts": 0.0, "own": 0.05}),  # a name that the method does not set
     ],
 )
 def test_added_parameters_decay_as_their_method_says(method, added):
