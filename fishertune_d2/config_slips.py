@@ -190,10 +190,10 @@ def _example(value: Any, default: Any) -> str:
     return f"{default!r}, for example"
 
 
-def dotted_items(node: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_items(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields each key with its dotted path, and its value."""
     for name, value in node.items():
-        if isinstance(value, CN):
+        if isinstance(value, Mapping):
             yield from dotted_items(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -9,13 +9,14 @@ import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fishertune_d2.config import default_config
+from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.evaluation.label_pictures import find_pictures
 from fishertune_d2.fisher import FisherEstimate, Selection
 
@@ -123,9 +124,9 @@ def require_same_protocol(
     Raises:
         ValueError: names two runs that differ, and the facts in which they do.
     """
-    for other in results[1:]:
-        first = results[0]
-        one, two = (_comparable(run, vary, sets) for run in (first, other))
+    facts = [_comparable(run, vary, sets) for run in results]
+    for other, two in zip(results[1:], facts[1:], strict=True):
+        first, one = results[0], facts[0]
         differing = [key for key in one if key in two and one[key] != two[key]]
         if sets is None and list(first.scores) != list(other.scores):
             differing.append("test sets")
@@ -234,7 +235,7 @@ class Run:
     @cached_property
     def _written(self) -> dict[str, Any]:
         try:
-            written = _flatten(yaml.safe_load(self.config_text))
+            written = dict(dotted_items(yaml.safe_load(self.config_text)))
         except (yaml.YAMLError, AttributeError) as error:
             raise RunError(f"{self.config_file} is no config of a run: {error}") from error
         for key in ("SOLVER.MAX_ITER", "TUNING.WARMUP_ITERS"):
@@ -305,17 +306,7 @@ class Run:
         return file
 
 
+@cache
 def _defaults() -> dict[str, Any]:
     # As text, because a run's config is read from text, which turns tuples into lists.
-    return _flatten(yaml.safe_load(default_config().dump()))
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested config by key, with dots."""
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    return dict(dotted_items(yaml.safe_load(default_config().dump())))

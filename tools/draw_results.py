@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 from readme_svg import box, drawing, text  # noqa: E402
-from tabulate import tabulate  # noqa: E402
 
 from fishertune_d2.analysis.statistics import (  # noqa: E402
     format_difference,
     format_mean,
+    format_weights,
+    markdown_table,
     mean_and_std,
     paired_difference,
 )
@@ -87,7 +88,7 @@ def table(found: Mapping[str, Mapping[int, Results]]) -> str:
             [
                 f"**`{method}`**" if method == OURS else f"`{method}`",
                 trained,
-                f"{tuned / 1e6:.2f} M",
+                format_weights([tuned]),
                 format_mean(list(scores(seeds, SOURCE).values())),
                 format_mean(list(scores(seeds, UNSEEN).values())),
                 format_difference(difference),
@@ -95,7 +96,7 @@ def table(found: Mapping[str, Mapping[int, Results]]) -> str:
         )
     headers = ["`TUNING.METHOD`", "trains in the backbone", "weights", "day (source)"]
     headers += ["dusk (unseen)", "FisherTune minus method, at dusk"]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return markdown_table(lines, headers)
 
 
 def draw(found: Mapping[str, Mapping[int, Results]]) -> str:

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tabulate import tabulate
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fishertune_d2.analysis.statistics import format_mean  # noqa: E402 - it need not be installed
+from fishertune_d2.analysis.statistics import (  # noqa: E402 - it need not be installed
+    format_mean,
+    format_weights,
+    markdown_table,
+)
 from fishertune_d2.analysis.study import StudyRun, read_table  # noqa: E402
 from fishertune_d2.bench.learning_rates import read_choices  # noqa: E402
 from fishertune_d2.bench.tables import entry_names  # noqa: E402
@@ -95,14 +97,14 @@ class Model:
         """The model's line of its table."""
         run, results = self.runs[0], self.results[0]
         title, page = STUDIES[self.study]
-        warmup = results.protocol["warmup_iterations"]
+        warmup, tuned = results.protocol["warmup_iterations"], results.tuned_parameters
         return [
             f"[{title}](docs/results/{page})",
             run.entry,
             "-" if run.rate is None else f"{run.rate:g}",
             f"{warmup} + {results.protocol['iterations'] - warmup}",
             str(len(self.runs)),
-            "-" if results.tuned_parameters is None else f"{results.tuned_parameters / 1e6:.2f} M",
+            "-" if tuned is None else format_weights([tuned]),
             *(format_mean([r.scores[name] for r in self.results]) for name in results.scores),
         ]
 
@@ -144,7 +146,7 @@ def section(models: Sequence[Model]) -> str:
     require_same_protocol(every, vary=(*ENTRY, *LENGTH, "seed"))
     headers = ["setting", "method", "rate", "steps", "seeds", "weights tuned", *sets]
     lines = [model.line for model in models]
-    table = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    table = markdown_table(lines, headers)
     return f"## `{vfm}`, trained on {', '.join(train)}: {', '.join(sets)}\n\n{table}"
 
 

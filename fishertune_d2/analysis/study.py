@@ -8,6 +8,7 @@ were the folder of the study: ``docs/results/selection.jsonl/dinov2_vits/freeze_
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,13 @@ def read_table(table: Path) -> list[StudyRun]:
     """
     if not table.is_file():
         raise RunError(f"there is no {table}: write it with fishertune_d2.bench --save {table}")
+    found = table.stat()
+    return list(_read_runs(table, (found.st_mtime_ns, found.st_size)))
+
+
+@lru_cache(maxsize=1)
+def _read_runs(table: Path, stamp: tuple[int, int]) -> tuple[StudyRun, ...]:
+    """Reads a table once, until its ``stamp`` changes: a report asks for each of its runs."""
     runs = []
     for number, text in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -74,7 +82,7 @@ def read_table(table: Path) -> list[StudyRun]:
             ) from error
         columns["train"] = tuple(columns["train"])
         runs.append(StudyRun(**columns, content=line))
-    return runs
+    return tuple(runs)
 
 
 def save_runs(table: Path, runs: Iterable[StudyRun]) -> None:

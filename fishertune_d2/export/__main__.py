@@ -8,16 +8,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fishertune_d2.compat import require_detectron2
+from detectron2.utils.logger import setup_logger
 
-require_detectron2()
+from fishertune_d2.command_line import ending_in_a_sentence
 
-from detectron2.utils.logger import setup_logger  # noqa: E402
-
-from fishertune_d2.command_line import ending_in_a_sentence  # noqa: E402
-
-from .layouts import LAYOUTS, empty_backbone  # noqa: E402
-from .tuned_models import delta_of_run, read_tuned  # noqa: E402
+from .layouts import LAYOUTS, empty_backbone
+from .tuned_models import delta_of_run, read_tuned
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

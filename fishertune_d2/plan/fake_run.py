@@ -11,6 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from fishertune_d2.config import changed
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.optimizer import build_optimizer
 from fishertune_d2.engine.parameter_counts import count_tuned
@@ -80,10 +81,8 @@ class FakeRun:
 
     def optimizer(self, model: VFMSegmentor) -> torch.optim.Optimizer:
         """The optimizer of the stage that the model is in."""
-        cfg = self._cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.FUSED = False  # the meta device has no fused step; the state is the same
-        return build_optimizer(cfg, model)
+        # The meta device has no fused step; the state is the same.
+        return build_optimizer(changed(self._cfg, ["SOLVER.FUSED", False]), model)
 
     def one_pass(self, name: str, model: VFMSegmentor, device: torch.device) -> Pass:
         """The largest pass of a stage's step, for a model that has entered the stage."""
