@@ -196,4 +196,4 @@ def test_what_the_machine_has_is_not_wanted():
 
     names = {need.name for need in wanted(set(HAS))}
     assert {"fvcore", "omegaconf", "pycocotools"} <= names
-    assert not names & {"torch", "numpy", "jupytext", "ruff"}
+    assert not names & {"torch", "numpy", "pytest-xdist", "jupytext", "ruff", "mypy"}

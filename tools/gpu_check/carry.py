@@ -40,15 +40,18 @@ from gpu_check.demo import TOY, commit, demo_command, demo_scores  # noqa: E402
 
 # What the machine is taken to have. With --has, its own list is read.
 HAS = """
-    absl-py accelerate cloudpickle filelock fsspec grpcio huggingface-hub hypothesis iniconfig
-    jinja2 joblib markdown markupsafe matplotlib ml-dtypes networkx numpy onnx
+    absl-py accelerate cloudpickle execnet filelock fsspec grpcio huggingface-hub hypothesis
+    iniconfig jinja2 joblib markdown markupsafe matplotlib ml-dtypes networkx numpy onnx
     opencv-python-headless packaging pandas peft pillow pip pluggy portalocker protobuf psutil
-    pygments pytest pyyaml regex requests safetensors scikit-learn scipy setuptools
+    pygments pytest pytest-xdist pyyaml regex requests safetensors scikit-learn scipy setuptools
     sortedcontainers sympy tabulate tensorboard tensorboard-data-server threadpoolctl timm
     tokenizers torch torchmetrics torchvision tqdm transformers triton typing-extensions werkzeug
 """.split()
-# requirements.txt's for notebooks, pages and style, which the check does not run.
-NOT_RUN = {"jupytext", "nbclient", "nbformat", "ipykernel", "ruff", "pdoc"}
+# requirements.txt's for notebooks, pages, style and types, which the check does not run.
+NOT_RUN = {
+    *("jupytext", "nbclient", "nbformat", "ipykernel", "ruff", "pdoc"),
+    *("mypy", "types-pyyaml", "types-tabulate"),
+}
 TARGET = {
     "python_version": "3.12",
     "python_full_version": "3.12.0",
