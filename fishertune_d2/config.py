@@ -232,9 +232,9 @@ def _add_solver(cfg: CN) -> None:
     # With SOLVER.AMP.ENABLED: "bfloat16", or "float16" (with a gradient scaler, for GPUs without
     # bfloat16). FISHER.PRECISION is the estimate's.
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
-    # Precision to which a GPU may round the operands of float32 matrix products: "highest" keeps
-    # float32, "high" takes TF32 (10 bits of mantissa, several times as fast), see
-    # torch.set_float32_matmul_precision. Convolutions take TF32 by torch's default.
+    # Precision to which a GPU may round the operands of float32 matrix products and convolutions:
+    # "highest" keeps float32, "high" takes TF32 (10 bits of mantissa, several times as fast), see
+    # torch.set_float32_matmul_precision.
     cfg.SOLVER.MATMUL_PRECISION = "highest"
     # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, on which the
     # default launches a dozen kernels for each group of tensors.

@@ -22,6 +22,12 @@ CLASSES = 3
 DEVICE = os.environ.get("FISHERTUNE_TEST_DEVICE", "cpu")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def convolutions_in_float32() -> None:
+    """By default torch rounds a GPU's convolutions to TF32; the tests compare float32."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """The value of FISHERTUNE_TEST_DEVICE, for the tests that can run on a GPU."""

@@ -75,12 +75,17 @@ def test_the_page_says_what_each_part_checks():
 
 
 def test_a_second_run_adds_what_the_first_lacks():
-    from gpu_check.page import merge
+    from gpu_check.page import commits, merge
 
-    first = {"commit": "a", "parts": {"setup": 1, "demo": 2}, "demo": 3}
-    second = {"commit": "b", "parts": {"setup": 4, "camvid": 5}, "camvid": 6}
-    parts = {"setup": 1, "demo": 2, "camvid": 5}
-    assert merge([first, second]) == {"commit": "a", "parts": parts, "demo": 3, "camvid": 6}
+    first = {"commit": "a", "parts": {"setup": {"n": 1}, "demo": {"n": 2}}, "demo": 3}
+    second = {"commit": "b", "parts": {"setup": {"n": 4}, "camvid": {"n": 5}}, "camvid": 6}
+    merged = merge([first, second])
+    assert {name: part["n"] for name, part in merged.pop("parts").items()} == {
+        "setup": 1, "demo": 2, "camvid": 5
+    }  # fmt: skip
+    assert merged == {"commit": "a", "demo": 3, "camvid": 6}
+    assert commits(merge([first, second])) == "Commit a: setup, demo. Commit b: camvid."
+    assert commits(merge([first])) == "Commit a."
 
 
 def _write_demo(output: Path, miou: float, loss: float) -> None:

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="sizes of a toy, to try it out")
-    parser.add_argument("--steps", type=int, default=14, help="iterations of each way of training")
+    parser.add_argument("--steps", type=int, default=19, help="iterations of each way of training")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/gpu/figures.json")
     args = parser.parse_args()

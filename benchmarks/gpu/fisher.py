@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.image_losses import SegmentationLoss
+from fishertune_d2.engine.precision import set_matmul_precision
 from fishertune_d2.fisher import (
     ESTIMATORS,
     FisherEstimate,
@@ -57,7 +58,7 @@ def fisher(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> N
     batch = noise_batch(cfg.INPUT.CROP.SIZE, cfg.FISHER.IMS_PER_BATCH)
     for precision in args.precisions:
         keys = PRECISIONS[precision]
-        torch.set_float32_matmul_precision(keys["SOLVER.MATMUL_PRECISION"])
+        set_matmul_precision(configure(args, root, keys))
         autocast = torch.bfloat16 if keys["SOLVER.AMP.ENABLED"] else None
         estimates: dict[str, FisherEstimate] = {}
         for estimator in ("diagonal", "diagonal_loop"):

@@ -37,7 +37,7 @@ WAYS: dict[str, dict[str, object]] = {
     "full": {"TUNING.METHOD": "full"},
     "lora": {"TUNING.METHOD": "lora"},
 }
-WARM = 4  # iterations of a way that are not timed
+WARM = 8  # iterations of a way that are not timed; meanwhile the workers fill their queues
 # The goals for one step.
 MOST_WAITS, MOST_LAUNCHES = 4, 1.03  # the latter of fishertune, as a ratio to full
 
@@ -141,6 +141,9 @@ def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) ->
                     (root / "run").mkdir(exist_ok=True)
                     trainer.train()
                 milliseconds = median(watch.times)
+                waits = trainer.storage.history("data_time").values()
+                data = [s for s, iteration in waits if WARM <= iteration < args.steps - 2]
+                row["data_ms"] = 1e3 * median(data)
                 row |= {"step_ms": milliseconds, "steps": len(watch.times), **watch.row}
                 row["images_per_second"] = 1e3 * cfg.SOLVER.IMS_PER_BATCH / milliseconds
             except Exception as error:  # the other rows can be measured

@@ -30,7 +30,9 @@ def scoring_autocast(cfg: CfgNode, device: torch.device) -> AbstractContextManag
 
 
 def set_matmul_precision(cfg: CfgNode) -> None:
-    """Applies SOLVER.MATMUL_PRECISION to float32 matrix products of the whole process."""
+    """Applies SOLVER.MATMUL_PRECISION to float32 products and convolutions of the whole process."""
     precision = cfg.SOLVER.MATMUL_PRECISION
     require_choice("SOLVER.MATMUL_PRECISION", precision, _MATMUL_PRECISIONS)
     torch.set_float32_matmul_precision(precision)
+    # By default torch lets convolutions use TF32 even where matrix products are in float32.
+    torch.backends.cudnn.allow_tf32 = precision != "highest"

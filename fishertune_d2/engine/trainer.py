@@ -288,8 +288,13 @@ class Trainer(DefaultTrainer):
                 type(self).__name__,
                 self.start_iter,
             )
-        with self._preemption.listening():
-            return super().train()
+        try:
+            with self._preemption.listening():
+                return super().train()
+        finally:
+            # This ends the loader's workers. PyTorch takes 5 seconds for each if the iterator is
+            # left to the garbage collector, which stops the thread that would tell them to end.
+            self._trainer._data_loader_iter_obj = None
 
     def run_step(self) -> None:
         """One iteration, with random numbers that depend on SEED, rank and iteration alone.

@@ -186,7 +186,6 @@ def _resized_positions(embedding: Tensor, vit: PlainViT, antialias: bool) -> Ten
         old_size=[side, side],
         num_prefix_tokens=prefix,
         antialias=antialias,
-        align_corners=False,
     )
 
 

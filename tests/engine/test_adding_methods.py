@@ -23,7 +23,7 @@ from fishertune_d2.export import delta_of_run, read_tuned, tuned_backbone
 from fishertune_d2.plan import make_plan
 from fishertune_d2.tuning import TUNING_REGISTRY, build_tuning_method
 
-from .conftest import make_cfg, on_one_thread, same, train
+from .conftest import make_cfg, on_one_thread, same_states, train
 
 
 def _adding() -> list[str]:
@@ -101,9 +101,7 @@ def _state(cfg, name: str = "model_final") -> dict[str, torch.Tensor]:
 
 
 def _assert_same(got, expected) -> None:
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert same(got[name], value), name
+    assert same_states(got, expected)
 
 
 def test_trains_what_it_adds_and_nothing_of_the_backbones_own(whole):

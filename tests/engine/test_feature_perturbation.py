@@ -10,7 +10,7 @@ from detectron2.engine import HookBase
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.trained_model import build_trained
 
-from .conftest import TOLERANCE, same, train
+from .conftest import TOLERANCE, same_states, train
 
 
 class _Watch(HookBase):
@@ -52,7 +52,7 @@ def test_a_shift_of_strength_0_changes_no_bit(fp_cfg):
     plain, expected = _run(fp_cfg("off", TUNING__METHOD="full", TUNING__FEATURE_PERTURBATION=False))
     still, got = _run(fp_cfg("still", TUNING__METHOD="full", FISHER__PERTURB__STRENGTH=0.0))
     assert still == pytest.approx(plain, rel=TOLERANCE, abs=0)
-    assert all(same(got[name], expected[name]) for name in expected)
+    assert same_states(got, expected)
 
 
 def test_about_half_of_the_batches_are_perturbed(fp_cfg):
@@ -72,7 +72,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(fp_cfg):
     parts = fp_cfg("parts", TUNING__METHOD="full")
     train(parts, _Watch(), stop=5)
     _, got = _run(parts, resume=True)
-    assert all(same(got[name], expected[name]) for name in expected)
+    assert same_states(got, expected)
 
 
 def test_evaluation_is_not_perturbed(fp_cfg):

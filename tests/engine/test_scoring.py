@@ -45,8 +45,11 @@ def test_a_model_is_scored_in_the_precision_of_its_training(tiny_cfg, options, s
     try:
         score_datasets(cfg, model)
         assert torch.get_float32_matmul_precision() == cfg.SOLVER.MATMUL_PRECISION
+        tf32 = cfg.SOLVER.MATMUL_PRECISION != "highest"
+        assert torch.backends.cudnn.allow_tf32 == tf32
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False  # as tests/conftest.py sets it
     assert dtypes == {seen}
     assert not torch.is_autocast_enabled(model.device.type)
     results = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())

@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.step_trainer import _as_shares
 
-from .conftest import same, train
+from .conftest import same_states, train
 
 
 def _trained(cfg, resume: bool = False) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ def test_parts_add_up_to_the_whole_batch(tiny_cfg, points_of_the_losses_stay, pa
 def test_checkpointed_blocks_change_no_number(tiny_cfg):
     plain = _trained(tiny_cfg())
     checkpointed = _trained(tiny_cfg("checkpointed", MODEL__VFM__CHECKPOINT_BLOCKS=True))
-    assert all(same(checkpointed[name], tensor) for name, tensor in plain.items())
+    assert same_states(checkpointed, plain)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -89,7 +89,7 @@ def test_autocast_trains_float32_weights_and_resumes(tiny_cfg, precision):
 
     again = tiny_cfg(**options)
     Path(again.OUTPUT_DIR, "last_checkpoint").write_text("model_0000004.pth")
-    assert all(same(t, whole[name]) for name, t in _trained(again, resume=True).items())
+    assert same_states(_trained(again, resume=True), whole)
     state = torch.load(Path(cfg.OUTPUT_DIR, "model_final.pth"), weights_only=True)
     scaler = state["trainer"]["_trainer"]["grad_scaler"]
     assert bool(scaler) == (precision == "float16")  # bfloat16 has float32's range

@@ -1,6 +1,7 @@
 """The three stages through the real Trainer on a tiny model."""
 
 import json
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -161,6 +162,11 @@ def test_resume_after_a_kill_in_the_middle_of_the_estimation(tiny_cfg, finished_
         trainer.train()
     train(parts, resume=True)
     assert same_end(finished_run, parts.OUTPUT_DIR)
+
+
+def test_the_loaders_workers_end_with_training(tiny_cfg):
+    trainer = train(tiny_cfg(**LEAN, DATALOADER__NUM_WORKERS=2))
+    assert not multiprocessing.active_children(), trainer
 
 
 def test_methods_can_share_one_warmup(tiny_cfg, finished_run):

@@ -31,7 +31,8 @@ def merge(runs: Sequence[dict]) -> dict:
     merged: dict = {}
     for run in runs:
         parts = merged.get("parts", {})
-        parts |= {name: part for name, part in run["parts"].items() if name not in parts}
+        for name, part in run["parts"].items():
+            parts.setdefault(name, {"commit": run["commit"], **part})
         merged |= {key: value for key, value in run.items() if key not in merged}
         merged["parts"] = parts
     return merged
@@ -62,13 +63,21 @@ def state(found: dict) -> str:
         f"{n} {about[n]}" for n in ("python", "torch", "transformers", "timm") if n in about
     ]
     driver = f", driver {about['driver']}" if "driver" in about else ""
-    words.append(
-        f"Measured on one {about.get('device', 'device')}{driver}, commit {found['commit']}; "
-    )
-    words[-1] += f"{', '.join(versions)}."
+    words.append(f"Measured on one {about.get('device', 'device')}{driver}; {', '.join(versions)}.")
+    words.append(commits(found))
     words.append(f"Failed: {', '.join(failed)}." if failed else "All parts passed.")
     words.append("The numbers are those of [gpu.json](gpu.json).")
     return "\n".join(words)
+
+
+def commits(found: dict) -> str:
+    """Says at which commit each part ran, since a part may be measured again after a change."""
+    by_commit: dict[str, list[str]] = {}
+    for name, part in found["parts"].items():
+        by_commit.setdefault(part.get("commit", found["commit"]), []).append(name)
+    if len(by_commit) == 1:
+        return f"Commit {found['commit']}."
+    return "".join(f"Commit {each}: {', '.join(by_commit[each])}. " for each in by_commit).strip()
 
 
 def parts_table(parts: dict[str, dict]) -> str:
@@ -120,6 +129,7 @@ ROWS: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
             "way": ("way", ""),
             "precision": ("precision", ""),
             "ms a step": ("step_ms", ".0f"),
+            "of these loading": ("data_ms", ".0f"),
             "images a second": ("images_per_second", ".1f"),
             "kernels, ms": ("kernel_ms", ".0f"),
             "launches": ("launches", ",d"),

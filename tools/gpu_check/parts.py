@@ -115,7 +115,7 @@ class Part:
         file = self.work / "figures.json"
         options = ["--device", self.device, "--output", file]
         if self.args.dry_run:
-            options += ["--tiny", "--steps", "8", "--precisions", "float32"]
+            options += ["--tiny", "--steps", "12", "--precisions", "float32"]
         for name in names:
             process = self.start("benchmarks/gpu", name, *options)
             try:
