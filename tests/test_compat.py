@@ -37,12 +37,12 @@ def test_what_is_installed_here_is_new_enough():
         ("1.0.9", False),
         ("1.0.19", False),
         ("0.9.16", False),
-        ("1.0.20", True),
-        ("1.0.20.dev0", False),
-        ("1.0.20a0+git1234", False),
-        ("1.0.20rc1", False),
-        ("1.0.20.post1", True),
-        ("1.0.20+cu128", True),
+        ("1.0.31", True),
+        ("1.0.31.dev0", False),
+        ("1.0.31a0+git1234", False),
+        ("1.0.31rc1", False),
+        ("1.0.31.post1", True),
+        ("1.0.31+cu128", True),
         ("1.0.100", True),
         ("1.1.0rc1", True),
         ("2.0+local.3", True),
@@ -57,7 +57,7 @@ def test_versions_are_compared_number_by_number_and_pre_releases_are_older(
     if fits:
         require_versions("timm")
         return
-    message = re.escape(f"needs timm 1.0.20 or newer, and timm {version} is installed")
+    message = re.escape(f"needs timm 1.0.31 or newer, and timm {version} is installed")
     with pytest.raises(ImportError, match=message):
         require_versions("timm")
 
@@ -69,8 +69,8 @@ def test_several_old_packages_are_named_in_one_sentence_with_one_command(tmp_pat
     with pytest.raises(ImportError) as error:
         require_versions("timm", "torch", "transformers")
     assert str(error.value).startswith(
-        "FisherTune needs timm 1.0.20 or newer and transformers 5.0 or newer, and timm 1.0.9 and "
-        "transformers 4.40.0 are installed: run `pip install 'timm>=1.0.20' 'transformers>=5.0'`; "
+        "FisherTune needs timm 1.0.31 or newer and transformers 5.0 or newer, and timm 1.0.9 and "
+        "transformers 4.40.0 are installed: run `pip install 'timm>=1.0.31' 'transformers>=5.0'`; "
     )
 
 
@@ -110,8 +110,8 @@ def test_the_doctor_still_runs(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "1.0.9; >=1.0.20 is needed" in done.stdout
-    assert "pip install 'timm>=1.0.20'" in done.stdout
+    assert "1.0.9; >=1.0.31 is needed" in done.stdout
+    assert "pip install 'timm>=1.0.31'" in done.stdout
     assert done.returncode == 1
 
 

@@ -83,8 +83,8 @@ def test_what_is_too_old_is_named_with_the_command_that_mends_it(monkeypatch):
     _fake_versions(monkeypatch, timm="0.9.2")
     found = _of(doctor.requirements)
     assert found["timm"].mark == PROBLEM and found["torch"].mark == OK
-    assert found["timm"].words == "0.9.2; >=1.0.20 is needed"
-    assert found["timm"].remedy == "pip install 'timm>=1.0.20'"
+    assert found["timm"].words == "0.9.2; >=1.0.31 is needed"
+    assert found["timm"].remedy == "pip install 'timm>=1.0.31'"
 
 
 def test_what_is_there_under_another_name_is_no_problem(monkeypatch):

@@ -44,7 +44,7 @@ HAS = """
     iniconfig jinja2 joblib markdown markupsafe matplotlib ml-dtypes networkx numpy onnx
     opencv-python-headless packaging pandas peft pillow pip pluggy portalocker protobuf psutil
     pygments pytest pytest-xdist pyyaml regex requests safetensors scikit-learn scipy setuptools
-    sortedcontainers sympy tabulate tensorboard tensorboard-data-server threadpoolctl timm
+    sortedcontainers sympy tabulate tensorboard tensorboard-data-server threadpoolctl
     tokenizers torch torchmetrics torchvision tqdm transformers triton typing-extensions werkzeug
 """.split()
 # requirements.txt's for notebooks, pages, style and types, which the check does not run.
