@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from pytest import mark
+from pytest import approx, mark
 
 from fishertune_d2.config import default_config
 from fishertune_d2.engine.parameter_counts import count_parameters
@@ -67,6 +67,11 @@ def test_configs_differ_in_model_and_method_alone(short, method):
         base.TUNING.METHOD,
         base.OUTPUT_DIR,
     )
+    # 1e-5 for a whole backbone, 1e-4 for selected or added weights: see Base-paper.yaml.
+    assert cfg.SOLVER.BASE_LR * cfg.SOLVER.BACKBONE_MULTIPLIER == approx(
+        1e-5 if method == "full" else 1e-4
+    )
+    cfg.SOLVER.BACKBONE_MULTIPLIER = base.SOLVER.BACKBONE_MULTIPLIER
     assert cfg == base
 
 
