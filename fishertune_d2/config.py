@@ -239,6 +239,9 @@ def _add_solver(cfg: CN) -> None:
     # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, on which the
     # default launches a dozen kernels for each group of tensors.
     cfg.SOLVER.FUSED = False
+    # How many of the checkpoints that CHECKPOINT_PERIOD writes stay on disk, the newest; 0 for all.
+    # The ends of stages, model_warmup.pth and model_final.pth, always stay.
+    cfg.SOLVER.KEEP_CHECKPOINTS = 0
 
 
 def _add_fisher(cfg: CN) -> None:

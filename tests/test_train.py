@@ -92,6 +92,7 @@ def test_a_used_folder_is_refused_and_a_new_one_is_taken(command, used, tmp_path
     [
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu': choose cuda, cuda:1 or cpu"),
         (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD is 0: choose at least 1"),
+        (["SOLVER.KEEP_CHECKPOINTS", "-1"], "SOLVER.KEEP_CHECKPOINTS is -1: choose how many"),
         (["INPUT.FORMAT", "XYZ"], "INPUT.FORMAT is 'XYZ': choose from RGB, BGR"),
         (["INPUT.CROP.SIZE", "[0,64]"], "INPUT.CROP.SIZE is [0, 64]: give a height and a width"),
         (["INPUT.MIN_SIZE_TRAIN", "[]"], "INPUT.MIN_SIZE_TRAIN is []: give at least one"),

@@ -34,6 +34,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         accept: called with a checkpoint's record, if it has one, before its weights are loaded;
             raises if the record does not fit.
         complete: refuse a checkpoint that leaves a part of the model as it was initialised.
+        keep: how many of the periodic checkpoints stay, see :meth:`save`; 0 for all.
         checkpointables: as Detectron2's.
     """
 
@@ -45,16 +46,20 @@ class WholeCheckpointer(DetectionCheckpointer):
         method: TuningMethod | None = None,
         accept: Callable[[RunRecord], None] | None = None,
         complete: bool = False,
+        keep: int = 0,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.method = method
         self.accept = accept
         self.complete = complete
+        self.keep = keep
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes ``<name>.pth``, then makes it the last checkpoint.
+        """Writes ``<name>.pth``, makes it the last checkpoint, and deletes the oldest of too many.
 
+        Only periodic checkpoints (``model_<iteration>.pth``) are deleted, those of earlier
+        processes of the run included. Those that end a stage or leave for a scheduler stay.
         If writing fails, the checkpoint before it stays the last, and the OSError names the file
         and the free space.
         """
@@ -68,6 +73,10 @@ class WholeCheckpointer(DetectionCheckpointer):
         with whole_file(path) as temporary, open(temporary, "wb") as file:
             torch.save(data, file)
         self.tag_last_checkpoint(path.name)
+        if self.keep:
+            # By age, not by name: after a damaged one, a run may go on below its iteration.
+            for old in self._others("model_[0-9]*.pth")[self.keep :]:
+                old.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to resume from, even if none is noted as the last."""
@@ -131,10 +140,10 @@ class WholeCheckpointer(DetectionCheckpointer):
             f"others in {self.save_dir} ({len(others)}); start again without --resume"
         )
 
-    def _others(self) -> list[Path]:
+    def _others(self, pattern: str = "model_*.pth") -> list[Path]:
         """The checkpoints of a run in the folder, the newest first."""
         # Other .pth files in the folder may be weights without a run's state.
-        found = Path(self.save_dir).glob("model_*.pth") if self.save_dir else ()
+        found = Path(self.save_dir).glob(pattern) if self.save_dir else ()
         return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 

@@ -36,6 +36,7 @@ _RESULTS: dict[str, Result | None] = {
     "MODEL.VFM.WEIGHTS": None,
     "MODEL.WEIGHTS": None,
     "SOLVER.CHECKPOINT_PERIOD": None,
+    "SOLVER.KEEP_CHECKPOINTS": None,
     "TUNING.WARMUP_CHECKPOINT": None,
     # Only the losses of training read these.
     "MODEL.MASK_FORMER.*_RATIO": _WARMUP,

@@ -158,6 +158,11 @@ def _sizes(cfg: CfgNode, processes: int) -> Iterator[str]:
         yield f"INPUT.MIN_SIZE_TRAIN is {list(edges)}: give at least one short edge in pixels"
     if period < 1:
         yield f"SOLVER.CHECKPOINT_PERIOD is {period}: choose at least 1 iteration"
+    if cfg.SOLVER.KEEP_CHECKPOINTS < 0:
+        yield (
+            f"SOLVER.KEEP_CHECKPOINTS is {cfg.SOLVER.KEEP_CHECKPOINTS}: choose how many periodic "
+            "checkpoints stay, or 0 for all"
+        )
     if warmup and cfg.MODEL.WEIGHTS:
         yield (
             f"TUNING.WARMUP_CHECKPOINT {warmup} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} both say "
@@ -166,7 +171,9 @@ def _sizes(cfg: CfgNode, processes: int) -> Iterator[str]:
     if images < 1 or images % processes:
         yield (
             f"A batch of {images} images (SOLVER.IMS_PER_BATCH) cannot be shared evenly by "
-            f"{processes} processes; choose a multiple."
+            f"{processes} processes: choose a multiple, and scale the learning rate and the steps "
+            "with it, as configs/8gpu/Base-8gpu.yaml does; or let SOLVER.REFERENCE_WORLD_SIZE "
+            f"{max(1, images)} scale all of them"
         )
 
 

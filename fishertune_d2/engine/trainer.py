@@ -89,9 +89,9 @@ class Trainer(DefaultTrainer):
         record = RunRecord.of_run(cfg, file_names(loader), class_names(cfg), start)
         self._run = OwnRun(record, cfg.OUTPUT_DIR)
         self._resumes = False
-        own, this = self._run, weakref.proxy(self)
+        states = {"run": self._run, "trainer": weakref.proxy(self)}
         self.checkpointer = WholeCheckpointer(
-            model, cfg.OUTPUT_DIR, method=self.method, run=own, trainer=this
+            model, cfg.OUTPUT_DIR, method=self.method, keep=cfg.SOLVER.KEEP_CHECKPOINTS, **states
         )
         self._preemption = Preemption(self._save_and_leave)
         self._estimation = self._build_estimation()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.data.image_files import DatasetError
@@ -139,6 +140,44 @@ def test_a_run_with_a_truncated_last_checkpoint_ends_as_the_undisturbed_one(tiny
     assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
+def _checkpoints(cfg: CfgNode) -> list[str]:
+    return sorted(path.name for path in Path(cfg.OUTPUT_DIR).glob("*.pth"))
+
+
+def test_the_newest_periodic_checkpoints_and_the_ends_of_stages_stay(tiny_cfg, finished_run):
+    cfg = tiny_cfg("parts", SOLVER__KEEP_CHECKPOINTS=2, DATASETS__TEST=())
+    train(cfg, stop=5)
+    assert _checkpoints(cfg) == ["model_0000003.pth", "model_0000004.pth", "model_warmup.pth"]
+    # A scheduler's checkpoint, and another process that must find the files of the first.
+    out = Path(cfg.OUTPUT_DIR)
+    (out / "model_preempted.pth").write_bytes((out / "model_0000004.pth").read_bytes())
+    os.utime(out / "model_preempted.pth", ns=(1, 1))  # the oldest
+    train(cfg, stop=6, resume=True)
+    kept = ["model_preempted.pth", "model_warmup.pth"]
+    assert _checkpoints(cfg) == ["model_0000004.pth", "model_0000005.pth", *kept]
+    train(cfg, resume=True)
+    assert _checkpoints(cfg) == [
+        "model_0000005.pth", "model_0000006.pth", "model_final.pth", *kept
+    ]  # fmt: skip
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"
+    assert same_end(finished_run, out)
+
+
+def test_a_run_that_goes_on_below_a_damaged_checkpoint_keeps_its_own(tiny_cfg):
+    cfg = tiny_cfg(SOLVER__KEEP_CHECKPOINTS=1, DATASETS__TEST=())
+    train(cfg, stop=6)
+    out = Path(cfg.OUTPUT_DIR)
+    os.truncate(out / "model_0000005.pth", 1000)
+    trainer = train(cfg, resume=True, stop=4)
+    assert trainer.start_iter == 3  # behind the warm-up
+    assert _checkpoints(cfg) == ["model_0000003.pth", "model_warmup.pth"]
+    assert (out / "last_checkpoint").read_text() == "model_0000003.pth"
+
+
+def test_all_checkpoints_stay_by_default(finished_run):
+    assert len(list(finished_run.glob("model_[0-9]*.pth"))) == 7
+
+
 def test_resuming_names_the_keys_that_contradict_the_checkpoint(tiny_cfg):
     train(tiny_cfg(), stop=2)
     other = tiny_cfg(
@@ -164,6 +203,7 @@ def test_where_files_are_and_what_is_written_when_may_change(tiny_cfg, finished_
     train(parts, stop=4)
     changed = tiny_cfg(
         "parts",
+        SOLVER__KEEP_CHECKPOINTS=3,
         DATALOADER__NUM_WORKERS=1,
         DATASETS__TEST=("tiny_night",),
         MODEL__WEIGHTS="elsewhere.pth",
