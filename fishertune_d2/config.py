@@ -208,6 +208,10 @@ def _add_input_and_test(cfg: CN) -> None:
     # Windows of an image that pass through the model at once. Scores stay the same up to rounding;
     # a GPU is faster with more, until its memory is full.
     cfg.TEST.WINDOWS_PER_BATCH = 1
+    # How a line of the literature tests: "rein", "tqdm", "hrda" or "native", see
+    # fishertune_d2/data/protocols.py. It sets the test sizes, the label maps and the class rule;
+    # other keys must not contradict it. "": the keys below and each data set's own size decide.
+    cfg.TEST.PROTOCOL = ""
     # Classes averaged into mIoU: "present" in the ground truth (Detectron2), or "union", present
     # in ground truth or prediction (mmsegmentation, torchmetrics).
     cfg.TEST.CLASS_RULE = "present"
@@ -221,6 +225,9 @@ def _add_input_and_test(cfg: CN) -> None:
 
 
 def _add_solver(cfg: CN) -> None:
+    # The project of Weights & Biases that gets a training's numbers, beside metrics.json and
+    # TensorBoard. "" uploads nothing.
+    cfg.WANDB_PROJECT = ""
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Learning rate of the backbone as a share of BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1

@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 from fishertune_d2.analysis.selection_map import draw_run
@@ -36,6 +35,7 @@ from fishertune_d2.engine.output_dir import (
     require_unused,
     require_writable,
 )
+from fishertune_d2.engine.run_logs import set_up
 from fishertune_d2.engine.run_record import run_of
 from fishertune_d2.engine.scoring import metrics_by_name
 from fishertune_d2.engine.start_check import (
@@ -55,11 +55,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     record = Path(cfg.OUTPUT_DIR, "config.yaml")
     of_a_run = (args.resume or args.eval_only) and record.is_file()
     before = record.read_text() if of_a_run else ""
-    default_setup(cfg, args)
+    set_up(cfg, args)
     if of_a_run and comm.is_main_process():
         # The earlier run's: this one only evaluates, or is not yet allowed to resume.
         record.write_text(before)
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="fishertune_d2", abbrev_name="fishertune")
     return cfg
 
 

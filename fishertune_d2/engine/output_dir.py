@@ -24,7 +24,10 @@ _OF_A_RUN = (
     "selection.png",
     "selection.safetensors",
 )
-_BESIDE = ("config.yaml", "events.out.tfevents.*", "inference", "log.txt*", "report.html")
+_BESIDE = (
+    *("config.yaml", "events.out.tfevents.*", "inference", "log.txt*", "report.html"),
+    *("wandb", "wandb_id.txt"),
+)
 
 
 def files_of_run(folder: str | Path) -> list[Path]:

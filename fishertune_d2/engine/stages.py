@@ -1,13 +1,16 @@
 """The parameters that each stage of training trains, for the trainer and the plan."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.fisher import Selection
 from fishertune_d2.tuning import SelectedWeights, TuningMethod
 
+from .hooks import ParameterMask
 from .optimizer import is_backbone
 
 STAGES = ("warmup", "tuning")
@@ -26,6 +29,36 @@ def attach(model: nn.Module, method: TuningMethod) -> None:
     _move_all(backbone, device)
     _move_all(head, device)
     backbone.attached = True  # type: ignore[assignment]  # torch types attributes as tensors
+
+
+def build_mask(
+    cfg: CfgNode, method: TuningMethod, selected: Callable[[], SelectedWeights | None]
+) -> ParameterMask:
+    """Builds the hook that lets the selected weights move, more and more of them.
+
+    Args:
+        cfg: the config of the run.
+        method: a method that selects weights.
+        selected: returns the selected weights, once the tuning stage has begun.
+
+    Returns:
+        The hook.
+    """
+
+    def of_tuning_stage() -> SelectedWeights:
+        weights = selected()
+        assert weights is not None
+        return weights
+
+    tuning = cfg.TUNING
+    return ParameterMask(
+        of_tuning_stage,
+        start=tuning.WARMUP_ITERS,
+        iters=cfg.SOLVER.MAX_ITER - tuning.WARMUP_ITERS,
+        d_min=tuning.D_MIN,
+        d_max=tuning.D_MAX,
+        schedule=method.schedule or tuning.SCHEDULE,
+    )
 
 
 def prepare_stage(

@@ -15,9 +15,11 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
 from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -26,11 +28,11 @@ from fishertune_d2.config import changed
 from fishertune_d2.data import DatasetError
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
 from fishertune_d2.fisher import FisherEstimate, estimate_fisher, find_candidates
-from fishertune_d2.tuning import SelectedWeights, build_tuning_method, require_same_shapes
+from fishertune_d2.tuning import build_tuning_method, require_same_shapes
 from fishertune_d2.unread_keys import warn_of_unread_keys
 
 from .checkpoint import WholeCheckpointer
-from .hooks import FisherEstimation, LearningRates, ParameterMask, WarmupFreeze
+from .hooks import FisherEstimation, LearningRates, WarmupFreeze
 from .image_losses import SegmentationLoss
 from .loaders import class_names, file_names, scoring_loader, training_loader
 from .optimizer import build_optimizer, carry_state, is_backbone
@@ -42,10 +44,11 @@ from .preemption import Preemption
 from .run_record import NOTE, RunRecord, fingerprint, remember_run
 from .scoring import metrics_by_name, score_datasets
 from .sharing import OwnRun, check_estimate, load_warmup
-from .stages import prepare_stage
+from .stages import build_mask, prepare_stage
 from .start_check import require_attachable, require_file, require_fillable, require_possible
 from .step_trainer import StepTrainer
 from .vit import require_nothing_around
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +137,15 @@ class Trainer(DefaultTrainer):
             f"{sum(p.numel() for p in tuned):,}",
         )
 
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Builds the model; unlike Detectron2's, it does not log all of its modules."""
+        return build_model(cfg)
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers, with the stage on the console, and Weights & Biases if asked."""
+        return build_writers(self.cfg, lambda: self.stage)
+
     def build_hooks(self) -> list[HookBase | None]:
         """The hooks of all stages, then Detectron2's for checkpoints, evaluation and writing."""
         cfg = self.cfg
@@ -142,7 +154,7 @@ class Trainer(DefaultTrainer):
             LearningRates(),
             *([self._estimation] if self._estimation else []),
             WarmupFreeze(cfg.TUNING.WARMUP_ITERS, on_end=lambda: self._save("model_warmup")),
-            *([self._build_mask()] if self._estimation else []),
+            *([build_mask(cfg, self.method, lambda: self._selected)] if self._estimation else []),
         ]
         if comm.is_main_process():
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
@@ -167,22 +179,6 @@ class Trainer(DefaultTrainer):
             base=sum(p.numel() for p in backbone.parameters()),
             output_dir=cfg.OUTPUT_DIR,
             eps=cfg.FISHER.EPS,
-        )
-
-    def _build_mask(self) -> ParameterMask:
-        tuning = self.cfg.TUNING
-
-        def selected() -> SelectedWeights:
-            assert self._selected is not None  # the tuning stage of a selective method has begun
-            return self._selected
-
-        return ParameterMask(
-            selected,
-            start=tuning.WARMUP_ITERS,
-            iters=self.max_iter - tuning.WARMUP_ITERS,
-            d_min=tuning.D_MIN,
-            d_max=tuning.D_MAX,
-            schedule=self.method.schedule or tuning.SCHEDULE,
         )
 
     def _estimate(self) -> FisherEstimate | None:
