@@ -1,12 +1,9 @@
 """Each config in configs/quick_schedules trains, and its scores are the expected ones."""
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
-from unittest.mock import patch
 
-import cv2
 import pytest
 from forked import run_forked
 
@@ -20,12 +17,10 @@ FOLDER = CONFIGS / "quick_schedules"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """The first 8 scenes that `python -m fishertune_d2.streets --images 8` writes for each set."""
-    root, threads = tmp_path_factory.mktemp("data"), cv2.getNumThreads()
-    parts = (("train", "day"), ("val", "day"), ("val", "dusk"))
-    # In this process: new ones would import for longer than they render.
-    with patch.object(dataset, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1)):
-        dataset.write_streets(root / "streets", progress=False, counts=dict.fromkeys(parts, 8))
-    cv2.setNumThreads(threads)
+    root = tmp_path_factory.mktemp("data")
+    counts = dict.fromkeys((("train", "day"), ("val", "day"), ("val", "dusk")), 8)
+    # New processes would import for longer than they render.
+    dataset.write_streets(root / "streets", progress=False, counts=counts, workers=1)
     return root
 
 

@@ -16,7 +16,7 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -40,6 +40,8 @@ VERSION_FILE = "GENERATOR_VERSION"
 SIZE = (512, 256)
 COUNTS = {("train", "day"): 240, **{("val", domain): 40 for domain in DOMAINS}}
 FIRST_SEED = {"train": 0, "val": 1_000_000}
+
+_Job = tuple[str, str, int]  # split, domain and index of a scene
 
 
 def render_scene(
@@ -83,7 +85,7 @@ def write_streets(
         progress: Whether to show a bar if standard error is a terminal.
         size: Width and height of the images in pixels.
         counts: Images per (split, domain); a split is "train" or "val".
-        workers: Number of processes that render.
+        workers: Number of processes that render; 1 renders in the calling process.
 
     Raises:
         FileExistsError: if ``root`` holds something that is not a generated data set.
@@ -102,12 +104,10 @@ def write_streets(
             for kind in ("leftImg8bit", "gtFine"):
                 (growing / kind / split / domain).mkdir(parents=True)
         work = partial(_write_one, growing, size)
-        # "spawn": a caller may have threads (torch does), which are broken in a forked child.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            written = pool.map(work, jobs, chunksize=4)
-            about = f"Generating street scenes in {root}"
-            quiet = None if progress else True  # None: a bar only on a terminal
-            list(tqdm(written, about, len(jobs), disable=quiet, unit="image"))
+        written = _in_processes(work, jobs, workers)
+        about = f"Generating street scenes in {root}"
+        quiet = None if progress else True  # None: a bar only on a terminal
+        list(tqdm(written, about, len(jobs), disable=quiet, unit="image"))
         (growing / VERSION_FILE).write_text(GENERATOR_VERSION + "\n")
         growing.chmod(0o755)  # mkdtemp makes it private
         _move_in_place(growing, root)
@@ -115,8 +115,20 @@ def write_streets(
         shutil.rmtree(growing, ignore_errors=True)
 
 
-def _write_one(folder: Path, size: tuple[int, int], job: tuple[str, str, int]) -> None:
-    cv2.setNumThreads(1)  # the processes are the parallelism
+def _in_processes(work: Callable[[_Job], None], jobs: list[_Job], workers: int) -> Iterator[None]:
+    """Does the jobs in so many processes, or in this one for 1; yields after each."""
+    if workers == 1:
+        yield from map(work, jobs)
+        return
+    # "spawn": a caller may have threads (torch does), which are broken in a forked child. Each
+    # process has one thread of OpenCV, because the processes are the parallelism.
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
+    ) as pool:
+        yield from pool.map(work, jobs, chunksize=4)
+
+
+def _write_one(folder: Path, size: tuple[int, int], job: _Job) -> None:
     split, domain, index = job
     image, label = render_scene(FIRST_SEED[split] + index, domain, size)
     name = f"{split}/{domain}/{domain}_000000_{index:06d}"
@@ -146,11 +158,31 @@ def _is_current(root: Path) -> bool:
     return marker.is_file() and marker.read_text().strip() == GENERATOR_VERSION
 
 
-def ensure_streets(root: Path, counts: Mapping[tuple[str, str], int] = COUNTS) -> Path:
-    """Generates the data set at ``root`` unless it exists in this version; returns ``root``."""
+def ensure_streets(root: Path, counts: Mapping[tuple[str, str], int] | None = None) -> Path:
+    """Generates the data set at ``root`` unless it exists in this version.
+
+    Args:
+        root: The folder.
+        counts: Images per (split, domain) that it must have. By default an existing data set may
+            have any number, and a new one has ``COUNTS``.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        FileExistsError: if the data set exists with other numbers of images than ``counts``.
+    """
     root = Path(root)
     if not _is_current(root):
-        write_streets(root, counts=counts)
+        write_streets(root, counts=counts or COUNTS)
+        return root
+    for (split, domain), count in (counts or {}).items():
+        found = len(list((root / "leftImg8bit" / split / domain).glob("*.png")))
+        if found != count:
+            raise FileExistsError(
+                f"{root} holds {found} images of {split}/{domain}, not {count}; it is left as it "
+                f"is. Remove it to generate {count}, or name another folder."
+            )
     return root
 
 
@@ -164,6 +196,6 @@ def main() -> None:
         help="images in each split and domain (default: 240 to train on, 40 for each test set)",
     )
     arguments = parser.parse_args()
-    counts = COUNTS if arguments.images is None else dict.fromkeys(COUNTS, arguments.images)
+    counts = None if arguments.images is None else dict.fromkeys(COUNTS, arguments.images)
     root = ensure_streets(arguments.output, counts)
     print(f"Street scenes (generator version {GENERATOR_VERSION}) are in {root.resolve()}")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 
 import cv2
 import numpy as np
@@ -33,25 +34,6 @@ TINY = {("train", "day"): 2, ("val", "day"): 1, ("val", "fog"): 1}
 
 rendered_once = functools.cache(render_scene)
 """For tests that compare scenes or files: no scene is rendered twice."""
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Renders in this process: a worker would import torch's neighbours anew for two pictures."""
-
-    class Serial:
-        def __init__(self, *_, **__): ...
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_): ...
-
-        def map(self, function, jobs, chunksize):
-            return map(function, jobs)
-
-    monkeypatch.setattr(streets, "ProcessPoolExecutor", Serial)
-    monkeypatch.setattr(streets, "render_scene", rendered_once)
 
 
 def level_camera(pitch: float = 0.0, yaw: float = 0.0) -> Camera:
@@ -262,9 +244,9 @@ def test_sun_casts_shadows():
 # Files
 
 
-def test_folder_layout(tmp_path, in_process, capsys):
+def test_folder_layout(tmp_path, capsys):
     root = tmp_path / "streets"
-    write_streets(root, size=(96, 48), counts=TINY)
+    write_streets(root, size=(96, 48), counts=TINY, workers=1)
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*.png"))
     assert names == sorted(
         f"{kind}/{split}/{domain}/{domain}_000000_{index:06d}_{end}.png"
@@ -291,20 +273,22 @@ def test_default_splits():
     assert streets.FIRST_SEED["val"] not in train, "tested on training scenes"
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, in_process, monkeypatch):
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(streets, "_write_one", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_streets(tmp_path / "streets", size=(96, 48), counts=TINY)
+        write_streets(tmp_path / "streets", size=(96, 48), counts=TINY, workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ensure_keeps_this_version_and_replaces_another(tmp_path, in_process, monkeypatch):
+def test_ensure_keeps_this_version_and_replaces_another(tmp_path, monkeypatch):
     root = tmp_path / "streets"
     monkeypatch.setattr(
-        streets, "write_streets", lambda root, **_: write_streets(root, size=(96, 48), counts=TINY)
+        streets,
+        "write_streets",
+        lambda root, **_: write_streets(root, size=(96, 48), counts=TINY, workers=1),
     )
     assert ensure_streets(root) == root
     picture = root / "leftImg8bit/val/fog/fog_000000_000000_leftImg8bit.png"
@@ -319,7 +303,7 @@ def test_ensure_keeps_this_version_and_replaces_another(tmp_path, in_process, mo
     assert [path.name for path in tmp_path.iterdir()] == ["streets"], "left something behind"
 
 
-def test_the_faster_of_two_runs_wins(tmp_path, in_process, monkeypatch):
+def test_the_faster_of_two_runs_wins(tmp_path, monkeypatch):
     """Another process finishes the same folder while this one renders."""
     root = tmp_path / "streets"
     render = streets._write_one
@@ -332,22 +316,39 @@ def test_the_faster_of_two_runs_wins(tmp_path, in_process, monkeypatch):
         render(folder, size, job)
 
     monkeypatch.setattr(streets, "_write_one", slow)
-    write_streets(root, size=(96, 48), counts=TINY)
+    write_streets(root, size=(96, 48), counts=TINY, workers=1)
     assert (root / "theirs").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["streets"]
 
 
-def test_a_foreign_folder_is_left_alone(tmp_path, in_process):
+def test_a_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(FileExistsError, match="Remove it or name another"):
-        write_streets(tmp_path, size=(96, 48), counts=TINY)
+        write_streets(tmp_path, size=(96, 48), counts=TINY, workers=1)
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_a_worker_process_writes_the_same_bytes(tmp_path):
-    """The real pool, once: what its worker writes is what this process renders."""
-    write_streets(tmp_path / "streets", size=(96, 48), counts={("val", "rain"): 2}, workers=1)
+def test_worker_processes_write_the_same_bytes(tmp_path):
+    """The real pool, once: what its process writes is what this process renders."""
+    write_streets(tmp_path / "streets", size=(96, 48), counts={("val", "rain"): 2})
     stem = "val/rain/rain_000000_000001"
     read = cv2.imread(str(tmp_path / f"streets/leftImg8bit/{stem}_leftImg8bit.png"))[..., ::-1]
     image, _ = render_scene(streets.FIRST_SEED["val"] + 1, "rain", (96, 48))
     np.testing.assert_array_equal(read, image)
+
+
+def test_one_worker_is_this_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(streets, "ProcessPoolExecutor", None)
+    threads = cv2.getNumThreads()
+    write_streets(tmp_path / "streets", size=(96, 48), counts={("val", "fog"): 1}, workers=1)
+    assert cv2.getNumThreads() == threads
+
+
+def test_the_command_refuses_a_data_set_of_another_size(tmp_path, monkeypatch):
+    root = tmp_path / "streets"
+    monkeypatch.setattr(sys, "argv", ["streets", "--output", str(root), "--images", "3"])
+    write_streets(root, size=(96, 48), counts=TINY, workers=1)
+    with pytest.raises(FileExistsError, match=f"{root} holds 2 images of train/day, not 3; .* Rem"):
+        streets.main()
+    assert ensure_streets(root) == root, "a training takes any size"
+    assert ensure_streets(root, TINY) == root
