@@ -1,10 +1,16 @@
-"""Ends a command in one sentence, without a traceback, if the user can fix the cause."""
+"""The parts that all commands share: the option ``--import``, and an end in one sentence.
 
+An error whose cause the user can fix ends a command in one sentence, without a traceback.
+"""
+
+import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 from yaml import YAMLError
 
@@ -15,6 +21,58 @@ TRACEBACK = "FISHERTUNE_TRACEBACK"
 _ALWAYS = (FloatingPointError, OSError, YAMLError)
 # Modules that read configs and look up registered names.
 _CONFIG_READERS = ("fvcore.", "yacs.", "detectron2.config", "detectron2.data.catalog")
+
+
+def add_import_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--import FILE``, whose files :func:`import_files` reads as ``options.imports``."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file of yours, which registers a method, a VFM or a data set; repeatable",
+    )
+
+
+def import_files(files: Sequence[str]) -> None:
+    """Executes Python files as modules of their names, each once in a process.
+
+    A command calls it before it reads a config, and so does every process that it starts.
+
+    Args:
+        files: the values of ``--import``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no Python file, or Python has another module of its name.
+    """
+    for file in files:
+        path = Path(file).resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"--import {file}: there is no such file")
+        loaded = sys.modules.get(path.stem)
+        if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+            continue
+        spec = spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"--import {file}: name a Python file, with the ending .py")
+        if loaded is not None or path.stem in sys.stdlib_module_names:
+            raise ValueError(
+                f"--import {file}: Python has another module {path.stem}: rename the file"
+            )
+        module = module_from_spec(spec)
+        sys.modules[path.stem] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[path.stem]
+            raise
+
+
+def import_arguments(files: Sequence[str]) -> list[str]:
+    """The words that give the option ``--import`` to a command in another process."""
+    return [word for file in files for word in ("--import", str(Path(file).resolve()))]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 from fishertune_d2.analysis.selection_map import draw_run
-from fishertune_d2.command_line import ending_in_a_sentence
+from fishertune_d2.command_line import add_import_option, ending_in_a_sentence, import_files
 from fishertune_d2.config import find_config, read_config
 from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.data import check_datasets
@@ -65,6 +65,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def main(args: argparse.Namespace) -> dict | None:
     """Runs one process; ends in one sentence if the user can fix the cause of an error."""
     with ending_in_a_sentence():
+        import_files(args.imports)  # a spawned process has imported nothing yet
         cfg = setup(args)
         return _score(cfg, args) if args.eval_only else _train(cfg, args)
 
@@ -121,10 +122,12 @@ def run() -> None:
         action="store_true",
         help="delete the files of an earlier run in OUTPUT_DIR, and start anew",
     )
+    add_import_option(parser)
     args = parser.parse_args()
     if not args.config_file:
         parser.error("--config-file is needed, for example --config-file configs/demo.yaml")
     with ending_in_a_sentence():
+        import_files(args.imports)
         name, former = current_config(args.config_file)
         args.config_file, args.opts = find_config(name), [*former, *args.opts]
         cfg = read_config(args.config_file, args.opts)

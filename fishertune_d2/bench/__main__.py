@@ -16,7 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from fishertune_d2.analysis.study import split_place
-from fishertune_d2.command_line import ending_in_a_sentence
+from fishertune_d2.command_line import (
+    add_import_option,
+    ending_in_a_sentence,
+    import_arguments,
+    import_files,
+)
+from fishertune_d2.config import require_choice
 from fishertune_d2.modeling.vfm_table import VFMS
 from fishertune_d2.tuning import TUNING_REGISTRY
 
@@ -42,18 +48,21 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] = _TRAIN) 
     """
     args = _parser().parse_args(arguments)
     with ending_in_a_sentence(code=2):
+        import_files(args.imports)
         _require_sense(args)
         task = _find_task(args)
         if args.dry_run:
             print(task.describe())
             return 0
+        task.require_rates()
         done = True
         if not args.report:
             task.require_ready()
             launcher: Local | Submitit = Local(args.jobs)
             if args.submitit is not None:
                 launcher = Submitit(task.request.output / "submitit", args.submitit)
-            done = Runner(launcher, train).run(task.cells, task.sets, task.folder)
+            command = [*train, *import_arguments(args.imports)]
+            done = Runner(launcher, command).run(task.cells, task.sets, task.folder)
         task.conclude()
         if args.save:
             task.save(args.save)
@@ -73,7 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vfm",
         nargs="+",
-        choices=list(VFMS),
         metavar="VFM",
         help="foundation models; default: the profile's or the table's",
     )
@@ -90,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY VALUE", help="keys of every cell's config"
     )
+    add_import_option(parser)
     parser.add_argument(
         "--save", type=Path, metavar="FILE.jsonl", help="add the finished runs to a study's table"
     )
@@ -140,6 +149,8 @@ def _require_sense(args: argparse.Namespace) -> None:
 
 def _find_task(args: argparse.Namespace) -> Train:
     table, profile = _find_table(args), PROFILES[args.profile]
+    for vfm in args.vfm or ():  # not by the parser, which knows no VFM of an imported file
+        require_choice("--vfm", vfm, VFMS)
     request = Request(
         name=f"sweep_{file_name(args.values[0])}" if args.values else args.table,
         table=table,
@@ -149,6 +160,7 @@ def _find_task(args: argparse.Namespace) -> Train:
         seeds=args.seeds,
         output=(args.output or Path("outputs/bench") / args.profile).resolve(),
         options=args.set,
+        imports=args.imports,
     )
     _require_registered(request.entries)
     if args.values:

@@ -15,6 +15,7 @@ class Request:
         name: The name of the table, and of the files that show it.
         output: The folder of all cells, or a study's table, which can only be reported.
         options: Keys and values in turn for every cell.
+        imports: The user's own files that each cell's process imports.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Request:
     seeds: Sequence[int]
     output: Path
     options: Sequence[str] = ()
+    imports: Sequence[str] = ()
 
     @property
     def profile(self) -> Profile:

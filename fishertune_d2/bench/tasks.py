@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from fishertune_d2.analysis.study import TEST, StudyRun, save_runs, split_place
+from fishertune_d2.command_line import import_arguments
 from fishertune_d2.data import DatasetError, load_datasets
 from fishertune_d2.run import Results
 
@@ -27,10 +28,11 @@ from .tables import FREEZE, find_entry
 class Train:
     """Trains the cells with their chosen learning rates, and scores them on the dev sets.
 
-    A ValueError names learning rates that are not chosen yet.
-
     Args:
         request: The table.
+
+    Attributes:
+        open: The cells without a chosen learning rate, by (vfm, ``Entry.rate_of``).
     """
 
     folder = DEV
@@ -41,6 +43,7 @@ class Train:
             self.folder = request.name  # the test sets of this table
         self.shown = self._shown()
         self.sets = list(chain(*self.shown.values()))
+        self.open: list[tuple[str, str]] = []
         self.cells = self._cells()
 
     def _shown(self) -> dict[str, Sequence[str]]:
@@ -49,20 +52,28 @@ class Train:
 
     def _cells(self) -> list[Cell]:
         request = self.request
-        rates, still_open = {}, []
+        rates = {}
         for vfm in request.vfms if request.searches else ():
             choices = read_choices(request.place(vfm))
             for entry in filter(needs_rate, request.entries):
                 if entry.rate_of in choices:
                     rates[vfm, entry.rate_of] = [choices[entry.rate_of]["rate"]]
                 else:
-                    still_open.append(f"{entry.rate_of} on {vfm}")
-        if still_open:
-            raise ValueError(
-                "the learning rate is not chosen yet for "
-                f"{', '.join(dict.fromkeys(still_open))}: run the same with --search first"
-            )
+                    self.open.append((vfm, entry.rate_of))
         return make_cells(request, rates)
+
+    def require_rates(self) -> None:
+        """Refuses cells without a chosen learning rate.
+
+        Raises:
+            ValueError: There are some; the message names their entries.
+        """
+        names = dict.fromkeys(f"{name} on {vfm}" for vfm, name in self.open)
+        if names:
+            raise ValueError(
+                f"the learning rate is not chosen yet for {', '.join(names)}: run the same with "
+                "--search first"
+            )
 
     def require_ready(self) -> None:
         """Checks the folders of the cells and the data sets.
@@ -136,12 +147,19 @@ class Train:
         print(f"{len(runs)} runs saved to {table}", file=sys.stderr)
 
     def describe(self) -> str:
-        """Returns the cells, their commands, and the files that they share."""
+        """Returns the cells, their commands, and the files that they share.
+
+        A cell whose learning rate is open has none of these commands yet.
+        """
+        start = ["python", "-m", "fishertune_d2.train", *import_arguments(self.request.imports)]
         lines = []
         for cell in self.cells:
-            done = "  (done before)" if cell.results(self.sets, self.folder) else ""
-            command = shlex.join(["python", "-m", "fishertune_d2.train", *self._arguments(cell)])
-            lines += [f"{cell.folder}{done}", f"  {command}"]
+            if needs_rate(cell.entry) and (cell.vfm, cell.entry.rate_of) in self.open:
+                lines += [str(cell.folder), "  rate: open, until --search has chosen it"]
+            else:
+                done = "  (done before)" if cell.results(self.sets, self.folder) else ""
+                command = shlex.join([*start, *self._arguments(cell)])
+                lines += [f"{cell.folder}{done}", f"  {command}"]
             lines += [f"  makes the {what.words}: {cell.shared[what]}" for what in cell.makes]
             lines += [f"  takes the {what.words}: {path}" for what, path in cell.takes.items()]
         return "\n".join([*lines, f"{len(self.cells)} cells"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from fishertune_d2.command_line import ending_in_a_sentence
+from fishertune_d2.command_line import add_import_option, ending_in_a_sentence, import_files
 
 from .layouts import LAYOUTS, empty_backbone
 from .tuned_models import delta_of_run, read_tuned
@@ -45,9 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             metavar="FILE",
             help="the public weights, as MODEL.VFM.WEIGHTS; default: those that the run names",
         )
+        add_import_option(command)
         command.add_argument("--output", type=Path, help=f"default: {default}, beside the source")
     options = parser.parse_args(arguments)
     with ending_in_a_sentence():
+        import_files(options.imports)
         (_write_delta if options.command == "delta" else _write_plain)(options)
 
 

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fishertune_d2.command_line import ending_in_a_sentence
+from fishertune_d2.command_line import add_import_option, ending_in_a_sentence, import_files
 from fishertune_d2.config import read_config
 
 from .costs import make_plan
@@ -30,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--memory-gb", type=float, metavar="N", help="memory of the card to fit")
+    add_import_option(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="keys of the config to change")
     options = parser.parse_args(arguments)
     with ending_in_a_sentence(code=2):
+        import_files(options.imports)
         plan = make_plan(read_config(options.config_file, options.opts))
     print(format_plan(plan), summary(plan), sep="\n\n")
     if options.memory_gb is None:

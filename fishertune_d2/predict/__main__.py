@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from detectron2.utils.logger import setup_logger
 
-from fishertune_d2.command_line import ending_in_a_sentence
+from fishertune_d2.command_line import add_import_option, ending_in_a_sentence, import_files
 
 from .drawing import draw_files
 from .inputs import find_inputs, name_outputs
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--confidence", action="store_true", help="also draw the confidence of each pixel"
     )
+    add_import_option(parser)
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     with ending_in_a_sentence():
+        import_files(args.imports)
         inputs = find_inputs(args.input)
         outputs = name_outputs(inputs, args.output)
         predictor = Predictor(read_run(args.config_file, args.opts))

@@ -329,6 +329,36 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(runs, capsys):
     assert said.count("takes the warm-up") == 3 and "4 cells" in said
 
 
+def test_a_dry_run_shows_rates_that_are_open(runs, capsys):
+    table = ("table4", "--methods", "freeze", "full", "fisher")
+    assert runs(*table, "--dry-run") == 0
+    said = capsys.readouterr().out.splitlines()
+    after = dict(zip(said, said[1:], strict=False))
+    for name in ("full_42", "fisher_42"):
+        assert after[str(runs.cells / name)] == "  rate: open, until --search has chosen it"
+    assert after[str(runs.cells / "freeze_42")].startswith("  python -m fishertune_d2.train ")
+    assert said[-1] == "3 cells"
+    assert "not chosen yet for full" in _refused(capsys, runs, *table, "--report")
+    assert runs("table4", "--methods", "full", "--search") == 0
+    assert runs(*table, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert said.count("rate: open") == 1 and "full@rate=0.3_42" in said
+
+
+def test_each_process_of_a_cell_imports_the_users_files(runs, tmp_path):
+    file = tmp_path / "own_of_the_bench.py"
+    file.touch()
+    assert runs("selection", "--methods", "full", "--import", str(file)) == 0
+    (call,) = runs.calls()
+    assert call["words"][:3] == ["--import", str(file), "--config-file"]
+
+
+def test_an_unknown_vfm_is_refused(runs, capsys):
+    assert "--vfm is 'dinov9': choose from dinov2_vits" in _refused(
+        capsys, runs, "selection", "--methods", "full", "--vfm", "dinov9"
+    )
+
+
 def test_a_report_is_the_table_of_the_results_alone(runs, capsys, tmp_path):
     table = ("table4", "--methods", "freeze", "full", "--seeds", "42", "43")
     assert runs(*table, "--search") == 0
