@@ -3,13 +3,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/data_loading.py      # 2 minutes on one CPU core
 
-Draws street scenes of GTAV's and of Cityscapes' size into a temporary folder, GTAV's labels with a
-palette as its authors ship them. Maps each with many seeds: by `SegmentationMapper`, and by
-Detectron2's reader and transforms, which resize the whole image before they crop it. Both draw the
-same random numbers. The methods take turns, and times are CPU seconds of the process, so a busy
-machine changes them little. With --photos it also compares the resize methods on your own images.
-Writes outputs/data_loading/data_loading.json and prints the tables of
-docs/results/data_loading.md.
+The benchmark draws street scenes of GTAV's and of Cityscapes' size into a temporary folder. The
+labels of GTAV's size have a palette, as in its authors' files. Each scene is mapped with many
+seeds, once by `SegmentationMapper` and once by Detectron2's reader and transforms, which resize the
+whole image before they crop it. Both draw the same random numbers. The methods take turns, and
+times are CPU seconds of the process, so a busy machine changes them little. With --photos, the
+benchmark also compares the resize methods on your own images. It writes
+outputs/data_loading/data_loading.json and prints the tables of docs/results/data_loading.md.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SIZES = {"GTAV": (1914, 1052), "Cityscapes": (2048, 1024)}
 DETECTRON2, OURS = "Detectron2's reader and transforms", "SegmentationMapper"
 IMAGE, LABEL, CROP, REST = "read the image", "read the label", "resize and crop", "all the rest"
 PARTS = (IMAGE, LABEL, CROP, REST)
-# The functions that our mapper calls: the module that holds each, and the part it is counted in.
+# The functions that our mapper calls, with the module of each and the part that counts its time.
 CALLS = (
     (mapper, "load_image", IMAGE),
     (mapper, "read_label", LABEL),
@@ -98,7 +98,7 @@ class Clock:
 def map_as_detectron2(
     ours: SegmentationMapper, item: dict, clock: Clock
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Makes our mapper's image by Detectron2's reader and transforms; labels are int64."""
+    """Makes the image of our mapper by Detectron2's reader and transforms; labels are int64."""
 
     def read() -> np.ndarray:
         ids = np.asarray(Image.open(item["sem_seg_file_name"]))
@@ -148,7 +148,7 @@ def time_ways(items: Sequence[dict], seeds: int) -> dict[str, dict]:
                 sent[name] = image.nbytes + label.nbytes
                 labels.append(label.long())
             if not torch.equal(*labels):
-                raise RuntimeError(f"the two ways cut {item['file_name']} differently")
+                raise RuntimeError(f"the two methods crop {item['file_name']} differently")
     return {
         name: {part: 1000 * median(t[part] for t in taken) for part in PARTS}
         | {"all": 1000 * median(sum(t.values()) for t in taken), "bytes": sent[name]}
@@ -157,7 +157,7 @@ def time_ways(items: Sequence[dict], seeds: int) -> dict[str, dict]:
 
 
 def time_decoders(item: dict, rounds: int) -> dict[str, dict[str, float]]:
-    """Times decoding an image, in ms, into an RGB array or (Pillow alone) into Pillow's memory."""
+    """Times in ms how an image is decoded into an RGB array, or by Pillow into its own memory."""
     calls = {
         "Pillow": load_image,
         "Pillow, into an array": read_image,
@@ -179,7 +179,7 @@ def compare_resizing(images: Iterable[np.ndarray], shrink: Sequence[float]) -> d
 
     Args:
         images: (H, W, 3) uint8.
-        shrink: sides of the resized image as shares of the image's.
+        shrink: the factors by which the sides shrink.
 
     Returns:
         The largest and the mean difference in grey levels, by resize method.
@@ -210,11 +210,11 @@ def tables(result: Mapping) -> str:
     """Formats the tables of docs/results/data_loading.md."""
     times = []
     for part in (*PARTS, "all"):
-        row = [part]
+        line = [part]
         for ways in result["ways"].values():
-            row += [ways[DETECTRON2][part], ways[OURS][part]]
-            row.append(ways[OURS][part] / ways[DETECTRON2][part])
-        times.append(row)
+            line += [ways[DETECTRON2][part], ways[OURS][part]]
+            line.append(ways[OURS][part] / ways[DETECTRON2][part])
+        times.append(line)
     columns = [f"{size}, {way}" for size in result["ways"] for way in ("before", "ours", "ratio")]
     decoders = [[name, *kinds.values()] for name, kinds in result["decoders"].items()]
     resizing = [
@@ -223,8 +223,8 @@ def tables(result: Mapping) -> str:
         for name, found in ways.items()
     ]
     return "\n\n".join(
-        tabulate(rows, headers, tablefmt="github", floatfmt=formats)
-        for rows, headers, formats in (
+        tabulate(lines, headers, tablefmt="github", floatfmt=formats)
+        for lines, headers, formats in (
             (times, ["CPU ms per image", *columns], ("", *(".1f", ".1f", ".2f") * 2)),
             (decoders, ["decoder, CPU ms", "PNG", "JPEG"], ".1f"),
             (resizing, ["images", "way", "largest difference", "mean difference"], ".3f"),
@@ -235,7 +235,7 @@ def tables(result: Mapping) -> str:
 def main(scenes: int, seeds: int, photos: Path | None, output: Path) -> None:
     """Runs the benchmark."""
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)  # as a loader's workers
+    cv2.setNumThreads(1)  # as in a worker of a loader
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         items = {name: [draw(Path(folder), name, k) for k in range(scenes)] for name in SIZES}
@@ -264,9 +264,11 @@ def main(scenes: int, seeds: int, photos: Path | None, output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=3, help="of each size")
-    parser.add_argument("--seeds", type=int, default=32, help="with which each scene is mapped")
-    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="of .jpg or .png images")
+    parser.add_argument("--scenes", type=int, default=3, help="number of scenes of each size")
+    parser.add_argument("--seeds", type=int, default=32, help="number of seeds for each scene")
+    parser.add_argument(
+        "--photos", type=Path, metavar="FOLDER", help="a folder of .jpg or .png images"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/data_loading")
     args = parser.parse_args()
     main(args.scenes, args.seeds, args.photos, args.output.resolve())

@@ -3,9 +3,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/evaluation.py       # 2 minutes on two CPU cores
 
-Draws street scenes of Cityscapes' size, with Cityscapes' label ids, into a temporary folder and
-scores DINOv2 ViT-S on them as train_net.py does; needs no data and no weights. Writes
-outputs/evaluation/evaluation.json and prints the tables of docs/results/evaluation.md.
+The benchmark draws street scenes of Cityscapes' size, with Cityscapes' label ids, into a temporary
+folder. It scores DINOv2 ViT-S on them as train_net.py does, and needs no data and no weights. It
+writes outputs/evaluation/evaluation.json and prints the tables of docs/results/evaluation.md.
 """
 
 import argparse
@@ -51,9 +51,9 @@ from fishertune_d2.streets import render_scene  # noqa: E402
 
 NAME = "cityscapes_val"
 SIZE = (2048, 1024)
-EGO_VEHICLE = 1  # the label id of the car's hood, the one ignored part of the scenes
+EGO_VEHICLE = 1  # the label id of the car's hood, the only ignored part of the scenes
 MODEL, OUTSIDE, IMAGE, EVALUATE = "model", "outside the model", "image", "evaluate"
-# The functions called for each image: the module that holds each, and the stage it is counted in.
+# The functions called for each image, with the module of each and the stage that counts its time.
 CALLS: tuple[tuple[object, str, str], ...] = (
     (segmentor.VFMSegmentor, "forward", MODEL),
     (segmentor, "sliding_average", "windows"),
@@ -105,7 +105,7 @@ class Timeline:
 
     def __init__(self) -> None:
         self.images: list[dict[str, float]] = []
-        self.seconds = 0.0  # of the whole call
+        self.seconds = 0.0  # the time of the whole call
         self._stages: dict[str, float] = defaultdict(float)
         self._begin = 0.0
 
@@ -126,7 +126,9 @@ class Timeline:
             result = call(*args, **kwargs)
             end = time.perf_counter()
             self._stages[stage] += end - start
-            if stage == EVALUATE:  # an image's last stage; the next begins with its loading
+            if (
+                stage == EVALUATE
+            ):  # the last stage of an image; the next image begins with its loading
                 self.images.append({**self._stages, IMAGE: end - self._begin})
                 self._stages.clear()
                 self._begin = end
@@ -135,7 +137,7 @@ class Timeline:
         return timed
 
     def summary(self) -> dict:
-        """Returns ms by stage and the share outside the model; skips the first image (warm-up)."""
+        """Returns ms by stage and the share outside the model; the first image only warms up."""
         images = [defaultdict(float, stages) for stages in self.images[1:]]
         drawn = [stages for stages in images if "picture" in stages]
         plain = [stages for stages in images if "picture" not in stages]
@@ -170,10 +172,10 @@ def likely_scores(label: np.ndarray) -> Tensor:
         label: (H, W) train ids.
 
     Returns:
-        (19, H, W) float32, in the two enlargements of a sliding window's scores.
+        (19, H, W) float32, enlarged in two steps like the scores of sliding windows.
     """
     height, width = label.shape
-    # A quarter of the test size, like the head's masks; the ignored 255 becomes no class.
+    # A quarter of the test size, like the head's masks. The ignored 255 belongs to no class.
     small = torch.from_numpy(label[::8, ::8].astype(np.int64))
     right = F.one_hot(small.clamp(max=19), 20)[..., :19].permute(2, 0, 1)[None].float()
     blurred = F.avg_pool2d(right, 5, stride=1, padding=2)
@@ -192,7 +194,7 @@ def read_train_ids(path: str, dtype: type) -> np.ndarray:
 def make_evaluators() -> dict[str, DatasetEvaluator]:
     """Builds FisherTune's evaluator, Detectron2's, and Detectron2's without its boundary IoU."""
     plain = SemSegEvaluator(NAME, sem_seg_loading_fn=read_train_ids)
-    plain._compute_boundary_iou = False  # as where OpenCV is missing; there is no option
+    plain._compute_boundary_iou = False  # there is no option; Detectron2 sets it without OpenCV
     evaluators = {
         "ours": DomainGeneralizationEvaluator(NAME, class_rule="present"),
         "SemSegEvaluator": SemSegEvaluator(NAME, sem_seg_loading_fn=read_train_ids),
@@ -221,7 +223,7 @@ def time_evaluators() -> dict[str, dict[str, float]]:
             seconds[name].append(time.perf_counter() - start)
     return {
         name: {
-            "milliseconds": 1000 * median(seconds[name][1:]),  # the first warms up
+            "milliseconds": 1000 * median(seconds[name][1:]),  # the first image warms up
             "mIoU": each.evaluate()["sem_seg"]["mIoU"],
         }
         for name, each in evaluators.items()
@@ -299,8 +301,8 @@ def tables(result: dict) -> str:
     ]
     columns = ["evaluator", "ms per image", "ratio", "keeps, KiB per image", "peak, MiB", "mIoU"]
     return "\n\n".join(
-        tabulate(rows, headers, tablefmt="github", floatfmt=formats)
-        for rows, headers, formats in (
+        tabulate(lines, headers, tablefmt="github", floatfmt=formats)
+        for lines, headers, formats in (
             (stages, ["stage", "ms per image"], ".0f"),
             (shares, ["share outside the model", "%"], ".1f"),
             (evaluators, columns, ("", ".0f", ".1f", ".1f", ".0f", ".6f")),
@@ -318,7 +320,7 @@ def main(images: int, output: Path) -> None:
         files = [Path(item["file_name"]) for item in load_datasets([NAME])]
         cfg = configure(Path(folder), pictures=(images + 1) // 2)
         model = build_model(cfg)
-        print("Files and model are there; measuring.", flush=True)
+        print("The files and the model are ready. Measuring.", flush=True)
         timeline = Timeline()
         timeline.record(cfg, model)
         times, weights = time_evaluators(), weigh_evaluators()
@@ -337,7 +339,10 @@ def main(images: int, output: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--images", type=int, default=7, help="odd: the first warms up, every second is drawn"
+        "--images",
+        type=int,
+        default=7,
+        help="an odd number: the first image warms up, and every second one is drawn",
     )
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/evaluation")
     args = parser.parse_args()

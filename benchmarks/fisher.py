@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures each estimator of F, accuracy and speed: real DINOv2 weights, CamVid by day.
+"""Measures how accurate and how fast each estimator of F is, with real DINOv2 weights on CamVid.
 
     python train_net.py --config-file configs/camvid/freeze.yaml     # the decoder to measure with
     python benchmarks/fisher.py convergence       # 40 minutes on two CPU cores
@@ -8,8 +8,8 @@
     python benchmarks/fisher.py ranking           # 1 minute
     python benchmarks/fisher_tables.py            # the tables of docs/results/fisher.md
 
-Each step writes a JSON file into outputs/fisher. ``convergence`` keeps its measurements, so it can
-be stopped and started again. Needs CamVid under $DETECTRON2_DATASETS.
+Each step writes a JSON file to outputs/fisher. ``convergence`` keeps its measurements, so you can
+stop it and start it again. All steps but ``ranking`` need CamVid in $DETECTRON2_DATASETS.
 """
 
 import argparse
@@ -56,9 +56,9 @@ MARKS = (8, 16, 32, 64, 80, 128, 192, 256, 320)
 HALF = 64  # images in each of two halves of the data
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 SHARE = 0.05
-# E[exp(-(|a| + |b|))] of two standard normal numbers, the same for every mark.
+# E[exp(-(|a| + |b|))] of two standard normal numbers. Every mark uses it.
 SHIFT_WEIGHT = float((2 * np.exp(0.5) * scipy.stats.norm.cdf(-1)) ** 2)
-# The length of each curve: the plain squares as many images as the reference, others a fifth.
+# The estimator and the number of images of each curve: that of the reference, or a fifth of it.
 CURVES: dict[str, tuple[Callable, int]] = {
     "diagonal": (ESTIMATORS["diagonal"], REFERENCE_IMAGES),
     "smoothed": (ESTIMATORS["smoothed"], REFERENCE_IMAGES),
@@ -78,7 +78,6 @@ class Setting:
     """
 
     def __init__(self, warmup: Path, output: Path):
-
         from fishertune_d2.config import default_config
         from fishertune_d2.engine import Trainer
         from fishertune_d2.engine.image_losses import SegmentationLoss
@@ -98,7 +97,7 @@ class Setting:
         self.base = sum(p.numel() for p in self.backbone.parameters())
 
     def batches(self, images: int, skip: int = 0) -> Iterator[list[dict]]:
-        """Returns ``images`` random crops of the one infinite stream, after skipping ``skip``."""
+        """Returns ``images`` random crops of an infinite stream, after the first ``skip`` crops."""
         stream = self.trainer._estimation_batches
         self.cfg.defrost()
         self.cfg.FISHER.BATCHES = (skip + images) // BATCH
@@ -117,7 +116,7 @@ class Setting:
 
     def selection(self, scores: dict[str, Tensor]) -> Selection:
         """Selects the best 5 % of the backbone's weights."""
-        # F is 0 where a learned Lambda fell to the prior's: then fewer weights are selected.
+        # Where a learned Lambda fell to the prior's, F is 0, so fewer weights can be selected.
         positive = sum(int((score > 0).sum()) for score in scores.values())
         return Selection.from_scores(scores, min(SHARE, positive / self.base), self.base)
 
@@ -128,7 +127,7 @@ def drf(estimate: FisherEstimate) -> dict[str, Tensor]:
 
 
 def sampled_values(scores: dict[str, Tensor], count: int = 200_000) -> np.ndarray:
-    """Samples the same entries of any scores, enough for a rank correlation of three digits."""
+    """Samples entries at fixed places, enough for three digits of a rank correlation."""
     flat = torch.cat([score.flatten() for score in scores.values()])
     places = torch.randint(len(flat), (count,), generator=torch.Generator().manual_seed(0))
     return flat[places].numpy()
@@ -148,7 +147,7 @@ def agreement(setting: Setting, a: FisherEstimate, b: FisherEstimate) -> dict[st
 def watched(
     setting: Setting, make: Callable, batches, marks: Sequence[int]
 ) -> list[tuple[int, float, FisherEstimate]]:
-    """Runs an estimator over batches; yields images, seconds and the estimate at each mark."""
+    """Runs an estimator over batches; returns images, seconds and the estimate at each mark."""
     made, seen = [], []
 
     def making(candidates):
@@ -162,7 +161,7 @@ def watched(
         for batch in batches:
             start = time.perf_counter()
             yield batch
-            seconds += time.perf_counter() - start  # without loading, and without the comparison
+            seconds += time.perf_counter() - start  # excludes loading and the comparison
             images += len(batch)
             if images in marks:
                 estimate = FisherEstimate(made[0].fisher(), made[1].fisher(), SHIFT_WEIGHT, images)
@@ -173,7 +172,7 @@ def watched(
 
 
 def convergence(setting: Setting, output: Path) -> None:
-    """Compares each estimator with the plain loop over many other images, and half with half."""
+    """Compares each estimator with the plain loop over other images, and two halves of the data."""
     path = output / "convergence.json"
     result = json.loads(path.read_text()) if path.is_file() else {"curves": [], "halves": {}}
     reference_file = output / "reference.safetensors"
@@ -244,7 +243,7 @@ def cost(setting: Setting, output: Path, warmup: Path) -> None:
         with torch.no_grad():
             setting.loss_fn(model, batch).sum()
 
-    def backward():  # as in one estimate, without squaring
+    def backward():  # the passes of an estimate, without the squares
         parameters = {c.name: c.parameter for c in candidates}
         anchor = torch.zeros((), requires_grad=True)
 
@@ -282,7 +281,9 @@ def cost(setting: Setting, output: Path, warmup: Path) -> None:
         "batch": BATCH,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "seconds": {name: median(values[1:]) for name, values in seconds.items()},  # 0 warms up
+        "seconds": {
+            name: median(values[1:]) for name, values in seconds.items()
+        },  # the first warms up
         "arithmetic": {name: arithmetic(name, size) for name, size in ARITHMETIC.items()},
     }
     peaks = {}
@@ -320,7 +321,7 @@ ARITHMETIC = {
 
 
 def arithmetic(name: str, size: tuple[int, int, int]) -> dict[str, int]:
-    """Computes on the meta device the memory of the batched diagonal for a ViT and a batch of 4."""
+    """Computes the memory of the batched diagonal for a batch of 4, on the meta device."""
     height, width, patch = size
     inputs: dict[int, Tensor] = {}
 
@@ -348,7 +349,7 @@ def arithmetic(name: str, size: tuple[int, int, int]) -> dict[str, int]:
 
 
 def ranking(output: Path) -> None:
-    """Ranks as many scores as ViT-L has candidates; measures time, and memory beside the scores."""
+    """Ranks as many scores as ViT-L has candidates; measures the time and the additional memory."""
     torch.manual_seed(0)
     count, base = 277_020_672, 304_198_656
     scores = {str(i): torch.rand(count // 24).pow_(8) for i in range(24)}

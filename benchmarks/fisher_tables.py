@@ -21,13 +21,13 @@ def tables(folder: Path) -> None:
     ranked = read["ranking"]
     print(
         f"Ranking {ranked['scores']:,} scores and selecting {ranked['selected']:,}: "
-        f"{ranked['seconds']:.0f} s, {ranked['bytes_beside'] / 2**30:.2f} GiB beside the scores' "
-        f"{ranked['bytes_scores'] / 2**30:.2f} GiB."
+        f"{ranked['seconds']:.0f} s, and {ranked['bytes_beside'] / 2**30:.2f} GiB in addition to "
+        f"the {ranked['bytes_scores'] / 2**30:.2f} GiB of the scores."
     )
 
 
 def _agreement(measured: dict) -> None:
-    """How well estimates from few images agree with the reference."""
+    """Prints how well estimates from few images agree with the reference."""
     keys = ("spearman", "overlap", "drf_spearman", "drf_overlap")
     words = ["F: Spearman", "F: top 5 % in common", "DRF: Spearman", "DRF: top 5 % in common"]
     loop = measured["reference"]["seconds_per_image"]
@@ -50,7 +50,7 @@ def _agreement(measured: dict) -> None:
 
 
 def _cost(cost: dict) -> None:
-    """Time, memory and arithmetic of the estimators."""
+    """Prints the time, memory and arithmetic of the estimators."""
     spent, peaks = cost["seconds"], cost["peak_bytes"]
     _show(
         [

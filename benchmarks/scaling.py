@@ -4,13 +4,13 @@
     python benchmarks/scaling.py                                    # 3 minutes on two CPU cores
     python benchmarks/scaling.py --show docs/results/scaling.json   # the tables again
 
-Measured: DINOv2 with the head of configs/demo.yaml, processes of one thread, one image of noise in
-each. One process steps alone, then two independent ones at the same time ("apart"), then two that
-train one model ("together"). A time is the median over rounds in which these take turns. This
-separates the cost of sharing a machine from the cost of exchanging gradients. Computed: the bytes
-that the paper's config sends with ViT-S, L and H.
+The benchmark measures DINOv2 with the head of configs/demo.yaml. Each process has one thread and
+one image of noise. First one process makes a step alone, then two independent processes make one at
+the same time ("apart"), then two processes that train one model ("together"). A time is the median
+over rounds in which these take turns. This separates the cost of sharing a machine from the cost of
+exchanging gradients. The bytes that the paper's config sends with ViT-S, L and H are computed.
 
-Needs neither data nor weights. Writes outputs/scaling/scaling.json.
+The benchmark needs neither data nor weights. It writes outputs/scaling/scaling.json.
 """
 
 import argparse
@@ -60,10 +60,10 @@ class Cell:
     """One measurement of the tables.
 
     Attributes:
-        way: of ``training.WAYS``, or :data:`ESTIMATION`.
+        way: a key of ``training.WAYS``, or :data:`ESTIMATION`.
         vfm: MODEL.VFM.NAME.
         crop: height and width of the image, in pixels.
-        share: of the backbone that FisherTune tunes.
+        share: the share of the backbone that FisherTune tunes.
     """
 
     way: str
@@ -122,7 +122,7 @@ class Estimation:
 
 
 def _work(cell: Cell, rank: int | None, folder: str, pipe: Connection) -> None:
-    """Runs a process: makes a step on demand and reports its time, at the end its memory."""
+    """Makes a step on demand and reports its time; in the end, reports the peak of memory."""
     torch.set_num_threads(1)
     before = _memory("VmRSS")
     if rank is not None:
@@ -150,7 +150,7 @@ def _work(cell: Cell, rank: int | None, folder: str, pipe: Connection) -> None:
 
 
 def measure(cell: Cell, rounds: int) -> dict:
-    """Measures the times of one process, two apart and two together, and memory of one and two."""
+    """Measures the time of one process, two apart and two together, and the memory."""
     with tempfile.TemporaryDirectory() as folder:
         pipes = {}
         for name, rank in (("first", None), ("second", None), ("rank 0", 0), ("rank 1", 1)):
@@ -208,33 +208,33 @@ def sent(vfm: str) -> dict:
 def tables(result: dict) -> str:
     """Formats the tables of docs/scaling.md."""
     times, memory = [], []
-    for row in result["cells"]:
-        name = [row["way"], row["vfm"], "{} x {}".format(*row["crop"])]
-        name.append(f"{100 * row['share']:.0f} %" if row["way"] == "fishertune" else "-")
-        alone, apart, together = (row["seconds"][k] for k in ("alone", "apart", "together"))
+    for cell in result["cells"]:
+        name = [cell["way"], cell["vfm"], "{} x {}".format(*cell["crop"])]
+        name.append(f"{100 * cell['share']:.0f} %" if cell["way"] == "fishertune" else "-")
+        alone, apart, together = (cell["seconds"][k] for k in ("alone", "apart", "together"))
         ratios = (apart / alone, together / apart, 2 * alone / together)
         times.append([*name, f"{alone:.2f}", *(f"{ratio:.2f}" for ratio in ratios)])
-        sizes = (*row["peak_bytes"].values(), *row["gradient_bytes"].values())
-        if row["way"] != ESTIMATION:
+        sizes = (*cell["peak_bytes"].values(), *cell["gradient_bytes"].values())
+        if cell["way"] != ESTIMATION:
             memory.append([*name, *(f"{size / 1e6:,.1f}" for size in sizes)])
     bytes_sent = []
-    for row in result["sent"]:
-        full, fishertune = (row["decoder"] + row[way] for way in ("full", "fishertune"))
-        sizes = (row[k] for k in ("decoder", "full", "fishertune", "fisher", "weights"))
+    for vfm in result["sent"]:
+        full, fishertune = (vfm["decoder"] + vfm[way] for way in ("full", "fishertune"))
+        sizes = (vfm[k] for k in ("decoder", "full", "fishertune", "fisher", "weights"))
         bytes_sent.append(
-            [row["vfm"], *(f"{size / 1e6:,.1f}" for size in sizes)]
+            [vfm["vfm"], *(f"{size / 1e6:,.1f}" for size in sizes)]
             + [f"{fishertune / full:.2f}", f"{_seconds(full):.2f}", f"{_seconds(fishertune):.2f}"]
         )
-    cell = ["way", "VFM", "image", "share"]
+    measured = ["way", "VFM", "image", "share"]
     heads = (
-        [*cell, "alone, s", "apart / alone", "together / apart", "speed-up"],
-        [*cell, "peak alone, MB", "together, MB", "decoder sent, MB", "backbone sent, MB"],
+        [*measured, "alone, s", "apart / alone", "together / apart", "speed-up"],
+        [*measured, "peak alone, MB", "together, MB", "decoder sent, MB", "backbone sent, MB"],
         ["VFM", "decoder", "full", "FisherTune", "F(x), F(x')", "weights"]
         + ["with decoder, ratio", "full, s", "FisherTune, s"],
     )
     return "\n\n".join(
-        tabulate(rows, head, tablefmt="github", disable_numparse=True)
-        for rows, head in zip((times, memory, bytes_sent), heads, strict=True)
+        tabulate(lines, head, tablefmt="github", disable_numparse=True)
+        for lines, head in zip((times, memory, bytes_sent), heads, strict=True)
     )
 
 
@@ -276,7 +276,7 @@ if __name__ == "__main__":
         cells.append(measure(cell, args.rounds))
     result = {
         "machine": describe_machine(),
-        "load": os.getloadavg()[2],  # over the last 15 minutes; this benchmark itself adds 2
+        "load": os.getloadavg()[2],  # over the last 15 minutes; this benchmark adds 2
         "commit": commit(),
         "rounds": args.rounds,
         "cells": cells,

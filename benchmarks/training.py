@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""Compares the cost of a training step: frozen, full, LoRA and FisherTune, as ratios to full.
+"""Compares a training step of freeze, LoRA and FisherTune with one of full fine-tuning.
 
     python benchmarks/training.py                              # DINOv2-S as in configs/camvid
     python benchmarks/training.py --config-file configs/fishertune_dinov2.yaml MODEL.DEVICE cuda
     python benchmarks/training.py --show docs/results/training/cpu.json    # the tables again
 
-Needs neither data nor weights: images are noise, labels are bands, and the time does not depend on
-the weights' values. A step's time is the median over rounds; in each round every method takes one
-step, in one process. A peak is that of a process of its own, minus that of one that only imports.
- LoRA needs ``pip install fishertune-d2[baselines]``.
+The benchmark needs neither data nor weights: images are noise, labels are bands, and the time does
+not depend on the values of the weights. The time of a step is the median over rounds. In each round
+every method makes one step, in one process. A peak of memory is that of a process that runs one
+method, minus that of a process that only imports. LoRA needs
+``pip install fishertune-d2[baselines]``.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def _lora(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
 
 
 def _selection(cfg: CfgNode, backbone: nn.Module) -> Selection:
-    """Selects D_MAX of the backbone at random, which costs as much as any selection."""
+    """Selects D_MAX of the backbone at random; a step costs as much as with any selection."""
     base = sum(p.numel() for p in backbone.parameters())
     scores = RandomChoice(cfg.SEED).scores(backbone, None)
     return Selection.from_scores(scores, cfg.TUNING.D_MAX, base)
@@ -88,7 +89,7 @@ class Training:
     """A model that one method trains, on one batch of noise.
 
     Args:
-        cfg: MODEL, INPUT.CROP.SIZE, SOLVER and TUNING are read.
+        cfg: the config; MODEL, INPUT.CROP.SIZE, SOLVER and TUNING are used.
         way: a key of :data:`WAYS`.
     """
 
@@ -164,19 +165,19 @@ def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
                 for phase, value in phases.items():
                     seconds[way][phase].append(value)
         print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
-    rows = {}
+    measured = {}
     for way, cell in cells.items():
         times = seconds[way]
         steps = [sum(parts) for parts in zip(*(times[phase] for phase in PHASES), strict=True)]
-        rows[way] = {
+        measured[way] = {
             "step_seconds": median(steps),
             **{f"{phase}_seconds": median(values) for phase, values in times.items()},
             **cell.sizes(),
         }
     cells.clear()
     nothing = _peak_of("nothing", args)
-    for way in rows:
-        rows[way]["peak_bytes"] = _peak_of(way, args) - nothing
+    for way in measured:
+        measured[way]["peak_bytes"] = _peak_of(way, args) - nothing
     return {
         "vfm": cfg.MODEL.VFM.NAME,
         "crop": list(cfg.INPUT.CROP.SIZE),
@@ -188,7 +189,7 @@ def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
         "commit": commit(),
         "backbone_bytes": sum(p.numel() for p in Trainer.build_model(cfg).backbone.parameters())
         * 4,
-        "rows": rows,
+        "rows": measured,
     }
 
 
@@ -214,7 +215,7 @@ def peak(cfg: CfgNode, way: str) -> int:
 
 def tables(result: dict) -> str:
     """Formats the numbers of full fine-tuning, and each method's ratios to them, as Markdown."""
-    rows, full = result["rows"], result["rows"]["full"]
+    ways, full = result["rows"], result["rows"]["full"]
     head = (
         f"{result['vfm']}, crops of {result['crop'][0]} x {result['crop'][1]}, batch "
         f"{result['batch']}, on {result['machine']}; torch {result['torch']}, commit "
@@ -226,7 +227,7 @@ def tables(result: dict) -> str:
     )
 
     def ratio(way: str, *keys: str) -> str:
-        return f"{sum(rows[way][k] for k in keys) / sum(full[k] for k in keys):.3f}"
+        return f"{sum(ways[way][k] for k in keys) / sum(full[k] for k in keys):.3f}"
 
     columns = {
         "step": ("step_seconds",),
@@ -240,8 +241,8 @@ def tables(result: dict) -> str:
         "checkpoint": ("checkpoint_bytes",),
     }
     table = [
-        [way, f"{rows[way]['trainable'] / 1e6:.2f} M", *(ratio(way, *k) for k in columns.values())]
-        for way in rows
+        [way, f"{ways[way]['trainable'] / 1e6:.2f} M", *(ratio(way, *k) for k in columns.values())]
+        for way in ways
     ]
     body = tabulate(table, ["way", "tuned", *columns], tablefmt="github", disable_numparse=True)
     return f"{head}\n\n{body}"

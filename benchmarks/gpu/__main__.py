@@ -8,13 +8,14 @@
     python benchmarks/gpu plan              # 2 minutes on one core
 
 DINOv2 ViT-L as in configs/fishertune_dinov2.yaml, at 512 x 512 in batches of 4, with random
-weights, on images of noise of Cityscapes' size. Iterations of the trainer are timed from the end of
-one to the end of the next, with loading and hooks, by CUDA's events; the median is taken, after a
-few that warm up. The two last iterations of a way are not timed: in one the profiler counts
-kernels, in the other CUDA itself warns of every wait for the device. A peak is what torch's
-allocator gave out at most. Figures are written to --output after each row, so that a run that is
-ended leaves them; other parts' figures in that file stay. With --device cpu --tiny a CPU tries all
-of it out.
+weights, on images of noise of Cityscapes' size. An iteration of the trainer is timed by CUDA's
+events, from the end of the iteration before to its own end, with loading and hooks. The first
+iterations warm up; the figure is the median of the others. The last two iterations are not timed:
+in one, the profiler counts kernels; in the other, CUDA warns of every wait for the device. A peak
+is the most memory that torch's allocator gave out.
+
+Each measurement is written to --output at once, so that an interrupted run keeps its figures. The
+figures of other parts in that file stay. To try everything out on a CPU, add --device cpu --tiny.
 """
 
 import argparse
@@ -46,13 +47,13 @@ from gpu.measure import (  # noqa: E402
 )
 from gpu.training import plan, training  # noqa: E402
 
-WINDOWS = (1, 6)  # at once, of the 18 of an image
-IMAGES = 4  # of which the first warms up
+WINDOWS = (1, 6)  # in one forward pass; an image has 18
+IMAGES = 4  # the first one warms up
 
 
 def evaluation(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
     """Evaluates an image of 2048 x 1024 in windows of 512, from its file to the counted pixels."""
-    rows: list[dict] = []
+    entries: list[dict] = []
     cuda = args.device != "cpu"
     for precision in args.precisions:
         keys = PRECISIONS[precision]
@@ -70,13 +71,13 @@ def evaluation(args: argparse.Namespace, root: Path, save: Callable[..., None]) 
             reset_peak(cuda)
             score_datasets(cfg, model)
             images = [1e3 * (b - a) for a, b in zip(starts[1:], starts[2:], strict=False)]
-            row = {"precision": precision, "windows": windows, "image_ms": median(images)}
-            row |= {"model_ms": 1e3 * median(inside[1:]), "peak_gib": peak_gib(cuda)}
-            rows.append(row)
+            entry = {"precision": precision, "windows": windows, "image_ms": median(images)}
+            entry |= {"model_ms": 1e3 * median(inside[1:]), "peak_gib": peak_gib(cuda)}
+            entries.append(entry)
             model = None
             release()
-            save({"evaluation": rows}, [check(True, "evaluation", f"{len(rows)} ways")])
-            print(row, flush=True)
+            save({"evaluation": entries}, [check(True, "evaluation", f"{len(entries)} ways")])
+            print(entry, flush=True)
 
 
 PARTS: dict[str, Callable[..., None]] = {
@@ -89,8 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="sizes of a toy, to try it out")
-    parser.add_argument("--steps", type=int, default=19, help="iterations of each way of training")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and tiny images")
+    parser.add_argument("--steps", type=int, default=19, help="iterations of each training")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/gpu/figures.json")
     args = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> None:
         merged = {**before, **figures, "checks": {**before.get("checks", {}), args.part: checks}}
         growing = args.output.with_suffix(".growing")
         growing.write_text(json.dumps(merged, indent=1) + "\n")
-        growing.replace(args.output)  # whoever reads meanwhile reads a whole file
+        growing.replace(args.output)  # so that a reader always finds a whole file
 
     with tempfile.TemporaryDirectory() as folder:
         if args.part in ("training", "evaluation"):

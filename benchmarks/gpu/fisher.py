@@ -37,20 +37,20 @@ from gpu.measure import (
 )
 
 SHARE = 0.05
-LEAST_OVERLAP = 0.99  # of two selections of SHARE that should be one
-MOST_DIFFERENCE = 1e-3  # of two estimates in float32, as ||a - b|| / ||b||
-# ViT-L's candidates, and the parameters that shares refer to.
+LEAST_OVERLAP = 0.99  # of two selections that should be the same
+MOST_DIFFERENCE = 1e-3  # ||a - b|| / ||b|| of two estimates in float32
+# The candidates of ViT-L, and the parameters of its backbone, to which shares refer.
 CANDIDATES, BASE = 277_020_672, 304_198_656
-# The memory that ranking may need beside F(x) and F(x'), as a multiple of one of them.
+# The memory that ranking may need in addition to F(x) and F(x'), as a multiple of that of F(x).
 MOST_HELD = 4.0
-REPEATS = 3  # of which the first warms up
+REPEATS = 3  # the first one warms up
 # These estimators draw noise, which differs between devices.
 RANDOM = ("natural", "variational")
 
 
 def fisher(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
     """Estimates F(x) of one batch, batched (``diagonal``) and by image (``diagonal_loop``)."""
-    cuda, rows, checks = args.device != "cpu", [], []
+    cuda, entries, checks = args.device != "cpu", [], []
     cfg = configure(args, root)
     with torch.device(args.device):
         model = Trainer.build_model(cfg).train()
@@ -77,18 +77,18 @@ def fisher(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> N
                     autocast=autocast,
                 )
                 seconds.append(now(cuda) - start)
-            row = {"estimator": estimator, "precision": precision}
-            rows.append({**row, "seconds": median(seconds[1:]), "peak_gib": peak_gib(cuda)})
+            entry = {"estimator": estimator, "precision": precision}
+            entries.append({**entry, "seconds": median(seconds[1:]), "peak_gib": peak_gib(cuda)})
             estimates[estimator] = estimate
         batched, loop = (each.f for each in estimates.values())
-        some = list(loop)[::8]  # a ranking of all takes as long as all the rest
+        some = list(loop)[::8]  # to rank all tensors would take as long as the estimates
         agreeing = selected_overlap(*({n: f[n] for n in some} for f in (batched, loop)))
-        rows[-1] |= {"difference": relative_difference(batched, loop), "overlap": agreeing}
+        entries[-1] |= {"difference": relative_difference(batched, loop), "overlap": agreeing}
         if precision == "float32":
-            words = f"diagonal selects what diagonal_loop does, overlap at least {LEAST_OVERLAP}"
+            words = f"diagonal selects as diagonal_loop: overlap at least {LEAST_OVERLAP}"
             checks.append(check(agreeing >= LEAST_OVERLAP, words, f"{agreeing:.4f}"))
-        save({"fisher": rows}, checks)
-        print(*rows[-2:], sep="\n", flush=True)
+        save({"fisher": entries}, checks)
+        print(*entries[-2:], sep="\n", flush=True)
 
 
 def noise_batch(size: tuple[int, int], images: int) -> list[dict]:
@@ -96,7 +96,7 @@ def noise_batch(size: tuple[int, int], images: int) -> list[dict]:
 
     Args:
         size: height and width.
-        images: how many.
+        images: the number of images.
 
     Returns:
         Inputs of a segmentor, one for each image.
@@ -112,7 +112,7 @@ def noise_batch(size: tuple[int, int], images: int) -> list[dict]:
 
 def ranking(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
     """Ranks as many weights as ViT-L has candidates, by DRF of two forms."""
-    cuda, rows, checks = args.device != "cpu", [], []
+    cuda, entries, checks = args.device != "cpu", [], []
     count = CANDIDATES // (1000 if args.tiny else 1)
     base = BASE // (1000 if args.tiny else 1)
     generator = torch.Generator(args.device).manual_seed(0)
@@ -134,24 +134,24 @@ def ranking(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> 
         selection = Selection.from_scores(scores, SHARE, base)
         end = now(cuda)
         chosen = sum(len(places) for places in selection.indices.values())
-        row = {"form": form, "scores": count, "selected": chosen}
-        row |= {"scoring_seconds": scored - start, "selecting_seconds": end - scored}
-        row["peak_gib"] = peak_gib(cuda)
-        rows.append(row)
+        entry = {"form": form, "scores": count, "selected": chosen}
+        entry |= {"scoring_seconds": scored - start, "selecting_seconds": end - scored}
+        entry["peak_gib"] = peak_gib(cuda)
+        entries.append(entry)
         words = f"form {form} selects {SHARE:.0%} of the backbone"
         checks.append(check(chosen == count_of_share(SHARE, base), words, f"{chosen:,}"))
         if cuda:
-            beside = row["peak_gib"] / held - 2
-            words = f"form {form} holds at most {MOST_HELD:g} times F beside F(x) and F(x')"
+            beside = entry["peak_gib"] / held - 2
+            words = f"form {form} adds at most {MOST_HELD:g} times the memory of F(x)"
             checks.append(check(beside <= MOST_HELD, words, f"{beside:.1f} times"))
-        save({"ranking": rows}, checks)
-        print(row, flush=True)
+        save({"ranking": entries}, checks)
+        print(entry, flush=True)
         scores = selection = None
 
 
 def agreement(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """Compares estimators, their selections and SET's spectra on the device with the CPU's."""
-    rows, checks = [], []
+    """Compares estimates, selections and SET's spectra of the device with those of the CPU."""
+    entries, checks = [], []
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     for estimator in ESTIMATORS:
@@ -160,20 +160,20 @@ def agreement(args: argparse.Namespace, root: Path, save: Callable[..., None]) -
         on_device, on_cpu = (small_estimate(estimator, device) for device in (args.device, "cpu"))
         difference = relative_difference(on_device, on_cpu)
         agreeing = selected_overlap(on_device, on_cpu)
-        rows.append({"what": estimator, "difference": difference, "overlap": agreeing})
+        entries.append({"what": estimator, "difference": difference, "overlap": agreeing})
         words = f"{estimator} as on the CPU: difference at most {MOST_DIFFERENCE:g}"
         checks.append(check(difference <= MOST_DIFFERENCE, words, f"{difference:.1e}"))
         words = f"{estimator} selects as on the CPU: overlap at least {LEAST_OVERLAP}"
         checks.append(check(agreeing >= LEAST_OVERLAP, words, f"{agreeing:.4f}"))
-        save({"agreement": rows}, checks)
+        save({"agreement": entries}, checks)
     x = torch.randn(4, 64, 384, generator=torch.Generator().manual_seed(0))
     there, here = (compose(*decompose(x.to(device))).cpu() for device in (args.device, "cpu"))
     difference = relative_difference({"": there}, {"": here})
-    rows.append({"what": "SET's spectra", "difference": difference})
+    entries.append({"what": "SET's spectra", "difference": difference})
     words = f"SET's spectra as on the CPU: difference at most {MOST_DIFFERENCE:g}"
     checks.append(check(difference <= MOST_DIFFERENCE, words, f"{difference:.1e}"))
-    save({"agreement": rows}, checks)
-    print(*rows, sep="\n", flush=True)
+    save({"agreement": entries}, checks)
+    print(*entries, sep="\n", flush=True)
 
 
 def small_estimate(estimator: str, device: str) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def small_estimate(estimator: str, device: str) -> dict[str, Tensor]:
 
     Args:
         estimator: a key of ESTIMATORS.
-        device: where to measure.
+        device: the device of the model and the images.
 
     Returns:
         F by parameter name, on the CPU.

@@ -1,4 +1,4 @@
-"""Shared parts of the GPU benchmarks: config, images of noise, time, memory and counts."""
+"""The parts that all GPU benchmarks share: config, images of noise, time, memory and counts."""
 
 import argparse
 import gc
@@ -20,13 +20,13 @@ from fishertune_d2.data import register_sem_seg
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 NAME, CLASSES = "noise_of_the_benchmark", 19
-# The fastest first: if time runs out, only the last is lost.
+# The fastest comes first: if the time runs out, only the last is missing.
 PRECISIONS: dict[str, dict[str, object]] = {
     "TF32": {"SOLVER.MATMUL_PRECISION": "high", "SOLVER.AMP.ENABLED": False},
     "bfloat16": {"SOLVER.MATMUL_PRECISION": "high", "SOLVER.AMP.ENABLED": True},
     "float32": {"SOLVER.MATMUL_PRECISION": "highest", "SOLVER.AMP.ENABLED": False},
 }
-# A model and images so small that a CPU runs all parts in seconds.
+# The model and the images are so small that a CPU runs all parts in seconds.
 _TINY = {
     "MODEL.VFM.NAME": "tiny",
     "MODEL.VFM.IMG_SIZE": [64, 64],
@@ -52,9 +52,9 @@ def configure(
     """Returns the config of the paper's setting on noise.
 
     Args:
-        args: the device, and whether the sizes are tiny.
+        args: the command line: the device, the number of steps, and whether the sizes are tiny.
         output: OUTPUT_DIR.
-        options: keys and values that go before the benchmark's.
+        options: keys and values that override those of the benchmark.
     """
     keys: dict[str, object] = {
         "MODEL.VFM.WEIGHTS": "random",
@@ -79,7 +79,7 @@ def write_noise(root: Path, size: tuple[int, int], count: int) -> None:
     Args:
         root: an empty folder.
         size: height and width in pixels.
-        count: how many images.
+        count: the number of images.
     """
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
@@ -96,8 +96,8 @@ def write_noise(root: Path, size: tuple[int, int], count: int) -> None:
 
 
 @contextmanager
-def counting_launches(row: dict) -> Iterator[None]:
-    """Counts the kernels launched in the block, and how long they keep the device busy."""
+def counting_launches(entry: dict) -> Iterator[None]:
+    """Counts the kernels that the block launches, and the time that they keep the device busy."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -107,10 +107,10 @@ def counting_launches(row: dict) -> Iterator[None]:
             torch.cuda.synchronize()
     events = profile.key_averages()
     calls = Counter({event.key: event.count for event in events})
-    row["launches"] = sum(n for key, n in calls.items() if "LaunchKernel" in key)
-    row["copies"] = sum(n for key, n in calls.items() if key.startswith("cudaMemcpyAsync"))
-    row["operators"] = sum(n for key, n in calls.items() if key.startswith("aten::"))
-    row["kernel_ms"] = 1e-3 * sum(
+    entry["launches"] = sum(n for key, n in calls.items() if "LaunchKernel" in key)
+    entry["copies"] = sum(n for key, n in calls.items() if key.startswith("cudaMemcpyAsync"))
+    entry["operators"] = sum(n for key, n in calls.items() if key.startswith("aten::"))
+    entry["kernel_ms"] = 1e-3 * sum(
         event.self_device_time_total
         for event in events
         if event.device_type == torch.autograd.DeviceType.CUDA
@@ -118,8 +118,8 @@ def counting_launches(row: dict) -> Iterator[None]:
 
 
 @contextmanager
-def counting_waits(row: dict) -> Iterator[None]:
-    """Counts how often, and where, the host waits for the device in the block."""
+def counting_waits(entry: dict) -> Iterator[None]:
+    """Counts how often the host waits for the device in the block, by the line that waits."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -129,11 +129,11 @@ def counting_waits(row: dict) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
     waits = [each for each in caught if "synchroniz" in str(each.message)]
     places = Counter(f"{Path(each.filename).name}:{each.lineno}" for each in waits)
-    row["waits"], row["waits_at"] = len(waits), dict(places.most_common(12))
+    entry["waits"], entry["waits_at"] = len(waits), dict(places.most_common(12))
 
 
 def check(ok: bool, what: str, found: str = "") -> dict:
-    """One line of the report: the requirement and the result."""
+    """Makes a line of the report from a requirement and its result."""
     return {"ok": bool(ok), "what": what, "found": found}
 
 

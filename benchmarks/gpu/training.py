@@ -1,4 +1,4 @@
-"""Measures steps of every method in every precision, beside the memory that the plan counts."""
+"""Measures steps of every method in every precision, and the memory that the plan counts."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -30,31 +30,31 @@ from gpu.measure import (
     reset_peak,
 )
 
-# The keys that each method sets, beside the precision. To add a method, add a line.
+# The keys that each method sets in addition to the precision. To add a method, add a line.
 WAYS: dict[str, dict[str, object]] = {
     "warm-up": {"TUNING.METHOD": "freeze"},
     "fishertune": {"TUNING.METHOD": "fishertune"},
     "full": {"TUNING.METHOD": "full"},
     "lora": {"TUNING.METHOD": "lora"},
 }
-WARM = 8  # iterations of a way that are not timed; meanwhile the workers fill their queues
+WARM = 8  # the first iterations are not timed; meanwhile the workers fill their queues
 # The goals for one step.
-MOST_WAITS, MOST_LAUNCHES = 4, 1.03  # the latter of fishertune, as a ratio to full
+MOST_WAITS, MOST_LAUNCHES = 4, 1.03  # launches: the ratio of fishertune to full
 
 
 class Watch:
-    """Follows a trainer's iterations: times most of them, counts in the last two.
+    """Times most iterations of a trainer, and counts launches and waits in the last two.
 
     Attributes:
-        times: milliseconds of an iteration, one for each that was timed.
-        row: what else was measured.
+        times: the milliseconds of each timed iteration.
+        entry: the other measurements.
     """
 
     def __init__(self, trainer: Trainer, steps: int):
         self.trainer, self.steps = trainer, steps
         self.cuda = trainer.cfg.MODEL.DEVICE != "cpu"
         self.times: list[float] = []
-        self.row: dict[str, object] = {}
+        self.entry: dict[str, object] = {}
         self._marks: list[object] = []
         self._counting = ExitStack()
         self._before, self._after = trainer.before_step, trainer.after_step
@@ -70,18 +70,18 @@ class Watch:
         reset_peak(self.cuda)
         start = now(self.cuda)
         found = self._estimate()
-        self.row["estimation_seconds"] = now(self.cuda) - start
-        self.row["estimation_peak_gib"] = peak_gib(self.cuda)
+        self.entry["estimation_seconds"] = now(self.cuda) - start
+        self.entry["estimation_peak_gib"] = peak_gib(self.cuda)
         return found
 
     def _before_step(self) -> None:
         at = self.trainer.iter
         if at == self.steps - 2:
-            self._counting.enter_context(counting_launches(self.row))
+            self._counting.enter_context(counting_launches(self.entry))
         elif at == self.steps - 1 and self.cuda:
-            self._counting.enter_context(counting_waits(self.row))
+            self._counting.enter_context(counting_waits(self.entry))
         self._before()
-        if at == 0:  # behind the estimation, where there is one
+        if at == 0:  # after the estimation, if there is one
             reset_peak(self.cuda)
 
     def _after_step(self) -> None:
@@ -92,15 +92,15 @@ class Watch:
             self._marks.append(mark(self.cuda))
         if at == self.steps - 3:
             now(self.cuda)
-            self.row["peak_gib"] = peak_gib(self.cuda)
+            self.entry["peak_gib"] = peak_gib(self.cuda)
             self.times = intervals(self._marks)
 
 
 class RankedOnce:
     """Replaces Selection.from_scores: all calls return the selection of the first.
 
-    The ranking of all weights takes a CPU long, benchmarks/gpu ranking measures it, and a step
-    costs the same whatever is selected.
+    To rank all weights takes long, and the part ``ranking`` measures it. The cost of a step does
+    not depend on which weights are selected.
     """
 
     def __init__(self):
@@ -114,8 +114,8 @@ class RankedOnce:
 
 
 def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """Measures every method in every precision, an entry each; checks waits and launches."""
-    rows, build, ranked = [], Trainer.build_model, RankedOnce()
+    """Measures every method in every precision; checks waits and launches."""
+    entries, build, ranked = [], Trainer.build_model, RankedOnce()
 
     def on_device(cfg: CfgNode) -> nn.Module:  # drawing 300 M random numbers takes a CPU seconds
         with torch.device(cfg.MODEL.DEVICE):
@@ -123,8 +123,8 @@ def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) ->
 
     for precision in args.precisions:
         for way, keys in WAYS.items():
-            row: dict[str, object] = {"way": way, "precision": precision}
-            rows.append(row)
+            entry: dict[str, object] = {"way": way, "precision": precision}
+            entries.append(entry)
             keys = {**keys, **PRECISIONS[precision]}
             if way == "warm-up":
                 keys["TUNING.WARMUP_ITERS"] = args.steps
@@ -135,7 +135,7 @@ def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) ->
                     patch.object(FisherEstimate, "save"),  # 2 GB
                     patch.object(Selection, "from_scores", staticmethod(ranked)),
                 ):
-                    remove_run(root / "run")  # the row before
+                    remove_run(root / "run")  # of the measurement before
                     trainer = Trainer(cfg)
                     watch = Watch(trainer, args.steps)
                     (root / "run").mkdir(exist_ok=True)
@@ -143,31 +143,35 @@ def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) ->
                 milliseconds = median(watch.times)
                 waits = trainer.storage.history("data_time").values()
                 data = [s for s, iteration in waits if WARM <= iteration < args.steps - 2]
-                row["data_ms"] = 1e3 * median(data)
-                row |= {"step_ms": milliseconds, "steps": len(watch.times), **watch.row}
-                row["images_per_second"] = 1e3 * cfg.SOLVER.IMS_PER_BATCH / milliseconds
-            except Exception as error:  # the other rows can be measured
-                row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                entry["data_ms"] = 1e3 * median(data)
+                entry |= {"step_ms": milliseconds, "steps": len(watch.times), **watch.entry}
+                entry["images_per_second"] = 1e3 * cfg.SOLVER.IMS_PER_BATCH / milliseconds
+            except Exception as error:  # the other methods can still be measured
+                entry["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             trainer = watch = None
             release()
-            save({"training": rows}, training_checks(rows))
-            print(row, flush=True)
+            save({"training": entries}, training_checks(entries))
+            print(entry, flush=True)
 
 
-def training_checks(rows: list[dict]) -> list[dict]:
-    """Checks that all could be measured, and that steps meet the goals."""
-    failed = [f"{row['way']} {row['precision']}: {row['error']}" for row in rows if "error" in row]
-    checks = [check(not failed, f"{len(rows)} ways and precisions", "; ".join(failed))]
-    waits = {f"{r['way']} {r['precision']}": r["waits"] for r in rows if "waits" in r}
+def training_checks(entries: list[dict]) -> list[dict]:
+    """Checks that every method was measured, and that steps meet the goals."""
+    failed = [
+        f"{entry['way']} {entry['precision']}: {entry['error']}"
+        for entry in entries
+        if "error" in entry
+    ]
+    checks = [check(not failed, f"{len(entries)} ways and precisions", "; ".join(failed))]
+    waits = {f"{r['way']} {r['precision']}": r["waits"] for r in entries if "waits" in r}
     if waits:
         most = max(waits, key=waits.get)
         words = f"at most {MOST_WAITS} waits for the device a step"
         checks.append(check(waits[most] <= MOST_WAITS, words, f"{waits[most]} ({most})"))
     for precision in PRECISIONS:
         launches = {
-            row["way"]: row["launches"]
-            for row in rows
-            if row["precision"] == precision and row.get("launches")  # 0 on a CPU
+            entry["way"]: entry["launches"]
+            for entry in entries
+            if entry["precision"] == precision and entry.get("launches")  # 0 on a CPU
         }
         if {"full", "fishertune"} <= launches.keys():
             ratio = launches["fishertune"] / launches["full"]
@@ -177,9 +181,9 @@ def training_checks(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
-    """Counts, with fishertune_d2.plan, the GiB of the methods that ``training`` measures."""
-    rows: list[dict] = []
-    # The numbers of TF32 take as many bytes as those of float32.
+    """Plans the memory of the methods that ``training`` measures, with fishertune_d2.plan."""
+    entries: list[dict] = []
+    # A number takes as many bytes in TF32 as in float32.
     for precision in dict.fromkeys(p.replace("TF32", "float32") for p in args.precisions):
         for way, keys in WAYS.items():
             if way == "warm-up":
@@ -188,7 +192,7 @@ def plan(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> Non
             keys = {**keys, **PRECISIONS[precision], "TUNING.WARMUP_ITERS": args.steps - 1}
             for stage in make_plan(configure(args, root, keys)).stages:
                 title = {"tuning": way, "warmup": "warm-up"}.get(stage.name, stage.name)
-                row = {"way": title, "precision": precision, "gib": stage.memory.total / GIB}
-                if row not in rows:
-                    rows.append(row)
-            save({"plan": rows}, [check(True, "planned", f"{len(rows)} stages")])
+                entry = {"way": title, "precision": precision, "gib": stage.memory.total / GIB}
+                if entry not in entries:
+                    entries.append(entry)
+            save({"plan": entries}, [check(True, "planned", f"{len(entries)} stages")])

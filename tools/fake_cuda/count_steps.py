@@ -129,8 +129,8 @@ def count_steps(
         words = [str(word) for pair in keys.items() for word in pair]
         cfg = read_config(config, [*words, *options])
         Path(cfg.OUTPUT_DIR).mkdir()
-        name, row = cfg.MODEL.VFM.NAME, VFMS[cfg.MODEL.VFM.NAME]
-        VFMS[name] = replace(row, options={**row.options, "embed_dim": 64, "num_heads": 2})
+        name, entry = cfg.MODEL.VFM.NAME, VFMS[cfg.MODEL.VFM.NAME]
+        VFMS[name] = replace(entry, options={**entry.options, "embed_dim": 64, "num_heads": 2})
         try:
             trainer = Trainer(cfg)
             # With LayerScale's initial values, most tensors have no weight worth selecting.
@@ -141,7 +141,7 @@ def count_steps(
             trainer._hooks.insert(0, trainer._hooks.pop())
             trainer.train()
         finally:
-            VFMS[name] = row
+            VFMS[name] = entry
             DatasetCatalog.remove(DATASET)
             MetadataCatalog.remove(DATASET)
     return StepCounts(watch.iterations, WARMUP, watch.evaluation)
@@ -161,13 +161,13 @@ def _write_data(folder: Path) -> None:
     register_sem_seg(DATASET, folder / "images", folder / "labels", names)
 
 
-def print_table(rows: dict[str, Counts], details: bool) -> None:
+def print_table(entries: dict[str, Counts], details: bool) -> None:
     """Prints a line for each entry and, if ``details``, the parts of its numbers."""
     print(f"{'':<40}{'operators':>10}{'waits':>7}{'uploads':>9}")
-    for title, counts in rows.items():
+    for title, counts in entries.items():
         numbers = (each.total() for each in vars(counts).values())
         print("{:<40}{:>10}{:>7}{:>9}".format(title, *numbers))
-    for title, counts in rows.items() if details else ():
+    for title, counts in entries.items() if details else ():
         print(f"\n{title}")
         operators = counts.by_name("operators")
         for name, number in operators.most_common(LINES):
@@ -190,18 +190,18 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    rows = {}
+    entries = {}
     for method in args.methods:
         found = count_steps(args.config, method, args.opts, iterations=args.iterations)
         by_waits = sorted(found.tuning, key=lambda each: each.waits.total())
-        rows |= {
+        entries |= {
             f"{method}: a step of warm-up": found.iterations[WARMUP - 1],
             f"{method}: the first of tuning": found.iterations[WARMUP],
             f"{method}: a step of tuning": by_waits[(len(by_waits) - 1) // 2],
             f"{method}: the worst step of tuning": by_waits[-1],
             f"{method}: evaluation of an image": found.evaluation,
         }
-    print_table(rows, args.details)
+    print_table(entries, args.details)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python tools/gpu_check: see check.py."""
+"""Runs the command of check.py: python tools/gpu_check."""
 
 import sys
 from pathlib import Path

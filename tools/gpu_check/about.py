@@ -1,4 +1,4 @@
-"""Prints as JSON the device, and the versions that a time depends on: about.py DEVICE."""
+"""Prints the device and the versions that a time depends on as JSON: about.py DEVICE."""
 
 import json
 import platform

@@ -4,15 +4,15 @@
     python tools/gpu_check/carry.py                  # needs PyPI and the ViT-S weights
     python tools/gpu_check/carry.py --only camvid    # needs CamVid; a second folder
 
-The machine has CPython 3.12 on Linux (x86-64), torch and the packages of HAS. What the tests and
-the configs need beside them is found by the wheels' own metadata, fetched as wheels, and checked:
-the command fails if something is required that is neither carried nor there.
+The machine has CPython 3.12 on Linux (x86-64), torch and the packages of HAS. The tests and the
+configs need more packages. The command follows the requirements in the metadata of their wheels,
+and downloads these wheels. It fails if a requirement is neither carried nor on the machine.
 
     outputs/gpu_carry/wheels/             packages, Detectron2 among them
     outputs/gpu_carry/weights.safetensors DINOv2 ViT-S/14 in float16
     outputs/gpu_carry/datasets/streets/   a few of the built-in scenes
-    outputs/gpu_carry/reference.json      the demo's scores with these, on this machine's CPU
-    outputs/gpu_camvid/CamVid/            CamVid's files as they are, without its test split
+    outputs/gpu_carry/reference.json      scores of the demo with these files on this CPU
+    outputs/gpu_camvid/CamVid/            the files of CamVid without its test split
 """
 
 import argparse
@@ -38,7 +38,7 @@ from install_detectron2 import WHEEL  # noqa: E402
 
 from gpu_check.demo import TOY, commit, demo_command, demo_scores  # noqa: E402
 
-# What the machine is taken to have. With --has, its own list is read.
+# The packages that the machine probably has. With --has, its own list is read.
 HAS = """
     absl-py accelerate cloudpickle execnet filelock fsspec grpcio huggingface-hub hypothesis
     iniconfig jinja2 joblib markdown markupsafe matplotlib ml-dtypes networkx numpy onnx
@@ -47,7 +47,7 @@ HAS = """
     sortedcontainers sympy tabulate tensorboard tensorboard-data-server threadpoolctl
     tokenizers torch torchmetrics torchvision tqdm transformers triton typing-extensions werkzeug
 """.split()
-# requirements.txt's for notebooks, pages, style and types, which the check does not run.
+# The packages of requirements.txt for notebooks, pages, style and types, which the check skips.
 NOT_RUN = {
     *("jupytext", "nbclient", "nbformat", "ipykernel", "ruff", "pdoc"),
     *("mypy", "types-pyyaml", "types-tabulate"),
@@ -63,10 +63,10 @@ TARGET = {
     "platform_python_implementation": "CPython",
     "extra": "",
 }
-GLIBC = ("2_28", "2_27", "2_24", "2_17")  # of the manylinux tags that a wheel may have
-# Carried with the checkout, on one trip.
+GLIBC = ("2_28", "2_27", "2_24", "2_17")  # in the manylinux tags that a wheel may have
+# The limit for one trip, with the checkout.
 MOST_BYTES = 64 * 2**20
-# So few of the built-in scenes that the folder stays small.
+# The numbers of scenes to train and to test on. They are small, to keep the folder small.
 TRAINED, TESTED = 16, 3
 
 
@@ -82,10 +82,10 @@ def wanted(has: set[str]) -> list[Requirement]:
 
 
 def fetch_wheels(folder: Path, has: set[str]) -> dict[str, Requirement]:
-    """Downloads packages and their requirements. If pip cannot, a RuntimeError says why.
+    """Downloads packages and their requirements; raises RuntimeError if pip fails.
 
     Args:
-        folder: where the wheels go.
+        folder: the folder of the wheels.
         has: canonical names of the packages on the machine.
 
     Returns:
@@ -102,7 +102,7 @@ def fetch_wheels(folder: Path, has: set[str]) -> dict[str, Requirement]:
         wheel = _fetch(need, folder)
         carried[name] = need
         queue += [each for each in requires(wheel) if canonicalize_name(each.name) not in has]
-    # It asks for numpy below 2 and a formatter, and needs neither; see install_detectron2.py.
+    # Its metadata requires numpy below 2 and black, which it does not need: install_detectron2.py.
     _pip("download", "--python-version", "3.10", "--abi", "none", "--platform", "any",
          "--only-binary=:all:", "-d", str(folder), WHEEL)  # fmt: skip
     for wheel in folder.glob("sal_detectron2-*.whl"):
@@ -111,7 +111,7 @@ def fetch_wheels(folder: Path, has: set[str]) -> dict[str, Requirement]:
 
 
 def drop_compiled(wheel: Path) -> None:
-    """Removes the part compiled for CPython 3.10 from Detectron2's wheel: most of its size."""
+    """Removes the part compiled for CPython 3.10 from Detectron2's wheel, most of its size."""
     smaller = wheel.with_suffix(".smaller")
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED) as new:
         for each in old.infolist():
@@ -130,10 +130,10 @@ def requires(wheel: Path) -> list[Requirement]:
 
 
 def missing(folder: Path, has: set[str]) -> list[str]:
-    """Finds requirements of wheels in ``folder`` that are missing or have another version.
+    """Finds the requirements of the wheels in a folder that are missing or have another version.
 
     Args:
-        folder: with the wheels.
+        folder: the folder with the wheels.
         has: canonical names of the packages on the machine.
 
     Returns:
@@ -154,7 +154,7 @@ def missing(folder: Path, has: set[str]) -> list[str]:
 
 
 def _fetch(need: Requirement, folder: Path) -> Path:
-    """Downloads a wheel for the machine, or builds one of pure Python if there is none."""
+    """Downloads a wheel for the machine; if there is none, builds a wheel of pure Python."""
     before = set(folder.iterdir())
     text = f"{need.name}{need.specifier}"
     options = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
@@ -189,7 +189,7 @@ def carry_weights(source: Path, target: Path) -> None:
     """Writes weights in float16, half the size of float32.
 
     Args:
-        source: a file of DINOv2 ViT-S/14 as MODEL.VFM.WEIGHTS takes it.
+        source: a file of DINOv2 ViT-S/14 that MODEL.VFM.WEIGHTS accepts.
         target: the safetensors file to write.
     """
     from safetensors.torch import save_file
@@ -213,7 +213,7 @@ def carry_scenes(root: Path, toy: bool) -> None:
 
     Args:
         root: the folder of the data set.
-        toy: small ones, for a dry run.
+        toy: draw small scenes, for a dry run.
     """
     from fishertune_d2.streets import DOMAINS, write_streets
 
@@ -226,8 +226,8 @@ def write_reference(carried: Path, toy: bool) -> None:
     """Trains and tests the demo on this machine's CPU with the carried files.
 
     Args:
-        carried: the folder; reference.json is written into it.
-        toy: with the model of a dry run.
+        carried: the folder with the files; the function adds reference.json.
+        toy: train the model of a dry run.
     """
     options = [str(word) for pair in TOY.items() for word in pair] if toy else []
     with tempfile.TemporaryDirectory() as folder:
@@ -266,11 +266,11 @@ def checkout_size() -> int:
 
 
 def carry_wheels(folder: Path, has: Path | None) -> bool:
-    """Makes the folder of wheels anew, and names missing packages.
+    """Makes the folder of wheels again, and names missing packages.
 
     Args:
-        folder: where the wheels go.
-        has: a list of the packages on the machine, as pip freeze prints it; None for HAS.
+        folder: the folder of the wheels.
+        has: a file with the output of pip freeze on the machine; None for HAS.
 
     Returns:
         Whether the folder is complete.
@@ -294,7 +294,7 @@ def main() -> int:
     usual = [part for part in PARTS if part != "camvid"]
     parser.add_argument("--only", nargs="+", choices=PARTS, default=usual, metavar="PART")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs")
-    parser.add_argument("--has", type=Path, help="what pip freeze prints on that machine")
+    parser.add_argument("--has", type=Path, help="a file with the output of pip freeze there")
     weights, camvid = "weights/dinov2_vits14_fp16.safetensors", "datasets/CamVid"
     parser.add_argument(
         "--weights", type=Path, default=SHARED / weights, help="a file of DINOv2 ViT-S/14"
@@ -302,11 +302,11 @@ def main() -> int:
     parser.add_argument(
         "--camvid", type=Path, default=SHARED / camvid, help="the folder of CamVid's splits"
     )
-    parser.add_argument("--toy", action="store_true", help="what a dry run takes in its place")
+    parser.add_argument("--toy", action="store_true", help="make small files for a dry run")
     args = parser.parse_args()
     for part in ("weights", "camvid"):
         if part in args.only and not args.toy and not getattr(args, part).exists():
-            parser.error(f"there is no {getattr(args, part)}: name another by --{part}")
+            parser.error(f"there is no {getattr(args, part)}: name it with --{part}")
     carried, camvid = args.output.resolve() / "gpu_carry", args.output.resolve() / "gpu_camvid"
     carried.mkdir(parents=True, exist_ok=True)
     if "wheels" in args.only and not carry_wheels(carried / "wheels", args.has):
@@ -326,7 +326,7 @@ def main() -> int:
 
 
 def report(carried: Path, camvid: Path) -> int:
-    """Prints the files to carry and whether each trip is small enough; returns 1 if one is not."""
+    """Prints the files to carry; returns 1 if the files of a trip are too large, else 0."""
     rest, status = checkout_size(), 0
     for folder in (carried, camvid):
         if not folder.is_dir():
@@ -336,7 +336,7 @@ def report(carried: Path, camvid: Path) -> int:
         size = size_of(folder) + rest
         fits = size <= MOST_BYTES
         status |= not fits
-        print(f"{size:>12,} bytes  {folder} and the checkout ({rest:,}), of at most {MOST_BYTES:,}"
+        print(f"{size:>12,} bytes  {folder} and the checkout ({rest:,}); at most {MOST_BYTES:,}"
               f"{'' if fits else ': TOO MUCH'}")  # fmt: skip
     return int(status)
 

@@ -1,15 +1,16 @@
-"""Checks and measures on one GPU, without network, in at most 8 minutes: tools/gpu_check.sh.
+"""Runs checks and measurements on one GPU without network, in at most 8 minutes.
 
     tools/gpu_check.sh                    # needs a GPU, and what tools/gpu_check/carry.py made
     tools/gpu_check.sh --parts camvid     # needs a GPU and CamVid; 5 minutes more
-    tools/gpu_check.sh --dry-run          # on a CPU, with toys; 2 minutes
-    tools/gpu_check.sh --page             # docs/results/gpu.md from gpu.json there
+    tools/gpu_check.sh --dry-run          # on a CPU, with toy models; 2 minutes
+    tools/gpu_check.sh --page             # writes docs/results/gpu.md from docs/results/gpu.json
 
-Prints a line for each part, PASS or FAIL with seconds, and below it the requirements it missed.
-Rewrites gpu.json while parts run; gpu_check.log beside it holds their output. A part that fails or
-exceeds its time does not stop the next. The exit status is 1 if a part failed.
+The command prints a line for each part, with PASS or FAIL and the seconds. Below the line it lists
+the requirements that the part missed. While the parts run, it rewrites gpu.json, and collects their
+output in gpu_check.log. If a part fails or exceeds its time, the next part still runs. The exit
+status is 1 if a part failed.
 
-This file needs only Python's own library: Detectron2 is unpacked by the first part.
+This file needs only Python's standard library, because the first part unpacks Detectron2.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from gpu_check.demo import ROOT, TOY, commit
 from gpu_check.page import write_page
 from gpu_check.parts import GROUPS, PARTS, STOP, TESTS, Part, PartFailed, last_line
 
-PLAN_WITHIN = 0.3  # of the measured peak
+PLAN_WITHIN = 0.3  # the largest difference from the measured peak, as a ratio
 WRITING = threading.Lock()  # parts end in threads of their own
 
 
 def run_part(part: Part) -> dict:
-    """Runs a part, whether it passes or fails, and returns its line of the report."""
+    """Runs a part, and returns its result; a part that fails raises nothing here."""
     start = time.monotonic()
     try:
         PARTS[part.name][0](part)
@@ -56,17 +57,17 @@ def run_part(part: Part) -> dict:
 
 
 def compare_plan(figures: dict) -> list[dict]:
-    """Compares planned with measured memory, once both are known."""
+    """Compares the planned with the measured memory, if both are known."""
     planned = {(r["way"], r["precision"]): r["gib"] for r in figures.get("plan", [])}
     checks = []
-    for row in figures.get("training", []):
+    for entry in figures.get("training", []):
         # The plan does not distinguish TF32 from float32.
-        precision = "float32" if row["precision"] == "TF32" else row["precision"]
-        for way, prefix in ((row["way"], ""), ("estimation", "estimation_")):
-            counted, held = planned.get((way, precision)), row.get(f"{prefix}peak_gib")
+        precision = "float32" if entry["precision"] == "TF32" else entry["precision"]
+        for way, prefix in ((entry["way"], ""), ("estimation", "estimation_")):
+            counted, held = planned.get((way, precision)), entry.get(f"{prefix}peak_gib")
             if counted and held:
-                row[f"{prefix}planned_gib"] = counted
-                what = f"plan within {PLAN_WITHIN:.0%} of the peak: {way}, {row['precision']}"
+                entry[f"{prefix}planned_gib"] = counted
+                what = f"plan within {PLAN_WITHIN:.0%} of the peak: {way}, {entry['precision']}"
                 found = f"{counted:.1f} planned, {held:.1f} GiB held"
                 ok = abs(counted / held - 1) <= PLAN_WITHIN
                 checks.append({"ok": ok, "what": what, "found": found})
@@ -77,9 +78,9 @@ class Check:
     """Runs the requested parts, group by group, and writes gpu.json.
 
     Args:
-        args: of the command line.
-        environment: of the parts' processes.
-        work: a folder for what they write.
+        args: the command line.
+        environment: the environment variables of the parts' processes.
+        work: a folder for the files that they write.
     """
 
     def __init__(self, args: argparse.Namespace, environment: dict[str, str], work: Path):
@@ -143,7 +144,7 @@ def make_toys(args: argparse.Namespace, work: Path) -> None:
     words = [sys.executable, *words, "--output", work]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"the toys cannot be made: {last_line(done.stdout + done.stderr)}")
+        sys.exit(f"the files of the dry run cannot be made: {last_line(done.stdout + done.stderr)}")
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -155,13 +156,13 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--carried", type=Path, default=ROOT / "outputs/gpu_carry")
     parser.add_argument("--camvid", type=Path, default=ROOT / "outputs/gpu_camvid")
     parser.add_argument("--steps", type=int, default=3000, help="iterations of the part camvid")
-    parser.add_argument("--seconds", type=float, default=470, help="after which nothing goes on")
-    parser.add_argument("--tests", nargs="+", default=TESTS, help="what pytest runs")
+    parser.add_argument("--seconds", type=float, default=470, help="time after which all parts end")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="the tests that pytest runs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--commit", help="of the checkout, where this is a copy without git")
-    parser.add_argument("--dry-run", action="store_true", help="toys, on a CPU")
+    parser.add_argument("--commit", help="commit of the checkout, if this is a copy without git")
+    parser.add_argument("--dry-run", action="store_true", help="toy models on a CPU")
     parser.add_argument(
-        "--page", nargs="*", type=Path, metavar="FILE", help="only writes docs/results/gpu.md"
+        "--page", nargs="*", type=Path, metavar="FILE", help="only write docs/results/gpu.md"
     )
     args = parser.parse_args(arguments)
     args.output, args.carried = args.output.resolve(), args.carried.resolve()
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: of the command line; None takes the process's own.
+        arguments: the command line; None takes that of the process.
 
     Returns:
         0, or 1 if a part failed.

@@ -1,11 +1,11 @@
-"""The demo as tools/gpu_check and carry.py run it; needs only Python's standard library."""
+"""The shortened demo that check.py and carry.py run; needs only Python's standard library."""
 
 import json
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# A third of the demo: enough for the six scores to leave 0, short enough for a CPU.
+# A third of the demo: the six scores rise above 0, and a CPU trains it in minutes.
 DEMO = {
     "SOLVER.MAX_ITER": 100,
     "SOLVER.CHECKPOINT_PERIOD": 1000,
@@ -13,7 +13,7 @@ DEMO = {
     "FISHER.BATCHES": 4,
     "TEST.PICTURES": 0,
 }
-# For a dry run: a model and a head that train in seconds.
+# The model and the head of a dry run train in seconds.
 TOY = {
     "MODEL.VFM.NAME": "tiny",
     "MODEL.VFM.PATCH_SIZE": 16,
@@ -40,7 +40,7 @@ def demo_command(device: str, weights: Path, output: Path, *flags: str) -> list[
         device: MODEL.DEVICE.
         weights: DINOv2 ViT-S/14.
         output: OUTPUT_DIR.
-        flags: such as ``--resume``; keys and values may follow the command.
+        flags: options such as ``--resume``; keys and values may follow the command.
     """
     keys = {**DEMO, "MODEL.DEVICE": device, "MODEL.VFM.WEIGHTS": weights, "OUTPUT_DIR": output}
     words = ["train_net.py", "--config-file", "configs/demo.yaml", *flags]

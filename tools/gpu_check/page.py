@@ -13,11 +13,11 @@ NOT_YET = "Not measured yet. The commands below measure it."
 
 
 def write_page(files: Sequence[Path] = ()) -> None:
-    """Writes the page from gpu.json; without one, the page says so.
+    """Writes the page from gpu.json; if there is none, the page says so.
 
     Args:
-        files: what runs of the check wrote; a later one goes before an earlier one, part by
-            part. They become docs/results/gpu.json.
+        files: the gpu.json of several runs. Each adds the parts and figures that the files before
+            it lack. Together they become docs/results/gpu.json.
     """
     if files:
         runs = [json.loads(file.read_text()) for file in files]
@@ -58,20 +58,22 @@ def state(found: dict) -> str:
     """Says which parts were measured on which device."""
     about = found.get("about", {})
     failed = [name for name, part in found["parts"].items() if part["status"] != "PASS"]
-    words = ["A dry run on a CPU, with toys: no number means anything."] if found["dry_run"] else []
+    dry = "This is a dry run on a CPU with toy models, so no number means anything."
+    words = [dry] if found["dry_run"] else []
     versions = [
         f"{n} {about[n]}" for n in ("python", "torch", "transformers", "timm") if n in about
     ]
-    driver = f", driver {about['driver']}" if "driver" in about else ""
-    words.append(f"Measured on one {about.get('device', 'device')}{driver}; {', '.join(versions)}.")
+    driver = f" with driver {about['driver']}" if "driver" in about else ""
+    words.append(f"The device is one {about.get('device', 'device')}{driver}.")
+    words.append(f"The versions are {', '.join(versions)}.")
     words.append(commits(found))
-    words.append(f"Failed: {', '.join(failed)}." if failed else "All parts passed.")
-    words.append("The numbers are those of [gpu.json](gpu.json).")
+    words.append(f"These parts failed: {', '.join(failed)}." if failed else "All parts passed.")
+    words.append("[gpu.json](gpu.json) holds the numbers of this page.")
     return "\n".join(words)
 
 
 def commits(found: dict) -> str:
-    """Says at which commit each part ran, since a part may be measured again after a change."""
+    """Says at which commit each part ran, because a part may be measured again after a change."""
     by_commit: dict[str, list[str]] = {}
     for name, part in found["parts"].items():
         by_commit.setdefault(part.get("commit", found["commit"]), []).append(name)
@@ -82,63 +84,67 @@ def commits(found: dict) -> str:
 
 def parts_table(parts: dict[str, dict]) -> str:
     """Formats a line for each check."""
-    rows = []
+    lines = []
     for name, part in parts.items():
         for each in part["checks"]:
             mark = "met" if each["ok"] else "**missed**"
-            rows.append([name, each["what"], mark, each["found"]])
-    return table(["part", "check", "", "found"], rows)
+            lines.append([name, each["what"], mark, each["found"]])
+    return table(["part", "requirement", "", "result"], lines)
 
 
-def rows_table(text: str, columns: dict[str, tuple[str, str]], rows: list[dict]) -> str:
-    """Formats a line for each entry, with a dash where a number is missing."""
-    body = [[number(row.get(key), form) for key, form in columns.values()] for row in rows]
-    return (f"{text}\n\n" if text else "") + table(columns, body)
+def entries_table(text: str, columns: dict[str, tuple[str, str]], entries: list[dict]) -> str:
+    """Formats a line for each entry, with a dash for a missing number."""
+    lines = [[number(entry.get(key), form) for key, form in columns.values()] for entry in entries]
+    return (f"{text}\n\n" if text else "") + table(columns, lines)
 
 
 def demo_table(found: dict) -> str:
     """Formats the demo's scores."""
     names = list(found["reference"]["mIoU"])
-    rows = [("trained on the CPU", found["reference"]["mIoU"])]
-    rows += [("trained on the GPU", found["scores"]["mIoU"])]
-    rows += [("the latter, tested on the CPU", found["on_cpu"])] if "on_cpu" in found else []
-    return table(["", *names], [[title, *(f"{s[n]:.2f}" for n in names)] for title, s in rows])
+    models = [("trained on the CPU", found["reference"]["mIoU"])]
+    models += [("trained on the GPU", found["scores"]["mIoU"])]
+    if "on_cpu" in found:
+        models.append(("trained on the GPU, tested on the CPU", found["on_cpu"]))
+    return table(["", *names], [[title, *(f"{s[n]:.2f}" for n in names)] for title, s in models])
 
 
-def camvid_table(rows: list[dict]) -> str:
+def camvid_table(runs: list[dict]) -> str:
     """Formats the scores of full fine-tuning and FisherTune."""
-    names = list(rows[0]["mIoU"])
-    body = [
-        [row["method"], f"{row['iterations']:,}", f"{row['seconds']:.0f}"]
-        + [f"{row['mIoU'][name]:.2f}" for name in names]
-        for row in rows
+    names = list(runs[0]["mIoU"])
+    lines = [
+        [run["method"], f"{run['iterations']:,}", f"{run['seconds']:.0f}"]
+        + [f"{run['mIoU'][name]:.2f}" for name in names]
+        for run in runs
     ]
-    text = "Both at the same time, each with a warm-up of half the iterations; one seed.\n\n"
-    return text + table(["method", "iterations", "s", *names], body)
+    text = (
+        "Both methods ran at the same time with one seed. Half of the iterations are warm-up.\n\n"
+    )
+    return text + table(["method", "iterations", "s", *names], lines)
 
 
-# By key of gpu.json whose rows become a table: title, a text above it, and by the head of each
-# column the rows' key and the number's form.
-ROWS: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
+# The tables of entries, by key of gpu.json: the title, a text above the table, and the columns.
+# Each column has a head, the key of its numbers in an entry, and their form.
+ENTRIES: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
     "training": (
         "Steps",
-        "DINOv2 ViT-L, batches of 4 images of 512 x 512, random weights; an iteration with loading "
-        "and hooks. GiB are what torch's allocator gave out at most, and what the plan counts. "
-        "The estimation is that of 2 batches, x and x'.",
+        "DINOv2 ViT-L with random weights trains on batches of 4 images of 512 x 512. A step is an "
+        "iteration with loading and hooks. *Peak* is the most memory that torch's allocator gave "
+        "out, and *planned* is the memory that `fishertune_d2.plan` counts. The estimation "
+        "measures F(x) and F(x') on 2 batches.",
         {
             "way": ("way", ""),
             "precision": ("precision", ""),
             "ms a step": ("step_ms", ".0f"),
-            "of these loading": ("data_ms", ".0f"),
+            "ms of loading": ("data_ms", ".0f"),
             "images a second": ("images_per_second", ".1f"),
-            "kernels, ms": ("kernel_ms", ".0f"),
+            "ms of kernels": ("kernel_ms", ".0f"),
             "launches": ("launches", ",d"),
             "waits": ("waits", "d"),
             "peak, GiB": ("peak_gib", ".1f"),
-            "planned": ("planned_gib", ".1f"),
+            "planned, GiB": ("planned_gib", ".1f"),
             "estimation, s": ("estimation_seconds", ".2f"),
-            "its peak, GiB": ("estimation_peak_gib", ".1f"),
-            "its planned": ("estimation_planned_gib", ".1f"),
+            "estimation peak, GiB": ("estimation_peak_gib", ".1f"),
+            "estimation planned, GiB": ("estimation_planned_gib", ".1f"),
         },
     ),
     "fisher": (
@@ -149,8 +155,8 @@ ROWS: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
             "precision": ("precision", ""),
             "s for 4 images": ("seconds", ".3f"),
             "peak, GiB": ("peak_gib", ".1f"),
-            "difference from the one above": ("difference", ".1e"),
-            "same 5 %, of an eighth of the layers": ("overlap", ".4f"),
+            "difference from the line above": ("difference", ".1e"),
+            "5 % in common, on an eighth of the tensors": ("overlap", ".4f"),
         },
     ),
     "evaluation": (
@@ -160,7 +166,7 @@ ROWS: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
             "precision": ("precision", ""),
             "windows at once": ("windows", ""),
             "ms an image": ("image_ms", ".0f"),
-            "of it model": ("model_ms", ".0f"),
+            "ms in the model": ("model_ms", ".0f"),
             "peak, GiB": ("peak_gib", ".1f"),
         },
     ),
@@ -179,17 +185,17 @@ ROWS: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
         "GPU against CPU",
         "",
         {
-            "what": ("what", ""),
+            "quantity": ("what", ""),
             "relative difference": ("difference", ".1e"),
-            "same 5 %": ("overlap", ".4f"),
+            "5 % in common": ("overlap", ".4f"),
         },
     ),
 }
-# By key of gpu.json: title, and what makes a table of the value.
+# By key of gpu.json: the title, and the function that makes a table of the value.
 TABLES: dict[str, tuple[str, Callable]] = {
     **{
-        key: (title, partial(rows_table, text, columns))
-        for key, (title, text, columns) in ROWS.items()
+        key: (title, partial(entries_table, text, columns))
+        for key, (title, text, columns) in ENTRIES.items()
     },
     "demo": ("The demo", demo_table),
     "camvid": ("CamVid", camvid_table),
@@ -197,13 +203,13 @@ TABLES: dict[str, tuple[str, Callable]] = {
 
 
 def number(value: float | None, form: str) -> str:
-    """Formats a number, or a dash where there is none."""
+    """Formats a number, or a dash if there is none."""
     return "-" if value is None else format(value, form)
 
 
-def table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """Formats a Markdown table; this file imports the standard library alone."""
+def table(head: Iterable[str], body: Iterable[Sequence[str]]) -> str:
+    """Formats a Markdown table; this file needs only Python's standard library."""
     head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *body]
     cells = ([str(cell).replace("|", "/") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)

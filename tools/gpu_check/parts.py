@@ -17,11 +17,11 @@ from pathlib import Path
 
 from gpu_check.demo import ROOT, demo_command, demo_scores, read_scores
 
-# Points of mIoU, of two trainings that begin alike: those of two versions of torch, on one CPU and
-# with the loss within 0.4 % after 20 iterations, ended 2.0 apart.
+# Points of mIoU between two trainings that begin alike. Trainings with two versions of torch on one
+# CPU had losses within 0.4 % after 20 iterations, and ended 2.0 points apart.
 SCORES_WITHIN = 4.0
-SAME_WEIGHTS_WITHIN = 0.3  # points, of one model on two devices
-LOSS_WITHIN = 0.02  # of the loss of the first 20 iterations, as a ratio
+SAME_WEIGHTS_WITHIN = 0.3  # points of mIoU of one model on two devices
+LOSS_WITHIN = 0.02  # the loss after 20 iterations, as a ratio
 # The tests that pytest runs, on the device in FISHERTUNE_TEST_DEVICE.
 TESTS = (
     "tests/gpu",
@@ -43,12 +43,12 @@ class Part:
 
     Attributes:
         name: a key of PARTS.
-        args: of the command line.
-        deadline: when it has to be over, on time.monotonic's clock.
-        environment: of its processes.
+        args: the command line.
+        deadline: the end of its time, on the clock of time.monotonic.
+        environment: the environment variables of its processes.
         work: a folder of its own.
-        figures: what it measured.
-        checks: what it asked for: dicts with ``ok``, ``what`` and ``found``.
+        figures: its measurements.
+        checks: its requirements and their results: dicts with ``ok``, ``what`` and ``found``.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Part:
         self.checks.append({"ok": bool(ok), "what": what, "found": found})
 
     def start(self, *words: object) -> subprocess.Popen:
-        """Starts Python with these arguments; its output goes to the part's log."""
+        """Starts Python with these arguments, and sends its output to the log of the part."""
         with (self.work / "log.txt").open("a") as log:
             print("$ python", *words, file=log, flush=True)
             return subprocess.Popen(
@@ -87,7 +87,7 @@ class Part:
         """Waits for a process to end, or for a condition.
 
         Returns:
-            Its exit code, or None if the condition came first.
+            The exit code, or None if the condition came first.
 
         Raises:
             PartFailed: if the part's time is over; the process is ended.
@@ -111,7 +111,7 @@ class Part:
         return log.read_text(errors="replace") if log.is_file() else ""
 
     def benchmark(self, *names: str) -> None:
-        """Runs parts of benchmarks/gpu, and takes over their figures as they come."""
+        """Runs parts of benchmarks/gpu, and copies their figures as they come."""
         file = self.work / "figures.json"
         options = ["--device", self.device, "--output", file]
         if self.args.dry_run:
@@ -157,7 +157,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def last_line(text: str) -> str:
-    """Returns the last line that is not empty."""
+    """Returns the last line that is not empty, or an empty text."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
@@ -171,12 +171,12 @@ def setup(part: Part) -> None:
     problems = [line.strip() for line in part.log().splitlines() if line.startswith("  x")]
     part.check(code == 0, f"doctor, with {len(wheels)} carried wheels", "; ".join(problems))
     if part.python("tools/gpu_check/about.py", part.device):
-        raise PartFailed(f"no device can be asked: {last_line(part.log())}")
+        raise PartFailed(f"the device cannot be read: {last_line(part.log())}")
     part.figures["about"] = json.loads(last_line(part.log()))
 
 
 def tests(part: Part) -> None:
-    """Runs the core tests on the device; compares F, selections and spectra with the CPU's."""
+    """Runs the core tests on the device; compares F, selections and spectra with the CPU."""
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *part.args.tests]
     if importlib.util.find_spec("xdist"):
         words += ["-n", "6"]  # each process takes memory of the device
@@ -190,7 +190,7 @@ def tests(part: Part) -> None:
 
 
 def demo(part: Part) -> None:
-    """Trains the demo on the device; compares its scores with a CPU's, also for its own weights."""
+    """Trains the demo on the device; compares its scores with those of a training on a CPU."""
     carried, output = part.args.carried, part.work / "demo"
     remedy = "run tools/gpu_check/carry.py and name its folder by --carried"
     weights = part.need(carried / "weights.safetensors", remedy)
@@ -238,11 +238,11 @@ def resume(part: Part) -> None:
     said = f"leaving with exit code {PREEMPTED}" in log.read_text()
     part.check(said, f"SIGTERM: the process leaves with {PREEMPTED}", f"torchrun with {code}")
     there = (output / "model_preempted.pth").is_file()
-    part.check(there, "a checkpoint of that moment", "" if there else "no model_preempted.pth")
+    part.check(there, "SIGTERM: a checkpoint", "" if there else "no model_preempted.pth")
     code = part.python(*torchrun, *demo_command(part.device, weights, output, "--resume"), *keys)
     part.check(code == 0, "--resume: ends with 0", "" if code == 0 else last_line(part.log()))
     went_on = log.read_text().count("Starting training from iteration") == 2
-    part.check(went_on, "--resume: goes on from the checkpoint", "")
+    part.check(went_on, "--resume: continues from the checkpoint", "")
 
 
 def plan(part: Part) -> None:
@@ -275,7 +275,7 @@ def camvid(part: Part) -> None:
     weights = part.need(part.args.carried / "weights.safetensors", "run tools/gpu_check/carry.py")
     data = part.need(part.args.camvid, "run tools/gpu_check/carry.py --only camvid")
     part.environment["DETECTRON2_DATASETS"] = str(data.resolve())
-    iterations, rows = part.args.steps, part.figures.setdefault("camvid", [])
+    iterations, entries = part.args.steps, part.figures.setdefault("camvid", [])
 
     def train(method: str) -> None:
         output, start = part.work / method, time.monotonic()
@@ -294,15 +294,15 @@ def camvid(part: Part) -> None:
         found = "" if code == 0 else last_line(part.log())
         part.check(code == 0, f"{method}: {iterations:,} iterations", found)
         if code == 0:
-            row = {"method": method, "iterations": iterations, "mIoU": read_scores(output)}
-            rows.append({**row, "seconds": time.monotonic() - start})
+            entry = {"method": method, "iterations": iterations, "mIoU": read_scores(output)}
+            entries.append({**entry, "seconds": time.monotonic() - start})
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(train, ("full", "fishertune")))
 
 
-# By name: the function, and the seconds it may take. Parts of one group run at the same time. The
-# last parts measure, and each has the GPU to itself.
+# By name: the function and its time limit in seconds. Parts of one group run at the same time. The
+# last parts measure, so each has the GPU to itself.
 PARTS: dict[str, tuple[Callable[[Part], None], int]] = {
     "setup": (setup, 60),
     "tests": (tests, 170),
