@@ -73,7 +73,8 @@ def parse(words: Sequence[str]) -> None:
         if script is None:
             raise ValueError(f"no script in: {' '.join(words)}")
         _require(script)
-        parse(["python", "train_net.py", *rest[rest.index(script) + 1 :]])
+        runs = {"tools/bench.sbatch": ["-m", "fishertune_d2.bench"]}.get(script, ["train_net.py"])
+        parse(["python", *runs, *rest[rest.index(script) + 1 :]])
     elif program == "make":
         for target in (word for word in rest if "=" not in word):
             if not re.search(rf"^{target}:", Path("Makefile").read_text(), re.MULTILINE):

@@ -61,7 +61,9 @@ def execute(
 
 
 class Local:
-    """Runs processes on this machine; they share its cores and its GPUs evenly.
+    """Runs processes on this machine. Each gets its part of the cores, and one of the GPUs.
+
+    With more processes than GPUs, several share a GPU. A single process sees all GPUs.
 
     Args:
         jobs: The number of processes at a time.
@@ -73,16 +75,13 @@ class Local:
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(jobs):
             self._slots.put(slot)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        count = torch.cuda.device_count()
-        self._gpus = visible.split(",") if visible and count else [str(i) for i in range(count)]
+        self._gpus = _find_gpus()
 
     def run(self, command: Sequence[str], log: Path) -> Attempt:
         """Runs a command; see :func:`execute`."""
         slot = self._slots.get()
         try:
-            threads = max(1, (os.cpu_count() or 1) // self.jobs)
-            variables = {"OMP_NUM_THREADS": str(threads)}
+            variables = {"OMP_NUM_THREADS": str(max(1, _count_cores() // self.jobs))}
             if self.jobs > 1 and self._gpus:
                 variables["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
             return execute(command, log, variables, self._running)
@@ -94,6 +93,21 @@ class Local:
         for process in list(self._running):
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(process, signal.SIGTERM)
+
+
+def _count_cores() -> int:
+    """Returns the number of CPU cores for this process; a scheduler may give a job only some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _find_gpus() -> list[str]:
+    """Returns the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    return [name.strip() for name in names[:count]]
 
 
 class Submitit:

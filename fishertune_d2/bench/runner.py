@@ -25,10 +25,14 @@ from .cells import Cell, makers
 from .launch import Attempt, Local, Submitit
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
+# Seconds between two looks for shared files that running cells have made.
+_LOOK_EVERY = 1.0
 
 
 class Runner:
     """Runs cells in their order, each as soon as the shared files that it takes are made.
+
+    A cell makes its warm-up and its estimate long before its end, so others can start meanwhile.
 
     Args:
         launcher: Runs the commands.
@@ -39,6 +43,7 @@ class Runner:
         self.launcher = launcher
         self.command = list(command)
         self._stopping = False
+        self._linking = threading.Lock()
 
     def run(self, cells: Sequence[Cell], sets: Sequence[str], name: str) -> bool:
         """Trains the cells that are not trained, and scores those that are not scored.
@@ -70,15 +75,17 @@ class Runner:
         after = makers(cells)
         with self._listening(), ThreadPoolExecutor(self.launcher.jobs) as pool:
             waiting, over = list(cells), set[Path]()
-            running: dict[Future, Path] = {}
+            running: dict[Future, Cell] = {}
             while waiting or running:
-                free = [cell for cell in waiting if after[cell.folder] <= over]
+                for cell in running.values():
+                    self._share_early(cell)
+                free = [c for c in waiting if _has_shared(c) or after[c.folder] <= over]
                 for cell in free[: self.launcher.jobs - len(running)]:
                     waiting.remove(cell)
-                    running[pool.submit(one, cell)] = cell.folder
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    running[pool.submit(one, cell)] = cell
+                for future in wait(running, _LOOK_EVERY, return_when=FIRST_COMPLETED).done:
                     future.result()
-                    over.add(running.pop(future))
+                    over.add(running.pop(future).folder)
         if STOPPED in ends:
             _say("stopped early: run the same command to resume")
             sys.exit(EXIT_CODE)
@@ -99,7 +106,8 @@ class Runner:
             *cell.folder.glob("model_preempted.pth"),
         ):
             checkpoint.unlink()  # large, and no longer needed
-        return self._share(cell)
+        with self._linking:
+            return self._share(cell)
 
     def _train(self, cell: Cell, sets: Sequence[str]) -> str:
         for what, path in cell.takes.items():
@@ -117,6 +125,15 @@ class Runner:
         if attempt.exit_code or not (folder / "results.json").is_file():
             return f"{FAILED} with exit code {attempt.exit_code}: see {log}"
         return DONE
+
+    def _share_early(self, cell: Cell) -> None:
+        """Links what a running cell has made, since it is written whole and stays as it is."""
+        with self._linking:
+            for what in cell.makes:
+                file, path = cell.folder / what.file, cell.shared[what]
+                if file.is_file() and not path.is_file():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _link(file, path)
 
     def _share(self, cell: Cell) -> str:
         """Links the cell's files and the shared files, so that each takes its disk space once."""
@@ -144,6 +161,11 @@ class Runner:
             return
         with handling(stop):
             yield
+
+
+def _has_shared(cell: Cell) -> bool:
+    """Whether all shared files that a cell takes are there."""
+    return all(path.is_file() for path in cell.takes.values())
 
 
 def _say(line: str) -> None:

@@ -20,12 +20,16 @@ out = pathlib.Path(options["OUTPUT_DIR"])
 out.mkdir(parents=True, exist_ok=True)
 name = out.name
 with open(folder / "calls.jsonl", "a") as log:
-    print(json.dumps({"name": name, "words": words, "options": options}), file=log)
-hold, end = folder / "hold" / name, time.monotonic() + 20
-while hold.exists() and hold.read_text() not in (folder / "calls.jsonl").read_text():
-    if time.monotonic() > end:
-        sys.exit(4)
-    time.sleep(0.01)
+    gpu, threads = (os.environ.get(key) for key in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"))
+    call = {"name": name, "words": words, "options": options, "gpu": gpu, "threads": threads}
+    print(json.dumps(call), file=log)
+def wait(kind):
+    other, end = folder / kind / name, time.monotonic() + 20
+    while other.exists() and other.read_text() not in (folder / "calls.jsonl").read_text():
+        if time.monotonic() > end:
+            sys.exit(4)
+        time.sleep(0.01)
+wait("hold")
 for key in ("TUNING.WARMUP_CHECKPOINT", "FISHER.ESTIMATE"):
     if options.get(key):
         open(options[key]).close()  # must be there by now
@@ -35,6 +39,7 @@ if not evaluating:
     if not options["TUNING.WARMUP_CHECKPOINT"]:
         (out / "model_warmup.pth").write_text(f"warm-up of {name}")
     (out / "fisher.safetensors").write_text(f"estimate of {name}")
+    wait("linger")
     if (folder / "kill" / name).exists():
         (folder / "kill" / name).unlink()
         sys.exit(int(os.environ.get("FAKE_EXIT", "75")))
@@ -70,6 +75,7 @@ class FakeRuns:
         self.cells = self.output / "dinov2_vits"
         (folder / "kill").mkdir()
         (folder / "hold").mkdir()
+        (folder / "linger").mkdir()
         (folder / "fake.py").write_text(FAKE)
         self.score({})
 
@@ -84,6 +90,10 @@ class FakeRuns:
     def hold(self, name: str, until: str) -> None:
         """Lets the training in this folder wait until the training in another has begun."""
         (self.folder / "hold" / name).write_text(f'"name": "{until}"')
+
+    def linger(self, name: str, until: str) -> None:
+        """As ``hold``, but after the training has written its warm-up and its estimate."""
+        (self.folder / "linger" / name).write_text(f'"name": "{until}"')
 
     def calls(self) -> list[dict]:
         """Returns the calls since the last time."""
