@@ -20,6 +20,8 @@ from .stages import attach
 
 logger = logging.getLogger(__name__)
 
+PERIODIC = "model_[0-9]*.pth"  # the checkpoints that SOLVER.CHECKPOINT_PERIOD asks for
+
 
 class WholeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, whose files are written whole or not at all, under the same names.
@@ -58,8 +60,8 @@ class WholeCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``<name>.pth``, makes it the last checkpoint, and deletes the oldest of too many.
 
-        Only periodic checkpoints (``model_<iteration>.pth``) are deleted, those of earlier
-        processes of the run included. Those that end a stage or leave for a scheduler stay.
+        Only :data:`PERIODIC` checkpoints are deleted, those of earlier processes of the run
+        included. Those that end a stage or leave for a scheduler stay.
         If writing fails, the checkpoint before it stays the last, and the OSError names the file
         and the free space.
         """
@@ -75,7 +77,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(path.name)
         if self.keep:
             # By age, not by name: after a damaged one, a run may go on below its iteration.
-            for old in self._others("model_[0-9]*.pth")[self.keep :]:
+            for old in self._others(PERIODIC)[self.keep :]:
                 old.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:

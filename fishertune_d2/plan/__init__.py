@@ -2,6 +2,6 @@
 
 from .costs import Plan, make_plan
 from .stage_costs import Stage
-from .text import format_fit, format_plan, summary
+from .text import format_fit, format_hours, format_plan, summary
 
-__all__ = ["Plan", "Stage", "format_fit", "format_plan", "make_plan", "summary"]
+__all__ = ["Plan", "Stage", "format_fit", "format_hours", "format_plan", "make_plan", "summary"]

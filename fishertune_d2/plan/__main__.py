@@ -2,6 +2,7 @@
 
 It counts parameters, FLOPs, memory and files, stage by stage, from the config alone. It needs no
 weights, data or GPU. With ``--memory-gb N`` it exits with 1 if a stage does not fit a card of N GB.
+With ``--card NAME`` or ``--tflops RATE`` it also says the hours of a run.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from fishertune_d2.command_line import add_import_option, ending_in_a_sentence, 
 from fishertune_d2.config import read_config
 
 from .costs import make_plan
-from .text import format_fit, format_plan, summary
+from .rates import add_rate_options, read_rates
+from .text import format_fit, format_hours, format_plan, summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,13 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--memory-gb", type=float, metavar="N", help="memory of the card to fit")
+    add_rate_options(parser)
     add_import_option(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="keys of the config to change")
     options = parser.parse_args(arguments)
     with ending_in_a_sentence(code=2):
         import_files(options.imports)
+        rates = read_rates(options)
         plan = make_plan(read_config(options.config_file, options.opts))
-    print(format_plan(plan), summary(plan), sep="\n\n")
+    parts = [format_plan(plan), *([format_hours(plan, rates)] if rates else []), summary(plan)]
+    print(*parts, sep="\n\n")
     if options.memory_gb is None:
         return 0
     fits, words = format_fit(plan, options.memory_gb)

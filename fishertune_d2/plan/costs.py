@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
+from fishertune_d2.engine.checkpoint import PERIODIC
 from fishertune_d2.engine.parameter_counts import count_parameters, count_tuned
 from fishertune_d2.engine.start_check import require_possible
 from fishertune_d2.fisher import KINDS, Cost, find_candidates
@@ -30,7 +31,9 @@ class Plan:
         parameters: how many, by group.
         stages: the stages that a run goes through.
         inference: one for each size of test images.
-        files: bytes by file name, without headers.
+        evaluations: how often a run scores all its test sets.
+        files: bytes on the disk after the run, by file name or pattern, without headers.
+        kept: how many periodic checkpoints these are.
     """
 
     method: str
@@ -40,7 +43,9 @@ class Plan:
     parameters: dict[str, int]
     stages: list[Stage]
     inference: list[Inference]
+    evaluations: int
     files: dict[str, int]
+    kept: int
 
     @property
     def uncounted(self) -> Counter[str]:
@@ -83,6 +88,7 @@ def make_plan(cfg: CfgNode) -> Plan:
             "logs how many weights it trains, and read its time and memory from metrics.json"
         ) from error
     trained = run.model(stages[-1].name)
+    kept = _kept_checkpoints(cfg)
     return Plan(
         method=cfg.TUNING.METHOD,
         vfm=cfg.MODEL.VFM.NAME,
@@ -91,7 +97,9 @@ def make_plan(cfg: CfgNode) -> Plan:
         parameters=_parameters(cfg, fake_model(cfg)),
         stages=stages,
         inference=plan_inference(cfg, trained, unknown=size),
-        files=_files(run, stages, trained),
+        evaluations=len(_periods(cfg, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.MAX_ITER - 1)) + 1,
+        files=_files(run, stages, trained, kept),
+        kept=len(kept),
     )
 
 
@@ -113,7 +121,22 @@ def _parameters(cfg: CfgNode, model: VFMSegmentor) -> dict[str, int]:
     }
 
 
-def _files(run: FakeRun, stages: list[Stage], trained: VFMSegmentor) -> dict[str, int]:
+def _periods(cfg: CfgNode, period: int, last: int) -> list[int]:
+    """The multiples of a period among the iterations of a run, counted from 1; none for 0."""
+    first = cfg.TUNING.WARMUP_ITERS if cfg.TUNING.WARMUP_CHECKPOINT else 0
+    return [i for i in range(first + 1, last + 1) if period > 0 and i % period == 0]
+
+
+def _kept_checkpoints(cfg: CfgNode) -> list[str]:
+    """The stage of each periodic checkpoint that stays."""
+    written = _periods(cfg, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER)
+    stages = ["warmup" if i <= cfg.TUNING.WARMUP_ITERS else "tuning" for i in written]
+    return stages[-cfg.SOLVER.KEEP_CHECKPOINTS :]  # all, for 0
+
+
+def _files(
+    run: FakeRun, stages: list[Stage], trained: VFMSegmentor, kept: list[str]
+) -> dict[str, int]:
     """Bytes of the files in OUTPUT_DIR; ``trained`` is the model with all weights of its method."""
     memory, files = {stage.name: stage.memory for stage in stages}, {}
     if "warmup" in memory:  # a checkpoint includes the optimizer's state
@@ -125,4 +148,7 @@ def _files(run: FakeRun, stages: list[Stage], trained: VFMSegmentor) -> dict[str
         # An index and a rank, of 8 bytes each.
         files["selection.safetensors"] = 16 * run.selected(trained)
     files["model_final.pth"] = held_bytes(trained.state_dict()) + stages[-1].memory.optimizer
+    sizes = {"warmup": files.get("model_warmup.pth", 0), "tuning": files["model_final.pth"]}
+    if kept:
+        files[PERIODIC] = sum(sizes[stage] for stage in kept)
     return files

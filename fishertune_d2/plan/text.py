@@ -1,13 +1,19 @@
 """Formats a plan as tables, and as one sentence for the head of a config."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
 from .costs import Plan
+from .hours import seconds, unknown_sets
 from .stage_costs import Stage
 
-TITLES = {"warmup": "warm-up", "estimation": "estimation", "tuning": "tuning"}
+TITLES = {
+    "warmup": "warm-up",
+    "estimation": "estimation",
+    "tuning": "tuning",
+    "evaluation": "evaluation",
+}
 GB = 2**30  # the unit of GPU makers
 
 
@@ -55,6 +61,30 @@ def format_fit(plan: Plan, gigabytes: float) -> tuple[bool, str]:
         f"Fits a card of {gigabytes:g} GB, if what is not counted stays below {_gb(left)} GB in "
         f"the largest stage, {TITLES[largest.name]}."
     )
+
+
+def format_hours(plan: Plan, rates: Mapping[str, float]) -> str:
+    """The table of hours.
+
+    Args:
+        plan: the plan.
+        rates: TFLOP a second, for each stage and for "evaluation".
+
+    Returns:
+        The table, and the parts of a run that it leaves out.
+    """
+    found = seconds(plan, rates)
+    lines = [[TITLES[name], f"{rates[name]:.3g}", _hours(s)] for name, s in found.items()]
+    lines.append(["all", "", _hours(sum(found.values()))])
+    notes = [
+        _table(lines, ["time", "TFLOP a second", "hours"]),
+        "In one process that has the machine to itself. Evaluations of all test sets: "
+        f"{plan.evaluations}.",
+    ]
+    unknown = unknown_sets(plan)
+    if unknown:
+        notes.append(f"NOT counted, for their number of images is not known: {', '.join(unknown)}.")
+    return "\n".join(notes)
 
 
 def _parameters(plan: Plan) -> str:
@@ -114,7 +144,14 @@ def _memory(plan: Plan) -> str:
 
 def _files(plan: Plan) -> str:
     lines = [[name, _gb(size)] for name, size in plan.files.items()]
-    return _table(lines, ["files", "GB"])
+    lines.append(["all", _gb(sum(plan.files.values()))])
+    return "\n".join(
+        [
+            _table(lines, ["files", "GB"]),
+            f"After the run, with {plan.kept} periodic checkpoints: SOLVER.CHECKPOINT_PERIOD and",
+            "SOLVER.KEEP_CHECKPOINTS say how many. While one is written, there is one more.",
+        ]
+    )
 
 
 def _table(lines: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
@@ -124,6 +161,10 @@ def _table(lines: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
 
 def _all(stage: Stage) -> int:
     return stage.steps * stage.flops
+
+
+def _hours(number: float) -> str:
+    return f"{number / 3600:.2f}"
 
 
 def _gb(size: float) -> str:

@@ -7,6 +7,7 @@ from detectron2.engine import HookBase
 
 from fishertune_d2.config import default_config
 from fishertune_d2.engine import Trainer, log_plan
+from fishertune_d2.engine.checkpoint import PERIODIC
 from fishertune_d2.plan import make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -57,9 +58,11 @@ class _Weigh(HookBase):
         self.selection = max(self.selection, sum(each.nbytes for each in tensors))
 
 
-@pytest.mark.parametrize("method", ["fishertune", "full"])
-def test_a_run_holds_and_writes_what_was_planned(tiny_cfg, method):
-    cfg = tiny_cfg(TUNING__METHOD=method)
+@pytest.mark.parametrize(("method", "keep"), [("fishertune", 0), ("full", 2)])
+def test_a_run_holds_and_writes_what_was_planned(tiny_cfg, method, keep, monkeypatch):
+    cfg = tiny_cfg(TUNING__METHOD=method, SOLVER__KEEP_CHECKPOINTS=keep, TEST__EVAL_PERIOD=3)
+    evaluations = []
+    monkeypatch.setattr(Trainer, "test", lambda *_: evaluations.append(1) or {})
     plan = make_plan(cfg)
     planned = {stage.name: stage.memory for stage in plan.stages}["tuning"]
     trainer, weighed = Trainer(cfg), _Weigh()
@@ -72,14 +75,16 @@ def test_a_run_holds_and_writes_what_was_planned(tiny_cfg, method):
     assert planned.weights + planned.selection == weighed.model + weighed.selection
     assert (planned.selection > 0) == (method == "fishertune")
 
-    files = {"model_final.pth", "model_warmup.pth"}
+    assert plan.evaluations == len(evaluations) == 3
+    files = {"model_final.pth", "model_warmup.pth", PERIODIC}
     if method == "fishertune":
         files |= {"fisher.safetensors", "selection.safetensors"}
     assert plan.files.keys() == files
     out = Path(cfg.OUTPUT_DIR)
     assert {path.name for path in out.glob("*.safetensors")} <= files
     tensors = 4 * len(list(trainer.segmentor.parameters()))  # two moments, and a count of steps
+    assert plan.kept == len(list(out.glob(PERIODIC))) == (keep or cfg.SOLVER.MAX_ITER)
     for name, size in plan.files.items():
         # Beside the numbers, a file holds names, shapes and paddings.
-        headers = (out / name).stat().st_size - size
-        assert 0 < headers < 400 * tensors
+        found = [path.stat().st_size for path in out.glob(name)]
+        assert 0 < sum(found) - size < 400 * tensors * len(found)

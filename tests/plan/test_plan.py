@@ -7,13 +7,14 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from fishertune_d2.plan import Plan, format_fit, make_plan, summary
+from fishertune_d2.plan import Plan, format_fit, format_hours, make_plan, summary
 from fishertune_d2.plan import __main__ as command
 from fishertune_d2.plan.__main__ import main
 from fishertune_d2.plan.fake_model import fake_model
 from fishertune_d2.plan.fake_run import FakeRun, stage_lengths
 from fishertune_d2.plan.inference import plan_inference
 from fishertune_d2.plan.memory import Memory
+from fishertune_d2.plan.rates import EFFICIENCY
 from fishertune_d2.plan.stage_costs import held_memory, step_flops
 from fishertune_d2.tuning import build_tuning_method
 
@@ -156,6 +157,8 @@ def test_the_command_prints_the_plan_and_whether_it_fits(planned, config_file, c
     assert last.startswith("Does not fit a card of") and f"tuning ({tuning:.2f} GB)" in last
     assert "warm-up" not in last
     assert not format_fit(plan, 0.9 * warmup)[0]
+    assert main([*arguments, "--tflops", "1e-9"]) == 0
+    assert format_hours(plan, dict.fromkeys(EFFICIENCY, 1e-9)) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
