@@ -246,6 +246,9 @@ def _add_solver(cfg: CN) -> None:
     # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, on which the
     # default launches a dozen kernels for each group of tensors.
     cfg.SOLVER.FUSED = False
+    # The decay of an exponential moving average of the trained weights over the tuning stage, such
+    # as 0.999, from 0.5 to below 1. The average is scored and exported. 0 averages nothing.
+    cfg.SOLVER.EMA = 0.0
     # How many of the checkpoints that CHECKPOINT_PERIOD writes stay on disk, the newest; 0 for all.
     # The ends of stages, model_warmup.pth and model_final.pth, always stay.
     cfg.SOLVER.KEEP_CHECKPOINTS = 0

@@ -21,7 +21,7 @@ from fishertune_d2.evaluation.label_pictures import find_pictures
 from fishertune_d2.fisher import FisherEstimate, Selection
 
 # Facts of a protocol that say which entry of a comparison a run is.
-ENTRY = ("method", "feature_perturbation", "commit")
+ENTRY = ("method", "feature_perturbation", "ema", "commit")
 # Facts of a protocol that say how long a run trained.
 LENGTH = ("iterations", "warmup_iterations", "batch_size")
 # Facts of a protocol that are recorded for each data set.

@@ -17,6 +17,7 @@ from fishertune_d2.tuning import TuningMethod
 from .optimizer import is_backbone
 from .run_record import RunRecord
 from .stages import attach
+from .weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         accept: called with a checkpoint's record, if it has one, before its weights are loaded;
             raises if the record does not fit.
         complete: refuse a checkpoint that leaves a part of the model as it was initialised.
+        average: its averages stand in a checkpoint's model for the weights that they average.
         keep: how many of the periodic checkpoints stay, see :meth:`save`; 0 for all.
         checkpointables: as Detectron2's.
     """
@@ -48,6 +50,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         method: TuningMethod | None = None,
         accept: Callable[[RunRecord], None] | None = None,
         complete: bool = False,
+        average: WeightAverage | None = None,
         keep: int = 0,
         **checkpointables: Any,
     ):
@@ -55,6 +58,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         self.method = method
         self.accept = accept
         self.complete = complete
+        self.average = average
         self.keep = keep
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -68,7 +72,9 @@ class WholeCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **states, **kwargs}
+        model = self.model.state_dict()
+        model.update(self.average.averages if self.average else {})
+        data = {"model": model, **states, **kwargs}
         path = Path(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         # Opened by Python, which names the system's error; torch.save does not.

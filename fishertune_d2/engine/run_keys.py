@@ -54,6 +54,8 @@ _RESULTS: dict[str, Result | None] = {
     "DATALOADER.SAMPLER_TRAIN": _WARMUP,
     "DATASETS.TRAIN": _WARMUP,
     "SEED": _WARMUP,
+    # Averages begin with the tuning stage, and move no weight.
+    "SOLVER.EMA": Result.TRAINED,
     # The learning rate of the backbone, which a warm-up freezes.
     "SOLVER.BACKBONE_MULTIPLIER": Result.TRAINED,
     "SOLVER.*": _WARMUP,

@@ -219,6 +219,7 @@ def _protocol(cfg: CfgNode, record: RunRecord | None) -> dict:
         "train": list(names),
         "method": trained.get("TUNING.METHOD"),
         "feature_perturbation": trained.get("TUNING.FEATURE_PERTURBATION"),
+        "ema": trained.get("SOLVER.EMA"),
         "seed": trained.get("SEED"),
         "iterations": iterations or trained.get("SOLVER.MAX_ITER"),
         "warmup_iterations": trained.get("TUNING.WARMUP_ITERS"),

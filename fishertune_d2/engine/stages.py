@@ -12,6 +12,7 @@ from fishertune_d2.tuning import SelectedWeights, TuningMethod
 
 from .hooks import ParameterMask
 from .optimizer import is_backbone
+from .weight_average import WeightAverage
 
 STAGES = ("warmup", "tuning")
 
@@ -99,6 +100,11 @@ def prepare_stage(
         parameter.requires_grad_(parameter in trained)
         parameter.grad = None
     return tuned, selected
+
+
+def build_average(cfg: CfgNode, selected: Callable[[], SelectedWeights | None]) -> WeightAverage:
+    """The hook that averages the weights of the tuning stage, if SOLVER.EMA asks for it."""
+    return WeightAverage(cfg.SOLVER.EMA, cfg.TUNING.WARMUP_ITERS, selected)
 
 
 def _move_all(module: nn.Module, device: torch.device) -> None:

@@ -149,7 +149,7 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
 
 
 def _sizes(cfg: CfgNode, processes: int) -> Iterator[str]:
-    images = cfg.SOLVER.IMS_PER_BATCH
+    images, ema = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.EMA
     crop, edges = cfg.INPUT.CROP, cfg.INPUT.MIN_SIZE_TRAIN
     period, warmup = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TUNING.WARMUP_CHECKPOINT
     if crop.ENABLED and not _positive(crop.SIZE, count=2):
@@ -168,6 +168,8 @@ def _sizes(cfg: CfgNode, processes: int) -> Iterator[str]:
             f"TUNING.WARMUP_CHECKPOINT {warmup} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} both say "
             "where training starts: leave one of them empty"
         )
+    if ema and not 0.5 <= ema < 1:
+        yield f"SOLVER.EMA is {ema}: choose a decay from 0.5 to below 1, or 0 for no average"
     if images < 1 or images % processes:
         yield (
             f"A batch of {images} images (SOLVER.IMS_PER_BATCH) cannot be shared evenly by "

@@ -44,7 +44,7 @@ from .preemption import Preemption
 from .run_record import NOTE, RunRecord, fingerprint, remember_run
 from .scoring import metrics_by_name, score_datasets
 from .sharing import OwnRun, check_estimate, load_warmup
-from .stages import build_mask, prepare_stage
+from .stages import build_average, build_mask, prepare_stage
 from .start_check import require_attachable, require_file, require_fillable, require_possible
 from .step_trainer import StepTrainer
 from .vit import require_nothing_around
@@ -92,9 +92,15 @@ class Trainer(DefaultTrainer):
         record = RunRecord.of_run(cfg, file_names(loader), class_names(cfg), start)
         self._run = OwnRun(record, cfg.OUTPUT_DIR)
         self._resumes = False
+        self._average = build_average(cfg, lambda: self._selected)
         states = {"run": self._run, "trainer": weakref.proxy(self)}
         self.checkpointer = WholeCheckpointer(
-            model, cfg.OUTPUT_DIR, method=self.method, keep=cfg.SOLVER.KEEP_CHECKPOINTS, **states
+            model,
+            cfg.OUTPUT_DIR,
+            method=self.method,
+            average=self._average,
+            keep=cfg.SOLVER.KEEP_CHECKPOINTS,
+            **states,
         )
         self._preemption = Preemption(self._save_and_leave)
         self._estimation = self._build_estimation()
@@ -155,6 +161,7 @@ class Trainer(DefaultTrainer):
             *([self._estimation] if self._estimation else []),
             WarmupFreeze(cfg.TUNING.WARMUP_ITERS, on_end=lambda: self._save("model_warmup")),
             *([build_mask(cfg, self.method, lambda: self._selected)] if self._estimation else []),
+            self._average,
         ]
         if comm.is_main_process():
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
@@ -379,7 +386,8 @@ class Trainer(DefaultTrainer):
         done = min(self.iter + 1, self.max_iter)
         remember_run(self.segmentor, replace(self._run.record, iterations=done))
         try:
-            results = self.test(self.cfg, self.segmentor)
+            with self._average.applied():
+                results = self.test(self.cfg, self.segmentor)
         except DatasetError as error:
             if done == self.max_iter:
                 raise
