@@ -92,6 +92,7 @@ class SemSegDataset(DatasetMetadata):
             folder that holds ``image_dir``. None uses all images.
         keep: Picks files by their path below the folder without the suffix, as "x/y".
         drop_mismatched: Whether pairs of unequal size are dropped and counted, not refused.
+        shift: A name in `SHIFTS` that changes each image as it is read; "" changes none.
         root: Finds the root folder when the data set is loaded.
     """
 
@@ -104,6 +105,7 @@ class SemSegDataset(DatasetMetadata):
     label_space: LabelSpace = LABEL_SPACES["cityscapes19"]
     keep: Callable[[str], bool] | None = None
     drop_mismatched: bool = False
+    shift: str = ""
     root: Callable[[], Path] = datasets_root
     classes: tuple[str, ...] = CITYSCAPES_CLASSES
     colors: tuple[Color, ...] = CITYSCAPES_COLORS

@@ -32,8 +32,8 @@ def fog(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def night(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Darkens an image, shadows most, tints it blue, and adds the noise of a sensor."""
-    light = (image / np.float32(255)) ** np.float32(rng.uniform(1.5, 2.2))
-    tint = np.array([0.8, 0.9, 1.1], np.float32) * np.float32(rng.uniform(0.35, 0.6))
+    light = (image / np.float32(255)) ** np.float32(rng.uniform(1.2, 1.8))
+    tint = np.array([0.8, 0.9, 1.1], np.float32) * np.float32(rng.uniform(0.4, 0.7))
     noise = rng.normal(0, rng.uniform(3, 8), image.shape).astype(np.float32)
     return _as_uint8(255 * light * tint + noise)
 

@@ -37,7 +37,7 @@ def load_pairs(dataset: SemSegDataset) -> list[dict[str, Any]]:
     Returns:
         One dict per pair, sorted by path: file_name, sem_seg_file_name, height, width (pixels of
         image and label), image_id (the path below ``image_dir``, without suffix), dataset_name,
-        label_map, test_size, halve_label.
+        label_map, test_size, halve_label; shift, if the data set has one.
 
     Raises:
         DatasetError: if a folder, an image or a label is missing, a header cannot be read, or an
@@ -76,6 +76,7 @@ def load_pairs(dataset: SemSegDataset) -> list[dict[str, Any]]:
             "label_map": dataset.label_map,
             "test_size": dataset.test_size,
             "halve_label": dataset.halve_labels,
+            **({"shift": dataset.shift} if dataset.shift else {}),
         }
         for stem, header in zip(stems, image_headers, strict=True)
         if stem not in unequal

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fishertune_d2.data.dataset_description import IMAGE_SUFFIXES, SemSegDataset
 from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.data.held_out import HELD_OUT
 from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.data.labels import IGNORE_LABEL, Color, identity_map_name, identity_space
 from fishertune_d2.data.load_pairs import load_pairs
@@ -111,5 +112,5 @@ def register_sem_seg(
     register(dataset, ignore_label)
 
 
-for _dataset in DATASETS:
+for _dataset in (*DATASETS, *HELD_OUT):
     register(_dataset)
