@@ -125,8 +125,10 @@ def open_tensors(path: str | Path, form: str) -> Iterator[TensorFile]:
     try:
         with safe_open(str(path), framework="pt") as file:
             texts = file.metadata() or {}
-            if texts.get("format") != form:
-                raise ValueError(f"its format is {texts.get('format')!r}, not {form!r}")
+            if (found := texts.get("format", "")) != form:
+                other = found.startswith(form.rstrip("0123456789"))
+                remedy = ": use the version of fishertune_d2 that wrote it" if other else ""
+                raise ValueError(f"its format is {found!r}, not {form!r}{remedy}")
             yield TensorFile(file, texts)
     # safetensors, json (RecursionError is a RuntimeError) and PyTorch have errors of their own.
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:

@@ -18,13 +18,13 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fishertune_d2.files import first_names, whole_file
+from fishertune_d2.files import first_names, open_tensors, whole_file
 
 from .position_bytes import decode_positions, encode_positions
 
@@ -207,29 +207,12 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
-        """Returns the delta in a file that :meth:`save` wrote; runs nothing that the file holds.
-
-        Raises:
-            ValueError: if the file is damaged, of another version, or holds something else.
-        """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                _require_format(path, metadata.get("format", ""))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is cut short, or no safetensors file ({error}). {_REMEDY}"
-            ) from error
-        # A header from elsewhere fails in many ways: no JSON, missing keys, other types.
-        try:
-            delta = _read_header(metadata["header"])
-            for name, tensor in tensors.items():
-                _add_tensor(delta, name, tensor)
+        """Reads a file of :meth:`save`, also from an untrusted source; refuses damaged files."""
+        with open_tensors(path, _FORMAT) as file:
+            delta = _read_header(file.json("header", dict))
+            for name in sorted(file.names):
+                _add_tensor(delta, name, file.tensor(name))
             _require_pairs(delta)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path} is damaged ({reason}). {_REMEDY}") from error
         delta.title = str(path)
         return delta
 
@@ -266,32 +249,22 @@ def _layout(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _require_format(path: str | Path, found: str) -> None:
-    """Tells a delta of another version from a file of another kind."""
-    if found == _FORMAT:
-        return
-    if found.startswith(_FORMAT.rstrip("0123456789")):
-        raise ValueError(
-            f"{path} is of format {found}, and this version of fishertune_d2 reads {_FORMAT}: "
-            "install the version that wrote it, or write it again from its run"
+def _read_header(header: dict[str, Any]) -> Delta:
+    try:
+        found = header["architecture"]
+        patch_size, changed = _numbers(int, 2, [found["patch_size"], header["changed"]])
+        architecture = Architecture(
+            vfm=_text(found["vfm"]),
+            timm_name=_text(found["timm_name"]),
+            img_size=_numbers(int, 2, found["img_size"]),
+            patch_size=patch_size,
+            pixel_mean=_numbers(float, 3, found["pixel_mean"]),
+            pixel_std=_numbers(float, 3, found["pixel_std"]),
         )
-    raise ValueError(f"{path} is no delta: its format is {found or 'not given'}, not {_FORMAT}")
-
-
-def _read_header(text: str) -> Delta:
-    header = json.loads(text)
-    found = header["architecture"]
-    patch_size, changed = _numbers(int, 2, [found["patch_size"], header["changed"]])
-    architecture = Architecture(
-        vfm=_text(found["vfm"]),
-        timm_name=_text(found["timm_name"]),
-        img_size=_numbers(int, 2, found["img_size"]),
-        patch_size=patch_size,
-        pixel_mean=_numbers(float, 3, found["pixel_mean"]),
-        pixel_std=_numbers(float, 3, found["pixel_std"]),
-    )
-    base = {name: _text(value) for name, value in header["base"].items()}
-    notes = {name: _text(value) for name, value in header["notes"].items()}
+        base = {name: _text(value) for name, value in header["base"].items()}
+        notes = {name: _text(value) for name, value in header["notes"].items()}
+    except (AttributeError, KeyError, TypeError) as error:  # missing keys, values of other types
+        raise ValueError(f"its header is damaged ({type(error).__name__}: {error})") from error
     return Delta(architecture, base, changed=changed, notes=notes)
 
 

@@ -150,7 +150,7 @@ def test_refuses(run, tmp_path, capsys):
     config.write_text(text)
     assert "broken.pth: it is damaged" in refused("plain", out / "broken.pth")
     delta.write_bytes(b"nothing")
-    assert "delta.safetensors is cut short" in refused("plain", delta)
+    assert "delta.safetensors cannot be used" in refused("plain", delta)
     assert not harm.exists()
     assert _digest(out / "model_final.pth") == before
 

@@ -195,7 +195,7 @@ def test_a_file_that_is_cut_short_is_refused(file):
     content = file.read_bytes()
     for length in (0, 5, 8, 100, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:length])
-        with raises(ValueError, match="delta.safetensors is cut short.* Copy or fetch the file"):
+        with raises(ValueError, match="delta.safetensors cannot be used: .*Put back the file"):
             Delta.load(file)
 
 
@@ -204,19 +204,22 @@ def test_a_file_that_is_cut_short_is_refused(file):
     [
         (
             {"format": "fishertune_delta_v2"},
-            "is of format fishertune_delta_v2, and this .* reads fishertune_delta_v1: install",
+            "its format is 'fishertune_delta_v2', not 'fishertune_delta_v1': use the version of",
         ),
-        ({"format": "fishertune_selection_v1"}, "is no delta: its format is fishertune_selection"),
-        ({"format": None}, "is no delta: its format is not given"),
-        ({"header": None}, "is damaged .KeyError: 'header'"),
-        ({"header": "{"}, "is damaged .JSONDecodeError"),
-        ({"header": "[]"}, "is damaged .TypeError"),
-        ({"header": 100_000 * "["}, "is damaged .RecursionError"),
+        (
+            {"format": "fishertune_selection_v1"},
+            "its format is .*selection_v1', not .*delta_v1'. Put",
+        ),
+        ({"format": None}, "its format is '', not 'fishertune_delta_v1'. Put back"),
+        ({"header": None}, "its header lacks 'header'"),
+        ({"header": "{"}, "Expecting property name"),
+        ({"header": "[]"}, "its header is a list, where a dict was"),
+        ({"header": 100_000 * "["}, "maximum recursion depth"),
     ],
 )
 def test_another_format_is_refused(file, metadata, message):
     rewrite(file, metadata=metadata)
-    with raises(ValueError, match=f"delta.safetensors {message}"):
+    with raises(ValueError, match=f"delta.safetensors cannot be used: {message}"):
         Delta.load(file)
 
 
@@ -245,7 +248,7 @@ def bytes_of(*values):
 )
 def test_hostile_tensors_are_refused(file, tensors, message):
     rewrite(file, tensors)
-    with raises(ValueError, match=f"delta.safetensors is damaged .*{message}"):
+    with raises(ValueError, match=f"delta.safetensors cannot be used: .*{message}"):
         Delta.load(file)
 
 
@@ -267,7 +270,7 @@ def test_hostile_tensors_are_refused(file, tensors, message):
 )
 def test_hostile_headers_are_refused(file, header):
     rewrite(file, **header)
-    with raises(ValueError, match="delta.safetensors is damaged .*Copy or fetch the file"):
+    with raises(ValueError, match="delta.safetensors cannot be used: its header is damaged"):
         Delta.load(file)
 
 
