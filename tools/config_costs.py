@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the costs of configs into their heads, below the line that says what they tune.
+"""Writes the costs of configs into their heads, below the line "Tunes:" or "Adds:".
 
 python tools/config_costs.py                     # the models trained on GTAV or Cityscapes
 python tools/config_costs.py configs/full_sam.yaml ...
@@ -45,7 +45,7 @@ def main(files: list[str]) -> None:
     configs = ROOT / "configs"
     every = [*configs.glob("*_*.yaml"), *configs.glob("cityscapes/*_*.yaml")]
     for path in [Path(file) for file in files] or sorted(every):
-        plan = make_plan(read_config(str(path), ["DATASETS.TEST", "()"]))  # training alone
+        plan = make_plan(read_config(str(path), ["DATASETS.TEST", "()"]))  # only the training
         costs = summary(plan)
         path.write_text(rewrite(path.read_text(), costs))
         print(f"{path}: {costs}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws what tuning changes in unseen domains: image, label, frozen backbone, FisherTune.
+"""Draws the effect of tuning in unseen domains: image, label, frozen backbone, FisherTune.
 
 The README's picture is drawn from two runs of the demo's config, which share one warm-up:
 
@@ -9,8 +9,8 @@ The README's picture is drawn from two runs of the demo's config, which share on
       TUNING.WARMUP_CHECKPOINT outputs/demo/model_warmup.pth
     python tools/draw_effect.py outputs/demo_freeze outputs/demo     # writes docs/images/effect.jpg
 
-Of each domain it shows the scene in which FisherTune gains most correct pixels over the frozen
-backbone, and says in how many of all scenes it is better.
+For each domain, the picture shows the scene in which FisherTune gains the most correct pixels over
+the frozen backbone. It also says in how many scenes FisherTune is better.
 """
 
 import argparse
@@ -40,8 +40,8 @@ class Domain:
     """The scenes of a domain.
 
     Attributes:
-        panels: Of the scene with the largest gain: the image, the label, the frozen backbone's
-            prediction and FisherTune's.
+        panels: The image, the label, the prediction with the frozen backbone and the prediction of
+            FisherTune, for the scene with the largest gain.
         better: The number of scenes in which FisherTune has more correct pixels.
         scenes: The number of scenes.
     """
@@ -82,7 +82,7 @@ def compare_scenes(frozen: Path, tuned: Path, data_set: str) -> Domain:
 
 
 def correct_pixels(prediction: Image.Image, label: Image.Image) -> int:
-    """Counts the pixels whose colour is the label's; black pixels of the label do not count."""
+    """Counts the pixels in the colour of the label; black pixels of the label do not count."""
     predicted, true = np.asarray(prediction), np.asarray(label)
     return int(((predicted == true).all(axis=2) & (true > 0).any(axis=2)).sum())
 
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command.
 
     Args:
-        arguments: The command line; None takes that of the process.
+        arguments: The command line; None reads that of the process.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("frozen", type=Path, help="OUTPUT_DIR of the run with a frozen backbone")

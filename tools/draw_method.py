@@ -18,7 +18,7 @@ from fishertune_d2.fisher import tuned_share  # noqa: E402
 PICTURE = ROOT / "docs/images/method.svg"
 WIDTH, HEIGHT = 960, 432
 COLUMNS = (20, 335, 650)  # left edges of the stages
-STAGE = 290  # width of one
+STAGE = 290  # width of a stage
 D_MIN, D_MAX = 0.01, 0.05  # the defaults of TUNING.D_MIN and TUNING.D_MAX
 GRID_COLUMNS, GRID_ROWS = 12, 6
 

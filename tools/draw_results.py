@@ -28,7 +28,7 @@ PICTURE = ROOT / "docs/images/results.svg"
 STUDY = ROOT / "docs/results/table1_camvid.jsonl/dinov2_vits"
 SOURCE, UNSEEN = "camvid_day_test", "camvid_dusk_test"
 OURS = "fishertune"
-# The methods with three seeds, and what each trains in the backbone.
+# The methods with three seeds, and the parts of the backbone that each trains.
 METHODS = {
     "freeze": "nothing",
     "rein": "added tokens",
@@ -37,14 +37,14 @@ METHODS = {
     OURS: "its weights with the highest DRF",
     "full": "all of its weights",
 }
-WIDTH, BAR, LEFT, SCALE = 760, 34, 130, 9.5  # pixels; SCALE is for one point of mIoU
+WIDTH, BAR, LEFT, SCALE = 760, 34, 130, 9.5  # pixels; SCALE: pixels for one point of mIoU
 
 
 def read() -> dict[str, dict[int, Results]]:
     """Reads the scores on the test sets.
 
     Returns:
-        For each method the results by seed.
+        The results by seed, for each method.
 
     Raises:
         ValueError: if a method of the table has no runs.

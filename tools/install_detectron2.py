@@ -1,9 +1,9 @@
 """Installs Detectron2 into the running Python, unless it is installed. Needs no compiler.
 
 Detectron2 is not on PyPI under its own name (facebookresearch/detectron2#4859). The wheel
-sal-detectron2 is Detectron2 of August 2024; it is tagged for CPython 3.10 because of a compiled
-part that this project does not use, and its Python files run on newer versions too. It asks for
-numpy < 2 and black, neither of which it needs, hence no dependencies.
+sal-detectron2 is Detectron2 of August 2024. It is tagged for CPython 3.10 because of a compiled
+part that this project does not use. Its Python files also run on newer versions. Its metadata
+requires numpy < 2 and black, but it needs neither, so it is installed without dependencies.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ def main() -> int:
     """Returns the exit status."""
     found = importlib.util.find_spec("detectron2")
     if found is not None:
-        print(f"Detectron2 is installed already, in {found.origin}")
+        print(f"Detectron2 is already installed in {found.origin}")
         return 0
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirement:
         requirement.write(f"{WHEEL} --hash=sha256:{SHA256}\n")

@@ -1,6 +1,6 @@
-"""The look that the drawings of the README share, in light and in dark."""
+"""The style and the shapes that the drawings of the README share, in light and in dark."""
 
-# The page around a drawing may be light or dark, so a drawing brings its own background.
+# The page around a drawing may be light or dark, so a drawing has its own background.
 STYLE = """
   .page { fill: #ffffff; } .panel { fill: #f5f6f7; }
   text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Executes the notebooks, and writes each with its outputs beside its source.
+"""Executes the notebooks, and writes each with its outputs next to its source.
 
 python tools/run_notebooks.py                 # all of notebooks/*.py, in full
 python tools/run_notebooks.py 02_data 05      # notebooks whose names start with these words
@@ -33,7 +33,7 @@ def sources(names: Sequence[str] = ()) -> list[Path]:
     """Finds the sources of notebooks.
 
     Args:
-        names: The first letters of the wanted notebooks' names; without any, all notebooks.
+        names: The first letters of the names of notebooks; if empty, all notebooks.
 
     Returns:
         The sources, in order.
@@ -73,7 +73,7 @@ def execute(source: Path, environment: Mapping[str, str]) -> NotebookNode:
 
     Args:
         source: The notebook in the percent format.
-        environment: Variables that are added to those of this process.
+        environment: Environment variables to add to those of this process.
 
     Returns:
         The notebook with its outputs.
@@ -93,9 +93,9 @@ def execute(source: Path, environment: Mapping[str, str]) -> NotebookNode:
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Makes the outputs small and the same on every machine, in place.
+    """Makes the outputs small, and the same on every machine, in place.
 
-    Removes stderr (progress bars and warnings), makes paths relative, and stores photographs as
+    It removes stderr (progress bars and warnings), makes paths relative, and stores photographs as
     JPEG.
 
     Args:
@@ -119,13 +119,13 @@ def clean(notebook: NotebookNode) -> None:
 
 
 def as_jpeg(encoded: str) -> str | None:
-    """Converts a PNG to JPEG if that halves its size, as for photographs; else returns None.
+    """Converts a PNG to JPEG if this halves its size, as for photographs; otherwise returns None.
 
     Args:
         encoded: The PNG in base64.
 
     Returns:
-        The JPEG in base64.
+        The JPEG in base64, or None.
     """
     file = io.BytesIO()
     picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv with all that demo and tests need. $PYTHON: the Python to use, 3.10 to 3.13.
+# Makes .venv for the demo and the tests. $PYTHON names the Python to use, 3.10 to 3.13.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -11,9 +11,9 @@ if not (3, 10) <= sys.version_info[:2] <= (3, 13):
 EOF
 if "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("detectron2"))'
 then
-    # A Detectron2 of one's own was built against one's own torch, so both are used as they are,
-    # and only what is missing is added. A .pth line, because --system-site-packages would look past
-    # a virtual environment, to the Python it was made from.
+    # This Detectron2 was built against the torch beside it, so both are used, and only missing
+    # packages are added. A .pth line adds the folder of both: if $python is a virtual environment,
+    # --system-site-packages would add the folder of the Python below it.
     echo "Using the Detectron2 of $python"
     "$python" -m venv .venv
     own=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

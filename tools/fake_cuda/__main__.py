@@ -19,7 +19,7 @@ def main(words: list[str]) -> None:
     """Runs ``python WORDS`` in this process.
 
     Raises:
-        SystemExit: if they name nothing, or as what they name does.
+        SystemExit: if the words name nothing, or if the module or script raises it.
     """
     if not words or words == ["-m"] or words[0] in ("-h", "--help"):
         raise SystemExit(__doc__.strip())

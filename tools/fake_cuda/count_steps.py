@@ -3,8 +3,8 @@
 python tools/fake_cuda -m fake_cuda.count_steps configs/fishertune_dinov2.yaml --details
 python tools/fake_cuda -m fake_cuda.count_steps CONFIG --methods full fishertune --opts KEY VALUE
 
-The model has as many blocks and layers as the config says, but they are narrow, and the images are
-small: the numbers depend on neither. An iteration is counted with everything that its hooks do.
+The model has as many blocks and layers as the config says, but narrow ones, and the images are
+small. The counts depend on neither. The count of an iteration includes its hooks.
 """
 
 import argparse
@@ -45,10 +45,10 @@ class StepCounts:
     """The counts of one training.
 
     Attributes:
-        iterations: of each iteration in turn. The first of the tuning stage includes the
-            estimation, the last one the writing of the log.
-        warmup: how many iterations are of the warm-up.
-        evaluation: of the segmentor on one image, in the middle of the tuning stage.
+        iterations: the counts of each iteration in turn. The first iteration of the tuning stage
+            includes the estimation, and the last one includes the writing of the log.
+        warmup: the number of iterations of the warm-up.
+        evaluation: the counts of the segmentor on one image, before the last iteration.
     """
 
     iterations: list[Counts]
@@ -100,11 +100,11 @@ def count_steps(
     Args:
         config: a config file.
         method: TUNING.METHOD.
-        options: further keys and values in turn.
-        iterations: all of them, of which the first two are warm-up.
+        options: more keys of the config, each followed by its value.
+        iterations: the number of iterations; the first two are warm-up.
 
     Returns:
-        Operators and waits of each step.
+        The counts of each iteration.
     """
     with tempfile.TemporaryDirectory() as folder:
         _write_data(Path(folder))
@@ -133,7 +133,7 @@ def count_steps(
         VFMS[name] = replace(entry, options={**entry.options, "embed_dim": 64, "num_heads": 2})
         try:
             trainer = Trainer(cfg)
-            # With LayerScale's initial values, most tensors have no weight worth selecting.
+            # With LayerScale's initial values, no weight of most tensors would be selected.
             for parameter in trainer.segmentor.backbone.parameters():
                 parameter.data += 0.1 * torch.randn_like(parameter)
             watch = _Watch(evaluate_at=iterations - 1)
@@ -162,7 +162,7 @@ def _write_data(folder: Path) -> None:
 
 
 def print_table(entries: dict[str, Counts], details: bool) -> None:
-    """Prints a line for each entry and, if ``details``, the parts of its numbers."""
+    """Prints a line for each entry; with ``details``, also by operator and by place."""
     print(f"{'':<40}{'operators':>10}{'waits':>7}{'uploads':>9}")
     for title, counts in entries.items():
         numbers = (each.total() for each in vars(counts).values())
@@ -185,8 +185,10 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--methods", nargs="+", default=["full", "fishertune"])
     parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--details", action="store_true", help="by operator, and by line")
-    parser.add_argument("--opts", nargs="+", default=[], help="keys of the config, with values")
+    parser.add_argument(
+        "--details", action="store_true", help="also count by operator and by line of code"
+    )
+    parser.add_argument("--opts", nargs="+", default=[], help="keys of the config and their values")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -196,7 +198,7 @@ def main() -> None:
         by_waits = sorted(found.tuning, key=lambda each: each.waits.total())
         entries |= {
             f"{method}: a step of warm-up": found.iterations[WARMUP - 1],
-            f"{method}: the first of tuning": found.iterations[WARMUP],
+            f"{method}: the first step of tuning": found.iterations[WARMUP],
             f"{method}: a step of tuning": by_waits[(len(by_waits) - 1) // 2],
             f"{method}: the worst step of tuning": by_waits[-1],
             f"{method}: evaluation of an image": found.evaluation,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = f"{ROOT / 'fishertune_d2'}/"
-# Code that only passes calls on, so it is not the cause of one.
+# This code only passes calls on, so it is never the cause of a count.
 _PASSING_ON = ("/torch/", "/contextlib.py", "/tools/fake_cuda/")
 
 
@@ -19,8 +19,8 @@ class Counts:
     """Counters whose keys are pairs: the event and its place.
 
     Attributes:
-        operators: that start at least one kernel; a fused or foreach operator counts once.
-        waits: the host stands still until the device has done all that it was given.
+        operators: operators that start a kernel; a fused or foreach operator counts once.
+        waits: waits of the host until the device has finished all its work.
         uploads: copies from the host to the device, whether the host waits for them or not.
     """
 
@@ -52,7 +52,7 @@ COUNTS = Counts()
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Yields counts that cover the block once it has ended."""
+    """Yields counts, which are those of the block as soon as it has ended."""
     before, found = COUNTS.copy(), Counts()
     yield found
     vars(found).update(vars(COUNTS.since(before)))
@@ -61,9 +61,9 @@ def counting() -> Iterator[Counts]:
 def place() -> str:
     """Returns the place in the code that called the running operator.
 
-    That is the innermost line of the package, behind the line of a library that it called, as in
-    ``timm/layers/mlp.py:47 < fishertune_d2/modeling/vfm.py:210``. A backward pass has no line, for
-    it runs in a thread of its own.
+    It is the innermost line of the package. If this line called a library, the line of the library
+    comes first: ``timm/layers/mlp.py:47 < fishertune_d2/modeling/vfm.py:210``. A backward pass has
+    no line, because it runs in a thread of its own.
     """
     frame, inner = sys._getframe(1), ""
     while frame is not None:

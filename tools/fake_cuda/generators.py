@@ -1,4 +1,4 @@
-"""Random numbers of the device, drawn on the CPU from the state of a CUDA generator."""
+"""Draws the random numbers of the device on the CPU, from the state of a CUDA generator."""
 
 import hashlib
 
@@ -14,8 +14,8 @@ RANDOM = tuple(
 def draw(operator, args: tuple, kwargs: dict):
     """Computes a random operator on the CPU, and advances the CUDA generator.
 
-    The numbers depend on the generator's seed and offset alone, so that seeding, saving and
-    restoring a generator have the effect that they have on a GPU.
+    The numbers depend only on the generator's seed and offset. So to seed, save or restore a
+    generator has the same effect as on a GPU.
 
     Returns:
         The operator's result, on the device.

@@ -1,4 +1,4 @@
-"""CPU versions of operators that only CUDA has, or that CUDA has for other types.
+"""CPU versions of operators that only CUDA has, or that accept other types on CUDA.
 
 Attention is computed in float32. In shapes, B is the batch, H the heads, N and M the queries and
 keys, D the channels of a head.
@@ -45,7 +45,7 @@ def _no_dropout(p: float) -> None:
 
 
 def _number() -> Tensor:
-    """Makes a seed or an offset of dropout, which nothing reads."""
+    """Makes a seed or an offset of dropout, which no code reads."""
     return torch.zeros((), dtype=torch.int64)
 
 

@@ -1,7 +1,7 @@
-/* CUDA's runtime and driver, as far as PyTorch calls them when no kernel is ever launched.
+/* The part of CUDA's runtime and driver that PyTorch calls if it never launches a kernel.
 
-   Memory is the host's, streams and events are empty, and everything that was asked for is done
-   at once. What is not here is never reached: tensor.py computes every operator on the CPU. */
+   Memory is the host's, streams and events are empty, and every request is done at once. PyTorch
+   never calls other functions, because tensor.py computes every operator on the CPU. */
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,7 +65,7 @@ int cudaGetDeviceProperties(struct Properties *p, int device) {
   return OK;
 }
 
-/* Memory. Pinned blocks are listed, for PyTorch asks of a pointer whether it is in one. */
+/* Memory. Pinned blocks are listed, because PyTorch asks whether a pointer is in one of them. */
 struct Block {
   char *start;
   size_t size;
@@ -109,11 +109,11 @@ int cudaHostRegister(Pointer p, size_t size, unsigned flags) { return list(p, si
 int cudaHostUnregister(Pointer p) { return unlist(p), OK; }
 
 int cudaPointerGetAttributes(Pointer attributes, Pointer p) {
-  memset(attributes, 0, 24); /* of unknown type, which is 0: memory that CUDA never saw */
+  memset(attributes, 0, 24); /* type 0, unknown: memory that CUDA never saw */
   pthread_mutex_lock(&lock);
   for (struct Block *each = pinned; each; each = each->next)
     if ((char *)p >= each->start && (char *)p < each->start + each->size)
-      *(int *)attributes = 1; /* the host's, known to CUDA */
+      *(int *)attributes = 1; /* type 1: memory of the host that CUDA knows */
   pthread_mutex_unlock(&lock);
   return OK;
 }
@@ -154,7 +154,7 @@ int cudaEventQuery(Pointer e) { return OK; }
 int cudaEventSynchronize(Pointer e) { return OK; }
 int cudaEventElapsedTime(float *ms, Pointer a, Pointer b) { return *ms = 0, OK; }
 
-/* Kernels, of which none is launched. */
+/* Kernels. None is launched. */
 int cudaFuncGetAttributes(Pointer attributes, Pointer f) { return memset(attributes, 0, 64), OK; }
 int cudaFuncSetAttribute(Pointer f, int attribute, int value) { return OK; }
 

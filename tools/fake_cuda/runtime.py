@@ -1,4 +1,4 @@
-"""Compiles the replacement of CUDA's runtime, and starts Python with it loaded first."""
+"""Compiles the replacement of CUDA's runtime, and restarts Python with it."""
 
 import hashlib
 import os
@@ -16,13 +16,13 @@ BEFORE = "FAKE_CUDA_LD_PRELOAD_BEFORE"
 
 
 def build() -> Path:
-    """Compiles the library into a temporary folder whose name depends on the source.
+    """Compiles the library, unless a temporary folder holds it already.
 
     Returns:
-        The library.
+        The file of the library.
 
     Raises:
-        SystemExit: if there is no gcc, or it fails.
+        SystemExit: if there is no gcc, or if gcc fails.
     """
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"fake_cuda_{os.getuid()}_{digest}"
@@ -31,7 +31,7 @@ def build() -> Path:
         return library
     gcc = shutil.which("gcc")
     if gcc is None:
-        raise SystemExit(f"The fake CUDA device needs gcc, which compiles {SOURCE}: install gcc")
+        raise SystemExit(f"The fake CUDA device needs gcc to compile {SOURCE}: install gcc")
     folder.mkdir(mode=0o700, exist_ok=True)
     # Under another name first, because several processes may compile at the same time.
     unfinished = folder / f"{os.getpid()}.so"
@@ -40,7 +40,7 @@ def build() -> Path:
         [gcc, *flags, "-o", str(unfinished), str(SOURCE)], capture_output=True, text=True
     )
     if made.returncode:
-        raise SystemExit(f"gcc does not compile {SOURCE}:\n{made.stderr}")
+        raise SystemExit(f"gcc could not compile {SOURCE}:\n{made.stderr}")
     unfinished.rename(library)
     return library
 
@@ -48,7 +48,7 @@ def build() -> Path:
 def ensure_loaded() -> None:
     """Restarts this command with the library, unless the library is loaded already.
 
-    Processes that this one starts do not load it: their tensors would not be held on the CPU.
+    Processes that this one starts do not load it, because they have no :class:`FakeCuda`.
     """
     if BEFORE in os.environ:
         before = os.environ.pop(BEFORE)

@@ -1,7 +1,7 @@
 """A tensor that claims to be on ``cuda:0``, and the dispatch mode that computes with it.
 
-While ``FakeCuda()`` is entered, ``torch.ones(3, device="cuda")`` is a ``FakeCudaTensor``. To add it
-to a CPU tensor raises RuntimeError, as on a GPU.
+In the context ``FakeCuda()``, ``torch.ones(3, device="cuda")`` is a ``FakeCudaTensor``. If you add
+it to a CPU tensor, this raises RuntimeError, as on a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from .kernels import KERNELS
 DEVICE = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 
-# These start no kernel: they make views, memory without contents, or nothing.
+# These start no kernel: they make views or empty memory, or only ask for something.
 NO_KERNEL = frozenset(
     """_conj _local_scalar_dense _reshape_alias _unsafe_view alias as_strided chunk detach diagonal
     empty empty_like empty_strided expand imag is_pinned is_same_size lift_fresh movedim new_empty
@@ -32,7 +32,7 @@ NO_KERNEL = frozenset(
     split_with_sizes squeeze t transpose unbind unfold unsqueeze view view_as_complex
     view_as_real""".split()
 )
-# The host needs a size or a value before it can go on.
+# The host waits for these, because it needs a size or a value before it can continue.
 WAITING = frozenset(
     """_linalg_check_errors _local_scalar_dense _unique2 bincount equal is_nonzero masked_select
     multinomial nonzero repeat_interleave unique_consecutive unique_dim""".split()
@@ -40,11 +40,11 @@ WAITING = frozenset(
 INDEXED = frozenset(
     "_index_put_impl_ _unsafe_index _unsafe_index_put index index_put index_put_".split()
 )
-# These take tensors of two devices.
+# These accept tensors of two devices.
 CROSSING = frozenset("_foreach_copy_ copy copy_ is_same_size set_".split())
-# These refuse a CPU's tensor even if it is a single number; operators element by element take it.
+# These refuse a CPU tensor even if it is a single number, which elementwise operators accept.
 STRICT = frozenset("addmm bmm cat embedding gather index_select isin mm scatter stack".split())
-# CUDA copies smaller parts of ordinary memory into a buffer of its own, and does not wait.
+# CUDA copies smaller parts of memory that is not pinned to its own buffer, and does not wait.
 STAGED_BYTES = 64 * 1024
 
 
@@ -76,7 +76,7 @@ class FakeCudaTensor(Tensor):
         return f"FakeCudaTensor({self.held!r})"
 
     def tolist(self) -> list:
-        """Returns the values; the host waits for them."""
+        """Returns the values. The host waits for them."""
         return self.cpu().tolist()
 
     def untyped_storage(self):
@@ -91,7 +91,7 @@ class FakeCudaTensor(Tensor):
         )
 
     def __reduce_ex__(self, protocol):
-        # What is saved or sent to another process comes back as a CPU's.
+        # A tensor that is saved or sent to another process comes back as a CPU tensor.
         return self.held.detach().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict) -> Tensor:
@@ -102,7 +102,7 @@ class FakeCudaTensor(Tensor):
                 "Only Tensors created explicitly by the user support the deepcopy protocol: detach "
                 "this one first [fake CUDA device]"
             )
-        # With one memory for what had one before.
+        # Tensors that share memory share it after the copy too.
         copy = FakeCudaTensor(deepcopy(self.held, memo)).requires_grad_(self.requires_grad)
         memo[id(self)] = copy
         vars(copy).update({name: value for name, value in vars(self).items() if name != "held"})
@@ -118,11 +118,11 @@ class FakeCuda(TorchDispatchMode):
 
     def __enter__(self):
         self._changes = ExitStack()
-        # Without it, torch.tensor(x, device="cuda") passes by the mode.
+        # Otherwise torch.tensor(x, device="cuda") bypasses the mode.
         torch._C._set_only_lift_cpu_tensors(True)
         self._changes.callback(torch._C._set_only_lift_cpu_tensors, False)
         for module in (_foreach_utils, optimizer):
-            # So that optimizers and clipping take all tensors at once, as on a GPU.
+            # Then optimizers and clipping handle all tensors at once, as on a GPU.
             types = [*module._foreach_supported_types, FakeCudaTensor]
             change = mock.patch.object(module, "_foreach_supported_types", types)
             self._changes.enter_context(change)
@@ -146,7 +146,7 @@ _SET_DATA = Tensor.data.__set__
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
-    """Does ``tensor.data = value``, with which ``Module.to`` moves the same parameters."""
+    """Does ``tensor.data = value``, by which ``Module.to`` moves parameters in place."""
     if isinstance(tensor, FakeCudaTensor) == isinstance(value, FakeCudaTensor):
         _SET_DATA(tensor, value)
         if isinstance(tensor, FakeCudaTensor):
@@ -186,12 +186,12 @@ def _flat(args, kwargs) -> Iterator[Any]:
 
 
 def _imagining() -> bool:
-    """Returns whether a FakeTensorMode is active, which runs after this mode."""
+    """Returns whether a FakeTensorMode is active; it runs after this mode."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _on_cpu(x):
-    """Replaces fake tensors by the tensors that they hold, also in lists."""
+    """Replaces fake tensors by the CPU tensors that they hold, also in lists."""
     if isinstance(x, FakeCudaTensor):
         return x.held
     if isinstance(x, list | tuple):
@@ -214,7 +214,7 @@ def _run(operator, args: tuple, kwargs: dict):
     if name == "copy_":
         return _copy(operator, *args, **kwargs)
     on_gpu = device.type == "cuda" if device else True
-    # Where a device is named, tensors are patterns for what is made there.
+    # If a device is given, the tensors are only patterns for the new tensor.
     if device is None and len(fakes) < len(tensors):
         on_gpu &= _may_mix(operator, name, args, tensors)
     if on_gpu:
@@ -233,7 +233,7 @@ def _run(operator, args: tuple, kwargs: dict):
         return out
     if torch.Tag.inplace_view in operator.tags:
         return return_and_correct_aliasing(operator, args, kwargs, out)
-    # What was written in place is the argument itself.
+    # A tensor that was changed in place is the argument itself.
     known = {id(fake.held): fake for fake in fakes}
     return _on_gpu(out, known)
 
@@ -255,7 +255,7 @@ def _count(name: str, args: tuple) -> None:
     if name in INDEXED:
         masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
         number = len(args) > 2 and args[2].numel() == 1 and args[2].device.type == "cpu"
-        if masks and not (number and len(masks) == 1):  # where a number is put, masked_fill does it
+        if masks and not (number and len(masks) == 1):  # masked_fill writes a single number
             COUNTS.waits["index by a mask", here] += 1
         for index in args[1]:
             if index is not None and not isinstance(index, FakeCudaTensor):
@@ -264,7 +264,7 @@ def _count(name: str, args: tuple) -> None:
 
 
 def _may_mix(operator, name: str, args: tuple, tensors: list[Tensor]) -> bool:
-    """Returns whether the GPU runs an operator with tensors of both devices; raises if none can."""
+    """Returns whether the GPU runs an operator on two devices; raises if CUDA refuses it."""
     if name in CROSSING:
         return True
     if name in INDEXED:
@@ -289,7 +289,7 @@ def _may_mix(operator, name: str, args: tuple, tensors: list[Tensor]) -> bool:
 
 
 def _to_copy(operator, source: Tensor, device: torch.device | None, kwargs: dict) -> Tensor:
-    """Does ``Tensor.to``, between devices or on one."""
+    """Does ``Tensor.to``, between two devices or on one."""
     target = device or source.device
     options = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")}
     if target.type not in ("cuda", "cpu"):
@@ -312,15 +312,15 @@ def _copy(operator, to: Tensor, source: Tensor, non_blocking: bool = False) -> T
 def _count_copy(
     name: str, source: Tensor, target: torch.device, non_blocking: bool, pinned: bool
 ) -> None:
-    """Counts a copy, and a wait unless the copy can run and shall run asynchronously.
+    """Counts a copy, and a wait unless the copy is asynchronous.
 
     Args:
-        name: the operator's.
-        source: what is copied.
-        target: where to.
-        non_blocking: whether the host is not to wait.
-        pinned: whether the host's memory is pinned, if it is the target. What ``Tensor.to`` makes
-            when it is not to wait, is.
+        name: the operator's name.
+        source: the tensor that is copied.
+        target: the device of the copy.
+        non_blocking: whether the caller asks the host not to wait.
+        pinned: whether the target's memory is pinned, if the target is the host. With
+            ``non_blocking``, ``Tensor.to`` pins it.
     """
     here = place()
     if source.device.type == target.type:
