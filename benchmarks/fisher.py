@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures how accurate and how fast each estimator of F is, with real DINOv2 weights on CamVid.
 
-    python train_net.py --config-file configs/camvid/freeze.yaml     # the decoder to measure with
+    python train_net.py --config-file configs/camvid/freeze.yaml     # trains the decoder
     python benchmarks/fisher.py convergence       # 40 minutes on two CPU cores
     python benchmarks/fisher.py shift             # 5 minutes
     python benchmarks/fisher.py cost              # 5 minutes
