@@ -24,9 +24,11 @@ from fishertune_d2.command_line import (
 )
 from fishertune_d2.config import require_choice
 from fishertune_d2.modeling.vfm_table import VFMS
+from fishertune_d2.plan.rates import add_rate_options, read_rates
 from fishertune_d2.tuning import TUNING_REGISTRY
 
 from .cells import file_name, sweep_entries
+from .hours import format_hours
 from .launch import Local, Submitit
 from .request import Request
 from .runner import Runner
@@ -53,6 +55,9 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] = _TRAIN) 
         task = _find_task(args)
         if args.dry_run:
             print(task.describe())
+            if rates := read_rates(args):
+                cells = [c for c in task.cells if c.results(task.sets, task.folder) is None]
+                print("", format_hours(cells, task.sets, rates, trained=args.test), sep="\n")
             return 0
         task.require_rates()
         done = True
@@ -119,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument(
         "--report", action="store_true", help="run nothing; write the table of the finished cells"
     )
+    add_rate_options(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=int, default=1, metavar="N", help="run N cells at a time")
     where.add_argument(
@@ -134,6 +140,8 @@ def _require_sense(args: argparse.Namespace) -> None:
     """Refuses options that contradict each other."""
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs}: at least 1")
+    if read_rates(args) and not args.dry_run:
+        raise ValueError("--card and --tflops say the hours of a dry run: add --dry-run")
     if len(args.set) % 2:
         raise ValueError(f"--set takes keys and values in turn: got {len(args.set)} words")
     if args.save and args.save.suffix != ".jsonl":
