@@ -17,6 +17,7 @@ import yaml
 
 from fishertune_d2.config import default_config
 from fishertune_d2.config_slips import dotted_items
+from fishertune_d2.data.protocols import fitting_protocol
 from fishertune_d2.evaluation.label_pictures import find_pictures
 from fishertune_d2.fisher import FisherEstimate, Selection
 
@@ -25,7 +26,7 @@ ENTRY = ("method", "feature_perturbation", "ema", "commit")
 # Facts of a protocol that say how long a run trained.
 LENGTH = ("iterations", "warmup_iterations", "batch_size")
 # Facts of a protocol that are recorded for each data set.
-_BY_SET = ("test_size", "classes")
+_BY_SET = ("test_size", "classes", "label_map")
 # Packages in the environment that Detectron2 logs; GPUs are shown too.
 _VERSIONS = ("Python", "PyTorch", "torchvision", "detectron2", "numpy", "fvcore", "Pillow", "cv2")
 _DAMAGED = (
@@ -99,6 +100,16 @@ class Results:
         return {**self.source, **self.targets}
 
     @property
+    def protocol_name(self) -> str:
+        """The recorded name of the protocol, else the only name that fits; "" if there is none."""
+        recorded = self.protocol.get("name")
+        return recorded or fitting_protocol(
+            self.protocol.get("test_size", {}),
+            self.protocol.get("halved_labels", ()),
+            self.protocol.get("class_rule"),
+        )
+
+    @property
     def seed(self) -> int:
         """The seed of the training."""
         return self.protocol["seed"]
@@ -128,6 +139,9 @@ def require_same_protocol(
     for other, two in zip(results[1:], facts[1:], strict=True):
         first, one = results[0], facts[0]
         differing = [key for key in one if key in two and one[key] != two[key]]
+        if "name" in differing:
+            names = f"the protocol's name ({two['name']} and {one['name']})"
+            differing[differing.index("name")] = names
         if sets is None and list(first.scores) != list(other.scores):
             differing.append("test sets")
         if differing:

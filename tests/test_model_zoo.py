@@ -12,9 +12,9 @@ RESULTS = ROOT / "docs/results"
 TOOL = run_path(str(ROOT / "tools/model_zoo.py"))
 
 
-def _save(results: Path, study: str, name: str, score: float = 51.234, **protocol) -> None:
+def _save(results: Path, study: str, path: str, score: float = 51.234, **protocol) -> None:
     """Adds a run of this name, ``<vfm>/<entry>@rate=<rate>_<seed>/test``, to a study's table."""
-    vfm, folder, *_ = name.split("/")
+    vfm, folder, *_ = path.split("/")
     entry, _, seed = folder.rpartition("_")
     entry, _, rate = entry.partition("@rate=")
     facts = {"mode": "whole", "method": entry, "seed": int(seed), "commit": "abc"}
@@ -31,7 +31,7 @@ def _save(results: Path, study: str, name: str, score: float = 51.234, **protoco
     }
     train = tuple(protocol.get("train", ("camvid_day_train",)))
     number = float(rate) if rate else None
-    run = StudyRun(name, entry, vfm, train, int(seed), number, None, None, content)
+    run = StudyRun(path, entry, vfm, train, int(seed), number, None, None, content)
     save_runs(results / f"{study}.jsonl", [run])
 
 
@@ -96,6 +96,14 @@ def test_other_protocols_are_refused(tmp_path):
     _save(tmp_path, "selection", "dinov2_vits/full_7", mode="slide")
     with pytest.raises(ValueError, match="differ in mode"):
         TOOL["page"](tmp_path)
+
+
+def test_a_section_names_its_protocol(tmp_path):
+    _save(tmp_path, "selection", "dinov2_vits/freeze_7", name="rein")
+    _save(tmp_path, "selection", "dinov2_vits/full_7", name="tqdm")
+    rein, tqdm = TOOL["page"](tmp_path).split("\n## ")[1:]
+    assert "\n\nProtocol: `rein`.\n\n|" in rein and "freeze" in rein and "full" not in rein
+    assert "\n\nProtocol: `tqdm`.\n\n|" in tqdm and "full" in tqdm
 
 
 def test_a_study_without_a_title_is_refused(tmp_path):

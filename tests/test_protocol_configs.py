@@ -57,7 +57,9 @@ def test_data_model_and_method(folder, vfm, method):
     assert Path(cfg.OUTPUT_DIR) == Path("outputs", folder, f"{method}_{vfm}")
     # All tables share Rein's recipe for crops of 512 x 512.
     free = {"DATASETS.TRAIN", "DATASETS.TEST", "MODEL.VFM.NAME", "TUNING.METHOD", "OUTPUT_DIR"}
+    free |= {"TEST.PROTOCOL"}
     assert differing(cfg, read(CONFIGS / "Base-paper.yaml")) <= free
+    assert cfg.TEST.PROTOCOL == ("rein" if folder == "." else "")
     assert (cfg.INPUT.CROP.SIZE, cfg.TEST.CROP_SIZE) == ([512, 512], [512, 512])
 
 

@@ -52,11 +52,14 @@ def results(**facts) -> Results:
         ({"test_size": {DAY: [480, 360], DUSK: [480, 360]}}, f"test_size of {DUSK}"),
         ({"classes": {DAY: ["road"], DUSK: ["sky"]}}, f"classes of {DUSK}"),
         ({"halved_labels": [DAY]}, f"halved labels of {DAY}"),
+        ({"name": "tqdm"}, r"the protocol's name \(tqdm and rein\)"),
+        ({"label_map": {DAY: "camvid", DUSK: "other"}}, f"label_map of {DUSK}"),
     ],
 )
 def test_scores_of_another_protocol_are_not_compared(facts, named):
+    one = results(name="rein", label_map={DAY: "camvid", DUSK: "camvid"})
     with pytest.raises(ValueError, match=f"differ in {named}. Compare runs that are alike"):
-        require_same_protocol([results(), results(**facts)], vary=ENTRY)
+        require_same_protocol([one, results(**facts)], vary=ENTRY)
 
 
 def test_facts_that_may_vary_are_the_callers_choice():
@@ -68,6 +71,14 @@ def test_facts_that_may_vary_are_the_callers_choice():
 
 def test_facts_that_earlier_versions_did_not_record_are_not_compared():
     require_same_protocol([results(), results(vfm=None, halved_labels=None)], vary=ENTRY)
+
+
+def test_a_protocol_has_its_recorded_name_or_the_one_that_fits():
+    assert results().protocol_name == ""  # without its class rule
+    assert results(name="tqdm").protocol_name == "tqdm"
+    files = {"test_size": {DAY: None, DUSK: None}, "class_rule": "present"}
+    assert results(**files).protocol_name == "native"
+    assert results(**files, halved_labels=None).protocol_name == "native"
 
 
 def test_other_test_sets_are_named_unless_the_caller_chooses_the_sets():

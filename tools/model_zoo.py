@@ -87,10 +87,10 @@ class Model:
     results: Sequence[Results]
 
     @property
-    def setting(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-        """The foundation model, the training data and the test sets."""
-        run = self.runs[0]
-        return run.vfm, run.train, tuple(self.results[0].scores)
+    def setting(self) -> tuple[str, tuple[str, ...], tuple[str, ...], str]:
+        """The foundation model, the training data, the test sets and the protocol's name."""
+        run, results = self.runs[0], self.results[0]
+        return run.vfm, run.train, tuple(results.scores), results.protocol_name
 
     @property
     def line(self) -> list[str]:
@@ -141,12 +141,14 @@ def _has_other_rate(run: StudyRun, runs: Sequence[StudyRun]) -> bool:
 
 def section(models: Sequence[Model]) -> str:
     """Returns the heading and the table of models with the same setting."""
-    vfm, train, sets = models[0].setting
+    vfm, train, sets, protocol = models[0].setting
     every = [results for model in models for results in model.results]
     require_same_protocol(every, vary=(*ENTRY, *LENGTH, "seed"))
     headers = ["setting", "method", "rate", "steps", "seeds", "weights tuned", *sets]
     lines = [model.line for model in models]
     table = markdown_table(lines, headers)
+    if protocol:
+        table = f"Protocol: `{protocol}`.\n\n{table}"
     return f"## `{vfm}`, trained on {', '.join(train)}: {', '.join(sets)}\n\n{table}"
 
 

@@ -82,8 +82,9 @@ def _format(
         ]
         for run, of_run in zip(runs, scores, strict=True)
     ]
-    hidden = {*_VARY, "test_size", "classes"}
-    shared = [f"{k} {v}" for k, v in runs[0].protocol.items() if k not in hidden]
+    hidden = {*_VARY, "name", "test_size", "classes", "label_map"}
+    shared = [runs[0].protocol_name] if runs[0].protocol_name else []
+    shared += [f"{k} {v}" for k, v in runs[0].protocol.items() if k not in hidden]
     return f"{markdown_table(lines, headers)}\n\nProtocol: {', '.join(shared)}"
 
 

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fishertune_d2.analysis.selection_map import draw_selection_map
 from fishertune_d2.analysis.sensitivity_map import draw_sensitivity_map
+from fishertune_d2.data.protocols import PROTOCOLS
 from fishertune_d2.files import whole_file
 from fishertune_d2.run import Run
 
@@ -109,17 +110,20 @@ def _protocol(run: Run) -> dict[str, str]:
     config = run.config
     recorded = dict(run.results.protocol) if run.results else {}
     sizes = recorded.pop("test_size", {})
-    for listed in ("classes", "method", "vfm", "train"):
+    for listed in ("classes", "label_map", "method", "name", "vfm", "train"):
         recorded.pop(listed, None)
+    named = PROTOCOLS.get(config["TEST.PROTOCOL"])
     planned = {
         "mode": config["TEST.MODE"],
-        "class_rule": config["TEST.CLASS_RULE"],
+        "class_rule": named.class_rule if named else config["TEST.CLASS_RULE"],
         "seed": config["SEED"],
         "iterations": config["SOLVER.MAX_ITER"],
         "warmup_iterations": config["TUNING.WARMUP_ITERS"],
         "batch_size": config["SOLVER.IMS_PER_BATCH"],
     }
-    facts = {"trained on": _recorded(run, "train", "DATASETS.TRAIN")}
+    name = run.results.protocol_name if run.results else config["TEST.PROTOCOL"]
+    facts = {"protocol": name} if name else {}
+    facts |= {"trained on": _recorded(run, "train", "DATASETS.TRAIN")}
     facts |= {name.replace("_", " "): value for name, value in (recorded or planned).items()}
     facts |= {
         f"test size, {name}": f"{size[0]} x {size[1]}" if size else "as stored"

@@ -55,6 +55,7 @@ class Line:
     scores: Mapping[str, Mapping[int, float]]  # mIoU in percent, by data set or AVERAGE, and seed
     tuned: Sequence[int]  # how many backbone weights were tuned or added
     commits: Sequence[str]  # those that scored the runs
+    protocol: str = ""  # the name of the protocol under which they were scored
 
 
 def read_lines(finished: Sequence[tuple[Cell, Results]], sets: Sequence[str]) -> list[Line]:
@@ -81,7 +82,8 @@ def read_lines(finished: Sequence[tuple[Cell, Results]], sets: Sequence[str]) ->
             for key in next(iter(by_seed.values()))
         }
         of_line = list(runs.values())
-        lines.append(Line(vfm, entry, rate, scores, tuned_counts(of_line), commits_of(of_line)))
+        tuned, commits = tuned_counts(of_line), commits_of(of_line)
+        lines.append(Line(vfm, entry, rate, scores, tuned, commits, of_line[0].protocol_name))
     return lines
 
 
@@ -164,6 +166,9 @@ def format_markdown(title: str, lines: Sequence[Line], paper: Numbers, missing: 
     )
     if missing:
         notes += f" Not finished: {missing} of the requested cells."
+    (protocol, *others) = {line.protocol for line in lines}
+    if protocol and not others:
+        notes += f" Protocol: {protocol}."
     commits = ", ".join(dict.fromkeys(commit for line in lines for commit in line.commits))
     return f"# {title}\n\n{markdown_table(body, headers)}\n\n{notes}\n\nCommits: {commits}\n"
 

@@ -21,7 +21,8 @@ from fishertune_d2.data.image_files import (
     size_remedy,
     to_array,
 )
-from fishertune_d2.data.metadata import is_size
+from fishertune_d2.data.image_shifts import shift_image
+from fishertune_d2.data.protocols import Protocol, read_test_sizes
 
 
 class ColorJitter(T.Augmentation):
@@ -41,8 +42,8 @@ class SegmentationMapper:
 
     Training: resize to a random short edge, crop, colour jitter, flip, pad to the crop's size. The
     crop is chosen on the label, and only that part of the image is resized.
-    Test: resize into the data set's ``test_size``. The evaluator reads the label from disk, at its
-    own size or halved.
+    Test: resize into the data set's ``test_size``, or into the protocol's. The evaluator reads the
+    label from disk, at its own size or halved, with the label map that the mapper gives.
     """
 
     @configurable
@@ -59,6 +60,7 @@ class SegmentationMapper:
         ignore_label: int = 255,
         test_sizes: Mapping[str, tuple[int, int] | None] | None = None,
         native_labels: bool = False,
+        label_maps: Mapping[str, str] | None = None,
     ):
         """Stores the augmentations.
 
@@ -76,6 +78,8 @@ class SegmentationMapper:
             test_sizes: (width, height) that replaces a data set's own ``test_size``, keyed by the
                 data set's name; None tests at the file's size.
             native_labels: Score at the label files' size even where labels are usually halved.
+            label_maps: Name in `LABEL_MAPS` with which a test set is scored in place of its own,
+                keyed by the data set's name.
 
         Raises:
             ValueError: if a name in ``test_sizes`` is not registered.
@@ -88,6 +92,7 @@ class SegmentationMapper:
                 "correct the name."
             )
         self.native_labels = native_labels
+        self.label_maps = dict(label_maps or {})
         self.is_train = is_train
         self.resize = resize
         self.crop = crop
@@ -99,8 +104,9 @@ class SegmentationMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Reads cfg.INPUT, cfg.TEST, cfg.MODEL.PIXEL_MEAN and MODEL.SEM_SEG_HEAD.IGNORE_VALUE."""
+        """Reads cfg.INPUT, cfg.MODEL and, by `Protocol.from_config`, cfg.TEST."""
         crop, ignore_label = cfg.INPUT.CROP, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        protocol, registered = Protocol.from_config(cfg), DatasetCatalog.list()
         if crop.ENABLED and crop.TYPE != "absolute":
             raise ValueError(
                 f"INPUT.CROP.TYPE is {crop.TYPE!r}, but a batch needs crops of one size: set it "
@@ -135,8 +141,9 @@ class SegmentationMapper:
             "pad_to": tuple(crop.SIZE) if is_train and crop.ENABLED else None,
             "pad_value": cfg.MODEL.PIXEL_MEAN,
             "ignore_label": ignore_label,
-            "test_sizes": read_test_sizes(cfg.TEST.SIZES),
-            "native_labels": cfg.TEST.NATIVE_LABELS,
+            "test_sizes": read_test_sizes(cfg.TEST.SIZES) | protocol.sizes_of(registered),
+            "native_labels": protocol.native_labels,
+            "label_maps": protocol.label_maps_of(registered),
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -152,8 +159,11 @@ class SegmentationMapper:
                 image and its label differ in size.
         """
         image = load_image(dataset_dict["file_name"])
+        if "shift" in dataset_dict:
+            shift, file = dataset_dict["shift"], dataset_dict["file_name"]
+            image = Image.fromarray(shift_image(np.asarray(image), shift, file))
         if not self.is_train:
-            return {**dataset_dict, **self._protocol(dataset_dict, image)}
+            return {**dataset_dict, **self._as_scored(dataset_dict, image)}
 
         label = read_label(dataset_dict["sem_seg_file_name"], dataset_dict["label_map"])
         if image.size != label.shape[::-1]:
@@ -196,9 +206,10 @@ class SegmentationMapper:
         size = (right - left, bottom - top)
         return image.resize(size, Image.Resampling.BILINEAR, box=box), label
 
-    def _protocol(self, item: dict[str, Any], image: Image.Image) -> dict[str, Any]:
-        """Returns the image at its test size, and the size at which it is scored."""
-        size = self.test_sizes.get(item.get("dataset_name", ""), item.get("test_size"))
+    def _as_scored(self, item: dict[str, Any], image: Image.Image) -> dict[str, Any]:
+        """Returns the image at its test size, and how its label is read for the score."""
+        name = item.get("dataset_name", "")
+        size = self.test_sizes.get(name, item.get("test_size"))
         halve = item.get("halve_label", False) and not self.native_labels
         parts = 2 if halve else 1
         fitted = image if size is None else fit_into(image, size)
@@ -208,6 +219,7 @@ class SegmentationMapper:
             "halve_label": halve,
             "height": item["height"] // parts,
             "width": item["width"] // parts,
+            **({"label_map": self.label_maps[name]} if name in self.label_maps else {}),
         }
 
     def _pad(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -219,22 +231,6 @@ class SegmentationMapper:
         padded_label = np.full(self.pad_to, self.ignore_label, label.dtype)
         padded_label[:height, :width] = label
         return padded, padded_label
-
-
-def read_test_sizes(entries: Sequence[Any]) -> dict[str, tuple[int, int]]:
-    """Returns TEST.SIZES as (width, height), keyed by the data set's name."""
-    for entry in entries:
-        if not (
-            isinstance(entry, list | tuple)
-            and entry
-            and isinstance(entry[0], str)
-            and is_size(entry[1:])
-        ):
-            raise ValueError(
-                f"TEST.SIZES holds {entry!r}: write each entry as [name of a data set, width, "
-                "height], in whole pixels, as [['cityscapes_val', 1024, 512]]"
-            )
-    return {name: (width, height) for name, width, height in entries}
 
 
 def fit_into(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from fishertune_d2.data import DatasetError, SegmentationMapper
+from fishertune_d2.data.protocols import Protocol
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator, format_table, summarize
 from fishertune_d2.evaluation.label_pictures import find_pictures
 from fishertune_d2.files import whole_file
@@ -194,7 +195,8 @@ def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping
     path = Path(cfg.OUTPUT_DIR) / "results.json"
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    logger.info("Results in percent, also in %s:\n%s", path, format_table(summary))
+    under = f" under the protocol {cfg.TEST.PROTOCOL}" if cfg.TEST.PROTOCOL else ""
+    logger.info("Results in percent%s, also in %s:\n%s", under, path, format_table(summary))
     if cfg.TEST.PICTURES:
         logger.info("Pictures of image, label and prediction: %s", path.parent / "pictures")
     if summary["target_average"] is not None:
@@ -202,7 +204,9 @@ def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping
 
 
 def _protocol(cfg: CfgNode, record: RunRecord | None) -> dict:
-    protocol = {"mode": cfg.TEST.MODE, "class_rule": cfg.TEST.CLASS_RULE}
+    rules = Protocol.from_config(cfg)
+    protocol: dict[str, Any] = {"name": rules.name} if rules.name else {}
+    protocol |= {"mode": cfg.TEST.MODE, "class_rule": rules.class_rule}
     # Without this entry the precision is float32, as in older results.
     if cfg.SOLVER.AMP.ENABLED:
         protocol["precision"] = cfg.SOLVER.AMP.PRECISION

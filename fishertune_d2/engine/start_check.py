@@ -14,6 +14,7 @@ from torch import nn
 from fishertune_d2.config import require_choice
 from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.data import require_ignore_value
+from fishertune_d2.data.protocols import Protocol
 from fishertune_d2.evaluation.evaluator import CLASS_RULES
 from fishertune_d2.fisher import ESTIMATORS, LABELS, count_of_share
 from fishertune_d2.fisher.perturb import EPS_MODES
@@ -53,7 +54,7 @@ def require_possible(cfg: CfgNode, processes: int = 1) -> None:
     """Refuses a config by its values alone, in one error that names everything wrong in it."""
     require_scorable(cfg)
     method = build_tuning_method(cfg)
-    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg, processes)]
+    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg, processes), *_best(cfg)]
     if method.selects and cfg.TUNING.WARMUP_ITERS < cfg.SOLVER.MAX_ITER:
         troubles += _shift(cfg, method)
     if troubles:
@@ -66,6 +67,7 @@ def require_scorable(cfg: CfgNode) -> None:
     values = dict(dotted_items(cfg))
     for key, known in _SCORING_CHOICES.items():
         require_choice(key, values[key], known)
+    Protocol.from_config(cfg)  # refuses keys that contradict TEST.PROTOCOL
 
 
 def require_file(key: str, file: str) -> None:
@@ -146,6 +148,16 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
     points = cfg.FISHER.PERTURB.POINTS
     if not points or not set(points) <= set(range(_POINTS)):
         yield f"FISHER.PERTURB.POINTS is {list(points)}: choose from 0 to {_POINTS - 1}"
+
+
+def _best(cfg: CfgNode) -> Iterator[str]:
+    test, sets = cfg.TEST, cfg.DATASETS.TEST
+    if test.BEST_ON and (test.BEST_ON not in sets or not test.EVAL_PERIOD):
+        yield (
+            f"TEST.BEST_ON is {test.BEST_ON!r}, DATASETS.TEST {tuple(sets)} and TEST.EVAL_PERIOD "
+            f"{test.EVAL_PERIOD}: name a data set of DATASETS.TEST, and a period above 0 in which "
+            "it is scored"
+        )
 
 
 def _sizes(cfg: CfgNode, processes: int) -> Iterator[str]:

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from fishertune_d2.data.dataset_dicts import load_datasets
 from fishertune_d2.data.image_files import DatasetError, read_image, read_label
 from fishertune_d2.data.metadata import dataset_metadata
+from fishertune_d2.data.protocols import Protocol
 from fishertune_d2.evaluation.label_pictures import draw_comparison
 
 _log = logging.getLogger(__name__)
@@ -110,10 +111,10 @@ class DomainGeneralizationEvaluator(DatasetEvaluator):
     def from_config(
         cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None
     ) -> dict[str, Any]:
-        """Reads cfg.TEST.CLASS_RULE and cfg.TEST.PICTURES."""
+        """Reads cfg.TEST.PICTURES and, by `Protocol.from_config`, the class rule."""
         return {
             "dataset_name": dataset_name,
-            "class_rule": cfg.TEST.CLASS_RULE,
+            "class_rule": Protocol.from_config(cfg).class_rule,
             "output_dir": output_dir,
             "num_pictures": cfg.TEST.PICTURES,
         }

@@ -31,14 +31,14 @@ def summarize(
         train_names: Training sets. A test set counts as source if its domain and the domain of a
             training set overlap. A name that is not registered in this process, because only the
             test data are here, is its own domain.
-        protocol: Settings of the scoring (inference mode, window, stride, class rule, ...).
-        mapper: The mapper of the test images, which knows their sizes.
+        protocol: Settings of the scoring (its name, inference mode, window, class rule, ...).
+        mapper: The mapper of the test images, which knows their sizes and label maps.
 
     Returns:
         source and targets: mIoU by data set; target_average: the mean over targets, None without
         targets; per_class: IoU by data set and class; protocol: the given one, with each data set's
-        test size (width, height; None is the file's size) and scored classes, and the data sets
-        whose labels were halved.
+        test size (width, height; None is the file's size), label map and scored classes, and the
+        data sets whose labels were halved.
     """
     train_domains = [dataset_metadata(n).domain if n in DatasetCatalog else n for n in train_names]
     metadata = {name: dataset_metadata(name) for name in results}
@@ -55,6 +55,7 @@ def summarize(
             key.removeprefix("IoU-"): iou for key, iou in scores.items() if key.startswith("IoU-")
         }
     sizes = {name: mapper.test_sizes.get(name, m.test_size) for name, m in metadata.items()}
+    maps = {name: mapper.label_maps.get(name, m.label_map) for name, m in metadata.items()}
     halved = [name for name, m in metadata.items() if m.halve_labels and not mapper.native_labels]
     return {
         "source": source,
@@ -65,6 +66,7 @@ def summarize(
             **protocol,
             "test_size": {name: list(size) if size else None for name, size in sizes.items()},
             "halved_labels": halved,
+            "label_map": maps,
             "classes": {name: list(m.label_space.classes) for name, m in metadata.items()},
         },
     }

@@ -1,5 +1,6 @@
 """FLOPs of scoring an image of each test set."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -8,6 +9,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from fishertune_d2.data.dataset_table import DATASETS
+from fishertune_d2.data.protocols import Protocol, Size
 from fishertune_d2.modeling.segmentor import VFMSegmentor
 from fishertune_d2.modeling.sliding import window_starts
 
@@ -37,10 +39,10 @@ def plan_inference(cfg: CfgNode, model: VFMSegmentor, unknown: tuple[int, int]) 
     Returns:
         One entry for each size.
     """
-    chosen = {name: (height, width) for name, width, height in cfg.TEST.SIZES}
+    chosen = Protocol.from_config(cfg).sizes_of(cfg.DATASETS.TEST)
     by_size: dict[tuple[int, int] | None, list[str]] = {}
     for name in cfg.DATASETS.TEST:
-        by_size.setdefault(chosen.get(name) or _published_size(name), []).append(name)
+        by_size.setdefault(_size(name, chosen), []).append(name)
     model.eval()
     planned = []
     counted: dict[tuple[int, int], Flops] = {}
@@ -58,13 +60,12 @@ def plan_inference(cfg: CfgNode, model: VFMSegmentor, unknown: tuple[int, int]) 
     return planned
 
 
-def _published_size(name: str) -> tuple[int, int] | None:
+def _size(name: str, chosen: Mapping[str, Size | None]) -> tuple[int, int] | None:
     """(height, width) that images of a data set are tested at, or at most; None if not known."""
     data_set = next((each for each in DATASETS if each.name == name), None)
-    if data_set is None:
-        return None
-    sizes = data_set.published.sizes if data_set.published else ()
-    size = data_set.test_size or max(sizes, default=None)
+    size = chosen.get(name, data_set.test_size if data_set else None)
+    if size is None and data_set is not None and data_set.published is not None:
+        size = max(data_set.published.sizes, default=None)
     return (size[1], size[0]) if size else None
 
 

@@ -14,8 +14,8 @@ from detectron2.data import DatasetCatalog
 
 from fishertune_d2.data import DatasetError
 from fishertune_d2.data.labels import CITYSCAPES, LabelSpace, identity_space
-from fishertune_d2.data.mapper import read_test_sizes
 from fishertune_d2.data.metadata import class_colors, dataset_metadata
+from fishertune_d2.data.protocols import Protocol
 from fishertune_d2.run import Run, RunError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ def registered_space(cfg: CfgNode) -> tuple[LabelSpace, Size | None] | None:
                 f"{name} has {len(data.classes)} classes and MODEL.SEM_SEG_HEAD.NUM_CLASSES is "
                 f"{count}: set DATASETS.TEST to a data set with the model's classes"
             )
-        return data.label_space, read_test_sizes(cfg.TEST.SIZES).get(name, data.test_size)
+        chosen = Protocol.from_config(cfg).sizes_of([name])
+        return data.label_space, chosen.get(name, data.test_size)
     return None
 
 
@@ -59,7 +60,8 @@ def recorded_space(
     protocol, path = _protocol(cfg)
     recorded = protocol.get("classes", {})
     name = next((name for name in names if name in recorded), names[0] if names else "")
-    size = read_test_sizes(cfg.TEST.SIZES).get(name, protocol.get("test_size", {}).get(name))
+    chosen = Protocol.from_config(cfg).sizes_of([name])
+    size = chosen.get(name, protocol.get("test_size", {}).get(name))
     classes = trained or recorded.get(name)
     listed = ", ".join(names) or "it names none"
     where = "the checkpoint" if trained else path

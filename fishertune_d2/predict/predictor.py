@@ -132,7 +132,8 @@ class Predictor:
         elif cfg.TEST.WINDOWS_PER_BATCH > 1:
             ways.append("--opts TEST.WINDOWS_PER_BATCH 1")
         for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN][:1]:
-            ways.append(f"--opts TEST.SIZES \"[['{name}', 1024, 512]]\" for smaller images")
+            own = "TEST.PROTOCOL '' " if cfg.TEST.PROTOCOL else ""  # it may set another size
+            ways.append(f"--opts {own}TEST.SIZES \"[['{name}', 1024, 512]]\" for smaller images")
         return f"add {', or '.join(ways)}" if ways else "draw it in parts, or make it smaller"
 
 

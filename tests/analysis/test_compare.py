@@ -51,6 +51,12 @@ def test_a_line_for_each_run(runs):
     assert protocol == "Protocol: seed 1"
 
 
+def test_the_name_of_the_protocol_comes_first(tmp_path):
+    facts = {"name": "tqdm", "mode": "slide", "label_map": {"day": "camvid"}}
+    runs = [_write(tmp_path / name, name, **facts) for name in ("full", "freeze")]
+    assert compare(runs).endswith("\n\nProtocol: tqdm, seed 1, mode slide")
+
+
 def test_perturbed_features_are_named(tmp_path):
     runs = [_write(tmp_path / str(on), "vpt", feature_perturbation=on) for on in (False, True)]
     _, _, plain, perturbed, *_ = compare(runs).splitlines()

@@ -201,6 +201,16 @@ def test_the_page_says_what_the_checkpoint_recorded_of_the_training(tmp_path):
     assert "unknown method on dinov2_vitl" in text and "seed not recorded" in text
 
 
+def test_the_page_names_the_protocol(tmp_path):
+    named = {**RESULTS, "protocol": {**RESULTS["protocol"], "name": "tqdm"}}
+    text = _report(_write_run(tmp_path / "named", named)).text
+    assert "protocol tqdm trained on" in text and "name tqdm" not in text
+    assert "protocol" not in _report(_write_run(tmp_path / "unnamed")).text
+    planned = _write_run(tmp_path / "planned", None, **{"TEST.PROTOCOL": "hrda"})
+    text = _report(planned).text
+    assert "protocol hrda trained on" in text and "class rule union" in text
+
+
 def test_an_interrupted_run(tmp_path):
     folder = _write_run(tmp_path / "run", None)
     (folder / "metrics.json").write_text(_metrics(19, 29) + '{"iteration": 39, "total_')

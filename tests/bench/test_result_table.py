@@ -17,8 +17,8 @@ SETS = ("day", "dusk", "night")
 def cell(tmp_path):
     """Returns a function that makes a finished cell with these scores."""
 
-    def make(name, seed, *scores, vfm="dinov2_vitl", **protocol) -> Cell:
-        folder = tmp_path / vfm / f"{name}_{seed}"
+    def make(entry, seed, *scores, vfm="dinov2_vitl", **protocol) -> Cell:
+        folder = tmp_path / vfm / f"{entry}_{seed}"
         folder.mkdir(parents=True)
         day, dusk, night = scores
         results = {
@@ -36,7 +36,7 @@ def cell(tmp_path):
             "tuned_parameters": 15_209_984,
         }
         (folder / "results.json").write_text(json.dumps(results))
-        return Cell(find_entry(name), vfm, seed, None, folder, "config", (), {})
+        return Cell(find_entry(entry), vfm, seed, None, folder, "config", (), {})
 
     return make
 
@@ -81,6 +81,15 @@ def test_table_of_several_models_with_the_papers_numbers(cell, tmp_path):
 def test_runs_that_were_scored_otherwise_are_not_compared(cell, key, value):
     cells = [cell("full", 1, 1, 2, 3), cell("freeze", 1, 1, 2, 3, **{key: value})]
     with pytest.raises(ValueError, match=f"freeze_1.* and .*full_1.* they differ in {key}"):
+        result_table.read_lines(_finished(cells), SETS)
+
+
+def test_the_table_names_the_protocol_and_refuses_two(cell):
+    cells = [cell(name, 1, 1, 2, 3, name="rein") for name in ("full", "freeze")]
+    text = result_table.format_markdown("T", result_table.read_lines(_finished(cells), SETS), {}, 0)
+    assert " Protocol: rein.\n" in text
+    cells.append(cell("lora", 1, 1, 2, 3, name="tqdm"))
+    with pytest.raises(ValueError, match=r"differ in the protocol's name \(tqdm and rein\)"):
         result_table.read_lines(_finished(cells), SETS)
 
 

@@ -53,7 +53,8 @@ def test_each_key_counts_for_what_depends_on_it(key, predictions, warmup, estima
 
 
 @pytest.mark.parametrize(
-    "key", ["OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "TEST.MODE", "DATASETS.TEST"]
+    "key",
+    ["OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "TEST.MODE", "TEST.PROTOCOL", "DATASETS.TEST"],
 )
 def test_places_and_the_protocol_of_the_test_are_no_part_of_a_run(key):
     assert key not in _record().config

@@ -10,6 +10,8 @@ from torch import nn
 
 from fishertune_d2.engine import Trainer, loaders
 from fishertune_d2.engine.scoring import score_datasets
+from fishertune_d2.engine.trained_model import build_trained
+from fishertune_d2.run import Results, require_same_protocol
 
 
 def _as_if_trained(cfg) -> nn.Module:
@@ -54,6 +56,21 @@ def test_a_model_is_scored_in_the_precision_of_its_training(tiny_cfg, options, s
     assert not torch.is_autocast_enabled(model.device.type)
     results = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
     assert results["protocol"].get("precision") == recorded
+
+
+def test_a_finished_run_is_scored_under_another_protocol(tiny_cfg, finished_run):
+    found = {}
+    for name in ("", "tqdm", "native"):
+        cfg = tiny_cfg(f"under_{name}", TEST__PROTOCOL=name, TEST__PICTURES=0)
+        Trainer.test(cfg, build_trained(cfg, str(finished_run / "model_final.pth")))
+        found[name] = Results.read(Path(cfg.OUTPUT_DIR) / "results.json")
+    assert found["tqdm"].protocol.items() >= {"name": "tqdm", "class_rule": "union"}.items()
+    assert found["native"].protocol.items() >= {"name": "native", "class_rule": "present"}.items()
+    assert "name" not in found[""].protocol and found[""].protocol_name == "native"
+    assert found[""].scores == found["native"].scores
+    require_same_protocol([found[""], found["native"]], vary=())
+    with pytest.raises(ValueError, match=r"the protocol's name \(tqdm and native\)"):
+        require_same_protocol([found["native"], found["tqdm"]], vary=())
 
 
 def test_images_are_pinned_for_a_gpu_alone(tiny_cfg, monkeypatch):

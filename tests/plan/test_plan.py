@@ -139,6 +139,21 @@ def test_test_images_are_those_of_the_data_sets(small_cfg):
     assert whole[0].flops.forward > 50 * whole[1].flops.forward
 
 
+@pytest.mark.parametrize(
+    ("protocol", "sizes"),
+    [
+        ("tqdm", [(1024, 2048), (540, 960), None]),
+        ("hrda", [(1024, 2048), (1080, 1920), None]),
+        ("native", [(1024, 2048), (1080, 1920), None]),
+    ],
+)
+def test_a_protocol_sets_the_sizes_of_test_images(small_cfg, protocol, sizes):
+    names = ("cityscapes_val", "acdc_fog_val", "nobody_has_it")
+    cfg = small_cfg(DATASETS__TEST=names, TEST__PROTOCOL=protocol)
+    planned = plan_inference(cfg, fake_model(cfg), unknown=(48, 64))
+    assert [each.size for each in planned] == sizes
+
+
 def test_the_command_prints_the_plan_and_whether_it_fits(planned, config_file, capsys, monkeypatch):
     plan, printed = planned
     arguments = ["--config-file", config_file, *CHANGES]

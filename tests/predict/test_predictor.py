@@ -172,6 +172,10 @@ def test_too_little_memory_says_what_needs_less(make_run, town, image, monkeypat
     monkeypatch.setattr(predictor.model, "forward", fail)
     with pytest.raises(InputError, match=r"pixels: add --opts TEST.SIZES"):
         predictor(image)
+    predictor = Predictor(_read(make_run("named", TEST__MODE="slide", TEST__PROTOCOL="tqdm")))
+    monkeypatch.setattr(predictor.model, "forward", fail)
+    with pytest.raises(InputError, match=r"pixels: add --opts TEST.PROTOCOL '' TEST.SIZES"):
+        predictor(image)
 
 
 def test_another_error_stays_what_it_is(make_run, town, image, monkeypatch):
