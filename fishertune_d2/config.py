@@ -220,6 +220,9 @@ def _add_input_and_test(cfg: CN) -> None:
     cfg.TEST.SIZES = []
     # Score at the label files' size if a data set's labels are halved (Mapillary, as in Rein).
     cfg.TEST.NATIVE_LABELS = False
+    # The data set of DATASETS.TEST by whose mIoU model_best.pth is kept, such as the source's
+    # validation set; TEST.EVAL_PERIOD says how often it is scored. "" keeps no best checkpoint.
+    cfg.TEST.BEST_ON = ""
     # Number of side-by-side pictures (image, label, prediction) per data set.
     cfg.TEST.PICTURES = 4
 

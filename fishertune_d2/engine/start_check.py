@@ -54,7 +54,7 @@ def require_possible(cfg: CfgNode, processes: int = 1) -> None:
     """Refuses a config by its values alone, in one error that names everything wrong in it."""
     require_scorable(cfg)
     method = build_tuning_method(cfg)
-    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg, processes)]
+    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg, processes), *_best(cfg)]
     if method.selects and cfg.TUNING.WARMUP_ITERS < cfg.SOLVER.MAX_ITER:
         troubles += _shift(cfg, method)
     if troubles:
@@ -148,6 +148,16 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
     points = cfg.FISHER.PERTURB.POINTS
     if not points or not set(points) <= set(range(_POINTS)):
         yield f"FISHER.PERTURB.POINTS is {list(points)}: choose from 0 to {_POINTS - 1}"
+
+
+def _best(cfg: CfgNode) -> Iterator[str]:
+    test, sets = cfg.TEST, cfg.DATASETS.TEST
+    if test.BEST_ON and (test.BEST_ON not in sets or not test.EVAL_PERIOD):
+        yield (
+            f"TEST.BEST_ON is {test.BEST_ON!r}, DATASETS.TEST {tuple(sets)} and TEST.EVAL_PERIOD "
+            f"{test.EVAL_PERIOD}: name a data set of DATASETS.TEST, and a period above 0 in which "
+            "it is scored"
+        )
 
 
 def _sizes(cfg: CfgNode, processes: int) -> Iterator[str]:

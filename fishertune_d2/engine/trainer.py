@@ -31,6 +31,7 @@ from fishertune_d2.fisher import FisherEstimate, estimate_fisher, find_candidate
 from fishertune_d2.tuning import build_tuning_method, require_same_shapes
 from fishertune_d2.unread_keys import warn_of_unread_keys
 
+from .best_checkpoint import BestCheckpoint
 from .checkpoint import WholeCheckpointer
 from .hooks import FisherEstimation, LearningRates, WarmupFreeze
 from .image_losses import SegmentationLoss
@@ -169,6 +170,7 @@ class Trainer(DefaultTrainer):
         # After the checkpointer, so that the checkpoint is there if evaluation fails.
         evaluate = self._preemption.at_once(self._evaluate)
         ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
+        ret.append(BestCheckpoint(self.checkpointer, cfg.TEST.BEST_ON))
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
