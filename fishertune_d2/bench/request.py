@@ -1,7 +1,7 @@
 """The table that a command asks for, with its setting, models, seeds and options."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .tables import PROFILES, RATE, Entry, Profile, Table
@@ -42,6 +42,20 @@ class Request:
     def searches(self) -> bool:
         """Whether learning rates are searched; otherwise they are the config's or given."""
         return bool(self.profile.rates) and self.table.search and RATE not in self.options
+
+    @property
+    def dev(self) -> tuple[str, ...]:
+        """The data sets on which a search chooses."""
+        _, dev = self.profile.held_out.get(self.source, ("", ()))
+        return self.profile.dev or dev
+
+    def of_search(self) -> "Request":
+        """Returns the request of the search's cells: one seed, and no held-out images."""
+        train, _ = self.profile.held_out.get(self.source, ("", ()))
+        if not train:
+            return replace(self, seeds=self.seeds[:1])
+        options = (*self.options, "DATASETS.TRAIN", f"('{train}',)")
+        return replace(self, seeds=self.seeds[:1], options=options, output=self.output / "search")
 
     def place(self, vfm: str) -> Path:
         """Returns the folder of a foundation model's cells."""

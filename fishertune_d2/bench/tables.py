@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from fishertune_d2.data.held_out import DEV_SHIFTS
 from fishertune_d2.tuning import TUNING_REGISTRY
 
 FREEZE = "freeze"  # comes first in a table, so that the others take over its warm-up
@@ -27,7 +28,9 @@ class Profile:
             Empty scores runs on the test sets at once.
         test: Final test sets, keyed by the suffix of their table's name; each table averages its
             own unseen sets. Empty uses those of the table.
-        rates: The values of SOLVER.BACKBONE_MULTIPLIER to search; empty uses those of the configs.
+        rates: The values of SOLVER.BACKBONE_MULTIPLIER to search.
+        held_out: For a profile without ``dev``, by the folder of configs: what a search trains on,
+            and its dev sets. Without a search, such a profile uses the rates of its configs.
     """
 
     config: str
@@ -36,6 +39,12 @@ class Profile:
     dev: tuple[str, ...] = ()
     test: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
+    held_out: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+
+
+def _held_out(source: str) -> tuple[str, tuple[str, ...]]:
+    dev = f"{source}_search_dev"
+    return f"{source}_search_train", (dev, *(f"{dev}_{shift}" for shift in DEV_SHIFTS))
 
 
 _CAMVID_TEST = ("camvid_day_test", "camvid_dusk_test")
@@ -48,7 +57,12 @@ _CAMVID = Profile(
     rates=(0.3, 1.0, 3.0),
 )
 PROFILES: dict[str, Profile] = {
-    "paper": Profile(config="{source}{method}_{vfm}.yaml", base="{source}fishertune_{vfm}.yaml"),
+    "paper": Profile(
+        config="{source}{method}_{vfm}.yaml",
+        base="{source}fishertune_{vfm}.yaml",
+        rates=(0.1, 0.3, 1.0, 3.0),
+        held_out={"": _held_out("gtav"), "cityscapes/": _held_out("cityscapes")},
+    ),
     "camvid": _CAMVID,
     # Learning rates are chosen on CamVid: the final test is the first look at the scenes' shifts.
     "streets": replace(

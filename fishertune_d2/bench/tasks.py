@@ -58,7 +58,7 @@ class Train:
             for entry in filter(needs_rate, request.entries):
                 if entry.rate_of in choices:
                     rates[vfm, entry.rate_of] = [choices[entry.rate_of]["rate"]]
-                else:
+                elif request.profile.dev:  # otherwise the configs give a rate
                     self.open.append((vfm, entry.rate_of))
         return make_cells(request, rates)
 
@@ -179,11 +179,11 @@ class Search(Train):
     """
 
     def __init__(self, request: Request, rates: Sequence[float], again: bool):
-        _require_dev(request)
         if not request.searches:
             raise ValueError(f"{request.name} has no search: its learning rates are given")
         self.rates, self.again = rates, again
         super().__init__(request)
+        self.folder = DEV
 
     def _cells(self) -> list[Cell]:
         request = self.request
@@ -195,8 +195,10 @@ class Search(Train):
                 tried = [float(rate) for rate in before[name]["mIoU"]] if name in before else []
                 rates[vfm, name] = self.rates or tried or request.profile.rates
         frozen = [entry for entry in request.entries if entry.method == FREEZE]  # for its warm-up
-        one_seed = replace(request, seeds=request.seeds[:1])
-        return make_cells(one_seed, rates, [*frozen, *map(find_entry, names)])
+        return make_cells(request.of_search(), rates, [*frozen, *map(find_entry, names)])
+
+    def _shown(self) -> dict[str, Sequence[str]]:
+        return {self.request.name: self.request.dev}
 
     def require_ready(self) -> None:
         """Also refuses entries that were scored on the test sets.
@@ -206,8 +208,10 @@ class Search(Train):
         """
         super().require_ready()
         searched = list(dict.fromkeys(c.entry.name for c in self.cells if c.rate is not None))
+        # Without dev sets of the profile, a run with a chosen rate is scored on test sets at once.
+        scored = f"{TEST}/results.json" if self.request.profile.dev else "results.json"
         for place in map(self.request.place, self.request.vfms):
-            seen = [n for n in searched if any(place.glob(f"{n}@*/{TEST}/results.json"))]
+            seen = [n for n in searched if any(place.glob(f"{n}@rate=*/{scored}"))]
             if seen:
                 raise ValueError(
                     f"{', '.join(seen)} in {place}: the test sets were scored with the chosen "
@@ -220,7 +224,7 @@ class Search(Train):
             place = self.request.place(vfm)
             of_vfm = [cell for cell in self.cells if cell.vfm == vfm and cell.rate is not None]
             if split_place(place) is None:
-                choices = write_choices(place, of_vfm, self.request.profile.dev)
+                choices = write_choices(place, of_vfm, self.request.dev)
                 print(place / "choices.json")
             else:
                 choices = read_choices(place)
@@ -234,7 +238,11 @@ class Test(Train):
     folder = TEST
 
     def __init__(self, request: Request):
-        _require_dev(request)
+        if not request.profile.dev:
+            raise ValueError(
+                f"--test is for a profile with dev sets: the runs of the profile "
+                f"{request.profile_name} are scored on the test sets when they end"
+            )
         super().__init__(request)
 
     def _shown(self) -> dict[str, Sequence[str]]:
@@ -260,11 +268,3 @@ class Test(Train):
 
     def _arguments(self, cell: Cell) -> list[str]:
         return cell.score_arguments(self.sets, cell.folder / self.folder)
-
-
-def _require_dev(request: Request) -> None:
-    if not request.profile.dev:
-        raise ValueError(
-            f"the profile {request.profile_name} has no dev sets to choose on: its runs take the "
-            "learning rates of its configs, and are scored on the test sets when they end"
-        )

@@ -295,7 +295,7 @@ def test_refuses_what_it_does_not_know_before_anything_runs(runs, capsys):
     assert "keys and values in turn" in _refused(
         capsys, runs, "selection", "--methods", "full", "--set", "SEED"
     )
-    assert "no dev sets" in _refused(
+    assert "--test is for a profile with dev sets" in _refused(
         capsys, runs, "table4", "--methods", "full", "--test", profile="paper"
     )
 
