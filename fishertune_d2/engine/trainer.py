@@ -94,14 +94,14 @@ class Trainer(DefaultTrainer):
         self._run = OwnRun(record, cfg.OUTPUT_DIR)
         self._resumes = False
         self._average = build_average(cfg, lambda: self._selected)
-        states = {"run": self._run, "trainer": weakref.proxy(self)}
         self.checkpointer = WholeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             method=self.method,
             average=self._average,
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
-            **states,
+            run=self._run,
+            trainer=weakref.proxy(self),
         )
         self._preemption = Preemption(self._save_and_leave)
         self._estimation = self._build_estimation()
