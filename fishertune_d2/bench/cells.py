@@ -62,6 +62,7 @@ class Cell:
     recipe: Mapping[str, Any]  # the keys that define the training, and their values
     shared: Mapping[Shared, Path] = field(default_factory=dict)
     makes: frozenset[Shared] = frozenset()  # of the shared files; the cell takes the others
+    protocol: str = ""  # TEST.PROTOCOL
 
     @property
     def takes(self) -> dict[Shared, Path]:
@@ -106,12 +107,14 @@ class Cell:
             name: The folder below the cell's own for scores that are made after training.
 
         Returns:
-            The scores of the cell's own folder, or of that below it.
+            The scores of the cell's own folder, or of that below it; not those that name another
+            protocol than the config.
         """
         for folder in (self.folder, self.folder / name):
             with suppress(RunError):  # there are none, or a kill cut the file off
                 results = read_results(folder)
-                if {*sets} <= results.scores.keys():
+                named = results.protocol.get("name", self.protocol)
+                if named == self.protocol and {*sets} <= results.scores.keys():
                     return results
         return None
 
@@ -176,7 +179,8 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
         recipe = keys | {"SEED": seed}
         paths = {what: what.path(place, recipe) for what in shared}
         folder, of_seed = place / f"{name}_{seed}", (*options, "SEED", str(seed))
-        cells.append(Cell(entry, vfm, seed, rate, folder, config, of_seed, recipe, paths))
+        cell = Cell(entry, vfm, seed, rate, folder, config, of_seed, recipe, paths)
+        cells.append(replace(cell, protocol=cfg.TEST.PROTOCOL))
     return cells
 
 

@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +86,25 @@ def test_runs_that_were_scored_otherwise_are_not_compared(cell, key, value):
 
 
 def test_the_table_names_the_protocol_and_refuses_two(cell):
-    cells = [cell(name, 1, 1, 2, 3, name="rein") for name in ("full", "freeze")]
+    cells = [replace(cell(n, 1, 1, 2, 3, name="rein"), protocol="rein") for n in ("full", "freeze")]
     text = result_table.format_markdown("T", result_table.read_lines(_finished(cells), SETS), {}, 0)
     assert " Protocol: rein.\n" in text
-    cells.append(cell("lora", 1, 1, 2, 3, name="tqdm"))
+    cells.append(replace(cell("lora", 1, 1, 2, 3, name="tqdm"), protocol="tqdm"))
     with pytest.raises(ValueError, match=r"differ in the protocol's name \(tqdm and rein\)"):
         result_table.read_lines(_finished(cells), SETS)
+
+
+def test_scores_under_another_protocol_than_the_configs_are_made_again(cell):
+    trained = cell("full", 1, 1, 2, 3, name="rein")
+    assert replace(trained, protocol="rein").results(SETS, "dev")
+    tqdm = replace(trained, protocol="tqdm")
+    assert tqdm.results(SETS, "dev") is None
+    again = json.loads((trained.folder / "results.json").read_text())
+    again["protocol"]["name"] = "tqdm"
+    (trained.folder / "dev").mkdir()
+    (trained.folder / "dev/results.json").write_text(json.dumps(again))
+    assert tqdm.results(SETS, "dev").protocol_name == "tqdm"
+    assert replace(cell("lora", 1, 1, 2, 3), protocol="tqdm").results(SETS, "dev")  # not recorded
 
 
 def test_the_results_of_the_first_selection_runs_are_still_read():
