@@ -13,6 +13,7 @@ from detectron2.utils.logger import setup_logger
 from fishertune_d2.command_line import add_import_option, ending_in_a_sentence, import_files
 
 from .layouts import LAYOUTS, empty_backbone
+from .model_card import ModelCard
 from .tuned_models import delta_of_run, read_tuned
 
 
@@ -59,6 +60,7 @@ def _write_delta(options: argparse.Namespace) -> None:
     )
     path = options.output or _folder(options.source) / "delta.safetensors"
     delta.save(path)
+    ModelCard.loads(delta.notes["card"]).write(path.parent, delta.architecture, "delta", path.name)
     weights = empty_backbone(delta.architecture).vit.state_dict().values()
     print(
         f"{path}: {delta.changed:,} of {sum(w.numel() for w in weights):,} weights differ from the "
@@ -70,6 +72,7 @@ def _write_plain(options: argparse.Namespace) -> None:
     model = read_tuned(options.source, config_file=options.config_file, base=options.base)
     folder = options.output or _folder(options.source) / options.layout
     LAYOUTS[options.layout](model, folder)
+    model.card.write(folder, model.architecture, options.layout)
     for file in sorted(folder.iterdir()):
         print(f"{file}: {_size(file)}")
 

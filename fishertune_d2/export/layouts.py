@@ -18,6 +18,7 @@ from fishertune_d2.modeling import VFMS, VFMBackbone
 from fishertune_d2.modeling.weight_names import to_transformers
 
 from .delta import Architecture, StateDict
+from .model_card import ModelCard
 
 # The prefix of the ViT's tensors in a checkpoint.
 BACKBONE = "backbone.vit."
@@ -34,12 +35,14 @@ class TunedModel:
         vit: the ViT's weights, by timm's names.
         decoder: the rest of the segmentation model, by its names in a checkpoint; may be empty.
         record: the parts of the run's checkpoint that describe the run; empty if it is not known.
+        card: the facts of the run for others.
     """
 
     architecture: Architecture
     vit: StateDict
     decoder: StateDict = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    card: ModelCard = field(default_factory=ModelCard)
 
 
 def empty_backbone(architecture: Architecture) -> VFMBackbone:

@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 
 from fishertune_d2.config import read_config
+from fishertune_d2.engine.best_checkpoint import BEST
 from fishertune_d2.engine.parameter_counts import count_parameters
 from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.engine.trained_model import build_trained
@@ -20,9 +21,11 @@ from fishertune_d2.tuning import build_tuning_method
 
 from .delta import Architecture, Delta, apply_delta
 from .layouts import BACKBONE, TunedModel, empty_backbone
+from .model_card import ModelCard
 
 # The parts of a checkpoint that describe its run; a delta with the decoder keeps them.
 _RECORD = ("run", "iteration")
+_CARD = "card"  # the note of a delta with its model card
 
 
 def delta_of_run(
@@ -68,6 +71,7 @@ def delta_of_run(
         )
     found = Path(backbone.weights)
     # A file's name without its folder, which exists on this machine only.
+    delta.notes[_CARD] = tuned.card.dumps()
     delta.notes["weights"] = found.name if found.is_file() else backbone.weights
     if record:
         iterations = record.iterations or cfg.SOLVER.MAX_ITER
@@ -93,7 +97,8 @@ def read_tuned(
     delta = Delta.load(source)
     vit = tuned_backbone(delta, base).vit.state_dict()
     record = {key: json.loads(delta.notes[key]) for key in _RECORD if key in delta.notes}
-    return TunedModel(delta.architecture, vit, delta.decoder, record)
+    card = ModelCard.loads(delta.notes[_CARD]) if _CARD in delta.notes else ModelCard()
+    return TunedModel(delta.architecture, vit, delta.decoder, record, card)
 
 
 def tuned_backbone(delta: Delta | str | Path, weights: str = "") -> VFMBackbone:
@@ -145,6 +150,11 @@ def _read_run(
     run = Run(source if source.is_dir() else source.parent)
     checkpoint = run.checkpoint if source.is_dir() else source
     config_file = Path(config_file or run.config_file)
+    if checkpoint.name == f"{BEST}.pth" and not checkpoint.is_file():
+        raise FileNotFoundError(
+            f"there is no {checkpoint}: a training keeps the best of its checkpoints if "
+            "TEST.EVAL_PERIOD and TEST.BEST_ON are set; name the run's OUTPUT_DIR for the last"
+        )
     for file, option in ((checkpoint, "another checkpoint"), (config_file, "--config-file")):
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}: name the run's OUTPUT_DIR, or {option}")
@@ -173,6 +183,7 @@ def _read_run(
         vit={n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)},
         decoder={n: t for n, t in state.items() if not n.startswith(BACKBONE)},
         record={} if record is None else _parts(record),
+        card=ModelCard.of_run(run, checkpoint, record),
     )
     return cfg, record, tuned
 
