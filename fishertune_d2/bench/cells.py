@@ -16,6 +16,7 @@ from typing import Any
 from fishertune_d2.analysis.study import TEST, read_results
 from fishertune_d2.config import CONFIGS, get_config_file, read_config
 from fishertune_d2.engine.run_keys import Result, changes, defining_keys
+from fishertune_d2.fisher import ESTIMATORS
 from fishertune_d2.run import Results, Run, RunError
 from fishertune_d2.tuning import build_tuning_method
 
@@ -38,6 +39,9 @@ class Shared:
     def path(self, place: Path, recipe: Mapping[str, Any]) -> Path:
         """Returns the shared path, named by a digest of all that the file depends on."""
         keys = {key: value for key, value in recipe.items() if changes(key, self.result)}
+        estimator = ESTIMATORS.get(keys.get("FISHER.ESTIMATOR", ""))
+        if estimator is not None and estimator.version > 1:
+            keys["version"] = estimator.version  # an older version's estimate is another one
         name = f"{self.name}_{recipe['SEED']}_{digest(keys)}{Path(self.file).suffix}"
         return place / "shared" / name
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.engine.train_loop import TrainerBase
 from torch import nn
 
-from fishertune_d2.fisher import FisherEstimate
+from fishertune_d2.fisher import ESTIMATORS, FisherEstimate
 from fishertune_d2.tuning import TuningMethod
 
 from .checkpoint import WholeCheckpointer
@@ -102,10 +102,18 @@ def load_warmup(
 def check_estimate(file: str, record: RunRecord) -> None:
     """Refuses, before anything trains, a FISHER.ESTIMATE that this run would not have made."""
     require_file("FISHER.ESTIMATE", file)
-    note = FisherEstimate.load_notes(file).get(NOTE)
-    if note is not None:
-        then = RunRecord.of_state(json.loads(note))
+    notes = FisherEstimate.load_notes(file)
+    if NOTE in notes:
+        then = RunRecord.of_state(json.loads(notes[NOTE]))
         _require_shareable(record, then, Result.ESTIMATE, f"FISHER.ESTIMATE {file}")
+    estimator = ESTIMATORS.get(notes.get("estimator", ""))
+    version = int(notes.get("version", 1))
+    if estimator is not None and version != estimator.version:
+        logger.warning(
+            "FISHER.ESTIMATE %s was measured by version %d of the estimator %r, which gives "
+            "another F than today's version %d; leave the key empty to measure again",
+            *(file, version, notes["estimator"], estimator.version),
+        )
 
 
 def _require_shareable(record: RunRecord, then: RunRecord, result: Result, name: str) -> None:

@@ -16,6 +16,7 @@ from .estimators import (
     Diagonal,
     DiagonalLoop,
     Natural,
+    Pathwise,
     Smoothed,
     Variational,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "FisherEstimate",
     "FreeEnergy",
     "Natural",
+    "Pathwise",
     "Selection",
     "Smoothed",
     "SoftmaxLikelihood",

@@ -72,6 +72,8 @@ def estimate_fisher(
     _require_known(candidates, labels, autocast)
     name, on_x = _build_estimator(estimator, candidates)
     notes = {"estimator": name, "labels": labels, "seed": str(seed)}
+    if on_x.version > 1:
+        notes["version"] = str(on_x.version)
     domains: list[tuple[StatisticsPerturbation | None, Estimator]] = [(None, on_x)]
     if perturb is not None:
         notes |= {"strength": str(perturb.strength), "eps_mode": perturb.eps_mode}

@@ -92,9 +92,6 @@ def test_an_estimator_keeps_what_it_says(small_cfg, real_model, real_batch, name
     (estimator,) = made
     dense = 4 * sum(p.numel() for p in {c.parameter for c in candidates})
     kept = held_bytes({key: each for key, each in vars(estimator).items() if key != "candidates"})
-    adam = getattr(estimator, "_optimizer", None)
-    if adam is not None:
-        kept += held_bytes(adam.state) + dense  # the gradients stay until the next step
     cost = estimator.cost
     assert kept == pytest.approx(cost.kept * dense, rel=1e-3)
     assert estimator_bytes(cost, candidates) == (2 * cost.kept + cost.extra) * dense

@@ -18,7 +18,7 @@ from fishertune_d2.plan.rates import EFFICIENCY
 from fishertune_d2.plan.stage_costs import held_memory, step_flops
 from fishertune_d2.tuning import build_tuning_method
 
-CHANGES = ["SOLVER.IMS_PER_BATCH", "3", "FISHER.ESTIMATOR", "variational"]
+CHANGES = ["SOLVER.IMS_PER_BATCH", "3", "FISHER.ESTIMATOR", "pathwise"]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_steps_multiply_images_passes_and_domains(small_cfg, plan):
 
     one, flops = one_image(), {stage.name: stage.flops for stage in plan.stages}
     assert flops["tuning"] == 3 * one["tuning"]
-    # Two images, and the two passes of the variational estimator where the default has one.
+    # Two images, and the two passes of the pathwise estimator where the default has one.
     assert flops["estimation"] == 2 * 2 * one["estimation"]
     # A batch of 3 in parts of 2 and 1.
     parts = one_image(SOLVER__IMS_PER_BATCH=3, SOLVER__ACCUMULATE=2)

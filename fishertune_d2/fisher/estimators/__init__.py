@@ -5,6 +5,7 @@ from .closed_form import ClosedForm
 from .diagonal import Diagonal, DiagonalLoop
 from .estimator import Estimator
 from .natural import Natural
+from .pathwise import Pathwise
 from .smoothed import Smoothed
 from .variational import Variational
 
@@ -14,6 +15,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "smoothed": Smoothed,
     "closed_form": ClosedForm,
     "variational": Variational,
+    "pathwise": Pathwise,
     "natural": Natural,
     "batch_mean": BatchMean,
 }

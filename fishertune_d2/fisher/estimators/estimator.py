@@ -43,12 +43,14 @@ class Estimator(ABC):
 
     Attributes:
         cost: its memory and passes.
+        version: grows when the same batches begin to give another F.
         device: the device of the parameters.
         parameters: the parameters that hold candidates, by name.
         rows: the candidate rows of each parameter.
     """
 
     cost = Cost()
+    version = 1
 
     def __init__(self, candidates: Sequence[Candidate]):
         self.candidates = candidates

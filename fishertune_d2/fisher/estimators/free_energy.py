@@ -19,6 +19,8 @@ from ..processes import sum_over_processes
 from ..score import fisher_from_precision, posterior_precision
 from .estimator import Estimator
 
+_PRIOR_SHARE = 0.01  # gamma * tau^-2 by the mean F
+
 
 class FreeEnergy:
     """gamma and tau of Eq. 11; the first batch sets a constant that is not given.
@@ -59,6 +61,11 @@ class FreeEnergy:
         return _known(self._tau)
 
     @property
+    def known(self) -> bool:
+        """Whether gamma and tau were given or derived."""
+        return self._gamma is not None and self._tau is not None
+
+    @property
     def prior_precision(self) -> float:
         """tau^-2."""
         return self.tau**-2
@@ -70,17 +77,36 @@ class FreeEnergy:
         losses: Tensor,
     ) -> None:
         """Derives the constants that are not known yet from the first batch's losses, (B,)."""
-        if self._tau is not None and self._gamma is not None:
+        if self.known:
             return
-        parts = [parameters[name].detach()[part] for name in parameters for part in rows[name]]
-        count = sum(part.numel() for part in parts)
-        if self._tau is None:
-            self._tau = (sum(part.double().square().sum().item() for part in parts) / count) ** 0.5
+        count = self._derive_tau(parameters, rows)
         if self._gamma is None:
             total = torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
             sum_over_processes([total])
             loss, images = total.tolist()
             self._gamma = 2 * self.loss_share * abs(loss) / images / count
+
+    def calibrate_to_fisher(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rows: Mapping[str, Sequence[slice]],
+        total: float,
+    ) -> None:
+        """Derives the constants that are not known yet from the sum of F over all weights."""
+        count = self._derive_tau(parameters, rows)
+        if self._gamma is None:
+            mean = max(total / count, torch.finfo(torch.float32).tiny)
+            self._gamma = _PRIOR_SHARE * mean * self.tau**2
+
+    def _derive_tau(
+        self, parameters: Mapping[str, nn.Parameter], rows: Mapping[str, Sequence[slice]]
+    ) -> int:
+        """Derives tau if it is not known yet; returns the number of candidate weights."""
+        parts = [parameters[name].detach()[part] for name in parameters for part in rows[name]]
+        count = sum(part.numel() for part in parts)
+        if self._tau is None:
+            self._tau = (sum(part.double().square().sum().item() for part in parts) / count) ** 0.5
+        return count
 
     def precision(self, f: Tensor) -> Tensor:
         """Lambda of F, the minimiser."""

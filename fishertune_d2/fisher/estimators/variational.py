@@ -1,11 +1,21 @@
-"""Lambda by stochastic gradients on the free energy (Eq. 10 to 14), weights frozen.
+"""Lambda by stochastic natural-gradient steps on the free energy (Eq. 10 to 14), weights frozen.
 
-The local reparametrisation trick draws the noise (Kingma et al. 2015; Task2Vec uses it for the same
+**Gradient.** For a Gaussian q, the gradient of E_q[loss] with respect to Lambda^-1 is half of
+E_q[curvature] (Price's theorem), and Eq. 12 writes F for the curvature. So each batch gives
+F(theta) at a theta drawn from q, from squares of per-image gradients, as in VOGN (Khan et al.
+2018). :mod:`.pathwise` differentiates the reparametrised draw itself, without Eq. 12.
+
+**Step size.** The natural-gradient step is Lambda <- Lambda + rho * (F(theta) / gamma + tau^-2 -
+Lambda), and Newton's step on Lambda^-1 is the same for rho = 1. With rho = 1 / k at batch k, all
+batches weigh the same, so that the noise of Lambda falls as 1 / k, as fast as that of a mean. No
+rate has to be chosen, and Eq. 14 of Lambda is the mean of F(theta).
+
+**Start.** The first batches meet unperturbed weights, so Lambda starts from their closed form. A
+start from one batch would perturb those weights too much whose F happened to be small in it.
+
+The local reparametrisation trick draws theta (Kingma et al. 2015; Task2Vec uses it for the same
 purpose): instead of weights from N(theta_hat, Lambda^-1), it draws the outputs of each linear
-layer, whose variance is x^2 Lambda^-1. The noise is then independent for each token, where one draw
-of the weights would be shared by the whole image. So the variance of the gradient is far smaller,
-and the limit of Lambda ignores how an image's tokens act together. With one token for each image
-both are equal.
+layer, whose variance is x^2 Lambda^-1, independently for each token.
 
 Shapes: x (B, ..., in), y (B, ..., out), weight (out, in).
 """
@@ -20,19 +30,16 @@ from torch.nn import functional as F
 from ..batch_losses import BatchLosses
 from ..candidates import Candidate
 from ..processes import sum_over_processes
-from .diagonal import require_all_caught
-from .estimator import Cost
+from .diagonal import add_squares
+from .estimator import Cost, mean_over_images, zeros_like_parameters
 from .free_energy import FreeEnergy, PrecisionEstimator
-from .linear_calls import LinearCall, LinearCalls
+from .linear_calls import LinearCall
 
 RESOLUTIONS = ("weight", "row")
 _MIN_VARIANCE = 1e-30  # the square root has no gradient at 0
-# Far from the optimum the gradient shrinks with every step. Adam's usual 0.999 would remember its
-# first size for longer than an estimate lasts, and Lambda would hardly move.
-_BETAS = (0.9, 0.9)
 
 
-def _noisy_linear(
+def noisy_linear(
     variance: Mapping[str, Tensor], sign: float, generator: torch.Generator, call: LinearCall
 ) -> Tensor:
     """Draws a layer's outputs with the variance that follows from its weights' variances."""
@@ -47,120 +54,100 @@ def _noisy_linear(
 
 
 class Variational(PrecisionEstimator):
-    """Learns log Lambda with Adam: one step for each batch, two passes for each step.
+    """Learns Lambda with one natural-gradient step of size 1 / k at batch k.
 
-    Starts from deviations of 0.22 tau (Task2Vec's variance: 5 % of the weights'). Processes make
-    each step together. Memory: four numbers per weight, or per output row.
+    Each process draws from the Lambda of its own batches, and only the last one is that of all. So
+    processes exchange F once, at the end. Memory: the sums, and the variances during a pass.
 
     Args:
         candidates: the weights to measure.
-        free_energy: gamma and tau; by default derived from the first batch.
+        free_energy: gamma and tau. By default tau is the root mean square of the weights, and gamma
+            follows from the start: gamma * tau^-2 is a hundredth of the mean F, as in the score
+            ``balanced``. So the prior decides only on weights of a far smaller F, and the draws
+            hardly change the loss.
         resolution: one number for each ``"weight"``, or for each output ``"row"`` of a matrix.
-        lr: Adam's step on log Lambda, at the first batch.
-        decay: the step at batch k is ``lr / (1 + decay * k)``, so that the noise of single batches
-            averages out.
+        start: the number of first batches, in each process, whose closed form is the start.
 
     Raises:
-        ValueError: if ``resolution`` is unknown.
+        ValueError: if ``resolution`` is unknown, or ``start`` is below 1.
     """
 
-    # Kept: the logarithm, its gradient and Adam's two moments. In a pass: the summed gradient, the
-    # variance, and the variance with 0 outside the candidates. By row it is less.
-    cost = Cost(kept=4, extra=3, passes=2)
+    cost = Cost(extra=1)  # the variances
+    version = 2  # before, Adam learned log Lambda from a constant start
 
     def __init__(
         self,
         candidates: Sequence[Candidate],
         free_energy: FreeEnergy | None = None,
         resolution: str = "weight",
-        lr: float = 0.3,
-        decay: float = 0.05,
+        start: int = 10,
     ):
         if resolution not in RESOLUTIONS:
             raise ValueError(f"unknown resolution {resolution!r}: choose from {RESOLUTIONS}")
+        if start < 1:
+            raise ValueError(f"start must be at least 1 batch: got {start}")
         super().__init__(candidates, free_energy)
         self.resolution = resolution
-        self.lr, self.decay = lr, decay
+        self.start = start
 
     def reset(self) -> None:
-        """Forgets Lambda and Adam's moments."""
-        self.steps = 0
-        self._log_precision: dict[str, Tensor] = {}
-        self._optimizer: torch.optim.Optimizer | None = None
+        """Forgets all batches."""
+        self.steps = self.images = 0
+        self.sums = zeros_like_parameters(self.parameters)
 
     def update(self, losses: BatchLosses) -> None:
-        """Makes one step.
-
-        Raises:
-            FloatingPointError: if the gradient of Lambda is not finite, with the parameter's name.
-        """
-        optimizer = self._optimizer = self._optimizer or self._start(losses)
-        names, learned = zip(*self._log_precision.items(), strict=True)
-        gradients = [torch.zeros_like(each) for each in learned]
-        # Antithetic pairs: the loss's slope along the noise is far larger than its curvature, but
-        # has the opposite sign in the second pass and cancels.
-        for sign in (1.0, -1.0):
-            generator = torch.Generator(self.device).manual_seed(losses.seed)
-            with torch.enable_grad():
-                variance = {name: self._variance(name) for name in self.parameters}
-                run = partial(_noisy_linear, variance, sign, generator)
-                with LinearCalls(self.parameters, run) as calls:
-                    values = losses.together()
-            require_all_caught(values, self.parameters, calls.seen)
-            parts = torch.autograd.grad(
-                0.5 * values.sum(), learned, allow_unused=True, materialize_grads=True
-            )
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient += part
-        images = torch.tensor(float(losses.size), device=self.device)
-        sum_over_processes([images, *gradients])
-        prior = self.free_energy.prior_precision
-        for name, gradient in zip(names, gradients, strict=True):
-            log_precision = self._log_precision[name]
-            # Eq. 11 and 13: d KL / d log Lambda = (1 - tau^-2 / Lambda) / 2, for each weight.
-            kl = 0.5 * (1.0 - prior * torch.exp(-log_precision.detach()))
-            weights = self.parameters[name].numel() / log_precision.numel()
-            log_precision.grad = gradient / images + self.free_energy.gamma * weights * kl
-            if not log_precision.grad.isfinite().all():
-                raise FloatingPointError(
-                    f"the gradient of Lambda of {name} is not finite on {losses.place(0)}"
-                )
+        """Makes one step; raises the errors of :class:`Diagonal`."""
+        if self.steps < self.start:
+            add_squares(self, self.sums, losses)
+        else:
+            self._calibrate()
+            self._add_curvature(losses)
         self.steps += 1
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr / (1 + self.decay * (self.steps - 1))
-        optimizer.step()
+        self.images += losses.size
 
-    def _start(self, losses: BatchLosses) -> torch.optim.Optimizer:
-        with torch.no_grad():
-            self.free_energy.calibrate(self.parameters, self.rows, losses.together())
-        start = torch.tensor(20.0 * self.free_energy.prior_precision).log().item()
-        for name, parameter in self.parameters.items():
-            rows_only = self.resolution == "row" and parameter.dim() == 2
-            shape = (len(parameter), 1) if rows_only else parameter.shape
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            self._log_precision[name] = torch.full(
-                shape, start, dtype=dtype, device=parameter.device, requires_grad=True
-            )
-        return torch.optim.Adam(self._log_precision.values(), lr=self.lr, betas=_BETAS)
+    def _add_curvature(self, losses: BatchLosses) -> None:
+        """Adds each image's curvature at drawn weights to the sums."""
+        add_squares(self, self.sums, losses, self._drawing(self._variances(), 1.0, losses))
 
-    def _variance(self, name: str) -> Tensor:
-        """Lambda^-1 in the parameter's shape; 0 outside the candidate rows."""
-        parameter = self.parameters[name]
-        variance = torch.exp(-self._log_precision[name]).expand(parameter.shape)
-        kept = torch.zeros(len(parameter), dtype=variance.dtype, device=variance.device)
-        for rows in self.rows[name]:
-            kept[rows] = 1.0
-        return variance * kept.view(-1, *[1] * (parameter.dim() - 1))
+    def _drawing(
+        self, variances: Mapping[str, Tensor], sign: float, losses: BatchLosses
+    ) -> partial[Tensor]:
+        # The seed of the batch: both signs, and x and x', see the same noise.
+        generator = torch.Generator(self.device).manual_seed(losses.seed)
+        return partial(noisy_linear, variances, sign, generator)
+
+    def _variances(self) -> dict[str, Tensor]:
+        """Lambda^-1 so far, in the parameters' shapes; 0 outside the candidate rows."""
+        variances = zeros_like_parameters(self.parameters)
+        for name, total in self.sums.items():
+            f = self._resolved(total / self.images)
+            for rows in self.rows[name]:
+                variances[name][rows] = self.free_energy.precision(f[rows]).reciprocal()
+        return variances
+
+    def _resolved(self, f: Tensor) -> Tensor:
+        """F, or the mean of its rows, at least 0 (so that Lambda is at least tau^-2)."""
+        if self.resolution == "row" and f.dim() == 2:
+            f = f.mean(1, keepdim=True).expand(f.shape)
+        return f.clamp_min(0.0)
+
+    def _calibrate(self) -> None:
+        """Derives unknown constants from the batches so far; every process must call it."""
+        if self.free_energy.known:
+            return
+        total = torch.stack([value.sum(dtype=torch.float64) for value in self.sums.values()]).sum()
+        sums = torch.stack([total, total.new_tensor(float(self.images))])
+        sum_over_processes([sums])
+        f, images = sums.tolist()
+        self.free_energy.calibrate_to_fisher(self.parameters, self.rows, f / images)
 
     def precision(self) -> dict[str, Tensor]:
-        """Lambda by parameter name; tau^-2 where there is no candidate."""
-        precision = {}
-        for name, log_precision in self._log_precision.items():
-            full = torch.full_like(
-                self.parameters[name], self.free_energy.prior_precision, dtype=log_precision.dtype
-            )
-            learned = log_precision.detach().exp().expand(full.shape)
-            for rows in self.rows[name]:
-                full[rows] = learned[rows]
-            precision[name] = full
-        return precision
+        """Lambda by parameter name; sums over processes, so every process must call it."""
+        self._calibrate()
+        return {name: self.free_energy.precision(value) for name, value in self.fisher().items()}
+
+    def fisher(self) -> dict[str, Tensor]:
+        """F by parameter name; sums over processes, so every process must call it."""
+        # Eq. 14 solved for F; by way of Lambda, float32 would lose an F far below gamma * tau^-2.
+        f = mean_over_images(self.sums, self.images)
+        return {name: self._resolved(value) for name, value in f.items()}

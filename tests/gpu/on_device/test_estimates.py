@@ -13,7 +13,7 @@ from fishertune_d2.fisher import (
     find_candidates,
 )
 
-DRAW = ("natural", "variational")  # from the device's own generator
+DRAW = ("natural", "pathwise", "variational")  # from the device's own generator
 
 
 @pytest.fixture(autouse=True)
