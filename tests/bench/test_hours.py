@@ -46,6 +46,12 @@ def test_a_dry_run_sums_up_the_hours_of_cells_that_are_not_done(runs, capsys, mo
     assert ["all", "4", f"{2 * (both + tuned) / 3600:.2f}"] in lines
     assert planned == [("freeze", False, sets), ("random", True, sets)]  # one for both seeds
 
+    assert runs(*table, *asked, "--test") == 0  # scoring alone
+    tested = PROFILES["camvid"].test["test"]
+    scoring = 4 * 0.5 * sum(d.published.pairs for d in DATASETS if d.name in tested) / 0.1
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["all", "4", f"{scoring / 3600:.2f}"] in lines
+
     assert runs(*table[:-1]) == 0  # the first seed
     capsys.readouterr()
     assert runs(*table, *asked) == 0

@@ -58,9 +58,14 @@ class _Weigh(HookBase):
         self.selection = max(self.selection, sum(each.nbytes for each in tensors))
 
 
-@pytest.mark.parametrize(("method", "keep"), [("fishertune", 0), ("full", 2)])
-def test_a_run_holds_and_writes_what_was_planned(tiny_cfg, method, keep, monkeypatch):
-    cfg = tiny_cfg(TUNING__METHOD=method, SOLVER__KEEP_CHECKPOINTS=keep, TEST__EVAL_PERIOD=3)
+@pytest.mark.parametrize(
+    ("method", "keep", "period", "expected"), [("fishertune", 2, 3, 3), ("full", 0, 7, 1)]
+)
+def test_a_run_holds_and_writes_what_was_planned(
+    tiny_cfg, method, keep, period, expected, monkeypatch
+):
+    own = {"SOLVER__KEEP_CHECKPOINTS": keep, "TEST__EVAL_PERIOD": period}
+    cfg = tiny_cfg(TUNING__METHOD=method, **own)
     evaluations = []
     monkeypatch.setattr(Trainer, "test", lambda *_: evaluations.append(1) or {})
     plan = make_plan(cfg)
@@ -75,7 +80,7 @@ def test_a_run_holds_and_writes_what_was_planned(tiny_cfg, method, keep, monkeyp
     assert planned.weights + planned.selection == weighed.model + weighed.selection
     assert (planned.selection > 0) == (method == "fishertune")
 
-    assert plan.evaluations == len(evaluations) == 3
+    assert plan.evaluations == len(evaluations) == expected
     files = {"model_final.pth", "model_warmup.pth", PERIODIC}
     if method == "fishertune":
         files |= {"fisher.safetensors", "selection.safetensors"}
