@@ -6,10 +6,12 @@
     python benchmarks/fisher.py shift             # 5 minutes
     python benchmarks/fisher.py cost              # 5 minutes
     python benchmarks/fisher.py ranking           # 1 minute
+    python benchmarks/fisher.py steps             # 10 minutes
     python benchmarks/fisher_tables.py            # the tables of docs/results/fisher.md
 
-Each step writes a JSON file to outputs/fisher. ``convergence`` keeps its measurements, so you can
-stop it and start it again. All steps but ``ranking`` need CamVid in $DETECTRON2_DATASETS.
+Each step writes a JSON file to outputs/fisher. ``convergence`` and ``steps`` keep what they have
+measured, so you can stop them and start them again. ``convergence``, ``shift`` and ``cost`` need
+CamVid in $DETECTRON2_DATASETS; ``steps`` needs the model that docs/results/fisher.md names.
 """
 
 import argparse
@@ -65,28 +67,36 @@ CURVES: dict[str, tuple[Callable, int]] = {
     "closed_form": (ESTIMATORS["closed_form"], HALF),
     "natural": (ESTIMATORS["natural"], HALF),
     "variational": (ESTIMATORS["variational"], HALF),
+    "pathwise": (ESTIMATORS["pathwise"], HALF),
     "variational, per row": (partial(Variational, resolution="row"), HALF),
 }
 
 
+# The default T2, 500 batches of two images, on a model so small that this takes minutes.
+STEPS_IMAGES = 1000
+STEPS_MARKS = (20, 100, 200, 500, STEPS_IMAGES)
+STEPS_ESTIMATORS = ("diagonal", "variational", "pathwise")
+
+
 class Setting:
-    """Holds the model after warm-up, its loss, and streams of batches of CamVid by day.
+    """Holds a model, its loss, and streams of batches of the training images.
 
     Args:
-        warmup: the checkpoint at the end of a warm-up by configs/camvid/freeze.yaml.
+        config: the config, below configs/.
+        options: keys and values in turn, which name the model's weights.
         output: where the trainer may write.
     """
 
-    def __init__(self, warmup: Path, output: Path):
+    def __init__(self, config: str, options: Sequence, output: Path):
+
         from fishertune_d2.config import default_config
         from fishertune_d2.engine import Trainer
         from fishertune_d2.engine.image_losses import SegmentationLoss
 
         cfg = default_config()
-        cfg.merge_from_file(str(ROOT / "configs/camvid/fishertune.yaml"))
-        cfg.merge_from_list(["TUNING.WARMUP_CHECKPOINT", str(warmup), "OUTPUT_DIR", str(output)])
+        cfg.merge_from_file(str(ROOT / "configs" / config))
         # "full", because the peak of a full training step is measured too.
-        cfg.merge_from_list(["FISHER.IMS_PER_BATCH", BATCH, "TUNING.METHOD", "full"])
+        cfg.merge_from_list([*options, "OUTPUT_DIR", str(output), "TUNING.METHOD", "full"])
         self.cfg, self.trainer = cfg, Trainer(cfg)
         self.trainer.resume_or_load(resume=False)
         self.trainer.start_stage("tuning")
@@ -100,8 +110,9 @@ class Setting:
         """Returns ``images`` random crops of an infinite stream, after the first ``skip`` crops."""
         stream = self.trainer._estimation_batches
         self.cfg.defrost()
-        self.cfg.FISHER.BATCHES = (skip + images) // BATCH
-        return islice(stream(), skip // BATCH, None)
+        batch = self.cfg.FISHER.IMS_PER_BATCH
+        self.cfg.FISHER.BATCHES = (skip + images) // batch
+        return islice(stream(), skip // batch, None)
 
     def estimate(self, batches, estimator, strength: float = 1.0) -> FisherEstimate:
         """Estimates F(x) and F(x')."""
@@ -190,20 +201,45 @@ def convergence(setting: Setting, output: Path) -> None:
         if name in done:
             continue
         stream = setting.batches(images, skip=REFERENCE_IMAGES)
-        curve: dict[str, list] = {"images": [], "seconds": []}
-        for seen, seconds, estimate in watched(setting, make, stream, MARKS):
-            curve["images"].append(seen)
-            curve["seconds"].append(seconds)
-            for key, value in agreement(setting, reference, estimate).items():
-                curve.setdefault(key, []).append(value)
-            if seen == HALF:
-                first = estimate
+        seen = watched(setting, make, stream, MARKS)
+        curve = agreement_curve(setting, reference, seen)
+        first = next(estimate for count, _, estimate in seen if count == HALF)
         stream = setting.batches(HALF, skip=REFERENCE_IMAGES + images)
         ((_, _, second),) = watched(setting, make, stream, [HALF])
         result["curves"].append({"estimator": name, **curve})
         result["halves"][name] = {**agreement(setting, first, second), "images": HALF}
         path.write_text(json.dumps(result, indent=1))
         print(name, result["halves"][name], flush=True)
+
+
+def agreement_curve(setting: Setting, reference: FisherEstimate, seen: list) -> dict[str, list]:
+    """Compares the estimates of :func:`watched` with the reference."""
+    curve: dict[str, list] = {"images": [], "seconds": []}
+    for images, seconds, estimate in seen:
+        curve["images"].append(images)
+        curve["seconds"].append(seconds)
+        for key, value in agreement(setting, reference, estimate).items():
+            curve.setdefault(key, []).append(value)
+    return curve
+
+
+def steps(setting: Setting, output: Path) -> None:
+    """Compares 500 steps of the variational estimators with squares over as many other batches."""
+    path, reference_file = output / "steps.json", output / "steps_reference.safetensors"
+    result = json.loads(path.read_text()) if path.is_file() else {"curves": []}
+    if not reference_file.is_file():
+        setting.estimate(setting.batches(STEPS_IMAGES), "diagonal").save(reference_file)
+    reference = FisherEstimate.load(reference_file)
+    done = {curve["estimator"] for curve in result["curves"]}
+    for name in STEPS_ESTIMATORS:
+        if name in done:
+            continue
+        stream = setting.batches(STEPS_IMAGES, skip=STEPS_IMAGES)
+        seen = watched(setting, ESTIMATORS[name], stream, STEPS_MARKS)
+        curve = agreement_curve(setting, reference, seen)
+        result["curves"].append({"estimator": name, **curve})
+        path.write_text(json.dumps(result, indent=1))
+        print(name, {key: values[-1] for key, values in curve.items()}, flush=True)
 
 
 def shift(setting: Setting, output: Path) -> None:
@@ -268,6 +304,7 @@ def cost(setting: Setting, output: Path, warmup: Path) -> None:
         "closed_form": estimator("closed_form"),
         "natural": estimator("natural"),
         "variational": estimator("variational"),
+        "pathwise": estimator("pathwise"),
         "diagonal, bfloat16": estimator("diagonal", autocast=torch.bfloat16),
         "diagonal, sampled labels": estimator("diagonal", labels="sampled"),
     }
@@ -369,7 +406,7 @@ def ranking(output: Path) -> None:
     print(result)
 
 
-STEPS = ("convergence", "shift", "cost", "ranking")
+STEPS = ("convergence", "steps", "shift", "cost", "ranking")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -378,13 +415,24 @@ if __name__ == "__main__":
     parser.add_argument(
         "--warmup", type=Path, default=ROOT / "outputs/camvid/freeze/model_warmup.pth"
     )
+    parser.add_argument(
+        "--small",
+        type=Path,
+        default=ROOT / "outputs/fisher/small/model_final.pth",
+        help="the model that the step 'steps' measures",
+    )
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.step == "ranking":
         ranking(args.output)
+    elif args.step == "steps":
+        options = ["MODEL.WEIGHTS", str(args.small.resolve()), "TUNING.WARMUP_ITERS", 0]
+        steps(Setting("quick_schedules/full.yaml", options, args.output), args.output)
     else:
-        setting = Setting(args.warmup.resolve(), args.output)
+        options = ["TUNING.WARMUP_CHECKPOINT", str(args.warmup.resolve())]
+        options += ["FISHER.IMS_PER_BATCH", BATCH]
+        setting = Setting("camvid/fishertune.yaml", options, args.output)
         if args.step == "cost":
             cost(setting, args.output, args.warmup.resolve())
         elif args.step == "peak":

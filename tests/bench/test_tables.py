@@ -12,7 +12,7 @@ from fishertune_d2.bench.request import Request
 from fishertune_d2.bench.tables import FREEZE, PROFILES, TABLES, find_entry
 from fishertune_d2.config import read_config
 from fishertune_d2.engine.parameter_counts import build_empty
-from fishertune_d2.fisher import count_of_share, find_candidates
+from fishertune_d2.fisher import ESTIMATORS, count_of_share, find_candidates
 from fishertune_d2.tuning import TUNING_REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +69,16 @@ def test_which_entries_share_an_estimate(tmp_path):
     assert of[FREEZE] is of["full"] is of["random_q"] is None
     assert len({cell.shared[WARMUP] for cell in cells.values()}) == 1
     assert cells[FREEZE].makes == {WARMUP} and cells["fishertune"].makes == {ESTIMATE}
+
+
+def test_an_estimate_of_another_version_of_its_estimator_is_another_file(tmp_path, monkeypatch):
+    def paths():
+        cells = {cell.entry.name: cell for cell in _plan(tmp_path)}
+        return [cells[name].shared[ESTIMATE] for name in ("fishertune", "variational")]
+
+    plain, variational = paths()
+    monkeypatch.setattr(ESTIMATORS["variational"], "version", 3)
+    assert paths()[0] == plain and paths()[1] != variational
 
 
 @pytest.mark.parametrize("profile", ["camvid", "paper"])

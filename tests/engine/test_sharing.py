@@ -127,3 +127,22 @@ def test_a_shared_warm_up_and_estimate_give_the_same_end(tiny_cfg, run):
     }
     out = _train(tiny_cfg("shared", DATASETS__TEST=(), **files))
     assert same_end(run, out)
+
+
+def test_an_estimate_of_another_version_of_its_estimator_is_used_with_a_warning(
+    tiny_cfg, run, caplog
+):
+    file = run / "fisher.safetensors"
+    estimate = FisherEstimate.load(file)
+    estimate.notes["estimator"] = "variational"  # and no version, as in the first one's files
+    estimate.save(file)
+    cfg = tiny_cfg("other", FISHER__ESTIMATE=str(file))
+    with caplog.at_level(logging.WARNING):
+        Trainer(cfg).resume_or_load(resume=False)
+    assert "by version 1 of the estimator 'variational', which gives another F" in caplog.text
+    caplog.clear()
+    estimate.notes["version"] = "2"
+    estimate.save(file)
+    with caplog.at_level(logging.WARNING):
+        Trainer(cfg).resume_or_load(resume=False)
+    assert "version" not in caplog.text
