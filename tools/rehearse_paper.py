@@ -65,7 +65,7 @@ SMALL = {
 # The training is killed after this iteration, the first of the tuning stage.
 KILLED_AFTER = SMALL["TUNING.WARMUP_ITERS"]
 # Seconds after which a command counts as stuck.
-PATIENCE = 400
+PATIENCE = 900
 
 
 class StepFailed(Exception):
@@ -263,6 +263,8 @@ def evaluate(rehearsal: Rehearsal) -> None:
             *("TEST.PROTOCOL", protocol, "OUTPUT_DIR", output),
         )
         require(scores(output).keys() == {*TEST}, f"{protocol} scored other test sets")
+        named = json.loads((output / "results.json").read_text())["protocol"]["name"]
+        require(named == protocol, f"the results of {protocol} name the protocol {named!r}")
     require(
         scores(rehearsal.folder / "rein") == scores(rehearsal.run),
         "the protocol rein, the default, scores other than the training did",
