@@ -195,13 +195,13 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
 
     Args:
         command: A command of a block.
-        tiny: Keys and values that make a training short.
+        tiny: Keys and values that make a training or a plan short.
 
     Raises:
         ValueError: If the command takes long and its comment does not say so.
     """
     words = list(command.words)
-    if command.pattern or words[0] in NOT_HERE:
+    if command.pattern or words[0] in (*NOT_HERE, "sbatch"):
         return None
     if "fishertune_d2.bench" in words:
         told = "needs " in command.said or _tells_time(command)
@@ -213,7 +213,7 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
         return None
     if words[0] == "make":
         return ["make", "-n", *words[1:]]
-    if words[0] == "torchrun":  # several processes are tests/test_train_net.py's
+    if words[0] == "torchrun":  # for several see tests/test_several_processes.py
         parsed = _read(get_args_parser(), words[1:])
         words = ["python", parsed.training_script, *parsed.training_script_args]
     program, *arguments = words[2:] if words[1] == "-m" else words[1:]
@@ -225,7 +225,7 @@ def shortened(command: Command, tiny: Sequence[str]) -> list[str] | None:
                 raise ValueError(f"{program}: say in a comment how many minutes it takes")
             return None
     if program == "fishertune_d2.plan":
-        return [program, *arguments, "MODEL.VFM.NAME", "tiny"]
+        return [program, *arguments, *tiny]
     if program == "fishertune_d2.export" and arguments[1].endswith(".safetensors"):
         return [program, *arguments, "--base", "public.safetensors"]  # not from the network
     if program.startswith("train_") or program == "fishertune_d2.train":
@@ -310,17 +310,18 @@ for method in full freeze; do
 done
 python -m fishertune_d2.plan --config-file FILE [--memory-gb N]
 python train_net.py --config-file configs/full_dinov2.yaml
+sbatch --array 42-44 tools/bench.sbatch table1 --profile paper
 
 # needs CamVid
 python train_net.py --config-file configs/camvid/full.yaml    # minutes
 
 python benchmarks/scaling.py"""
     *found, last = commands_of_block(body, str)
-    assert [command.where for command in found] == ["1", "3", "3", "6", "7", "10"]
+    assert [command.where for command in found] == ["1", "3", "3", "6", "7", "8", "11"]
     shown, full, freeze, *not_run = (shortened(command, tiny_run) for command in found)
     assert shown == ["benchmarks/scaling.py", "--show", "docs/results/scaling.json"]
     assert full[3:5] == ["TUNING.METHOD", "full"] and freeze[3:5] == ["TUNING.METHOD", "freeze"]
-    assert not_run == [None] * 3
+    assert not_run == [None] * 4
     with pytest.raises(ValueError, match="how many minutes"):
         shortened(last, tiny_run)
 
