@@ -144,7 +144,7 @@ Image(filename=draw_run(output), width=760)
 #
 # - Put `"TUNING.METHOD", "full"` or `"freeze"` into the options of `read_config`, with another
 #   `OUTPUT_DIR`, and compare: `python -m fishertune_d2.analysis.compare
-#   outputs/notebooks/quickstart outputs/notebooks/other`.
+#   ../outputs/notebooks/quickstart ../outputs/notebooks/other`.
 # - Train for five times as long: `"SOLVER.MAX_ITER", 500, "TUNING.WARMUP_ITERS", 250`. Which
 #   classes does the model learn then?
 # - With CamVid under `DETECTRON2_DATASETS`, use `camvid.yaml` for real photographs. The pictures

@@ -46,7 +46,7 @@ class WeightAverage(HookBase):
         """Adds the weights of this step."""
         if not self.decay or self.trainer.iter < self.start:
             return
-        trained = _trained_tensors(self.trainer.segmentor, self.selected())
+        trained = trained_tensors(self.trainer.segmentor, self.selected())
         if not self.averages:
             self.averages = {name: weight.clone() for name, weight in trained.items()}
         for name, average in self.averages.items():
@@ -91,7 +91,7 @@ class WeightAverage(HookBase):
             segmentor.load_state_dict({**segmentor.state_dict(), **weights})
 
 
-def _trained_tensors(model: nn.Module, selected: SelectedWeights | None) -> dict[str, Tensor]:
+def trained_tensors(model: nn.Module, selected: SelectedWeights | None) -> dict[str, Tensor]:
     """The tensors in which this stage trains entries, by their names in the state dict."""
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     # The vectors of selected weights are in no state dict, and the tensors that they belong to

@@ -147,7 +147,9 @@ def _files(
     if "tuning" in memory and run.method.selects:
         # An index and a rank, of 8 bytes each.
         files["selection.safetensors"] = 16 * run.selected(trained)
-    files["model_final.pth"] = held_bytes(trained.state_dict()) + stages[-1].memory.optimizer
+    last = stages[-1].memory
+    weights = held_bytes(trained.state_dict()) + last.averages
+    files["model_final.pth"] = weights + last.optimizer
     sizes = {"warmup": files.get("model_warmup.pth", 0), "tuning": files["model_final.pth"]}
     if kept:
         files[PERIODIC] = sum(sizes[stage] for stage in kept)

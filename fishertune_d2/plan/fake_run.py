@@ -75,6 +75,10 @@ class FakeRun:
             selection = fake_selection(parameters, self.selected(model), base)
         return prepare_stage(model, "tuning", self.method, selection)[1]
 
+    def averages(self, name: str) -> bool:
+        """Whether the stage averages the weights that it trains."""
+        return name == "tuning" and self._cfg.SOLVER.EMA > 0
+
     def selected(self, model: VFMSegmentor) -> int:
         """How many weights are selected at the end of tuning, by a method that selects."""
         return count_tuned(self._cfg, model.backbone, progress=1.0)

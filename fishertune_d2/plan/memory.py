@@ -26,6 +26,7 @@ class Memory:
         activations: the tensors that autograd keeps for the backward pass, each storage once.
         fisher: the sums in which the estimator gathers F(x) and F(x').
         selection: the selected indices, and the vectors that make their weights trainable.
+        averages: the averages of the trained tensors, with SOLVER.EMA.
     """
 
     weights: int = 0
@@ -34,6 +35,7 @@ class Memory:
     activations: int = 0
     fisher: int = 0
     selection: int = 0
+    averages: int = 0
 
     @property
     def total(self) -> int:

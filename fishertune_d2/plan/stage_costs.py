@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fishertune_d2.engine.weight_average import trained_tensors
 from fishertune_d2.fisher import find_candidates
 
 from .fake_model import on_fake_device
@@ -60,7 +61,8 @@ def held_memory(run: FakeRun, name: str) -> Memory:
     model = run.model(name)
     weights = weight_bytes(model)
     selected = run.enter(name, model)
-    memory = Memory(weights, **optimizer_bytes(run.optimizer(model)))
+    averages = held_bytes(trained_tensors(model, selected)) if run.averages(name) else 0
+    memory = Memory(weights, averages=averages, **optimizer_bytes(run.optimizer(model)))
     if selected is not None:
         vectors = weight_bytes(model) - weights
         return replace(memory, selection=vectors + held_bytes(selected.extra_tensors()))

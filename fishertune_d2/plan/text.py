@@ -129,7 +129,9 @@ def _inference(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    names = ["weights", "gradients", "optimizer", "activations", "fisher", "selection", "total"]
+    names = ["weights", "gradients", "optimizer", "activations", "fisher", "selection"]
+    names += ["averages"] if any(stage.memory.averages for stage in plan.stages) else []
+    names.append("total")
     lines = [
         [TITLES[s.name], *(_gb(getattr(s.memory, name)) for name in names)] for s in plan.stages
     ]

@@ -8,7 +8,7 @@ from fishertune_d2.engine.perturbation import build_perturbation
 from fishertune_d2.fisher import ESTIMATORS, estimate_fisher, find_candidates
 from fishertune_d2.plan.fake_run import FakeRun
 from fishertune_d2.plan.memory import estimator_bytes, held_bytes, saved_bytes
-from fishertune_d2.plan.stage_costs import activation_bytes
+from fishertune_d2.plan.stage_costs import activation_bytes, held_memory
 from fishertune_d2.tuning import build_tuning_method
 
 
@@ -108,3 +108,26 @@ def test_checkpointed_blocks_keep_their_inputs(small_cfg):
         small_cfg(TUNING__METHOD="full", SOLVER__ACCUMULATE=2), "tuning", size=(96, 128)
     )
     assert halved["tuning"] == pytest.approx(plain["tuning"] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["fishertune", "full", "freeze"])
+def test_averages_take_a_copy_of_the_trained_tensors(small_cfg, real_model, method):
+    held = []
+    for decay in (0.0, 0.999):
+        cfg = small_cfg(TUNING__METHOD=method, SOLVER__EMA=decay)
+        run = FakeRun(cfg, build_tuning_method(cfg), (48, 64))
+        held.append([held_memory(run, stage).averages for stage in ("warmup", "tuning")])
+    assert held[0] == [0, 0] and held[1][0] == 0
+    model = real_model(cfg, "tuning")
+    tensors = dict(model.named_parameters())
+    if method == "fishertune":  # whole tensors, in which some entries are selected
+        tensors = {n: p for n, p in model.state_dict().items() if n in _selected_or_head(model)}
+    else:
+        tensors = {n: p for n, p in tensors.items() if p.requires_grad}
+    assert held[1][1] == sum(p.nbytes for p in tensors.values())
+
+
+def _selected_or_head(model) -> set[str]:
+    """The names of the trained tensors, from the names of the vectors of selected entries."""
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {n.replace("parametrizations.", "").removesuffix(".0.values") for n in names}
