@@ -30,6 +30,10 @@ def read(path: Path) -> CfgNode:
     return read_config(str(path))
 
 
+# Full fine-tuning has a tenth of the others' rate.
+FULL_RATE = {"SOLVER.BACKBONE_MULTIPLIER"}
+
+
 def differing(one: CfgNode, other: CfgNode, above: str = "") -> set[str]:
     """The keys, as "MODEL.VFM.NAME", in which two configs differ."""
     keys = set()
@@ -58,6 +62,7 @@ def test_data_model_and_method(folder, vfm, method):
     # All tables share Rein's recipe for crops of 512 x 512.
     free = {"DATASETS.TRAIN", "DATASETS.TEST", "MODEL.VFM.NAME", "TUNING.METHOD", "OUTPUT_DIR"}
     free |= {"TEST.PROTOCOL"}
+    free |= FULL_RATE if method == "full" else set()
     assert differing(cfg, read(CONFIGS / "Base-paper.yaml")) <= free
     assert cfg.TEST.PROTOCOL == ("rein" if folder == "." else "")
     assert (cfg.INPUT.CROP.SIZE, cfg.TEST.CROP_SIZE) == ([512, 512], [512, 512])
@@ -67,6 +72,7 @@ def test_data_model_and_method(folder, vfm, method):
 def test_methods_of_one_model_differ_in_method_and_folder_alone(folder, vfm, method):
     cfg, first = (read(path_of(folder, vfm, name)) for name in (method, "fishertune"))
     expected = set() if method == "fishertune" else {"TUNING.METHOD", "OUTPUT_DIR"}
+    expected |= FULL_RATE if method == "full" else set()
     assert differing(cfg, first) == expected
 
 

@@ -91,7 +91,8 @@ class WandbWriter(EventWriter):
 
     def write(self) -> None:
         """Uploads the scalars since the last call, an entry for each iteration."""
-        storage, by_iteration = get_event_storage(), {}
+        storage = get_event_storage()
+        by_iteration: dict[int, dict[str, float]] = {}
         for name, (value, at) in storage.latest_with_smoothing_hint(self._window_size).items():
             if at > self._written:
                 by_iteration.setdefault(at, {})[name] = value
