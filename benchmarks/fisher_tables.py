@@ -17,6 +17,7 @@ def tables(folder: Path) -> None:
     """Prints the measurements of all steps in ``folder``."""
     read = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
     _agreement(read["convergence"])
+    _steps(read["steps"])
     _cost(read["cost"])
     ranked = read["ranking"]
     print(
@@ -26,26 +27,40 @@ def tables(folder: Path) -> None:
     )
 
 
+KEYS = ("spearman", "overlap", "drf_spearman", "drf_overlap")
+WORDS = ["F: Spearman", "F: top 5 % in common", "DRF: Spearman", "DRF: top 5 % in common"]
+
+
+def _steps(measured: dict) -> None:
+    """Prints how well the variational estimators agree with the reference, by batches."""
+    _show(
+        [
+            [curve["estimator"], images // 2] + [f"{curve[key][i]:.4f}" for key in KEYS]
+            for curve in measured["curves"]
+            for i, images in enumerate(curve["images"])
+        ],
+        ["estimator", "batches", *WORDS],
+    )
+
+
 def _agreement(measured: dict) -> None:
     """Prints how well estimates from few images agree with the reference."""
-    keys = ("spearman", "overlap", "drf_spearman", "drf_overlap")
-    words = ["F: Spearman", "F: top 5 % in common", "DRF: Spearman", "DRF: top 5 % in common"]
     loop = measured["reference"]["seconds_per_image"]
     _show(
         [
             [curve["estimator"], images, f"{curve['seconds'][i] / images / loop:.2f}"]
-            + [f"{curve[key][i]:.3f}" for key in keys]
+            + [f"{curve[key][i]:.3f}" for key in KEYS]
             for curve in measured["curves"]
             for i, images in enumerate(curve["images"])
         ],
-        ["estimator", "images", "time per image / plain loop's", *words],
+        ["estimator", "images", "time per image / plain loop's", *WORDS],
     )
     _show(
         [
-            [name, half["images"], *(f"{half[key]:.3f}" for key in keys)]
+            [name, half["images"], *(f"{half[key]:.3f}" for key in KEYS)]
             for name, half in measured["halves"].items()
         ],
-        ["estimator", "images in each half", *words],
+        ["estimator", "images in each half", *WORDS],
     )
 
 

@@ -79,7 +79,9 @@ def find_config(file: str) -> str:
     try:
         return get_config_file(file)
     except FileNotFoundError as error:
-        shipped = {p.stem: str(p.relative_to(CONFIGS)) for p in sorted(CONFIGS.rglob("*.yaml"))}
+        # Of files with one name, the one in the outermost folder.
+        paths = sorted(CONFIGS.rglob("*.yaml"), key=lambda path: (-len(path.parts), path))
+        shipped = {path.stem: str(path.relative_to(CONFIGS)) for path in paths}
         near = [shipped[stem] for stem in nearest(Path(file).stem, list(shipped))]
         raise FileNotFoundError(
             f"the config file {file!r} does not exist, and {error}"
