@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Rehearses the paper's experiments without a GPU and without the data: tools/rehearse_paper.py.
 
-    python tools/rehearse_paper.py            # every step; at most 10 minutes on two idle cores
+    python tools/rehearse_paper.py            # every step; 11 minutes on two idle cores
     python tools/rehearse_paper.py --short    # one process, one cell; one minute on an idle core
 
 Run it before days of GPU time. It writes a few fake images in the layouts and sizes of GTAV,
