@@ -176,8 +176,9 @@ Markdown(tabulate(rows, headers, tablefmt="github", floatfmt=("", ".1f", ".1e", 
 # `smoothed` selects nearly the same. Other crops agree less, so with so few images noise matters
 # more than smoothing. The mean of `batch_mean` is about a quarter, because a batch has four images:
 # their gradients point in unrelated directions and cancel, while their squares do not. `natural`
-# and `variational` have made one step for each of six batches and are far from their optimum.
-# (Sampled labels give another loss, so only the ranking can be compared.)
+# has made one step for each of six batches and is far from its optimum. `variational` starts from
+# the closed form of its first ten batches, so with six it equals `closed_form`. (Sampled labels
+# give another loss, so only the ranking can be compared.)
 # [docs/results/fisher.md](../docs/results/fisher.md) uses many more images.
 #
 # ## The simulated shift
