@@ -183,8 +183,8 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
         recipe = keys | {"SEED": seed}
         paths = {what: what.path(place, recipe) for what in shared}
         folder, of_seed = place / f"{name}_{seed}", (*options, "SEED", str(seed))
-        cell = Cell(entry, vfm, seed, rate, folder, config, of_seed, recipe, paths)
-        cells.append(replace(cell, protocol=cfg.TEST.PROTOCOL))
+        parts = entry, vfm, seed, rate, folder, config, of_seed, recipe, paths
+        cells.append(Cell(*parts, protocol=cfg.TEST.PROTOCOL))
     return cells
 
 

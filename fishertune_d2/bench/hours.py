@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from fishertune_d2.config import read_config
 from fishertune_d2.plan import make_plan
-from fishertune_d2.plan.hours import seconds, unknown_sets
+from fishertune_d2.plan.hours import not_counted, seconds
 
 from .cells import Cell
 
@@ -32,22 +32,20 @@ def format_hours(
     known: dict[tuple[str, str, frozenset], float] = {}
     counts: Counter[tuple[str, str]] = Counter()
     hours: defaultdict[tuple[str, str], float] = defaultdict(float)
-    unknown: list[str] = []
+    left_out: list[str] = []  # the same for all cells, which share their test sets
     for cell in tqdm(cells, desc="planning", unit="cell", leave=False):
-        row = cell.vfm, cell.entry.name
-        key = (*row, frozenset(cell.takes))
+        line = cell.vfm, cell.entry.name
+        key = (*line, frozenset(cell.takes))
         if key not in known:
             _, file, _, *options = cell.arguments(sets)  # --config-file FILE --resume KEY VALUE ...
             plan = make_plan(read_config(file, options))
-            found, unknown = seconds(plan, rates), unknown_sets(plan)
+            found, left_out = seconds(plan, rates), not_counted(plan)
             once = found["evaluation"] / plan.evaluations
             known[key] = (once if trained else sum(found.values())) / 3600
-        counts[row] += 1
-        hours[row] += known[key]
-    lines = [[*row, str(counts[row]), f"{hours[row]:.2f}"] for row in counts]
+        counts[line] += 1
+        hours[line] += known[key]
+    lines = [[*line, str(counts[line]), f"{hours[line]:.2f}"] for line in counts]
     lines.append(["all", "", str(counts.total()), f"{sum(hours.values()):.2f}"])
-    notes = ["One cell at a time, in one process. With --jobs N on N cards, divide by N."]
-    if unknown:
-        notes.append(f"NOT counted, for their number of images is not known: {', '.join(unknown)}.")
+    note = "One cell at a time, in one process. With --jobs N on N cards, divide by N."
     table = tabulate(lines, ["VFM", "entry", "cells", "hours"], disable_numparse=True)
-    return "\n".join([table, *notes])
+    return "\n".join([table, note, *left_out])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from fishertune_d2.data.loader import count_cores
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -81,7 +83,7 @@ class Local:
         """Runs a command; see :func:`execute`."""
         slot = self._slots.get()
         try:
-            variables = {"OMP_NUM_THREADS": str(max(1, _count_cores() // self.jobs))}
+            variables = {"OMP_NUM_THREADS": str(max(1, count_cores() // self.jobs))}
             if self.jobs > 1 and self._gpus:
                 variables["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
             return execute(command, log, variables, self._running)
@@ -93,13 +95,6 @@ class Local:
         for process in list(self._running):
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(process, signal.SIGTERM)
-
-
-def _count_cores() -> int:
-    """Returns the number of CPU cores for this process; a scheduler may give a job only some."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _find_gpus() -> list[str]:

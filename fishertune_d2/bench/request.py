@@ -46,16 +46,19 @@ class Request:
     @property
     def dev(self) -> tuple[str, ...]:
         """The data sets on which a search chooses."""
-        _, dev = self.profile.held_out.get(self.source, ("", ()))
-        return self.profile.dev or dev
+        return self.profile.dev or self._held_out[1]
 
     def of_search(self) -> "Request":
         """Returns the request of the search's cells: one seed, and no held-out images."""
-        train, _ = self.profile.held_out.get(self.source, ("", ()))
+        train, _ = self._held_out
         if not train:
             return replace(self, seeds=self.seeds[:1])
         options = (*self.options, "DATASETS.TRAIN", f"('{train}',)")
         return replace(self, seeds=self.seeds[:1], options=options, output=self.output / "search")
+
+    @property
+    def _held_out(self) -> tuple[str, tuple[str, ...]]:
+        return self.profile.held_out.get(self.source, ("", ()))
 
     def place(self, vfm: str) -> Path:
         """Returns the folder of a foundation model's cells."""

@@ -132,7 +132,6 @@ class Runner:
             for what in cell.makes:
                 file, path = cell.folder / what.file, cell.shared[what]
                 if file.is_file() and not path.is_file():
-                    path.parent.mkdir(parents=True, exist_ok=True)
                     _link(file, path)
 
     def _share(self, cell: Cell) -> str:
@@ -142,7 +141,6 @@ class Runner:
             if what in cell.makes:
                 if not file.is_file():
                     return f"{FAILED}: it left no {what.words}, {file}; delete its folder"
-                path.parent.mkdir(parents=True, exist_ok=True)
                 _link(file, path)
             elif file.is_file() and path.is_file() and not file.samefile(path):
                 _link(path, file)
@@ -173,6 +171,7 @@ def _say(line: str) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as temporary:
         temporary.unlink(missing_ok=True)
         try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from fishertune_d2.data.held_out import DEV_SHIFTS
+from fishertune_d2.data.held_out import HELD_OUT
 from fishertune_d2.tuning import TUNING_REGISTRY
 
 FREEZE = "freeze"  # comes first in a table, so that the others take over its warm-up
@@ -43,8 +43,8 @@ class Profile:
 
 
 def _held_out(source: str) -> tuple[str, tuple[str, ...]]:
-    dev = f"{source}_search_dev"
-    return f"{source}_search_train", (dev, *(f"{dev}_{shift}" for shift in DEV_SHIFTS))
+    train, *dev = (dataset.name for dataset in HELD_OUT[source])
+    return train, tuple(dev)
 
 
 _CAMVID_TEST = ("camvid_day_test", "camvid_dusk_test")

@@ -40,4 +40,8 @@ def _held_out(source: str, held: Callable[[str], bool]) -> tuple[SemSegDataset, 
     )
 
 
-HELD_OUT = (*_held_out("gtav", _in_gtav), *_held_out("cityscapes", _in_cityscapes))
+# By source: the training part, and the dev sets.
+HELD_OUT = {
+    "gtav": _held_out("gtav", _in_gtav),
+    "cityscapes": _held_out("cityscapes", _in_cityscapes),
+}

@@ -148,11 +148,14 @@ def count_workers(num_workers: int) -> int:
         )
     if num_workers >= 0:
         return num_workers
-    if hasattr(os, "sched_getaffinity"):  # a scheduler may give a job only some cores
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return min(max(cores // comm.get_local_size(), 1), MOST_WORKERS)
+    return min(max(count_cores() // comm.get_local_size(), 1), MOST_WORKERS)
+
+
+def count_cores() -> int:
+    """Returns the number of CPU cores for this process; a scheduler may give a job only some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def build_train_loader(

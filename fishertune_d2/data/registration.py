@@ -5,6 +5,7 @@ that the environment variable DETECTRON2_DATASETS names (default: ``datasets``).
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -112,5 +113,5 @@ def register_sem_seg(
     register(dataset, ignore_label)
 
 
-for _dataset in (*DATASETS, *HELD_OUT):
+for _dataset in chain(DATASETS, *HELD_OUT.values()):
     register(_dataset)

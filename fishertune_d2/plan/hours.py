@@ -34,6 +34,12 @@ def unknown_sets(plan: Plan) -> list[str]:
     return [name for tested in plan.inference for name in tested.names if not _images(name)]
 
 
+def not_counted(plan: Plan) -> list[str]:
+    """A line that names the test sets that :func:`seconds` leaves out; none if it counts all."""
+    names = ", ".join(unknown_sets(plan))
+    return [f"NOT counted, for their number of images is not known: {names}."] if names else []
+
+
 def _images(name: str) -> int:
     """The published number of images of a data set; 0 if there is none."""
     return next((d.published.pairs for d in DATASETS if d.name == name and d.published), 0)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from .costs import Plan
-from .hours import seconds, unknown_sets
+from .hours import not_counted, seconds
 from .stage_costs import Stage
 
 TITLES = {
@@ -80,10 +80,8 @@ def format_hours(plan: Plan, rates: Mapping[str, float]) -> str:
         _table(lines, ["time", "TFLOP a second", "hours"]),
         "In one process that has the machine to itself. Evaluations of all test sets: "
         f"{plan.evaluations}.",
+        *not_counted(plan),
     ]
-    unknown = unknown_sets(plan)
-    if unknown:
-        notes.append(f"NOT counted, for their number of images is not known: {', '.join(unknown)}.")
     return "\n".join(notes)
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from PIL import Image
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fishertune_d2.config import default_config
@@ -120,18 +122,33 @@ def tiny_cfg(tiny_data, tiny_head, device, tmp_path) -> Callable[..., CfgNode]:
     return partial(make_cfg, tmp_path, {**tiny_head, "MODEL.DEVICE": device})
 
 
+@pytest.fixture
+def public(tmp_path) -> str:
+    """Public weights of the VFM "tiny"."""
+    torch.manual_seed(5)
+    path = tmp_path / "public.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    return str(path)
+
+
+# The tiny model and its data, whatever the recipe.
+TINY = {
+    "MODEL.VFM.NAME": "tiny",
+    "MODEL.VFM.WEIGHTS": "random",
+    "MODEL.VFM.IMG_SIZE": [48, 64],
+    "DATASETS.TRAIN": ("tiny_day",),
+    "DATASETS.TEST": ("tiny_day", "tiny_night"),
+    "INPUT.MIN_SIZE_TRAIN": [48, 64],
+    "INPUT.CROP.SIZE": [48, 64],
+    "TEST.MODE": "whole",
+}
+
+
 def make_cfg(root: Path, options: dict, output: str = "out", **overrides) -> CfgNode:
     cfg = default_config()
     options = {
         **options,
-        "MODEL.VFM.NAME": "tiny",
-        "MODEL.VFM.WEIGHTS": "random",
-        "MODEL.VFM.IMG_SIZE": [48, 64],
-        "DATASETS.TRAIN": ("tiny_day",),
-        "DATASETS.TEST": ("tiny_day", "tiny_night"),
-        "INPUT.MIN_SIZE_TRAIN": [48, 64],
-        "INPUT.CROP.SIZE": [48, 64],
-        "TEST.MODE": "whole",
+        **TINY,
         "TEST.PICTURES": 1,
         "SOLVER.IMS_PER_BATCH": 2,
         "SOLVER.BASE_LR": 1e-3,

@@ -15,18 +15,13 @@ from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.start_check import require_possible
 from fishertune_d2.run import Run
 
+from .conftest import TINY
+
 GPUS = 8
 RECIPES = sorted((CONFIGS / "8gpu").glob("[!B]*.yaml"))
-TINY = {
+SMALL = {
+    **TINY,
     "MODEL.DEVICE": "cpu",
-    "MODEL.VFM.NAME": "tiny",
-    "MODEL.VFM.WEIGHTS": "random",
-    "MODEL.VFM.IMG_SIZE": [48, 64],
-    "DATASETS.TRAIN": ("tiny_day",),
-    "DATASETS.TEST": ("tiny_day", "tiny_night"),
-    "INPUT.MIN_SIZE_TRAIN": [48, 64],
-    "INPUT.CROP.SIZE": [48, 64],
-    "TEST.MODE": "whole",
     "TEST.PICTURES": 0,
     "SOLVER.AMP.ENABLED": False,
     "SOLVER.MAX_ITER": 4,
@@ -84,7 +79,7 @@ def _train(rank: int, options: list, folder: Path) -> None:
 
 
 def test_eight_processes_train_the_recipe_and_stay_equal(tiny_head, start_process, tmp_path):
-    keys = TINY | tiny_head | {"OUTPUT_DIR": str(tmp_path / "out")}
+    keys = SMALL | tiny_head | {"OUTPUT_DIR": str(tmp_path / "out")}
     options = [str(word) for pair in keys.items() for word in pair]
     processes = [start_process(_train, rank, options, tmp_path) for rank in range(GPUS)]
     for process in processes:

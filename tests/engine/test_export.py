@@ -18,15 +18,6 @@ VIT = "backbone.vit."
 
 
 @pytest.fixture
-def public(tmp_path) -> str:
-    """Public weights of the VFM "tiny"."""
-    torch.manual_seed(5)
-    path = tmp_path / "public.safetensors"
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
-    return str(path)
-
-
-@pytest.fixture
 def run(tiny_cfg, public):
     """Returns a function that trains a tiny model; gives its OUTPUT_DIR and its checkpoint."""
 

@@ -5,23 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fishertune_d2.export.__main__ import main
 from fishertune_d2.run import Run
 
 from .conftest import train
-
-
-@pytest.fixture
-def public(tmp_path) -> str:
-    """Public weights of the VFM "tiny"."""
-    torch.manual_seed(5)
-    path = tmp_path / "public.safetensors"
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
-    return str(path)
 
 
 @pytest.fixture
