@@ -24,7 +24,7 @@ from fishertune_d2.command_line import (
 )
 from fishertune_d2.config import require_choice
 from fishertune_d2.modeling.vfm_table import VFMS
-from fishertune_d2.plan.rates import add_rate_options, read_rates
+from fishertune_d2.plan.rates import add_rate_options, card_notes, read_rates
 from fishertune_d2.tuning import TUNING_REGISTRY
 
 from .cells import file_name, sweep_entries
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None, train: Sequence[str] = _TRAIN) 
             print(task.describe())
             if rates := read_rates(args):
                 cells = [c for c in task.cells if c.results(task.sets, task.folder) is None]
-                print("", format_hours(cells, task.sets, rates, trained=args.test), sep="\n")
+                hours = format_hours(cells, task.sets, rates, trained=args.test)
+                print("", hours, *card_notes(args.card), sep="\n")
             return 0
         task.require_rates()
         done = True

@@ -13,7 +13,7 @@ from fishertune_d2.command_line import add_import_option, ending_in_a_sentence, 
 from fishertune_d2.config import read_config
 
 from .costs import make_plan
-from .rates import add_rate_options, read_rates
+from .rates import add_rate_options, card_notes, read_rates
 from .text import format_fit, format_hours, format_plan, summary
 
 
@@ -40,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import_files(options.imports)
         rates = read_rates(options)
         plan = make_plan(read_config(options.config_file, options.opts))
-    parts = [format_plan(plan), *([format_hours(plan, rates)] if rates else []), summary(plan)]
-    print(*parts, sep="\n\n")
+    parts = [format_plan(plan)]
+    if rates:
+        parts.append("\n".join([format_hours(plan, rates), *card_notes(options.card)]))
+    print(*parts, summary(plan), sep="\n\n")
     if options.memory_gb is None:
         return 0
     fits, words = format_fit(plan, options.memory_gb)

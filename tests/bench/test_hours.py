@@ -58,6 +58,9 @@ def test_a_dry_run_sums_up_the_hours_of_cells_that_are_not_done(runs, capsys, mo
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["all", "2", f"{(both + tuned) / 3600:.2f}"] in lines
 
+    assert runs(*table, "--dry-run", "--card", "a40") == 0
+    assert "149.7 in bfloat16" in capsys.readouterr().out
+
 
 def test_hours_are_those_of_a_dry_run(runs, capsys):
     with pytest.raises(SystemExit):

@@ -12,7 +12,7 @@ from fishertune_d2.plan.flops import Flops
 from fishertune_d2.plan.hours import seconds, unknown_sets
 from fishertune_d2.plan.inference import Inference
 from fishertune_d2.plan.memory import Memory
-from fishertune_d2.plan.rates import CARDS, EFFICIENCY, add_rate_options, read_rates
+from fishertune_d2.plan.rates import CARDS, EFFICIENCY, add_rate_options, card_notes, read_rates
 
 MEASURED = Path(__file__).parents[2] / "docs/results/gpu.json"
 
@@ -57,13 +57,25 @@ def test_a_rate_is_measured_or_a_share_of_a_cards_peak(capsys):
     a100, h100 = _rates("--card", "a100"), _rates("--card", "h100")
     assert a100["tuning"] == pytest.approx(0.5 * EFFICIENCY["tuning"] * 156)  # multiply-adds
     for stage in EFFICIENCY:
-        assert h100[stage] / a100[stage] == pytest.approx(CARDS["h100"] / CARDS["a100"])
+        assert h100[stage] / a100[stage] == pytest.approx(494.7 / 156)
     for rate in ("0", "-1", "nan"):
         with pytest.raises(ValueError, match=f"--tflops {rate}: give a rate above 0"):
             _rates("--tflops", rate)
     with pytest.raises(SystemExit):
         _rates("--tflops", "1", "--card", "a100")
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_notes_say_both_peaks_and_the_share_of_the_one_that_the_hours_use():
+    assert card_notes(None) == []
+    words = " ".join(card_notes("rtx3090"))
+    assert "35.6 TFLOP a second in TF32, 71 in bfloat16" in words
+    assert f"{100 * EFFICIENCY['warmup']:g} to {100 * EFFICIENCY['evaluation']:g} %" in words
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_tensor_cores_are_twice_as_fast_in_bfloat16(card):
+    assert CARDS[card].bfloat16 / CARDS[card].tf32 == pytest.approx(2, rel=0.015)
 
 
 def test_the_efficiency_is_the_measured_one():
@@ -87,5 +99,5 @@ def test_the_efficiency_is_the_measured_one():
     }
     card = found["about"]["device"].split()[-1].lower()
     for stage, (tflop, duration) in measured.items():
-        share = 2 * tflop / duration / CARDS[card]
+        share = 2 * tflop / duration / CARDS[card].tf32
         assert EFFICIENCY[stage] == pytest.approx(share, rel=0.05), stage

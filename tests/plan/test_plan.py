@@ -172,6 +172,8 @@ def test_the_command_prints_the_plan_and_whether_it_fits(planned, config_file, c
     assert last.startswith("Does not fit a card of") and f"tuning ({tuning:.2f} GB)" in last
     assert "warm-up" not in last
     assert not format_fit(plan, 0.9 * warmup)[0]
+    assert main([*arguments, "--card", "a100"]) == 0
+    assert "312 in bfloat16" in capsys.readouterr().out
     assert main([*arguments, "--tflops", "1e-9"]) == 0
     assert format_hours(plan, dict.fromkeys(EFFICIENCY, 1e-9)) in capsys.readouterr().out
 
