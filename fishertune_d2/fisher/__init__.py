@@ -6,6 +6,7 @@ are :func:`find_candidates`, :func:`estimate_fisher`, :func:`domain_related_fish
 """
 
 from .activations import keeping_activations
+from .allocation import ALLOCATIONS
 from .batch_losses import image_seeds, seeded
 from .candidates import KINDS, Candidate, find_candidates
 from .estimate import LABELS, estimate_fisher
@@ -28,12 +29,15 @@ from .perturb import StatisticsPerturbation
 from .schedule import tuned_share
 from .score import domain_related_fisher, relative_change
 from .select import select
-from .selection import Selection, count_of_share, entries_within, overlap
+from .selection import Selection, Slices, count_of_share, entries_within, overlap
+from .units import UNITS, Units, slices_of
 
 __all__ = [
+    "ALLOCATIONS",
     "ESTIMATORS",
     "KINDS",
     "LABELS",
+    "UNITS",
     "BatchMean",
     "Candidate",
     "ClosedForm",
@@ -47,8 +51,10 @@ __all__ = [
     "Pathwise",
     "Selection",
     "Smoothed",
+    "Slices",
     "SoftmaxLikelihood",
     "StatisticsPerturbation",
+    "Units",
     "Variational",
     "count_of_share",
     "domain_related_fisher",
@@ -62,5 +68,6 @@ __all__ = [
     "sampled_nll",
     "seeded",
     "select",
+    "slices_of",
     "tuned_share",
 ]

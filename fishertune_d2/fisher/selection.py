@@ -1,7 +1,7 @@
-"""The selected weights: all candidates are ranked once, and every share is a prefix of the ranking.
+"""The selected units: all candidates are ranked once, and every share is a prefix of the ranking.
 
 Therefore the selection of a smaller share is a part of a larger share's, with any schedule: a
-selected weight stays selected.
+selected weight stays selected. A unit is a single weight or a neuron, see :mod:`.units`.
 """
 
 import json
@@ -9,8 +9,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,30 +22,48 @@ from torch import Tensor
 
 from fishertune_d2.files import TensorFile, open_tensors, whole_file
 
+from .allocation import allocate
 from .candidates import KINDS, groups_of
 from .score import flat_on_cpu
+from .units import Units, slices_of
 
 _FORMAT = "fishertune_selection_v1"
 # A file that claims more is damaged or hostile, and its masks would not fit in memory.
 _MOST_WEIGHTS = 2**34
 
 
+class Slices(NamedTuple):
+    """The selected slices of one parameter; the entries of a slice are selected together.
+
+    Attributes:
+        dim: the dimension of the slices: 0 for rows, 1 for columns; None for single entries of the
+            flattened parameter.
+        index: which slices, best first; int64 (n,), on the CPU.
+        ranks: the ranks of their units, ascending; int64 (n,), on the CPU.
+    """
+
+    dim: int | None
+    index: Tensor
+    ranks: Tensor
+
+
 @dataclass
 class Selection:
-    """The best-scored weights, up to a share of ``base``, with their ranks.
+    """The best-scored units, up to a share of ``base``, with their ranks.
 
     ``print(selection)`` shows a table of them.
 
     Attributes:
-        indices: by parameter name, the selected entries of the flattened parameter, best first;
-            int64 of shape (n,), on the CPU.
-        ranks: their ranks among all candidates of all parameters, from 0, ascending; int64 (n,), on
-            the CPU.
+        indices: by group of units, the selected units, best first; int64 of shape (n,), on the CPU.
+            A group of single weights is one parameter, and has its name.
+        ranks: their ranks among all units of all groups, from 0, ascending; int64 (n,), on the CPU.
         shapes: the shape of each parameter, by name.
-        share: the share that is selected, in [0, 1]; the methods accept smaller ones too.
+        share: the share of the weights that is selected, in [0, 1]; the methods accept smaller ones
+            too.
         base: the number of weights that a share refers to.
         notes: how the selection was made, as strings.
         source: the name for it in error messages: the file that it was read from.
+        unit: ``"weight"`` or ``"neuron"``.
     """
 
     indices: dict[str, Tensor]
@@ -53,19 +73,30 @@ class Selection:
     base: int
     notes: dict[str, str] = field(default_factory=dict)
     source: str = field(default="the selection", compare=False)
+    unit: str = "weight"
 
     @classmethod
-    def from_scores(cls, scores: Mapping[str, Tensor], share: float, base: int) -> "Selection":
-        """Ranks all scores together and keeps the best ``share * base``.
+    def from_scores(
+        cls,
+        scores: Mapping[str, Tensor],
+        share: float,
+        base: int,
+        units: Units | None = None,
+        allocation: str = "global",
+    ) -> "Selection":
+        """Ranks all units together and keeps the best, with ``share * base`` weights at most.
 
         The order of the mapping and of the entries breaks ties. Scores of a GPU are ranked on the
         CPU, so the result does not depend on the device. Memory: beside the scores, two copies of
         them in float32, and the selected entries.
 
         Args:
-            scores: by parameter name; not negative; an entry of 0 is never selected.
+            scores: one for each unit, by group of ``units`` (:meth:`Units.mean` makes them from
+                values by parameter name); not negative; an entry of 0 is never selected.
             share: in [0, 1].
             base: the number of weights that ``share`` refers to (paper: the whole backbone).
+            units: what the scores are of; by default of single weights, by parameter name.
+            allocation: ``"global"`` or ``"layer"``, see :func:`.allocate`.
 
         Returns:
             The selection.
@@ -76,42 +107,72 @@ class Selection:
         """
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share must be in [0, 1]: got {share}")
-        names, sizes = list(scores), [score.numel() for score in scores.values()]
-        flat = flat_on_cpu(scores).float()
-        for name, score in zip(names, flat.split(sizes), strict=True):
-            if not bool(((score >= 0) & torch.isfinite(score)).all()):
-                raise ValueError(f"the scores of {name} hold negative or non-finite numbers")
-        count = count_of_share(share, base)
-        positive = torch.count_nonzero(flat).item()
-        if count > positive:
-            raise ValueError(
-                f"a share of {share} of {base:,} asks for {count:,} weights, but only {positive:,} "
-                "have a score above 0: ask for a smaller share"
-            )
-        place = (flat >= _kth_largest(flat, max(count, 1))).nonzero().flatten()
-        place = place[flat[place].argsort(descending=True, stable=True)[:count]]
-        ends = torch.tensor(sizes).cumsum(0)
+        if units is None:
+            units = Units("weight", {name: tuple(score.shape) for name, score in scores.items()})
+        _require_scores(scores, units)
+        flat = flat_on_cpu(allocate(scores, units, allocation)).float()
+        names, counts = list(scores), torch.tensor([score.numel() for score in scores.values()])
+        sizes = torch.tensor([units.groups[name].size for name in names])
+        ends = counts.cumsum(0)
+        place = _best_within(flat, share, base, sizes, ends)
         owner = torch.bucketize(place, ends, right=True)
         by_owner = owner.argsort(stable=True)  # stable, so that the ranks of an owner ascend
         parts = by_owner.split(torch.bincount(owner, minlength=len(names)).tolist())
-        starts = (ends - torch.tensor(sizes)).tolist()
         # Clones, because a view keeps the memory of all parts, and safetensors refuses views.
         ranks = {name: part.clone() for name, part in zip(names, parts, strict=True)}
+        starts = (ends - counts).tolist()
         indices = {
             name: place[ranks[name]] - start for name, start in zip(names, starts, strict=True)
         }
-        shapes = {name: tuple(score.shape) for name, score in scores.items()}
-        return cls(indices, ranks, shapes, share, base)
+        return cls(indices, ranks, units.shapes, share, base, unit=units.unit)
+
+    @cached_property
+    def units(self) -> Units:
+        """All units of the parameters, selected or not."""
+        return Units(self.unit, self.shapes)
 
     def count(self, share: float) -> int:
-        """The number of weights in a share; refuses a larger share than that of the selection."""
+        """The number of units in a share; refuses a larger share than that of the selection."""
         if share > self.share:
             raise ValueError(f"{self.source} holds a share of {self.share}: got {share}")
-        return count_of_share(share, self.base)
+        weights = count_of_share(share, self.base)
+        return weights if self.unit == "weight" else int((self._ends <= weights).sum())
+
+    def weights(self, share: float) -> int:
+        """The number of weights in a share; neurons may fall short of it by a part of one."""
+        units = self.count(share)
+        return units if self.unit == "weight" or not units else int(self._ends[units - 1])
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        """For each rank, the number of weights of the units up to it."""
+        sizes = torch.zeros(sum(len(ranks) for ranks in self.ranks.values()), dtype=torch.int64)
+        for name, ranks in self.ranks.items():
+            sizes[ranks] = self.units.groups[name].size
+        return sizes.cumsum(0)
+
+    def slices(self, name: str) -> Slices:
+        """The selected slices of one parameter, best first."""
+        dim, index, ranks = None, [], []
+        for group, part in self.units.parts[name]:
+            dim = part.dim
+            index.append(self.indices[group] + part.start)
+            ranks.append(self.ranks[group])
+        if len(index) == 1:
+            return Slices(dim, index[0], ranks[0])
+        nothing = torch.empty(0, dtype=torch.int64)
+        index, ranks = torch.cat([nothing, *index]), torch.cat([nothing, *ranks])
+        order = ranks.argsort(stable=True)
+        return Slices(dim, index[order], ranks[order])
 
     def prefix(self, name: str, share: float) -> Tensor:
-        """Flat indices of the entries of one parameter within ``share``, (n,)."""
-        return self.indices[name][: entries_within(self.ranks[name], self.count(share))]
+        """Flat indices of the entries of one parameter within ``share``, best first, (n,)."""
+        dim, index, ranks = self.slices(name)
+        index = index[: entries_within(ranks, self.count(share))]
+        if dim is None:
+            return index
+        shape = self.shapes[name]
+        return slices_of(torch.arange(math.prod(shape)).view(shape), dim)[index].flatten()
 
     def masks(self, share: float) -> dict[str, Tensor]:
         """A boolean mask of each parameter's shape, True where a weight is within ``share``."""
@@ -157,7 +218,7 @@ class Selection:
         return tabulate(lines, headers, stralign="right", disable_numparse=True)
 
     def __str__(self) -> str:
-        count = self.count(self.share)
+        count = self.weights(self.share)
         heading = f"{count:,} of {self.base:,} weights are selected ({self.share:.2%})"
         return f"{heading}, by kind and depth:\n{self.table()}"
 
@@ -166,6 +227,8 @@ class Selection:
         tensors = {f"indices/{name}": t.cpu().contiguous() for name, t in self.indices.items()}
         tensors |= {f"ranks/{name}": t.cpu().contiguous() for name, t in self.ranks.items()}
         header = {"share": self.share, "base": self.base, "shapes": self.shapes}
+        if self.unit != "weight":
+            header["unit"] = self.unit
         texts = {"header": json.dumps(header), "notes": json.dumps(self.notes)}
         with whole_file(path) as temporary:
             save_file(tensors, str(temporary), metadata={"format": _FORMAT, **texts})
@@ -174,31 +237,27 @@ class Selection:
     def load(cls, path: str | Path) -> "Selection":
         """Reads a file of :meth:`save`, also from an untrusted source; refuses damaged files."""
         with open_tensors(path, _FORMAT) as file:
-            share, base, shapes = _read_header(file)
-            indices = {name: file.tensor(f"indices/{name}") for name in shapes}
-            ranks = {name: file.tensor(f"ranks/{name}") for name in shapes}
-            for name, shape in shapes.items():
-                _check_entries(name, indices[name], ranks[name], math.prod(shape))
+            share, base, units = _read_header(file)
+            indices = {name: file.tensor(f"indices/{name}") for name in units.groups}
+            ranks = {name: file.tensor(f"ranks/{name}") for name in units.groups}
+            for name, group in units.groups.items():
+                _check_entries(name, indices[name], ranks[name], group.count)
             together = torch.cat([torch.empty(0, dtype=torch.int64), *ranks.values()]).sort().values
-            count = count_of_share(share, base)
-            if len(together) != count:
-                raise ValueError(
-                    f"it holds {len(together):,} entries, but a share of {share} of {base:,} is "
-                    f"{count:,}"
-                )
-            if not torch.equal(together, torch.arange(count)):
-                raise ValueError(f"its ranks are not the numbers from 0 to {count - 1:,}")
+            if not torch.equal(together, torch.arange(len(together))):
+                raise ValueError(f"its ranks are not the numbers from 0 to {len(together) - 1:,}")
             notes = file.json("notes", dict)
-        return cls(indices, ranks, shapes, share, base, notes, str(path))
+            read = cls(indices, ranks, units.shapes, share, base, notes, str(path), units.unit)
+            _require_full(read)
+        return read
 
 
 def overlap(a: Selection, b: Selection) -> float:
     """Share of the weights selected by ``a`` that ``b`` selects too, in [0, 1]."""
-    total = sum(len(places) for places in a.indices.values())
-    both = sum(
-        int(torch.isin(places, b.indices[name], assume_unique=True).sum())
-        for name, places in a.indices.items()
-    )
+    total = both = 0
+    for name in a.shapes:
+        own, other = a.prefix(name, a.share), b.prefix(name, b.share)
+        total += len(own)
+        both += int(torch.isin(own, other, assume_unique=True).sum())
     return both / total if total else 1.0
 
 
@@ -212,8 +271,53 @@ def count_of_share(share: float, base: int) -> int:
     return int(share * base + 1e-6)  # no rounding error may push 0.05 * n below a whole number
 
 
-def _read_header(file: TensorFile) -> tuple[float, int, dict[str, tuple[int, ...]]]:
-    """Share, base and shapes; refuses impossible values."""
+def _require_scores(scores: Mapping[str, Tensor], units: Units) -> None:
+    if scores.keys() != units.groups.keys():
+        differing = sorted(scores.keys() ^ units.groups.keys())
+        raise ValueError(
+            f"the scores are not those of the units {units.unit!r}: {differing[0]} is only in one "
+            "of both; Units.mean makes scores of units from scores by parameter name"
+        )
+    for name, score in scores.items():
+        if not bool(((score >= 0) & torch.isfinite(score)).all()):
+            raise ValueError(f"the scores of {name} hold negative or non-finite numbers")
+
+
+def _best_within(flat: Tensor, share: float, base: int, sizes: Tensor, ends: Tensor) -> Tensor:
+    """The places of the best units that have ``share * base`` weights at most, best first.
+
+    Args:
+        flat: the scores of all units, group by group.
+        share: see :meth:`Selection.from_scores`.
+        base: likewise.
+        sizes: the weights of a unit of each group.
+        ends: where each group ends in ``flat``.
+
+    Returns:
+        Places in ``flat``, int64 (n,).
+
+    Raises:
+        ValueError: if too few weights have a score above 0.
+    """
+    weights = count_of_share(share, base)
+    positive = torch.stack([torch.count_nonzero(part) for part in flat.tensor_split(ends[:-1])])
+    available = int((positive * sizes).sum())
+    if weights > available:
+        raise ValueError(
+            f"a share of {share} of {base:,} asks for {weights:,} weights, but only {available:,} "
+            "have a score above 0: ask for a smaller share"
+        )
+    # Units of the smallest size would be the most that fit into the share.
+    count = min(weights // int(sizes.min()), int(positive.sum()))
+    place = (flat >= _kth_largest(flat, max(count, 1))).nonzero().flatten()
+    place = place[flat[place].argsort(descending=True, stable=True)[:count]]
+    if bool((sizes == 1).all()):
+        return place
+    return place[sizes[torch.bucketize(place, ends, right=True)].cumsum(0) <= weights]
+
+
+def _read_header(file: TensorFile) -> tuple[float, int, Units]:
+    """Share, base and the units; refuses impossible values."""
     header = file.json("header", dict)
     share, base, shapes = (header.get(key) for key in ("share", "base", "shapes"))
     if type(share) not in (int, float) or not 0 <= share <= 1:
@@ -228,15 +332,32 @@ def _read_header(file: TensorFile) -> tuple[float, int, dict[str, tuple[int, ...
     total = sum(math.prod(shape) for shape in shapes.values())
     if total > _MOST_WEIGHTS:
         raise ValueError(f"its shapes hold {total:,} weights, more than any model has")
-    expected = {f"{part}/{name}" for part in ("indices", "ranks") for name in shapes}
+    # Files of single weights do not name their unit.
+    units = Units(header.get("unit", "weight"), {name: tuple(s) for name, s in shapes.items()})
+    expected = {f"{part}/{name}" for part in ("indices", "ranks") for name in units.groups}
     if file.names != expected:
         differing = sorted(file.names ^ expected)
         raise ValueError(f"its tensors are not those of its header: {differing[0]} differs")
-    return share, base, {name: tuple(shape) for name, shape in shapes.items()}
+    return share, base, units
+
+
+def _require_full(selection: Selection) -> None:
+    """Refuses a selection with more weights than its share, or with room for another unit."""
+    share, largest = (
+        selection.share,
+        max((g.size for g in selection.units.groups.values()), default=1),
+    )
+    held = sum(len(ranks) for ranks in selection.ranks.values())
+    budget = count_of_share(share, selection.base)
+    if held != selection.count(share) or budget - selection.weights(share) >= largest:
+        raise ValueError(
+            f"it holds {held:,} entries, but a share of {share} of {selection.base:,} is "
+            f"{budget:,} weights"
+        )
 
 
 def _check_entries(name: str, indices: Tensor, ranks: Tensor, numel: int) -> None:
-    """Refuses entries that the parameter does not have, or that are selected twice."""
+    """Refuses units that the group does not have, or that are selected twice."""
     for what, values in (("indices", indices), ("ranks", ranks)):
         if values.dtype != torch.int64 or values.dim() != 1:
             shape = tuple(values.shape)
