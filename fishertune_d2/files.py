@@ -109,8 +109,8 @@ class TensorFile:
 
 
 @contextmanager
-def open_tensors(path: str | Path, form: str) -> Iterator[TensorFile]:
-    """Opens a safetensors file whose metadata must name ``form`` as their ``format``.
+def open_tensors(path: str | Path, *forms: str) -> Iterator[TensorFile]:
+    """Opens a safetensors file whose metadata must name one of ``forms`` as their ``format``.
 
     Yields:
         The file. An error that the caller raises meanwhile gets the file's name, too.
@@ -125,10 +125,11 @@ def open_tensors(path: str | Path, form: str) -> Iterator[TensorFile]:
     try:
         with safe_open(str(path), framework="pt") as file:
             texts = file.metadata() or {}
-            if (found := texts.get("format", "")) != form:
-                other = found.startswith(form.rstrip("0123456789"))
+            if (found := texts.get("format", "")) not in forms:
+                other = found.startswith(forms[-1].rstrip("0123456789"))
                 remedy = ": use the version of fishertune_d2 that wrote it" if other else ""
-                raise ValueError(f"its format is {found!r}, not {form!r}{remedy}")
+                known = " or ".join(map(repr, forms))
+                raise ValueError(f"its format is {found!r}, not {known}{remedy}")
             yield TensorFile(file, texts)
     # safetensors, json (RecursionError is a RuntimeError) and PyTorch have errors of their own.
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:

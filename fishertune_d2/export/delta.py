@@ -1,8 +1,8 @@
 """A delta: the difference of a tuned backbone to the public weights, as one small file.
 
-For each tensor the file stores the positions and the new values of the entries that differ, so that
-applying is exact to the bit. Comparing bits finds the entries that training moved, whatever was
-selected.
+For each tensor the file stores the positions and the new values of what differs, so that applying
+is exact to the bit: single entries, whole rows or whole columns, whichever takes the fewest bytes.
+Comparing bits finds the entries that training moved, whatever was selected.
 
 Loading public weights resizes the patch kernel and the position embedding, and the last bits of the
 result depend on the processor: between torch's code for AVX2 and its plain code
@@ -24,15 +24,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fishertune_d2.files import first_names, open_tensors, whole_file
+from fishertune_d2.files import TensorFile, first_names, open_tensors, whole_file
 
 from .position_bytes import decode_positions, encode_positions
+from .tensor_change import TensorChange, cheapest_change, different_bits
 
 StateDict = dict[str, Tensor]
 
-_FORMAT = "fishertune_delta_v1"
-_KINDS = ("gaps", "values", "whole", "decoder")
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Version 1 has no rows and no columns.
+_FORMATS = ("fishertune_delta_v1", "fishertune_delta_v2")
+# The positions of a tensor's change have the name POSITIONS/NAME, its values values/NAME.
+_POSITIONS = {None: "gaps", 0: "rows", 1: "columns"}
+_DIMENSIONS = {kind: dimension for dimension, kind in _POSITIONS.items()}
+_KINDS = (*_DIMENSIONS, "values", "whole", "decoder")
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,8 @@ class Delta:
     Attributes:
         architecture: the backbone's.
         base: the digest of each tensor of the base that was not resized.
-        positions: the entries of each flattened tensor that differ; int64 (n,), ascending.
-        values: the new values of these entries; (n,).
-        whole: tensors that were resized, or in which nearly every entry differs.
+        changes: what differs in tensors of ``base``.
+        whole: tensors that were resized, or in which nearly everything differs.
         decoder: the rest of the segmentation model, by its names in a checkpoint; may be empty.
         changed: the number of entries that differ in the tensors of ``base``.
         notes: facts of the run, as strings.
@@ -77,8 +80,7 @@ class Delta:
 
     architecture: Architecture
     base: dict[str, str]
-    positions: StateDict = field(default_factory=dict)
-    values: StateDict = field(default_factory=dict)
+    changes: dict[str, TensorChange] = field(default_factory=dict)
     whole: StateDict = field(default_factory=dict)
     decoder: StateDict = field(default_factory=dict)
     changed: int = 0
@@ -123,13 +125,16 @@ class Delta:
                 delta.whole[name] = after
                 continue
             delta.base[name] = digest(before)
-            positions = torch.nonzero(_bits(before.cpu()) != _bits(after)).flatten()
-            delta.changed += len(positions)
-            if len(positions) * (after.itemsize + 1) >= after.nbytes > 0:
+            differs = different_bits(before.detach().cpu(), after)
+            changed = int(differs.sum())
+            if not changed:
+                continue
+            delta.changed += changed
+            change = cheapest_change(after, differs)
+            if change is None:
                 delta.whole[name] = after
-            elif len(positions):
-                delta.positions[name] = positions
-                delta.values[name] = after.flatten()[positions]
+            else:
+                delta.changes[name] = change
         return delta
 
     def apply(self, state: Mapping[str, Tensor]) -> StateDict:
@@ -139,7 +144,7 @@ class Delta:
         as a classifier's, are passed on.
 
         Raises:
-            ValueError: if ``state`` is not the base, or positions or values do not fit it.
+            ValueError: if ``state`` is not the base, or a change does not fit it.
         """
         missing = [name for name in {**self.base, **self.whole} if name not in state]
         if missing:
@@ -163,33 +168,31 @@ class Delta:
                 f"with the weights of {self.notes.get('weights', 'its run')}: "
                 "load these, in the same precision, and apply it once"
             )
-        for name, tensor in {**self.whole, **self.values}.items():
+        for name, tensor in self.whole.items():
             if tensor.dtype != state[name].dtype:
-                raise ValueError(
-                    f"{self.title} is damaged: its {name} is {tensor.dtype}, the model's "
-                    f"{state[name].dtype}. {_REMEDY}"
-                )
+                raise self._damaged(name, f"it is {tensor.dtype}, the model's {state[name].dtype}")
         tuned = dict(state)
         for name, tensor in self.whole.items():
             tuned[name] = tensor.to(state[name].device)
-        for name, positions in self.positions.items():
-            before, values = state[name], self.values[name]
-            if int(positions[-1]) >= before.numel():
-                raise ValueError(
-                    f"{self.title} is damaged: it changes entry {int(positions[-1])} of {name}, "
-                    f"which has {before.numel()}. {_REMEDY}"
-                )
-            flat = before.detach().clone(memory_format=torch.contiguous_format).view(-1)
-            flat[positions.to(flat.device)] = values.to(flat.device)
-            tuned[name] = flat.view(before.shape)
+        for name, change in self.changes.items():
+            try:
+                tuned[name] = change.apply(state[name])
+            except ValueError as error:
+                raise self._damaged(name, error) from error
         return tuned
+
+    def _damaged(self, name: str, reason: object) -> ValueError:
+        return ValueError(
+            f"{self.title} is damaged at {name}: {reason}. Copy or fetch the file again, or write "
+            "it again with python -m fishertune_d2.export"
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
         tensors = {}
-        for name, positions in self.positions.items():
-            tensors[f"gaps/{name}"] = encode_positions(positions)
-            tensors[f"values/{name}"] = self.values[name]
+        for name, change in self.changes.items():
+            tensors[f"{_POSITIONS[change.dimension]}/{name}"] = encode_positions(change.positions)
+            tensors[f"values/{name}"] = change.values
         tensors |= {f"whole/{name}": tensor for name, tensor in self.whole.items()}
         tensors |= {f"decoder/{name}": tensor for name, tensor in self.decoder.items()}
         header = {
@@ -202,22 +205,23 @@ class Delta:
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
                 temporary,
-                metadata={"format": _FORMAT, "header": json.dumps(header)},
+                metadata={"format": _FORMATS[-1], "header": json.dumps(header)},
             )
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
         """Reads a file of :meth:`save`, also from an untrusted source; refuses damaged files."""
-        with open_tensors(path, _FORMAT) as file:
+        with open_tensors(path, *_FORMATS) as file:
             delta = _read_header(file.json("header", dict))
-            for name in sorted(file.names):
-                _add_tensor(delta, name, file.tensor(name))
-            _require_pairs(delta)
+            _require_pairs(file.names, delta.base)
+            for key in sorted(file.names):
+                kind, _, name = key.partition("/")
+                if kind in _DIMENSIONS:
+                    delta.changes[name] = _read_change(file, kind, name)
+                elif kind != "values":
+                    getattr(delta, kind)[name] = file.tensor(key)
         delta.title = str(path)
         return delta
-
-
-_REMEDY = "Copy or fetch the file again, or write it again with python -m fishertune_d2.export"
 
 
 def apply_delta(model: nn.Module, delta: Delta | str | Path) -> None:
@@ -238,11 +242,6 @@ def digest(tensor: Tensor) -> str:
     content = hashlib.sha256(_layout(tensor).encode())
     content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Returns the flattened entries as integers: NaN equals itself, and 0.0 is not -0.0."""
-    return tensor.detach().contiguous().reshape(-1).view(_INTEGERS[tensor.itemsize])
 
 
 def _layout(tensor: Tensor) -> str:
@@ -280,26 +279,43 @@ def _numbers(kind: type[int] | type[float], count: int, values: Sequence) -> tup
     return tuple(values)
 
 
-def _add_tensor(delta: Delta, key: str, tensor: Tensor) -> None:
-    """Adds a tensor of the file to the delta."""
-    kind, _, name = key.partition("/")
-    if kind not in _KINDS:
-        raise ValueError(f"it holds {key}, which is none of {', '.join(_KINDS)}")
-    if kind in ("gaps", "values") and tensor.ndim != 1:
-        raise ValueError(f"{key} is {_layout(tensor)}, no vector")
-    if kind == "gaps":
-        if tensor.dtype != torch.uint8:
-            raise ValueError(f"{key} is {tensor.dtype}, not uint8")
-        delta.positions[name] = decode_positions(tensor)
-    else:
-        getattr(delta, kind)[name] = tensor
+def _require_pairs(keys: Collection[str], base: Collection[str]) -> None:
+    """Refuses unknown kinds, and a tensor with parts that are not those of one change.
+
+    Args:
+        keys: the names of the file's tensors.
+        base: the names of the tensors that may change.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    kinds: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        kind, _, name = key.partition("/")
+        if kind not in _KINDS:
+            raise ValueError(f"it holds {key}, which is none of {', '.join(_KINDS)}")
+        if kind != "decoder":
+            kinds.setdefault(name, []).append(kind)
+    for name, found in kinds.items():
+        if found == ["whole"]:
+            continue
+        if name not in base:
+            raise ValueError(f"it has {found[0]} of {name}, which its base lacks")
+        if len(found) != 2 or found[-1] != "values":
+            raise ValueError(
+                f"it has {' and '.join(found)} of {name}: a change has values and one of "
+                f"{', '.join(_DIMENSIONS)}"
+            )
 
 
-def _require_pairs(delta: Delta) -> None:
-    """Refuses positions without values, or of a tensor that the base lacks or that is whole."""
-    for name in delta.positions.keys() | delta.values.keys():
-        if name not in delta.base or name in delta.whole:
-            raise ValueError(f"it has no use for entries of {name}")
-        positions, values = (len(d.get(name, ())) for d in (delta.positions, delta.values))
-        if positions != values or not positions:
-            raise ValueError(f"it has {positions} positions in {name}, and {values} values")
+def _read_change(file: TensorFile, kind: str, name: str) -> TensorChange:
+    code, values = file.tensor(f"{kind}/{name}"), file.tensor(f"values/{name}")
+    dimension = _DIMENSIONS[kind]
+    if code.ndim != 1 or code.dtype != torch.uint8:
+        raise ValueError(f"{kind}/{name} is {_layout(code)}, no vector of uint8")
+    if values.ndim == 0 or (values.ndim == 1) != (dimension is None):
+        raise ValueError(f"values/{name} is {_layout(values)}, which does not fit {kind}")
+    positions = decode_positions(code)
+    if len(positions) != len(values) or not len(positions):
+        raise ValueError(f"it has {len(positions)} positions in {name}, and {len(values)} values")
+    return TensorChange(dimension, positions, values)

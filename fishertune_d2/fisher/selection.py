@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +31,8 @@ _FORMAT = "fishertune_selection_v1"
 _MOST_WEIGHTS = 2**34
 
 
-class Slices(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Slices:
     """The selected slices of one parameter; the entries of a slice are selected together.
 
     Attributes:
@@ -153,26 +153,25 @@ class Selection:
 
     def slices(self, name: str) -> Slices:
         """The selected slices of one parameter, best first."""
-        dim, index, ranks = None, [], []
-        for group, part in self.units.parts[name]:
-            dim = part.dim
-            index.append(self.indices[group] + part.start)
-            ranks.append(self.ranks[group])
-        if len(index) == 1:
-            return Slices(dim, index[0], ranks[0])
+        parts = self.units.parts[name]
+        indices = [self.indices[group] + part.start for group, part in parts]
+        ranks = [self.ranks[group] for group, _ in parts]
+        dim = parts[0][1].dim if parts else None
+        if len(parts) == 1:
+            return Slices(dim, indices[0], ranks[0])
         nothing = torch.empty(0, dtype=torch.int64)
-        index, ranks = torch.cat([nothing, *index]), torch.cat([nothing, *ranks])
-        order = ranks.argsort(stable=True)
-        return Slices(dim, index[order], ranks[order])
+        every_index, every_rank = torch.cat([nothing, *indices]), torch.cat([nothing, *ranks])
+        order = every_rank.argsort(stable=True)
+        return Slices(dim, every_index[order], every_rank[order])
 
     def prefix(self, name: str, share: float) -> Tensor:
         """Flat indices of the entries of one parameter within ``share``, best first, (n,)."""
-        dim, index, ranks = self.slices(name)
-        index = index[: entries_within(ranks, self.count(share))]
-        if dim is None:
+        slices = self.slices(name)
+        index = slices.index[: entries_within(slices.ranks, self.count(share))]
+        if slices.dim is None:
             return index
         shape = self.shapes[name]
-        return slices_of(torch.arange(math.prod(shape)).view(shape), dim)[index].flatten()
+        return slices_of(torch.arange(math.prod(shape)).view(shape), slices.dim)[index].flatten()
 
     def masks(self, share: float) -> dict[str, Tensor]:
         """A boolean mask of each parameter's shape, True where a weight is within ``share``."""

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from fishertune_d2.export import Architecture, Delta, apply_delta
 from fishertune_d2.export.delta import digest
+from fishertune_d2.export.tensor_change import TensorChange
 
 ROOT = Path(__file__).resolve().parents[2]
 PIXELS = (127.5, 127.5, 127.5)
@@ -36,8 +37,12 @@ def tuned_from(base, share=0.05, seed=1):
     return tuned
 
 
+def copied(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
 def copy_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return copied(model.state_dict())
 
 
 @mark.parametrize("share", [0.0, 0.001, 0.05, 0.5, 1.0])
@@ -61,7 +66,7 @@ def test_bits_are_compared_not_numbers():
     base = {"w": torch.tensor([0.0, float("nan"), 1.0, 2.0, 5.0, 6.0])}
     tuned = {"w": torch.tensor([-0.0, float("nan"), 1.0, 2.0, 5.0, 7.0])}
     delta = Delta.between(base, tuned, ARCHITECTURE)
-    assert delta.positions["w"].tolist() == [0, 5]
+    assert delta.changes["w"].positions.tolist() == [0, 5]
     assert_same_bits(delta.apply(base), tuned)
 
 
@@ -100,13 +105,13 @@ def test_the_size_for_vit_large(tmp_path):
         positions = torch.empty(sizes[name] // 20, dtype=torch.int64)
         positions = positions.geometric_(0.05, generator=generator).cumsum(0) - 1
         if len(positions):
-            delta.positions[name], delta.values[name] = positions, torch.zeros(len(positions))
+            delta.changes[name] = TensorChange(None, positions, torch.zeros(len(positions)))
     delta.save(tmp_path / "delta.safetensors")
     share = (tmp_path / "delta.safetensors").stat().st_size / (4 * sum(sizes.values()))
     assert 0.068 < share < 0.069
     loaded = Delta.load(tmp_path / "delta.safetensors")
     name = "blocks.20.mlp.fc1.weight"
-    assert torch.equal(loaded.positions[name], delta.positions[name])
+    assert torch.equal(loaded.changes[name].positions, delta.changes[name].positions)
 
 
 @mark.parametrize(
@@ -171,13 +176,18 @@ def test_weights_of_another_model_have_no_delta(tuned, message):
 
 @pytest.fixture
 def file(tmp_path):
-    """A delta that changes entries 1 and 3 of "w", and its base."""
-    base = {"w": torch.arange(10.0), "v": torch.zeros(2)}
-    tuned = {"w": torch.arange(10.0), "v": torch.ones(2)}
+    """A delta that changes entries 1 and 3 of "w", row 2 of "m", and all of "v"."""
+    base = small_base()
+    tuned = copied(base) | {"v": torch.ones(2)}
     tuned["w"][[1, 3]] = -1.0
+    tuned["m"][2] = 1.0
     path = tmp_path / "delta.safetensors"
     Delta.between(base, tuned, ARCHITECTURE).save(path)
     return path
+
+
+def small_base():
+    return {"w": torch.arange(10.0), "v": torch.zeros(2), "m": torch.zeros(4, 5)}
 
 
 def rewrite(path, tensors=None, metadata=None, **header):
@@ -203,14 +213,14 @@ def test_a_file_that_is_cut_short_is_refused(file):
     ("metadata", "message"),
     [
         (
-            {"format": "fishertune_delta_v2"},
-            "its format is 'fishertune_delta_v2', not 'fishertune_delta_v1': use the version of",
+            {"format": "fishertune_delta_v3"},
+            "its format is '.*_v3', not '.*_v1' or 'fishertune_delta_v2': use the version of",
         ),
         (
             {"format": "fishertune_selection_v1"},
-            "its format is .*selection_v1', not .*delta_v1'. Put",
+            "its format is .*selection_v1', not .*delta_v1' or .*delta_v2'. Put",
         ),
-        ({"format": None}, "its format is '', not 'fishertune_delta_v1'. Put back"),
+        ({"format": None}, "its format is '', not .*delta_v1' or .*delta_v2'. Put back"),
         ({"header": None}, "its header lacks 'header'"),
         ({"header": "{"}, "Expecting property name"),
         ({"header": "[]"}, "its header is a list, where a dict was"),
@@ -234,15 +244,27 @@ def bytes_of(*values):
         ({"gaps/w": bytes_of(1)}, "it has 1 positions in w, and 2 values"),
         ({"gaps/w": bytes_of(1, 1, 1)}, "it has 3 positions in w, and 2 values"),
         ({"gaps/w": bytes_of(1, 255, 1, 1)}, "it has 3 positions in w, and 2 values"),
-        ({"gaps/w": torch.tensor([1, 1])}, "gaps/w is torch.int64, not uint8"),
+        ({"gaps/w": torch.tensor([1, 1])}, r"gaps/w is int64 \(2,\), no vector of uint8"),
         ({"gaps/w": bytes_of(1, 1)[None]}, r"gaps/w is uint8 \(1, 2\), no vector"),
-        ({"values/w": torch.ones(1, 2)}, r"values/w is float32 \(1, 2\), no vector"),
-        ({"gaps/w": None}, "it has 0 positions in w, and 2 values"),
-        ({"values/w": None}, "it has 2 positions in w, and 0 values"),
+        ({"values/w": torch.ones(2, 1)}, r"values/w is float32 \(2, 1\), which does not fit gaps"),
+        (
+            {"gaps/w": None},
+            "it has values of w: a change has values and one of gaps, rows, columns",
+        ),
+        ({"values/w": None}, "it has gaps of w: a change has values"),
         ({"gaps/w": bytes_of(), "values/w": torch.ones(0)}, "it has 0 positions in w, and 0"),
-        ({"gaps/x": bytes_of(0), "values/x": torch.ones(1)}, "it has no use for entries of x"),
-        ({"gaps/v": bytes_of(0), "values/v": torch.ones(1)}, "it has no use for entries of v"),
-        ({"code/w": torch.ones(1)}, "it holds code/w, which is none of gaps, values, whole"),
+        ({"gaps/x": bytes_of(0), "values/x": torch.ones(1)}, "it has gaps of x, which its base"),
+        ({"gaps/v": bytes_of(0), "values/v": torch.ones(1)}, "it has gaps and values and whole of"),
+        ({"gaps/m": bytes_of(0)}, "it has gaps and rows and values of m"),
+        ({"columns/m": bytes_of(0)}, "it has columns and rows and values of m"),
+        ({"whole/m": torch.ones(4, 5)}, "it has rows and values and whole of m"),
+        ({"rows/m": bytes_of(0, 255)}, "the last gap does not end"),
+        ({"rows/m": bytes_of(0, 0)}, "it has 2 positions in m, and 1 values"),
+        ({"rows/m": bytes_of()}, "it has 0 positions in m, and 1 values"),
+        ({"rows/m": torch.ones(1)}, r"rows/m is float32 \(1,\), no vector of uint8"),
+        ({"values/m": torch.ones(1)}, r"values/m is float32 \(1,\), which does not fit rows"),
+        ({"values/m": torch.tensor(1.0)}, r"values/m is float32 \(\), which does not fit rows"),
+        ({"code/w": torch.ones(1)}, "it holds code/w, which is none of gaps, rows, columns, val"),
         ({"w": torch.ones(1)}, "it holds w, which is none of"),
     ],
 )
@@ -277,10 +299,34 @@ def test_hostile_headers_are_refused(file, header):
 @mark.parametrize(
     ("tensors", "message"),
     [
-        ({"gaps/w": bytes_of(1, 8)}, "it changes entry 10 of w, which has 10"),
-        ({"gaps/w": bytes_of(255, 255, 7, 0)}, "it changes entry 518 of w, which has 10"),
-        ({"values/w": torch.ones(2).double()}, "its w is torch.float64, the model's torch.float32"),
-        ({"whole/v": torch.ones(2).half()}, "its v is torch.float16, the model's torch.float32"),
+        ({"gaps/w": bytes_of(1, 8)}, "damaged at w: it changes entry 10, and the model's end at 9"),
+        ({"gaps/w": bytes_of(255, 255, 7, 0)}, "at w: it changes entry 518, and the model's end"),
+        ({"rows/m": bytes_of(4)}, "damaged at m: it changes row 4, and the model's end at 3"),
+        (
+            {"rows/m": None, "columns/m": bytes_of(5), "values/m": torch.ones(1, 4)},
+            "damaged at m: it changes column 5, and the model's end at 4",
+        ),
+        (
+            {"rows/m": None, "columns/m": bytes_of(2)},
+            r"damaged at m: it has values \(5,\) for a column, which is \(4,\)",
+        ),
+        ({"values/m": torch.ones(1, 1)}, r"at m: it has values \(1,\) for a row, which is \(5,\)"),
+        ({"values/m": torch.ones(1, 5, 1)}, "at m: its rows are of a tensor of 3 dimensions"),
+        ({"values/m": torch.ones(1, 5).half()}, "at m: its values are torch.float16, the model's"),
+        (
+            {"rows/m": None, "gaps/m": bytes_of(20), "values/m": torch.ones(1)},
+            "damaged at m: it changes entry 20, and the model's end at 19",
+        ),
+        (
+            {"rows/w": bytes_of(0), "gaps/w": None, "values/w": torch.ones(1, 2)},
+            "at w: its rows are of a tensor of 2 dimensions, and the model's has 1",
+        ),
+        (
+            {"columns/w": bytes_of(0), "gaps/w": None, "values/w": torch.ones(1, 2)},
+            "at w: its columns are of a tensor of 2 dimensions, and the model's has 1",
+        ),
+        ({"values/w": torch.ones(2).double()}, "at w: its values are torch.float64, the model's"),
+        ({"whole/v": torch.ones(2).half()}, "at v: it is torch.float16, the model's torch.float32"),
         ({"whole/v": torch.ones(3)}, r"in which v is float32 \(3,\); the model's is float32"),
         ({"whole/x": torch.ones(3)}, "the model lacks x"),
     ],
@@ -288,10 +334,38 @@ def test_hostile_headers_are_refused(file, header):
 def test_what_does_not_fit_the_base_is_refused(file, tensors, message):
     rewrite(file, tensors)
     delta = Delta.load(file)
-    base = {"w": torch.arange(10.0), "v": torch.zeros(2)}
+    base = small_base()
     with raises(ValueError, match=f"delta.safetensors .*{message}"):
         delta.apply(base)
-    assert_same_bits(base, {"w": torch.arange(10.0), "v": torch.zeros(2)})
+    assert_same_bits(base, small_base())
+
+
+def test_a_file_of_version_1_still_loads(tmp_path):
+    """Version 1 stored the entries that differ; its tensors had the names of today."""
+    base = small_base()
+    tuned = copied(base) | {"v": torch.ones(2)}
+    tuned["w"][[1, 3]] = -1.0
+    tuned["m"][:, 1] = 2.0
+    old = {
+        "gaps/w": bytes_of(1, 1),  # the entries that are skipped before each
+        "values/w": torch.tensor([-1.0, -1.0]),
+        "gaps/m": bytes_of(1, 4, 4, 4),
+        "values/m": torch.tensor([2.0, 2.0, 2.0, 2.0]),
+        "whole/v": torch.ones(2),
+        "decoder/head.weight": torch.ones(3),
+    }
+    header = {
+        "architecture": vars(ARCHITECTURE),
+        "base": {name: digest(tensor) for name, tensor in base.items()},
+        "changed": 8,
+        "notes": {"method": "fishertune"},
+    }
+    texts = {"format": "fishertune_delta_v1", "header": json.dumps(header)}
+    save_file(old, tmp_path / "old.safetensors", metadata=texts)
+    delta = Delta.load(tmp_path / "old.safetensors")
+    assert (delta.changed, delta.notes) == (8, {"method": "fishertune"})
+    assert delta.decoder.keys() == {"head.weight"}
+    assert_same_bits(delta.apply(base), tuned)
 
 
 def test_a_missing_file_is_named(tmp_path):
