@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from fishertune_d2.config import CONFIGS, read_config
@@ -32,13 +33,11 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_eight_times_the_gpus_see_as_many_images_with_a_rate_that_fits_the_batch(path):
-    one, eight = read_config(str(CONFIGS / path.name)), read_config(str(path))
+def _require_scaled(one: CfgNode, eight: CfgNode, output: str) -> None:
     growth = eight.SOLVER.IMS_PER_BATCH / one.SOLVER.IMS_PER_BATCH
     assert growth > 1
     expected = dict(dotted_items(one)) | {
-        "OUTPUT_DIR": f"outputs/8gpu/{path.stem}",
+        "OUTPUT_DIR": output,
         "SOLVER.IMS_PER_BATCH": eight.SOLVER.IMS_PER_BATCH,
         "SOLVER.BASE_LR": pytest.approx(one.SOLVER.BASE_LR * sqrt(growth)),
     }
@@ -49,6 +48,23 @@ def test_eight_times_the_gpus_see_as_many_images_with_a_rate_that_fits_the_batch
     expected["TUNING.WARMUP_ITERS"] /= growth
     assert dict(dotted_items(eight)) == expected
     require_possible(eight, GPUS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_eight_times_the_gpus_see_as_many_images_with_a_rate_that_fits_the_batch(path):
+    one, eight = read_config(str(CONFIGS / path.name)), read_config(str(path))
+    _require_scaled(one, eight, f"outputs/8gpu/{path.stem}")
+
+
+@pytest.mark.parametrize(
+    ("name", "without_warmup"),
+    [("fishertune_eva02", ""), ("full_clip", ""), ("rein_dinov2", "TUNING: {WARMUP_ITERS: 0}\n")],
+)
+def test_the_lines_in_the_head_of_the_base_scale_other_configs(tmp_path, name, without_warmup):
+    bases = [str(CONFIGS / f"{name}.yaml"), str(CONFIGS / "8gpu/Base-8gpu.yaml")]
+    path = tmp_path / "own.yaml"
+    path.write_text(f"_BASE_: {json.dumps(bases)}\nOUTPUT_DIR: own\n{without_warmup}")
+    _require_scaled(read_config(f"{name}.yaml"), read_config(str(path)), "own")
 
 
 def test_a_batch_for_fewer_gpus_is_refused_with_the_remedies():
