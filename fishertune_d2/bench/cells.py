@@ -167,7 +167,7 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
     if rate is not None:
         missing += [RATE, str(rate)]
     elif RATE not in options and not own and method.adds:
-        missing += [RATE, "1.0"]  # added parameters learn as fast as the head, as in their papers
+        missing += [RATE, "1.0"]  # added parameters learn as fast as the head, as in Rein and SET
     if not method.takes_warmup and "TUNING.WARMUP_ITERS" not in options:
         missing += ["TUNING.WARMUP_ITERS", "0"]
     if missing:
