@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fishertune_d2.files import TensorFile, open_tensors, whole_file
 
+from .units import Units
+
 _FORMAT = "fisher_estimate_v1"
 
 
@@ -53,6 +55,12 @@ class FisherEstimate(Mapping[str, Tensor]):
         f = {name: value.to(device) for name, value in self.f.items()}
         shifted = {name: value.to(device) for name, value in self.shifted.items()}
         return replace(self, f=f, shifted=shifted)
+
+    def by_unit(self, units: Units) -> "FisherEstimate":
+        """The means of F(x) and F(x') over each unit, by group of units; see :meth:`Units.mean`."""
+        return replace(
+            self, f=units.mean(self.f), shifted=self.shifted and units.mean(self.shifted)
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the estimate as a safetensors file; if that fails, an existing file stays."""

@@ -64,7 +64,8 @@ class Units:
             a group of neurons is one kind in one block, such as ``"blocks.3.K"``.
 
     Raises:
-        ValueError: if ``unit`` is unknown, or no parameter belongs to a neuron.
+        ValueError: if ``unit`` is unknown, no parameter belongs to a neuron, or the parameters of a
+            group do not fit together.
     """
 
     def __init__(self, unit: str, shapes: Mapping[str, tuple[int, ...]]):
@@ -87,12 +88,13 @@ class Units:
     def layers(self) -> dict[tuple[str, int], list[tuple[str, slice]]]:
         """The groups of Eq. 3, one kind in one block: names of unit groups, and rows in them.
 
-        The rows are those of a parameter where units are weights, and all units otherwise.
+        The rows are those of a parameter where units are weights, and all units otherwise. A
+        parameter outside the blocks is in no layer.
         """
         found: dict[tuple[str, int], list[tuple[str, slice]]] = {}
         for key, group in self.groups.items():
             first = group.parts[0]
-            for kind, block, rows in groups_of(first.name, self.shapes[first.name][0]):
+            for kind, block, rows in groups_in(first.name, self.shapes[first.name]):
                 if self.unit == "weight":
                     found.setdefault((kind, block), []).append((key, rows))
                 elif rows.start <= first.start < rows.stop:
@@ -109,7 +111,7 @@ class Units:
             By group, (units,); for weights the values themselves, in the parameters' shapes.
         """
         if self.unit == "weight":
-            return dict(values)
+            return {name: value for name, value in values.items() if name in self.shapes}
         means = {}
         for key, group in self.groups.items():
             sums = [
@@ -149,14 +151,19 @@ class Units:
     def _neurons(self) -> dict[str, UnitGroup]:
         groups: dict[str, UnitGroup] = {}
         for name, shape in self.shapes.items():
-            for kind, block, rows in groups_of(name, shape[0]):
-                path = name[: name.rindex(f"blocks.{block}.")]
-                group = groups.setdefault(f"{path}blocks.{block}.{kind}", UnitGroup(0))
-                parts = [Part(name, 0, rows.start)]
-                group.count = rows.stop - rows.start
+            for kind, block, rows in groups_in(name, shape):
+                count, parts = rows.stop - rows.start, [Part(name, 0, rows.start)]
                 if kind == "FFN":
-                    group.count = _hidden_neurons(name, self.shapes)
-                    parts = _parts_of_ffn(name, shape, group.count)
+                    count = _hidden_neurons(name, self.shapes)
+                    parts = _parts_of_ffn(name, shape, count)
+                path = name[: name.rindex(f"blocks.{block}.")]
+                key = f"{path}blocks.{block}.{kind}"
+                group = groups.setdefault(key, UnitGroup(count))
+                if group.count != count:
+                    raise ValueError(
+                        f"{name} has {count} neurons, but other parameters of {key} have "
+                        f"{group.count}: choose the unit 'weight'"
+                    )
                 group.parts += parts
                 group.size += sum(prod(shape) // shape[part.dim or 0] for part in parts)
         if not groups:
@@ -165,6 +172,11 @@ class Units:
                 "neurons: choose the unit 'weight'"
             )
         return groups
+
+
+def groups_in(name: str, shape: tuple[int, ...]) -> list[tuple[str, int, slice]]:
+    """Each group (kind, block) in a parameter, with its rows; a single number is in none."""
+    return groups_of(name, shape[0]) if shape else []
 
 
 def slices_of(tensor: Tensor, dim: int | None) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from fishertune_d2.fisher import FisherEstimate, relative_change
+from fishertune_d2.fisher import FisherEstimate, Units, relative_change
 
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod
 
@@ -33,6 +33,12 @@ class ChangeOnly(SelectiveMethod):
     def scores(self, backbone: nn.Module, estimate: FisherEstimate) -> Mapping[str, Tensor]:
         """DF, Eq. 5."""
         return relative_change(estimate.f, estimate.shifted, self.eps)
+
+    def unit_scores(
+        self, backbone: nn.Module, estimate: FisherEstimate, units: Units
+    ) -> Mapping[str, Tensor]:
+        """DF of the means of F(x) and F(x') over each unit."""
+        return self.scores(backbone, estimate.by_unit(units))
 
 
 @TUNING_REGISTRY.register()

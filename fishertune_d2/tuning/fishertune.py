@@ -6,7 +6,7 @@ from functools import partial
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from fishertune_d2.fisher import FisherEstimate, domain_related_fisher
+from fishertune_d2.fisher import FisherEstimate, Units, domain_related_fisher
 
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod
 
@@ -27,6 +27,12 @@ class FisherTune(SelectiveMethod):
     def scores(self, backbone: nn.Module, estimate: FisherEstimate) -> Mapping[str, Tensor]:
         """DRF."""
         return self._drf(estimate)
+
+    def unit_scores(
+        self, backbone: nn.Module, estimate: FisherEstimate, units: Units
+    ) -> Mapping[str, Tensor]:
+        """DRF of the means of F(x) and F(x') over each unit."""
+        return self.scores(backbone, estimate.by_unit(units))
 
 
 @TUNING_REGISTRY.register()

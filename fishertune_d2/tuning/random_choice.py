@@ -1,4 +1,4 @@
-"""Random choices of weights: among all candidates, one kind (Table 4), or a group (Fig. 3)."""
+"""Random choices of units: among all candidates, one kind (Table 4), or a group (Fig. 3)."""
 
 from collections.abc import Mapping
 
@@ -6,13 +6,13 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from fishertune_d2.fisher import KINDS, Candidate, FisherEstimate, find_candidates
+from fishertune_d2.fisher import KINDS, Candidate, FisherEstimate, Units, find_candidates
 
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod
 
 
 class RandomChoice(SelectiveMethod):
-    """Trains candidates drawn uniformly.
+    """Trains units drawn uniformly among the candidates, whatever their sizes.
 
     Args:
         seed: seed of the draw.
@@ -34,14 +34,21 @@ class RandomChoice(SelectiveMethod):
         self.depth = depth
 
     def scores(self, backbone: nn.Module, estimate: FisherEstimate | None) -> Mapping[str, Tensor]:
-        """Uniform numbers in (0, 1] for the candidates to draw from, and 0 elsewhere."""
+        """:meth:`unit_scores` of single weights."""
+        shapes = {name: tuple(p.shape) for name, p in self.parameters(backbone).items()}
+        return self.unit_scores(backbone, estimate, Units("weight", shapes))
+
+    def unit_scores(
+        self, backbone: nn.Module, estimate: FisherEstimate | None, units: Units
+    ) -> Mapping[str, Tensor]:
+        """Uniform numbers in (0, 1] for the units to draw from, and 0 for the others."""
         generator = torch.Generator().manual_seed(self.seed)
-        scores = {name: torch.zeros_like(p) for name, p in self.parameters(backbone).items()}
-        for candidate in self.candidates(backbone):
-            score, rows = scores[candidate.name], candidate.rows
+        scores = {}
+        for group, chosen in self.selectable(backbone, units).items():
             # float32 has 24 bits: among millions, ties occur, and the position breaks them.
-            drawn = 1.0 - torch.rand(score[rows].shape, generator=generator)
-            score[rows] = drawn.to(score)
+            drawn = 1.0 - torch.rand(int(chosen.sum()), generator=generator)
+            scores[group] = torch.zeros_like(chosen, dtype=drawn.dtype)
+            scores[group][chosen] = drawn.to(chosen.device)
         return scores
 
     def candidates(self, backbone: nn.Module) -> list[Candidate]:

@@ -7,12 +7,13 @@ A method is one file: a class, and a registered function ``name(cfg) -> TuningMe
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from fishertune_d2.config_slips import nearest
-from fishertune_d2.fisher import Candidate, FisherEstimate, find_candidates
+from fishertune_d2.fisher import Candidate, FisherEstimate, Units, find_candidates
 from fishertune_d2.modeling.vfm import VFMBackbone
 
 TUNING_REGISTRY = Registry("TUNING")
@@ -23,7 +24,7 @@ class TuningMethod:
 
     Attributes:
         selects: whether only the best-scored weights of the parameters move. If so, the trainer
-            calls :meth:`scores` after warm-up; see :class:`SelectiveMethod`.
+            calls :meth:`unit_scores` after warm-up; see :class:`SelectiveMethod`.
         estimates: whether :meth:`scores` needs the Fisher information; only read if ``selects``.
         compares_domains: whether :meth:`scores` needs F(x') beside F(x), and so a shift.
         schedule: the growth of the share, if it is a part of the method; else TUNING.SCHEDULE.
@@ -89,6 +90,24 @@ class TuningMethod:
         """
         raise NotImplementedError
 
+    def unit_scores(
+        self, backbone: nn.Module, estimate: FisherEstimate, units: Units
+    ) -> Mapping[str, Tensor]:
+        """One score for each unit of the parameters; only called if ``selects``.
+
+        A method overrides this if its score of a unit is not the mean of the weights' scores, such
+        as a ratio of two means.
+
+        Args:
+            backbone: as in :meth:`parameters`.
+            estimate: as in :meth:`scores`.
+            units: the units of :meth:`parameters`: single weights or neurons.
+
+        Returns:
+            The mean of the :meth:`scores` of each unit's weights, by group of units.
+        """
+        return units.mean(self.scores(backbone, estimate))
+
 
 class SelectiveMethod(TuningMethod):
     """Base class of methods that select among the candidates of Eq. 3 by a score."""
@@ -103,6 +122,23 @@ class SelectiveMethod(TuningMethod):
     def candidates(self, backbone: nn.Module) -> list[Candidate]:
         """The weights that may be selected; by default all candidates of Eq. 3."""
         return find_candidates(backbone)
+
+    def selectable(self, backbone: nn.Module, units: Units) -> dict[str, Tensor]:
+        """Whether each unit may be selected, which it may if it holds :meth:`candidates`.
+
+        Args:
+            backbone: as in :meth:`parameters`.
+            units: the units of :meth:`parameters`.
+
+        Returns:
+            Booleans by group of units, on the backbone's device: (units,), or, for single weights,
+            in the parameters' shapes.
+        """
+        own = self.parameters(backbone)
+        held = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in own.items()}
+        for candidate in self.candidates(backbone):
+            held[candidate.name][candidate.rows] = True
+        return {group: part > 0 for group, part in units.mean(held).items()}
 
 
 class AddingMethod(TuningMethod):
