@@ -1,9 +1,10 @@
-"""The values of all selected entries, contiguous in memory, and the weights that they are part of.
+"""The values of all selected slices, contiguous in memory, and the weights that they are part of.
 
-One operator on the contiguous memory updates all values, however many tensors they come from.
+One operator on the contiguous memory updates all values, however many tensors they come from. A
+slice is a row, a column or a single entry of a tensor, see :class:`fishertune_d2.fisher.Slices`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -12,34 +13,43 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
-from fishertune_d2.fisher import entries_within
+from fishertune_d2.fisher import Slices, entries_within, slices_of
 
 
 class SelectedValues:
-    """The values of the selected entries of a model's tensors of one dtype and device.
+    """The values of the selected slices of a model's tensors of one dtype and device.
 
     Values that are not selected yet are restored after each step of the optimizer: weight decay
     moves them, and they must equal the tensor's numbers when they join.
 
     Args:
-        flat: the values, tensor by tensor, each best first; (N,).
-        ranks: for each tensor its entries' ranks in the whole selection, ascending; (n,) int64.
+        tensors: the dense tensors.
+        slices: the selected slices of each, which are not empty.
 
     Attributes:
+        flat: the values, tensor by tensor, each best first; (N,).
         tensors: for each tensor its parametrization, which holds the dense tensor and the
-            :class:`Entries`, whose values are a part of ``flat``.
+            :class:`Entries`, whose values are a part of ``flat``. The caller adds them.
         stepping: whether an optimizer that holds the values is in its step.
     """
 
-    def __init__(self, flat: Tensor, ranks: list[Tensor]):
-        self.flat = flat
-        self.ranks = ranks
+    def __init__(self, tensors: Sequence[Tensor], slices: Sequence[Slices]):
+        parts = [
+            slices_of(tensor.detach(), each.dim)[each.index.to(tensor.device)].flatten()
+            for tensor, each in zip(tensors, slices, strict=True)
+        ]
+        self.flat = torch.cat(parts)
+        self.ranks = [each.ranks for each in slices]
         self.tensors: list[ParametrizationList] = []
         self.stepping = False
         self._count = 0
         # The ranks decide which values are selected yet; the start values are the dense tensors'
         # numbers at these versions. int32 halves the memory; no ViT has 2^31 entries.
-        self._rank: Tensor | None = torch.cat(ranks).to(flat.device, torch.int32)
+        ranks = [
+            each.repeat_interleave(len(part) // len(each))
+            for each, part in zip(self.ranks, parts, strict=True)
+        ]
+        self._rank: Tensor | None = torch.cat(ranks).to(self.flat.device, torch.int32)
         self._start: Tensor | None = None
         self._versions: list[int] = []
         # A buffer for gradients, and the starts of its parts that are in use.
@@ -61,14 +71,14 @@ class SelectedValues:
         return [tensor for tensor in (self._rank, self._start) if tensor is not None]
 
     def grow(self, count: int) -> int:
-        """Selects the entries of a rank below ``count``; returns how many there are here now."""
+        """Selects the units of a rank below ``count``; returns how many weights these are here."""
         if count > self._count:
             if any(entries.values._version != entries.written for entries, _ in self.pairs()):
                 self.write()
             self._count = count
             for (entries, _), ranks in zip(self.pairs(), self.ranks, strict=True):
                 entries.active = entries_within(ranks, count)
-        return sum(entries.active for entries, _ in self.pairs())
+        return sum(entries.active * entries.width for entries, _ in self.pairs())
 
     @torch.no_grad()
     def write(self) -> None:
@@ -77,11 +87,12 @@ class SelectedValues:
         if self._rank is not None:
             self._restore(self._rank)
         for entries, original in self.pairs():
-            active = entries.active
             # Not through .data: a backward pass that still needs the old numbers must fail.
-            dense, values = original.view(-1), entries.values.data
-            if active:
-                dense.index_copy_(0, entries.index[:active], values[:active])
+            slices = slices_of(original, entries.dim)
+            if entries.active:
+                values = entries.values.data[: entries.active * entries.width]
+                values = values.view(-1, *slices.shape[1:])
+                slices.index_copy_(0, entries.index[: entries.active], values)
             entries.written = entries.values._version
         if self._start is not None:
             self._versions = self._versions_now()
@@ -99,14 +110,13 @@ class SelectedValues:
 
     def _restore(self, rank: Tensor) -> None:
         """Sets values that are not selected yet to the numbers in their dense tensors."""
-        if all(entries.active == len(entries.values) for entries, _ in self.pairs()):
+        if all(entries.active == len(entries.index) for entries, _ in self.pairs()):
             self._rank = self._start = None
             return
         rank = self._make_contiguous(rank)
         # The versions differ after a checkpoint was loaded.
         if self._start is None or self._versions_now() != self._versions:
-            parts = [original.view(-1)[entries.index] for entries, original in self.pairs()]
-            self._start = torch.cat(parts)
+            self._start = torch.cat([entries.read(original) for entries, original in self.pairs()])
         torch.where(rank < self._count, self.flat, self._start, out=self.flat)
 
     def _versions_now(self) -> list[int]:
@@ -126,62 +136,135 @@ class SelectedValues:
 
 
 class Entries(nn.Module):
-    """Computes a weight from its frozen dense tensor and the values of its selected entries.
+    """Computes a weight from its frozen dense tensor and the values of its selected slices.
 
     Args:
         shared: all values of tensors of this dtype and device.
         place: the place of these values in ``shared.flat``.
-        index: (n,), the places of the entries in the flattened dense tensor, best first; int64.
+        dim: the dimension of the slices; None for single entries.
+        index: (n,), which slices are selected, best first; int64.
 
     Attributes:
-        values: (n,), a part of ``shared.flat``.
-        active: the number of selected values, which come first.
+        values: (n * width,), a part of ``shared.flat``.
+        width: the number of values in a slice.
+        active: the number of slices that are selected by now, which come first.
         written: the version of ``values`` that is in the dense tensor.
     """
 
     index: Tensor
 
-    def __init__(self, shared: SelectedValues, place: slice, index: Tensor):
+    def __init__(self, shared: SelectedValues, place: slice, dim: int | None, index: Tensor):
         super().__init__()
-        self.shared, self.place = shared, place
+        self.shared, self.place, self.dim = shared, place, dim
         self.register_buffer("index", index, persistent=False)
         self.values = nn.Parameter(shared.flat[place])
+        self.width = len(self.values) // len(index)
         self.active = 0
         self.written = self.values._version
 
     def forward(self, dense: Tensor) -> Tensor:
         """Returns the dense tensor; its gradient goes to the selected values."""
-        compiling = torch.compiler.is_compiling()
-        # An optimizer's step was followed by a write. Other changes of the values are written here.
-        if not compiling and self.values._version != self.written:
-            self.shared.write()
+        dense = self.current(dense)
         if not torch.is_grad_enabled():
             return dense
+        return _SelectedGradient.apply(dense, self.values, self.dim, *self.selected())
+
+    def of_output(self, output: Tensor, input: Tensor) -> Tensor:
+        """Returns the output of a linear layer with this weight; its gradient goes to the values.
+
+        The product of the output's gradient and the input is computed for the selected rows or
+        columns alone.
+
+        Args:
+            output: (..., out), computed with the dense tensor.
+            input: (..., in).
+
+        Returns:
+            The output, (..., out).
+        """
+        if not torch.is_grad_enabled():
+            return output
+        return _SelectedProduct.apply(output, input, self.values, self.dim, *self.selected())
+
+    def current(self, dense: Tensor) -> Tensor:
+        """The dense tensor after all changes of the values are written into it."""
+        # An optimizer's step was followed by a write. Other changes of the values are written here.
+        if not torch.compiler.is_compiling() and self.values._version != self.written:
+            self.shared.write()
+        return dense
+
+    def read(self, dense: Tensor) -> Tensor:
+        """The numbers of the selected slices in the dense tensor, (n * width,)."""
+        return slices_of(dense, self.dim)[self.index].flatten()
+
+    def selected(self) -> tuple[Tensor, "Entries | None"]:
+        """The slices that are selected by now, and these entries unless they are compiled."""
         # torch.compile cannot trace the shared buffer of gradients.
-        entries = None if compiling else self
-        return _SelectedGradient.apply(self.values, dense, self.index[: self.active], entries)
+        compiling = torch.compiler.is_compiling()
+        return self.index[: self.active], None if compiling else self
 
 
 class _SelectedGradient(torch.autograd.Function):
-    """The identity on a dense weight; the selected entries of its gradient go to their values."""
+    """The identity on a dense weight; the selected slices of its gradient go to their values."""
 
     @staticmethod
     def forward(
-        ctx, values: Tensor, dense: Tensor, index: Tensor, entries: Entries | None
+        ctx, dense: Tensor, values: Tensor, dim: int | None, index: Tensor, entries: Entries | None
     ) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.count, ctx.entries = len(values), entries
+        ctx.count, ctx.entries, ctx.dim = len(values), entries, dim
         return dense.view_as(dense)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
-        if ctx.entries is None:
-            selected = gradient.new_zeros(ctx.count)
-            selected[: len(index)] = gradient.reshape(-1).index_select(0, index)
-            return selected, None, None, None
-        selected = ctx.entries.shared.gradient_of(ctx.entries.place, gradient)
+        whole, slices = _zeros(ctx, gradient), slices_of(gradient.contiguous(), ctx.dim)
         if len(index):  # one operator, into a buffer of zeros that all tensors share
-            torch.index_select(gradient.reshape(-1), 0, index, out=selected[: len(index)])
-        return selected, None, None, None
+            out = whole[: len(index) * slices[0].numel()].view(-1, *slices.shape[1:])
+            torch.index_select(slices, 0, index, out=out)
+        return None, whole, None, None, None
+
+
+class _SelectedProduct(torch.autograd.Function):
+    """The identity on a layer's output; the values get the gradient of rows or columns alone."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        output: Tensor,
+        input: Tensor,
+        values: Tensor,
+        dim: int,
+        index: Tensor,
+        entries: Entries | None,
+    ) -> Tensor:
+        # Of the input, only what the product needs, in the precision that the layer computed in.
+        needed = input if dim == 0 and len(index) else input.index_select(-1, index)
+        ctx.save_for_backward(needed.to(output.dtype), index)
+        ctx.count, ctx.entries, ctx.dim, ctx.like = len(values), entries, dim, values.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
+        input, index = ctx.saved_tensors
+        whole = _zeros(ctx, gradient.new_empty(0, dtype=ctx.like))
+        if len(index):
+            chosen = gradient.index_select(-1, index) if ctx.dim == 0 else gradient
+            rows, columns = (each.reshape(-1, each.shape[-1]) for each in (chosen, input))
+            if ctx.dim == 1:
+                rows, columns = columns, rows
+            out = whole[: rows.shape[1] * columns.shape[1]].view(rows.shape[1], columns.shape[1])
+            if out.dtype == rows.dtype:
+                torch.mm(rows.T, columns, out=out)
+            else:
+                out.copy_(rows.T @ columns)
+        return gradient, None, whole, None, None, None
+
+
+def _zeros(ctx, like: Tensor) -> Tensor:
+    """Zeros, (n,), for the gradient of all values of a tensor."""
+    if ctx.entries is None:
+        return like.new_zeros(ctx.count)
+    return ctx.entries.shared.gradient_of(ctx.entries.place, like)

@@ -1,42 +1,48 @@
-"""Makes the selected entries of a model's weights its only trainable parameters.
+"""Makes the selected slices of a model's weights its only trainable parameters.
 
 A dense mask costs as much as a full update: dense gradients, two dense moments, a dense all-reduce.
-Here each tensor with a selected entry gets a vector of the values of these entries. The optimizer
-holds the vectors, and the dense weights are frozen. The backward pass copies the selected entries
-of a dense gradient to the vector and frees the rest. After each step of the optimizer the values
-are written into the dense weight. The model's computation does not change.
+Here each tensor with a selected slice gets a vector of the values of these slices. A slice is a
+single entry, or a row or a column that belongs to a neuron. The optimizer holds the vectors, and
+the dense weights are frozen. After each step of the optimizer the values are written into the
+dense weight. The model's computation does not change.
 
-A step launches two operators for each tensor: one picks the entries of a gradient, one writes the
-values. Everything else runs on all vectors at once, see :mod:`.selected_values`.
+The backward pass copies selected entries of a dense gradient to the vector and frees the rest. Of a
+linear layer with selected rows or columns it computes only their gradients, and of the layer's
+input it keeps only what these need.
+
+A step launches two operators for each tensor: one gets the gradient, one writes the values.
+Everything else runs on all vectors at once, see :mod:`.selected_values`.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MethodType
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-from fishertune_d2.fisher import Selection
+from fishertune_d2.fisher import Selection, Slices, slices_of
 
 from .masked_update import require_same_shapes
 from .selected_values import Entries, SelectedValues
 
 
 class SelectedWeights:
-    """Trains the selected entries of ``model`` through one vector for each tensor.
+    """Trains the selected slices of ``model`` through one vector for each tensor.
 
     Optimizers, gradient scalers, clipping, averaging and DistributedDataParallel that get the model
     afterwards see the vectors in place of the tensors. Saving and loading a state dict use the
     names and tensors of the plain model, so that a checkpoint fits both.
 
-    Entries beyond the share of the last :meth:`grow` have a gradient of zero, and changes of their
+    Slices beyond the share of the last :meth:`grow` have a gradient of zero, and changes of their
     values by the optimizer (weight decay) never reach the model.
 
     A step of a ``torch.optim.Optimizer`` that holds the vectors updates the weights. Any other
@@ -57,14 +63,18 @@ class SelectedWeights:
         require_same_shapes(parameters, selection)
         self.model = model
         self.selection = selection
-        self.names = [name for name in parameters if len(selection.indices[name]) > 0]
+        self._order = list(dict(model.named_parameters()))
+        slices = {name: selection.slices(name) for name in parameters}
+        self.names = [name for name in parameters if len(slices[name].index) > 0]
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
         alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         for name in self.names:
             alike.setdefault((parameters[name].dtype, parameters[name].device), []).append(name)
-        self._values = [_parametrize(model, selection, names) for names in alike.values()]
+        self._values = [
+            _parametrize(model, {name: slices[name] for name in names}) for names in alike.values()
+        ]
         # The hooks get names, not entries, because a copy of the model has its own entries.
         self._hooks = [
             model.register_state_dict_post_hook(partial(_save_plain, self.names)),
@@ -81,7 +91,7 @@ class SelectedWeights:
         return [tensor for values in self._values for tensor in values.extra_tensors()]
 
     def grow(self, share: float) -> int:
-        """Selects up to a share of the base, beside earlier entries; returns how many there are."""
+        """Selects up to a share of the base, beside earlier units; returns how many weights."""
         count = self.selection.count(share)
         return sum(values.grow(count) for values in self._values)
 
@@ -92,7 +102,15 @@ class SelectedWeights:
         for values in self._values:
             values.write()
         for name in self.names:
-            parametrize.remove_parametrizations(*_owner(self.model, name), leave_parametrized=False)
+            owner, attribute = _owner(self.model, name)
+            if attribute == "weight":
+                vars(owner).pop("forward", None)
+            parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
+        for name in self._order:  # because each was registered last in its module
+            owner, attribute = _owner(self.model, name)
+            parameter = owner.get_parameter(attribute)
+            delattr(owner, attribute)
+            owner.register_parameter(attribute, parameter)
         self.names, self._values = [], []
 
     def _write_after_steps(self) -> None:
@@ -111,20 +129,32 @@ class SelectedWeights:
             weakref.finalize(values, after.remove)
 
 
-def _parametrize(model: nn.Module, selection: Selection, names: Sequence[str]) -> SelectedValues:
+def _parametrize(model: nn.Module, slices: Mapping[str, Slices]) -> SelectedValues:
     """Parametrizes parameters of one dtype and device by vectors of their selected values."""
-    parameters = [model.get_parameter(name) for name in names]
-    index = [selection.indices[n].to(p.device) for n, p in zip(names, parameters, strict=True)]
-    flat = torch.cat([p.detach().view(-1)[i] for p, i in zip(parameters, index, strict=True)])
-    shared = SelectedValues(flat, [selection.ranks[name] for name in names])
+    parameters = [model.get_parameter(name) for name in slices]
+    shared = SelectedValues(parameters, list(slices.values()))
     start = 0
-    for name, each in zip(names, index, strict=True):
+    for (name, each), parameter in zip(slices.items(), parameters, strict=True):
+        width = slices_of(parameter.detach(), each.dim)[0].numel()
+        place = slice(start, start + width * len(each.index))
+        start = place.stop
         owner, attribute = _owner(model, name)
-        entries = Entries(shared, slice(start, start + len(each)), each)
-        start += len(each)
+        entries = Entries(shared, place, each.dim, each.index.to(parameter.device))
+        # A layer with another forward pass, or a weight that others read, takes the dense gradient.
+        is_product = attribute == "weight" and type(owner).forward is nn.Linear.forward
         parametrize.register_parametrization(owner, attribute, entries, unsafe=True)
+        if each.dim is not None and is_product:
+            owner.forward = MethodType(_linear, owner)  # type: ignore[method-assign]
         shared.tensors.append(_parametrization(model, name))
     return shared
+
+
+def _linear(self: nn.Linear, input: Tensor) -> Tensor:
+    """The forward pass of a linear layer with selected rows or columns."""
+    found = cast(parametrize.ParametrizationList, self.get_submodule("parametrizations.weight"))
+    entries = cast(Entries, found[0])
+    weight = entries.current(cast(nn.Parameter, found.original))
+    return entries.of_output(F.linear(input, weight, self.bias), input)
 
 
 def _expect_step(values: weakref.ref[SelectedValues], optimizer: torch.optim.Optimizer, *_) -> None:
@@ -175,7 +205,7 @@ def _save_plain(names: Sequence[str], model: nn.Module, state: dict, prefix: str
 def _load_plain(names: Sequence[str], model: nn.Module, state: dict, prefix: str, *_) -> None:
     for name in names:
         if prefix + name in state:
-            index = _entries(model, name).index
+            entries = _entries(model, name)
             dense_name, values_name = _parametrized_names(prefix + name)
             state[dense_name] = state.pop(prefix + name)
-            state[values_name] = state[dense_name].to(index.device).view(-1)[index]
+            state[values_name] = entries.read(state[dense_name].to(entries.index.device))

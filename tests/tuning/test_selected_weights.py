@@ -6,25 +6,33 @@ import weakref
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fishertune_d2.fisher import Selection, find_candidates
+from fishertune_d2.fisher import UNITS, Selection, Units, find_candidates
 from fishertune_d2.tuning import MaskedUpdate, SelectedWeights
 from fishertune_d2.tuning.selected_values import SelectedValues
 
 
-def _select(model: nn.Module, share: float = 0.05, only: Callable[[str], bool] = lambda _: True):
-    """Random candidates, of the parameters that ``only`` keeps."""
-    generator = torch.Generator().manual_seed(3)
-    scores = {}
-    for candidate in find_candidates(model):
-        score = torch.zeros(candidate.parameter.shape)
-        if only(candidate.name):
-            score[candidate.rows] = torch.rand(score[candidate.rows].shape, generator=generator)
-        scores[candidate.name] = scores.get(candidate.name, 0) + score
-    return Selection.from_scores(scores, share, sum(p.numel() for p in model.parameters()))
+@pytest.fixture(params=UNITS)
+def select(request) -> Callable[..., Selection]:
+    """Returns a function that selects random units of the parameters that ``only`` keeps."""
+
+    def make(model: nn.Module, share: float = 0.05, only: Callable[[str], bool] = lambda _: True):
+        generator = torch.Generator().manual_seed(3)
+        scores = {}
+        for candidate in find_candidates(model):
+            score = torch.zeros(candidate.parameter.shape)
+            if only(candidate.name):
+                score[candidate.rows] = torch.rand(score[candidate.rows].shape, generator=generator)
+            scores[candidate.name] = scores.get(candidate.name, 0) + score
+        units = Units(request.param, {name: tuple(score.shape) for name, score in scores.items()})
+        base = sum(p.numel() for p in model.parameters())
+        return Selection.from_scores(units.mean(scores), share, base, units)
+
+    return make
 
 
 def _freeze(model: nn.Module) -> dict[str, Tensor]:
@@ -49,20 +57,22 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, pixels: Tensor) ->
     optimizer.step()
 
 
-def _trained(model: nn.Module, pixels: Tensor) -> tuple[nn.Module, SelectedWeights]:
+def _trained(
+    model: nn.Module, pixels: Tensor, select: Callable
+) -> tuple[nn.Module, SelectedWeights]:
     """The model after a step, with the weights that it took the step by."""
     _freeze(model)
-    selected = SelectedWeights(model, _select(model))
+    selected = SelectedWeights(model, select(model))
     selected.grow(0.05)
     _step(model, _adamw(selected.parameters().values()), pixels)
     return model, selected
 
 
-def test_trains_as_a_dense_mask_does(vit, family, images):
+def test_trains_as_a_dense_mask_does(vit, family, images, select):
     # In float64, or Adam blows up roundings where a gradient is next to nothing.
     sparse, dense = vit(family, torch.float64), vit(family, torch.float64)
     start, _ = _freeze(sparse), _freeze(dense)
-    selection, pixels = _select(sparse), _pixels(images).double()
+    selection, pixels = select(sparse), _pixels(images).double()
     selected = SelectedWeights(sparse, selection)
     held = {name: dense.get_parameter(name).requires_grad_(True) for name in selection.shapes}
     optimizers = _adamw(selected.parameters().values()), _adamw(held.values())
@@ -72,7 +82,7 @@ def test_trains_as_a_dense_mask_does(vit, family, images):
         parameter.register_hook(lambda grad, name=name: grad * masked.masks[name])
     for step in range(50):
         share = 0.01 + 0.04 * step / 49
-        assert selected.grow(share) == masked.grow(share) == selection.count(share)
+        assert selected.grow(share) == masked.grow(share) == selection.weights(share)
         for model, optimizer in zip((sparse, dense), optimizers, strict=True):
             _step(model, optimizer, pixels)
     masks = selection.masks(0.05)
@@ -82,33 +92,32 @@ def test_trains_as_a_dense_mask_does(vit, family, images):
         mask = masks.get(name, torch.zeros(value.shape, dtype=torch.bool))
         assert torch.equal(value[~mask], start[name][~mask]), name
     moved = sum(int((sparse.state_dict()[n] != start[n]).sum()) for n in masks)
-    assert moved > 0.9 * selection.count(0.05)  # a bias of K has no gradient but rounding
+    assert moved > 0.9 * selection.weights(0.05)  # a bias of K has no gradient but rounding
 
 
-def test_the_optimizer_holds_the_selected_alone(vit, images):
+def test_the_optimizer_holds_the_selected_alone(vit, images, select):
     model = vit()
     _freeze(model)
-    selection = _select(model)
+    selection = select(model)
     selected = SelectedWeights(model, selection)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trainable) == selection.count(0.05)
+    assert sum(p.numel() for p in trainable) == selection.weights(0.05)
     assert {id(p) for p in trainable} == {id(p) for p in selected.parameters().values()}
     selected.grow(0.05)
     optimizer = _adamw(trainable)
     _step(model, optimizer, _pixels(images))
     moments = [s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in optimizer.state.values()]
-    assert sum(moments) == 2 * selection.count(0.05)
+    assert sum(moments) == 2 * selection.weights(0.05)
     # No dense gradient is left anywhere.
     grads = [p.grad.numel() for p in model.parameters() if p.grad is not None]
-    assert sum(grads) == selection.count(0.05)
+    assert sum(grads) == selection.weights(0.05)
 
 
-def test_what_has_nothing_selected_costs_no_gradient(vit, images):
+def test_what_has_nothing_selected_costs_no_gradient(vit, images, select):
     model = vit()
     _freeze(model)
-    selection = _select(model, 0.02, only=lambda name: name == "blocks.1.mlp.fc1.weight")
-    selected = SelectedWeights(model, selection)
-    assert list(selected.parameters()) == ["blocks.1.mlp.fc1.weight"]
+    selected = SelectedWeights(model, select(model, 0.02, only=lambda name: "blocks.1.mlp" in name))
+    assert {name[:13] for name in selected.parameters()} == {"blocks.1.mlp."}
     selected.grow(0.02)
     seen = []
     for module in (model.blocks[0], model.blocks[1].attn):
@@ -118,10 +127,10 @@ def test_what_has_nothing_selected_costs_no_gradient(vit, images):
     assert seen == [False, False]  # the backward pass ends in the block that holds the selection
 
 
-def test_an_entry_that_joins_later_starts_from_where_it_was(vit, images):
+def test_an_entry_that_joins_later_starts_from_where_it_was(vit, images, select):
     model = vit()
     start = _freeze(model)
-    selection = _select(model)
+    selection = select(model)
     selected = SelectedWeights(model, selection)
     optimizer = _adamw(selected.parameters().values())
     selected.grow(0.01)
@@ -136,12 +145,12 @@ def test_an_entry_that_joins_later_starts_from_where_it_was(vit, images):
         if name in first:
             joining = later[name] & ~first[name]
             assert torch.equal(value[joining], start[name][joining])
-    assert selected.grow(0.02) == selection.count(0.05)  # never shrinks
+    assert selected.grow(0.02) == selection.weights(0.05)  # never shrinks
 
 
-def test_state_dict_is_the_plain_models_in_both_directions(vit, images):
+def test_state_dict_is_the_plain_models_in_both_directions(vit, images, select):
     plain = vit()
-    model, _ = _trained(vit(), _pixels(images))
+    model, _ = _trained(vit(), _pixels(images), select)
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     plain.load_state_dict(trained)  # strict
     pixels = _pixels(images)
@@ -158,10 +167,10 @@ def test_state_dict_is_the_plain_models_in_both_directions(vit, images):
     assert torch.equal(plain(pixels), model(pixels))
 
 
-def test_a_copy_of_the_model_is_on_its_own(vit, images):
+def test_a_copy_of_the_model_is_on_its_own(vit, images, select):
     model = vit()
     _freeze(model)
-    selected = SelectedWeights(model, _select(model))
+    selected = SelectedWeights(model, select(model))
     selected.grow(0.05)
     average = copy.deepcopy(model)
     before = {name: value.clone() for name, value in average.state_dict().items()}
@@ -172,10 +181,12 @@ def test_a_copy_of_the_model_is_on_its_own(vit, images):
 
 
 @pytest.mark.parametrize("way", [{"foreach": False}, {"foreach": True}, {"fused": True}])
-def test_the_weights_are_written_when_the_optimizer_has_stepped(vit, images, way, monkeypatch):
+def test_the_weights_are_written_when_the_optimizer_has_stepped(
+    vit, images, way, monkeypatch, select
+):
     model = vit()
     start = _freeze(model)
-    selected = SelectedWeights(model, _select(model))
+    selected = SelectedWeights(model, select(model))
     selected.grow(0.03)
     optimizer = torch.optim.AdamW(list(selected.parameters().values()), lr=1e-2, **way)
     _step(model, optimizer, _pixels(images))
@@ -200,14 +211,14 @@ def _count_writes(monkeypatch) -> list[SelectedValues]:
     return writes
 
 
-def test_an_optimizer_that_calls_its_parents_step_writes_once(vit, images, monkeypatch):
+def test_an_optimizer_that_calls_its_parents_step_writes_once(vit, images, monkeypatch, select):
     class Clipping(torch.optim.AdamW):
         def step(self, closure=None):
             return super().step(closure)
 
     model = vit()
     _freeze(model)
-    selected = SelectedWeights(model, _select(model))
+    selected = SelectedWeights(model, select(model))
     selected.grow(0.05)
     optimizer = Clipping(list(selected.parameters().values()), fused=True)
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -217,10 +228,10 @@ def test_an_optimizer_that_calls_its_parents_step_writes_once(vit, images, monke
     assert len(writes) == 1
 
 
-def test_a_backward_pass_through_weights_that_have_moved_since_fails(vit, images):
+def test_a_backward_pass_through_weights_that_have_moved_since_fails(vit, images, select):
     model = vit()
     _freeze(model)
-    selected = SelectedWeights(model, _select(model))
+    selected = SelectedWeights(model, select(model))
     selected.grow(0.03)
     optimizer = _adamw(selected.parameters().values())
     late = model(_pixels(images)).sum()
@@ -229,10 +240,10 @@ def test_a_backward_pass_through_weights_that_have_moved_since_fails(vit, images
         late.backward()
 
 
-def test_values_that_no_optimizer_has_moved_are_written_when_they_are_read(vit):
+def test_values_that_no_optimizer_has_moved_are_written_when_they_are_read(vit, select):
     model = vit()
     _freeze(model)
-    selected = SelectedWeights(model, _select(model))
+    selected = SelectedWeights(model, select(model))
     selected.grow(0.05)
     with torch.no_grad():
         for values in selected.parameters().values():
@@ -240,13 +251,14 @@ def test_values_that_no_optimizer_has_moved_are_written_when_they_are_read(vit):
     for name, values in selected.parameters().items():
         path, _, attribute = name.rpartition(".")
         weight = getattr(model.get_submodule(path), attribute)
-        assert torch.equal(weight.view(-1)[selected.selection.indices[name]], values)
+        places = selected.selection.prefix(name, 0.05)
+        assert torch.equal(weight.view(-1)[places], values)
 
 
-def test_what_joins_after_a_checkpoint_was_loaded_starts_from_that(vit, images):
+def test_what_joins_after_a_checkpoint_was_loaded_starts_from_that(vit, images, select):
     model = vit()
     _freeze(model)
-    selected = SelectedWeights(model, _select(model))
+    selected = SelectedWeights(model, select(model))
     optimizer = _adamw(selected.parameters().values())
     selected.grow(0.01)
     _step(model, optimizer, _pixels(images))
@@ -256,16 +268,16 @@ def test_what_joins_after_a_checkpoint_was_loaded_starts_from_that(vit, images):
     selected.grow(0.05)
     first, later = (selected.selection.masks(share) for share in (0.01, 0.05))
     for name, values in selected.parameters().items():
-        places = selected.selection.indices[name]
+        places = selected.selection.prefix(name, 0.05)
         joining = (later[name] & ~first[name]).view(-1)[places]
         assert torch.equal(values[joining], loaded[name].view(-1)[places][joining])
 
 
 @pytest.mark.parametrize("parted", [copy.deepcopy, lambda model: model.double()])
-def test_a_copied_or_converted_model_grows_and_trains_on(vit, images, parted):
+def test_a_copied_or_converted_model_grows_and_trains_on(vit, images, parted, select):
     model = vit()
     _freeze(model)
-    selection = _select(model)
+    selection = select(model)
     selected = SelectedWeights(model, selection)
     selected.grow(0.01)
     model = parted(model)
@@ -275,7 +287,7 @@ def test_a_copied_or_converted_model_grows_and_trains_on(vit, images, parted):
     optimizer, shared = _adamw(values), entries[0].shared
     dtype = next(model.parameters()).dtype
     for share in (0.01, 0.03, 0.05):
-        assert shared.grow(selection.count(share)) == selection.count(share)
+        assert shared.grow(selection.count(share)) == selection.weights(share)
         _step(model, optimizer, _pixels(images).to(dtype))
         model(_pixels(images).to(dtype))  # a copy's optimizer has no hook: reading writes
     masks = selection.masks(0.05)
@@ -286,18 +298,18 @@ def test_a_copied_or_converted_model_grows_and_trains_on(vit, images, parted):
     assert all(v.untyped_storage()._cdata == shared.flat.untyped_storage()._cdata for v in values)
 
 
-def test_the_optimizers_hooks_keep_no_model_alive(vit):
+def test_the_optimizers_hooks_keep_no_model_alive(vit, select):
     model = vit()
-    selected = SelectedWeights(model, _select(model))
+    selected = SelectedWeights(model, select(model))
     alive = weakref.ref(model)
     del model, selected
     gc.collect()
     assert alive() is None
 
 
-def test_release_leaves_the_plain_model(vit, images):
+def test_release_leaves_the_plain_model(vit, images, select):
     plain = vit()
-    model, selected = _trained(vit(), _pixels(images))
+    model, selected = _trained(vit(), _pixels(images), select)
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     selected.release()
     assert [name for name, _ in model.named_parameters()] == [
@@ -307,13 +319,13 @@ def test_release_leaves_the_plain_model(vit, images):
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
 
 
-def test_gradients_accumulate_to_those_of_the_large_batch(vit, images):
+def test_gradients_accumulate_to_those_of_the_large_batch(vit, images, select):
     pixels = _pixels(images, 4)
     grads = []
     for parts in ([pixels], pixels.split(2)):
         model = vit(dtype=torch.float64)
         _freeze(model)
-        selected = SelectedWeights(model, _select(model))
+        selected = SelectedWeights(model, select(model))
         selected.grow(0.05)
         for part in parts:
             model(part.double()).logsumexp(dim=1).sum().backward()
@@ -322,13 +334,13 @@ def test_gradients_accumulate_to_those_of_the_large_batch(vit, images):
         torch.testing.assert_close(grads[1][name], grad)
 
 
-def test_two_forward_passes_before_their_backward_passes_share_no_gradient(vit, images):
+def test_two_forward_passes_before_their_backward_passes_share_no_gradient(vit, images, select):
     pixels = _pixels(images, 4).double()
     grads = []
     for together in (False, True):
         model = vit(dtype=torch.float64)
         _freeze(model)
-        selected = SelectedWeights(model, _select(model))
+        selected = SelectedWeights(model, select(model))
         selected.grow(0.03)
         values = list(selected.parameters().values())
         losses = [model(part).logsumexp(dim=1).sum() for part in pixels.split(2)]
@@ -341,7 +353,7 @@ def test_two_forward_passes_before_their_backward_passes_share_no_gradient(vit, 
         torch.testing.assert_close(one, other)
 
 
-def test_activation_checkpoints_change_no_gradient(vit, images):
+def test_activation_checkpoints_change_no_gradient(vit, images, select):
     grads = []
     for recompute in (False, True):
         model = vit()
@@ -350,17 +362,17 @@ def test_activation_checkpoints_change_no_gradient(vit, images):
             for block in model.blocks:
                 forward = block.forward
                 block.forward = lambda x, f=forward, **_: checkpoint(f, x, use_reentrant=False)
-        selected = SelectedWeights(model, _select(model))
+        selected = SelectedWeights(model, select(model))
         selected.grow(0.05)
         model(_pixels(images)).logsumexp(dim=1).sum().backward()
         grads.append({name: p.grad for name, p in selected.parameters().items()})
     assert all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
 
 
-def test_bfloat16_autocast(vit, images):
+def test_bfloat16_autocast(vit, images, select):
     model = vit()
     start = _freeze(model)
-    selected = SelectedWeights(model, _select(model))
+    selected = SelectedWeights(model, select(model))
     selected.grow(0.05)
     optimizer = _adamw(selected.parameters().values())
     with torch.autocast("cpu", torch.bfloat16):
@@ -373,14 +385,13 @@ def test_bfloat16_autocast(vit, images):
         assert torch.equal(value[~mask], start[name][~mask])
 
 
-def test_a_compiled_model_trains_the_same():
+def test_a_compiled_model_trains_the_same(select):
     trained = []
     for compile_ in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))  # small: it compiles
-        scores = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+        model = _Block()  # small: it compiles
         model.requires_grad_(False)
-        selected = SelectedWeights(model, Selection.from_scores(scores, 0.3, 200))
+        selected = SelectedWeights(model, select(model, 0.3))
         optimizer = _adamw(selected.parameters().values())
         compiled, inputs = compile_(model), torch.randn(4, 8)
         for share in (0.1, 0.2, 0.3):
@@ -391,8 +402,19 @@ def test_a_compiled_model_trains_the_same():
         torch.testing.assert_close(trained[1][name], value)
 
 
-def test_refuses_a_selection_of_another_model(vit, tmp_path):
-    selection = _select(vit("packed SwiGLU"))
+class _Block(nn.Module):
+    """A feed-forward network with timm's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"mlp": timm.layers.Mlp(8, 16, 4)})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0]["mlp"](x)
+
+
+def test_refuses_a_selection_of_another_model(vit, tmp_path, select):
+    selection = select(vit("packed SwiGLU"))
     with pytest.raises(ValueError, match="made for another model: .*the first is blocks.0.mlp.fc2"):
         SelectedWeights(vit(), selection)
     selection.save(tmp_path / "other.safetensors")
