@@ -83,6 +83,9 @@ class SelectedValues:
     @torch.no_grad()
     def write(self) -> None:
         """Writes the selected values into the dense tensors, and restores the others."""
+        if self.stepping:
+            for entries, original in self.pairs():
+                entries.scale_step(original)
         self.stepping = False
         if self._rank is not None:
             self._restore(self._rank)
@@ -143,6 +146,7 @@ class Entries(nn.Module):
         place: the place of these values in ``shared.flat``.
         dim: the dimension of the slices; None for single entries.
         index: (n,), which slices are selected, best first; int64.
+        steps: (n,), a factor on the optimizer's step of each; None for 1.
 
     Attributes:
         values: (n * width,), a part of ``shared.flat``.
@@ -152,11 +156,20 @@ class Entries(nn.Module):
     """
 
     index: Tensor
+    steps: Tensor | None
 
-    def __init__(self, shared: SelectedValues, place: slice, dim: int | None, index: Tensor):
+    def __init__(
+        self,
+        shared: SelectedValues,
+        place: slice,
+        dim: int | None,
+        index: Tensor,
+        steps: Tensor | None,
+    ):
         super().__init__()
         self.shared, self.place, self.dim = shared, place, dim
         self.register_buffer("index", index, persistent=False)
+        self.register_buffer("steps", steps, persistent=False)
         self.values = nn.Parameter(shared.flat[place])
         self.width = len(self.values) // len(index)
         self.active = 0
@@ -196,6 +209,13 @@ class Entries(nn.Module):
     def read(self, dense: Tensor) -> Tensor:
         """The numbers of the selected slices in the dense tensor, (n * width,)."""
         return slices_of(dense, self.dim)[self.index].flatten()
+
+    def scale_step(self, dense: Tensor) -> None:
+        """Multiplies the step from the dense tensor to the values by its factors."""
+        if self.steps is not None:
+            before, values = self.read(dense).view(len(self.index), -1), self.values.data
+            values = values.view_as(before)
+            torch.lerp(before, values, self.steps[:, None], out=values)
 
     def selected(self) -> tuple[Tensor, "Entries | None"]:
         """The slices that are selected by now, and these entries unless they are compiled."""

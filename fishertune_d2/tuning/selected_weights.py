@@ -14,6 +14,7 @@ A step launches two operators for each tensor: one gets the gradient, one writes
 Everything else runs on all vectors at once, see :mod:`.selected_values`.
 """
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -53,12 +54,16 @@ class SelectedWeights:
         model: its parameters named in ``selection`` are frozen. Those with a selected entry become
             attributes computed from the vectors (``torch.nn.utils.parametrize``).
         selection: by the model's parameter names.
+        steps: a factor on the optimizer's steps of each unit, by group of units, (units,) or in the
+            shape of the parameter; by default 1.
 
     Raises:
         ValueError: if a name or shape does not fit the selection.
     """
 
-    def __init__(self, model: nn.Module, selection: Selection):
+    def __init__(
+        self, model: nn.Module, selection: Selection, steps: Mapping[str, Tensor] | None = None
+    ):
         parameters = {n: p for n, p in model.named_parameters() if n in selection.shapes}
         require_same_shapes(parameters, selection)
         self.model = model
@@ -72,8 +77,10 @@ class SelectedWeights:
         alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         for name in self.names:
             alike.setdefault((parameters[name].dtype, parameters[name].device), []).append(name)
+        factors = {} if steps is None else _steps_of_slices(selection, slices, steps)
         self._values = [
-            _parametrize(model, {name: slices[name] for name in names}) for names in alike.values()
+            _parametrize(model, {name: slices[name] for name in names}, factors)
+            for names in alike.values()
         ]
         # The hooks get names, not entries, because a copy of the model has its own entries.
         self._hooks = [
@@ -129,7 +136,24 @@ class SelectedWeights:
             weakref.finalize(values, after.remove)
 
 
-def _parametrize(model: nn.Module, slices: Mapping[str, Slices]) -> SelectedValues:
+def _steps_of_slices(
+    selection: Selection, slices: Mapping[str, Slices], steps: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The factors of each parameter's selected slices, (n,), from those of the units."""
+    factors = {}
+    for name, each in slices.items():
+        shape = selection.shapes[name]
+        every = torch.ones(math.prod(shape) if each.dim is None else shape[each.dim])
+        for group, part in selection.units.parts[name]:
+            own = steps[group].flatten()
+            every[part.start : part.start + len(own)] = own
+        factors[name] = every[each.index]
+    return factors
+
+
+def _parametrize(
+    model: nn.Module, slices: Mapping[str, Slices], steps: Mapping[str, Tensor]
+) -> SelectedValues:
     """Parametrizes parameters of one dtype and device by vectors of their selected values."""
     parameters = [model.get_parameter(name) for name in slices]
     shared = SelectedValues(parameters, list(slices.values()))
@@ -139,7 +163,9 @@ def _parametrize(model: nn.Module, slices: Mapping[str, Slices]) -> SelectedValu
         place = slice(start, start + width * len(each.index))
         start = place.stop
         owner, attribute = _owner(model, name)
-        entries = Entries(shared, place, each.dim, each.index.to(parameter.device))
+        index, factors = each.index.to(parameter.device), steps.get(name)
+        factors = None if factors is None else factors.to(parameter)
+        entries = Entries(shared, place, each.dim, index, factors)
         # A layer with another forward pass, or a weight that others read, takes the dense gradient.
         is_product = attribute == "weight" and type(owner).forward is nn.Linear.forward
         parametrize.register_parametrization(owner, attribute, entries, unsafe=True)

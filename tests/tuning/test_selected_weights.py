@@ -420,3 +420,25 @@ def test_refuses_a_selection_of_another_model(vit, tmp_path, select):
     selection.save(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="/other.safetensors was made for another model"):
         SelectedWeights(vit(), Selection.load(tmp_path / "other.safetensors"))
+
+
+def test_steps_of_units_are_scaled(vit, images, select):
+    pixels, moved = _pixels(images).double(), []
+    for scaled in (False, True):
+        model = vit(dtype=torch.float64)
+        start = _freeze(model)
+        selection = select(model)
+        generator = torch.Generator().manual_seed(5)
+        steps = {
+            name: torch.rand(group.count, generator=generator, dtype=torch.float64)
+            for name, group in selection.units.groups.items()
+        }
+        selected = SelectedWeights(model, selection, steps if scaled else None)
+        selected.grow(0.03)
+        _step(model, _adamw(selected.parameters().values()), pixels)
+        moved.append({n: value - start[n] for n, value in model.state_dict().items()})
+    shaped = {name: steps[name].view(selection.shapes.get(name, (-1,))) for name in steps}
+    factors, masks = selection.units.spread(shaped), selection.masks(0.03)
+    for name, plain in moved[0].items():
+        expected = plain * factors[name] * masks[name] if name in masks else plain
+        torch.testing.assert_close(moved[1][name], expected, rtol=1e-6, atol=1e-12)
