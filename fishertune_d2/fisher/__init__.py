@@ -6,7 +6,7 @@ are :func:`find_candidates`, :func:`estimate_fisher`, :func:`domain_related_fish
 """
 
 from .activations import keeping_activations
-from .allocation import ALLOCATIONS
+from .allocation import ALLOCATIONS, count_of_share
 from .batch_losses import image_seeds, seeded
 from .candidates import KINDS, Candidate, find_candidates
 from .estimate import LABELS, estimate_fisher
@@ -29,7 +29,7 @@ from .perturb import StatisticsPerturbation
 from .schedule import tuned_share
 from .score import domain_related_fisher, relative_change
 from .select import select
-from .selection import Selection, Slices, count_of_share, entries_within, overlap
+from .selection import Selection, Slices, entries_within, overlap
 from .units import UNITS, Units, slices_of
 
 __all__ = [

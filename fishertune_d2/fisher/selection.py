@@ -4,7 +4,6 @@ Therefore the selection of a smaller share is a part of a larger share's, with a
 selected weight stays selected. A unit is a single weight or a neuron, see :mod:`.units`.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -15,20 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import Tensor
 
-from fishertune_d2.files import TensorFile, open_tensors, whole_file
-
-from .allocation import allocate
-from .candidates import KINDS, groups_of
-from .score import flat_on_cpu
-from .units import Units, slices_of
-
-_FORMAT = "fishertune_selection_v1"
-# A file that claims more is damaged or hostile, and its masks would not fit in memory.
-_MOST_WEIGHTS = 2**34
+from . import selection_file
+from .allocation import allocate, count_of_share
+from .candidates import KINDS
+from .score import best_first, flat_on_cpu
+from .selection_file import ends_by_rank
+from .units import Units, groups_in, slices_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +82,7 @@ class Selection:
 
         The order of the mapping and of the entries breaks ties. Scores of a GPU are ranked on the
         CPU, so the result does not depend on the device. Memory: beside the scores, two copies of
-        them in float32, and the selected entries.
+        them in float32 (three for the allocation ``"layer"``), and the selected entries.
 
         Args:
             scores: one for each unit, by group of ``units`` (:meth:`Units.mean` makes them from
@@ -146,10 +140,7 @@ class Selection:
     @cached_property
     def _ends(self) -> Tensor:
         """For each rank, the number of weights of the units up to it."""
-        sizes = torch.zeros(sum(len(ranks) for ranks in self.ranks.values()), dtype=torch.int64)
-        for name, ranks in self.ranks.items():
-            sizes[ranks] = self.units.groups[name].size
-        return sizes.cumsum(0)
+        return ends_by_rank(self.ranks, self.units)
 
     def slices(self, name: str) -> Slices:
         """The selected slices of one parameter, best first."""
@@ -186,7 +177,7 @@ class Selection:
         """The number of weights of each group (kind, block) within ``share`` (default: all)."""
         counts: Counter[tuple[str, int]] = Counter()
         for name, mask in self.masks(self.share if share is None else share).items():
-            for kind, block, rows in groups_of(name, len(mask)):
+            for kind, block, rows in groups_in(name, self.shapes[name]):
                 counts[kind, block] += int(mask[rows].sum())
         return counts
 
@@ -194,7 +185,7 @@ class Selection:
         """The number of weights of each group (kind, block), selected or not."""
         sizes: Counter[tuple[str, int]] = Counter()
         for name, shape in self.shapes.items():
-            for kind, block, rows in groups_of(name, shape[0]):
+            for kind, block, rows in groups_in(name, shape):
                 sizes[kind, block] += (rows.stop - rows.start) * math.prod(shape[1:])
         return sizes
 
@@ -223,31 +214,14 @@ class Selection:
 
     def save(self, path: str | Path) -> None:
         """Writes the selection as a safetensors file; if that fails, an existing file stays."""
-        tensors = {f"indices/{name}": t.cpu().contiguous() for name, t in self.indices.items()}
-        tensors |= {f"ranks/{name}": t.cpu().contiguous() for name, t in self.ranks.items()}
-        header = {"share": self.share, "base": self.base, "shapes": self.shapes}
-        if self.unit != "weight":
-            header["unit"] = self.unit
-        texts = {"header": json.dumps(header), "notes": json.dumps(self.notes)}
-        with whole_file(path) as temporary:
-            save_file(tensors, str(temporary), metadata={"format": _FORMAT, **texts})
+        content = (self.indices, self.ranks, self.shapes, self.share, self.base, self.notes)
+        selection_file.write(path, selection_file.Content(*content, self.unit))
 
     @classmethod
     def load(cls, path: str | Path) -> "Selection":
         """Reads a file of :meth:`save`, also from an untrusted source; refuses damaged files."""
-        with open_tensors(path, _FORMAT) as file:
-            share, base, units = _read_header(file)
-            indices = {name: file.tensor(f"indices/{name}") for name in units.groups}
-            ranks = {name: file.tensor(f"ranks/{name}") for name in units.groups}
-            for name, group in units.groups.items():
-                _check_entries(name, indices[name], ranks[name], group.count)
-            together = torch.cat([torch.empty(0, dtype=torch.int64), *ranks.values()]).sort().values
-            if not torch.equal(together, torch.arange(len(together))):
-                raise ValueError(f"its ranks are not the numbers from 0 to {len(together) - 1:,}")
-            notes = file.json("notes", dict)
-            read = cls(indices, ranks, units.shapes, share, base, notes, str(path), units.unit)
-            _require_full(read)
-        return read
+        content = selection_file.read(path)
+        return cls(**content._asdict(), source=str(path))
 
 
 def overlap(a: Selection, b: Selection) -> float:
@@ -263,11 +237,6 @@ def overlap(a: Selection, b: Selection) -> float:
 def entries_within(ranks: Tensor, count: int) -> int:
     """The number of one parameter's ``Selection.ranks`` that are below ``count``."""
     return int(torch.searchsorted(ranks, count))
-
-
-def count_of_share(share: float, base: int) -> int:
-    """The number of weights in a share of ``base``, rounded down."""
-    return int(share * base + 1e-6)  # no rounding error may push 0.05 * n below a whole number
 
 
 def _require_scores(scores: Mapping[str, Tensor], units: Units) -> None:
@@ -309,70 +278,10 @@ def _best_within(flat: Tensor, share: float, base: int, sizes: Tensor, ends: Ten
     # Units of the smallest size would be the most that fit into the share.
     count = min(weights // int(sizes.min()), int(positive.sum()))
     place = (flat >= _kth_largest(flat, max(count, 1))).nonzero().flatten()
-    place = place[flat[place].argsort(descending=True, stable=True)[:count]]
+    place = place[best_first(flat[place])[:count]]
     if bool((sizes == 1).all()):
         return place
     return place[sizes[torch.bucketize(place, ends, right=True)].cumsum(0) <= weights]
-
-
-def _read_header(file: TensorFile) -> tuple[float, int, Units]:
-    """Share, base and the units; refuses impossible values."""
-    header = file.json("header", dict)
-    share, base, shapes = (header.get(key) for key in ("share", "base", "shapes"))
-    if type(share) not in (int, float) or not 0 <= share <= 1:
-        raise ValueError(f"its share is {share!r}, which is not in [0, 1]")
-    if type(base) is not int or not 0 < base <= _MOST_WEIGHTS:
-        raise ValueError(f"its base is {base!r}, which is no model's number of weights")
-    if type(shapes) is not dict:
-        raise ValueError("its header lacks the shapes")
-    for name, shape in shapes.items():
-        if type(shape) is not list or not all(type(n) is int and n > 0 for n in shape):
-            raise ValueError(f"the shape of {name} is {shape!r}, which no parameter has")
-    total = sum(math.prod(shape) for shape in shapes.values())
-    if total > _MOST_WEIGHTS:
-        raise ValueError(f"its shapes hold {total:,} weights, more than any model has")
-    # Files of single weights do not name their unit.
-    units = Units(header.get("unit", "weight"), {name: tuple(s) for name, s in shapes.items()})
-    expected = {f"{part}/{name}" for part in ("indices", "ranks") for name in units.groups}
-    if file.names != expected:
-        differing = sorted(file.names ^ expected)
-        raise ValueError(f"its tensors are not those of its header: {differing[0]} differs")
-    return share, base, units
-
-
-def _require_full(selection: Selection) -> None:
-    """Refuses a selection with more weights than its share, or with room for another unit."""
-    share, largest = (
-        selection.share,
-        max((g.size for g in selection.units.groups.values()), default=1),
-    )
-    held = sum(len(ranks) for ranks in selection.ranks.values())
-    budget = count_of_share(share, selection.base)
-    if held != selection.count(share) or budget - selection.weights(share) >= largest:
-        raise ValueError(
-            f"it holds {held:,} entries, but a share of {share} of {selection.base:,} is "
-            f"{budget:,} weights"
-        )
-
-
-def _check_entries(name: str, indices: Tensor, ranks: Tensor, numel: int) -> None:
-    """Refuses units that the group does not have, or that are selected twice."""
-    for what, values in (("indices", indices), ("ranks", ranks)):
-        if values.dtype != torch.int64 or values.dim() != 1:
-            shape = tuple(values.shape)
-            raise ValueError(f"the {what} of {name} are {values.dtype} of shape {shape}, not int64")
-    if len(indices) != len(ranks):
-        raise ValueError(f"{name} has {len(indices):,} indices and {len(ranks):,} ranks")
-    if len(indices) == 0:
-        return
-    places = indices.sort().values
-    if places[0] < 0 or places[-1] >= numel:
-        wrong = places[0] if places[0] < 0 else places[-1]
-        raise ValueError(f"{name} has {numel:,} entries, and entry {int(wrong):,} is selected")
-    if not bool((places.diff() > 0).all()):
-        raise ValueError(f"an entry of {name} is selected twice")
-    if not bool((ranks.diff() > 0).all()):
-        raise ValueError(f"the ranks of {name} do not ascend")
 
 
 def _kth_largest(flat: Tensor, k: int) -> float:
