@@ -313,6 +313,12 @@ def _add_tuning(cfg: CN) -> None:
     # How the share grows: "growing" (once "text"), "eq16", "linear" or "constant", see
     # fisher.tuned_share. childtune is always "constant".
     cfg.TUNING.SCHEDULE = "growing"
+    # What a method that selects chooses: single weights ("weight", as in the paper), or "neuron":
+    # output rows of Q, K and V and hidden neurons of the FFN, each as a whole, see fisher.Units.
+    cfg.TUNING.UNIT = "weight"
+    # How it spreads the share over the kinds and blocks: "global", one ranking of all units (as in
+    # the paper), or "layer", the same share of each kind in each block.
+    cfg.TUNING.ALLOCATION = "global"
 
     cfg.TUNING.LORA = CN()
     # LoRA adds B A x * ALPHA / RANK to q and v. These are peft's defaults; RANK 8 is the paper's.

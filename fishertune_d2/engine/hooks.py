@@ -18,6 +18,7 @@ from torch import Tensor
 from fishertune_d2.fisher import (
     FisherEstimate,
     Selection,
+    Units,
     overlap,
     relative_change,
     tuned_share,
@@ -28,6 +29,9 @@ from .optimizer import is_backbone
 from .run_record import NOTE
 
 logger = logging.getLogger(__name__)
+
+# The paper's choices, which the notes of a selection leave out.
+_PAPER = {"unit": "weight", "allocation": "global"}
 
 
 class LearningRates(HookBase):
@@ -85,10 +89,10 @@ class WarmupFreeze(HookBase):
 
 
 class FisherEstimation(HookBase):
-    """Ranks the backbone's weights once, at one iteration (Algorithm 1, step 2).
+    """Ranks the backbone's units once, at one iteration (Algorithm 1, step 2).
 
     It writes ``fisher.safetensors`` (F(x) and F(x'), if the method needs them) and
-    ``selection.safetensors`` (the ranked weights) into ``output_dir``. All processes measure; the
+    ``selection.safetensors`` (the ranked units) into ``output_dir``. All processes measure; the
     first one ranks and writes, and the others read its file. A run that resumes after this
     iteration reads the selection back, and refuses any but the one it was trained with. An
     interrupted estimation starts again from its beginning.
@@ -96,12 +100,14 @@ class FisherEstimation(HookBase):
     Args:
         estimate: measures F(x) and F(x') on the trainer's model, or returns None if the method
             needs neither; see :func:`fishertune_d2.fisher.estimate_fisher`.
-        scores: turns the result of ``estimate`` into one score per weight.
+        scores: turns the result of ``estimate`` into one score for each unit.
         start: the iteration before which to estimate, T1.
         share: the largest share that will be tuned, d_max.
         base: the number of parameters that the share refers to: all of the backbone's.
         output_dir: the folder of the files; every process must be able to read them.
         eps: guard of dF (Eq. 5) in the log's comparison with dF alone.
+        units: what the scores are of; by default of single weights, by parameter name.
+        allocation: see :meth:`Selection.from_scores`.
     """
 
     def __init__(
@@ -114,6 +120,8 @@ class FisherEstimation(HookBase):
         base: int,
         output_dir: str | Path,
         eps: float = 1e-8,
+        units: Units | None = None,
+        allocation: str = "global",
     ):
         self.estimate = estimate
         self.scores = scores
@@ -121,6 +129,9 @@ class FisherEstimation(HookBase):
         self.share = share
         self.base = base
         self.eps = eps
+        self.units = units
+        self.allocation = allocation
+        self._choices = {"unit": units.unit if units else "weight", "allocation": allocation}
         self.selection: Selection | None = None
         self.selection_file = Path(output_dir) / "selection.safetensors"
         self.estimate_file = Path(output_dir) / "fisher.safetensors"
@@ -157,21 +168,33 @@ class FisherEstimation(HookBase):
                 "that one back, or resume from a checkpoint of the warm-up stage"
             )
         self.selection = Selection.load(self.selection_file)
+        for key, now in self._choices.items():
+            then = self.selection.notes.get(key, _PAPER[key])
+            if then != now:
+                raise ValueError(
+                    f"{self.selection_file}, which the checkpoint was trained with, was made with "
+                    f"the {key} {then!r}, and this run asks for {now!r}: set TUNING.{key.upper()} "
+                    f"({key}= of apply_fishertune) back, or start a new run in another folder"
+                )
 
     def _select(self, estimate: FisherEstimate | None) -> None:
-        """Ranks the weights, and writes both files."""
-        selection = Selection.from_scores(self.scores(estimate), self.share, self.base)
+        """Ranks the units, and writes both files."""
+        selection = self._ranked(self.scores(estimate))
+        selection.notes = {k: text for k, text in self._choices.items() if text != _PAPER[k]}
         if estimate is not None:
             notes = {key: text for key, text in estimate.notes.items() if key != NOTE}
-            selection.notes = notes | {"images": str(estimate.images)}
+            selection.notes |= notes | {"images": str(estimate.images)}
             self._log(estimate, selection)
             estimate.save(self.estimate_file)
         selection.save(self.selection_file)
 
+    def _ranked(self, scores: Mapping[str, Tensor]) -> Selection:
+        return Selection.from_scores(scores, self.share, self.base, self.units, self.allocation)
+
     def _log(self, estimate: FisherEstimate, selection: Selection) -> None:
-        by_f = self._overlap(selection, estimate.f)
-        change = relative_change(estimate.f, estimate.shifted, self.eps)
-        by_change = self._overlap(selection, change)
+        means = estimate.by_unit(selection.units)
+        by_f = self._overlap(selection, means.f)
+        by_change = self._overlap(selection, relative_change(means.f, means.shifted, self.eps))
         self.trainer.storage.put_scalars(
             **{"fisher/overlap_F": by_f, "fisher/overlap_dF": by_change}, smoothing_hint=False
         )
@@ -188,7 +211,7 @@ class FisherEstimation(HookBase):
         """The part of the selection that these scores would select as well."""
         if not any(bool(score.any()) for score in scores.values()):
             return 0.0  # dF without a shift
-        return overlap(selection, Selection.from_scores(scores, self.share, self.base))
+        return overlap(selection, self._ranked(scores))
 
 
 class ParameterMask(HookBase):

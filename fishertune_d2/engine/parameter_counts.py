@@ -9,10 +9,10 @@ from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 from fishertune_d2.config import changed
-from fishertune_d2.fisher import count_of_share, tuned_share
+from fishertune_d2.fisher import count_of_share
 from fishertune_d2.tuning import build_tuning_method
 
-from .stages import attach
+from .stages import attach, planned_share
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ def count_parameters(
         iterations: how many iterations are done; None for all.
 
     Returns:
-        ``tuned_parameters`` and ``backbone_parameters``.
+        ``tuned_parameters`` and ``backbone_parameters``. With TUNING.UNIT neuron the former is the
+        most that may be tuned: a selection has room left for less than one neuron.
     """
     if backbone is None:
         backbone = build_empty(cfg, build_backbone)
@@ -54,13 +55,6 @@ def count_tuned(cfg: CfgNode, backbone: nn.Module, progress: float) -> int:
         return sum(p.numel() for p in method.parameters(backbone).values())
     base = sum(p.numel() for p in backbone.parameters())
     return count_of_share(planned_share(cfg, progress), base)
-
-
-def planned_share(cfg: CfgNode, progress: float = 1.0) -> float:
-    """The share that a selective method tunes at a point of the tuning stage, as a config plans."""
-    tuning = cfg.TUNING
-    schedule = build_tuning_method(cfg).schedule or tuning.SCHEDULE
-    return tuned_share(progress, tuning.D_MIN, tuning.D_MAX, schedule=schedule)
 
 
 def build_empty(cfg: CfgNode, build: Callable[[CfgNode], nn.Module]) -> nn.Module:

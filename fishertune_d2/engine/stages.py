@@ -7,10 +7,10 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from fishertune_d2.fisher import Selection
-from fishertune_d2.tuning import SelectedWeights, TuningMethod
+from fishertune_d2.fisher import FisherEstimate, Selection, Units, tuned_share
+from fishertune_d2.tuning import SelectedWeights, TuningMethod, build_tuning_method
 
-from .hooks import ParameterMask
+from .hooks import FisherEstimation, ParameterMask
 from .optimizer import is_backbone
 from .weight_average import WeightAverage
 
@@ -30,6 +30,46 @@ def attach(model: nn.Module, method: TuningMethod) -> None:
     _move_all(backbone, device)
     _move_all(head, device)
     backbone.attached = True  # type: ignore[assignment]  # torch types attributes as tensors
+
+
+def planned_share(cfg: CfgNode, progress: float = 1.0) -> float:
+    """The share that a selective method tunes at a point of the tuning stage, as a config plans."""
+    tuning = cfg.TUNING
+    schedule = build_tuning_method(cfg).schedule or tuning.SCHEDULE
+    return tuned_share(progress, tuning.D_MIN, tuning.D_MAX, schedule=schedule)
+
+
+def units_of(cfg: CfgNode, method: TuningMethod, backbone: nn.Module) -> Units:
+    """The units that a method selects among; refuses a TUNING.UNIT that the backbone lacks."""
+    shapes = {name: tuple(p.shape) for name, p in method.parameters(backbone).items()}
+    try:
+        return Units(cfg.TUNING.UNIT, shapes)
+    except ValueError as error:
+        raise ValueError(f"TUNING.UNIT {cfg.TUNING.UNIT}: {error}") from error
+
+
+def build_estimation(
+    cfg: CfgNode,
+    method: TuningMethod,
+    backbone: nn.Module,
+    estimate: Callable[[], FisherEstimate | None],
+) -> FisherEstimation | None:
+    """Builds the hook that estimates and selects; None for a method that selects nothing."""
+    if not method.selects:
+        return None
+    units = units_of(cfg, method, backbone)
+    return FisherEstimation(
+        estimate,
+        # Only a method that does not estimate gets None, and its signature allows that.
+        lambda found: method.unit_scores(backbone, found, units),  # type: ignore[arg-type]
+        start=cfg.TUNING.WARMUP_ITERS,
+        share=planned_share(cfg),
+        base=sum(p.numel() for p in backbone.parameters()),
+        output_dir=cfg.OUTPUT_DIR,
+        eps=cfg.FISHER.EPS,
+        units=units,
+        allocation=cfg.TUNING.ALLOCATION,
+    )
 
 
 def build_mask(

@@ -16,15 +16,15 @@ from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.data import require_ignore_value
 from fishertune_d2.data.protocols import Protocol
 from fishertune_d2.evaluation.evaluator import CLASS_RULES
-from fishertune_d2.fisher import ESTIMATORS, LABELS, count_of_share
+from fishertune_d2.fisher import ALLOCATIONS, ESTIMATORS, LABELS, UNITS, count_of_share
 from fishertune_d2.fisher.perturb import EPS_MODES
 from fishertune_d2.fisher.score import FORMS
 from fishertune_d2.tuning import SelectiveMethod, TuningMethod, build_tuning_method
 
 from .optimizer import OPTIMIZERS
-from .parameter_counts import build_empty, planned_share
+from .parameter_counts import build_empty
 from .precision import ESTIMATE_DTYPES
-from .stages import attach
+from .stages import attach, planned_share, units_of
 
 # The values that keys can have, in training and in evaluation.
 _SCORING_CHOICES = {"INPUT.FORMAT": ("RGB", "BGR"), "TEST.CLASS_RULE": CLASS_RULES}
@@ -45,6 +45,8 @@ _TRAINING_CHOICES: dict[str, Iterable[str]] = {
     ),
     "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.WARMUP_METHOD": ("constant", "linear"),
+    "TUNING.ALLOCATION": ALLOCATIONS,
+    "TUNING.UNIT": UNITS,
 }
 # The number of FISHER.PERTURB.POINTS: the patch embedding, and the blocks at 1/3, 1/2 and 2/3.
 _POINTS = 4
@@ -100,7 +102,9 @@ def require_fillable(cfg: CfgNode, method: TuningMethod, backbone: nn.Module) ->
     tuning, base = cfg.TUNING, sum(p.numel() for p in backbone.parameters())
     share = planned_share(cfg)
     count = count_of_share(share, base)
-    most = sum(candidate.numel for candidate in method.candidates(backbone))
+    units = units_of(cfg, method, backbone)
+    selectable = method.selectable(backbone, units).items()
+    most = sum(int(which.sum()) * units.groups[group].size for group, which in selectable)
     if count > most:
         raise ValueError(
             f"TUNING.METHOD {tuning.METHOD} chooses among {most:,} weights, and would tune "

@@ -33,19 +33,18 @@ from fishertune_d2.unread_keys import warn_of_unread_keys
 
 from .best_checkpoint import BestCheckpoint
 from .checkpoint import WholeCheckpointer
-from .hooks import FisherEstimation, LearningRates, WarmupFreeze
+from .hooks import LearningRates, WarmupFreeze
 from .image_losses import SegmentationLoss
 from .loaders import class_names, file_names, scoring_loader, training_loader
 from .optimizer import build_optimizer, carry_state, is_backbone
 from .output_dir import require_unused, require_writable
-from .parameter_counts import planned_share
 from .perturbation import build_perturbation, perturbation_of_training
 from .precision import ESTIMATE_DTYPES, autocast_dtype, set_matmul_precision
 from .preemption import Preemption
 from .run_record import NOTE, RunRecord, fingerprint, remember_run
 from .scoring import metrics_by_name, score_datasets
 from .sharing import OwnRun, check_estimate, load_warmup
-from .stages import build_average, build_mask, prepare_stage
+from .stages import build_average, build_estimation, build_mask, prepare_stage
 from .start_check import require_attachable, require_file, require_fillable, require_possible
 from .step_trainer import StepTrainer
 from .vit import require_nothing_around
@@ -104,7 +103,8 @@ class Trainer(DefaultTrainer):
             trainer=weakref.proxy(self),
         )
         self._preemption = Preemption(self._save_and_leave)
-        self._estimation = self._build_estimation()
+        estimate = self._preemption.at_once(self._estimate)
+        self._estimation = build_estimation(cfg, self.method, self.backbone, estimate)
         self._perturbation = perturbation_of_training(cfg, self.backbone, comm.get_world_size())
         self.stage = ""
         self.start_stage("warmup")
@@ -174,21 +174,6 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
-
-    def _build_estimation(self) -> FisherEstimation | None:
-        cfg, backbone = self.cfg, self.backbone
-        if not self.method.selects:
-            return None
-        return FisherEstimation(
-            self._preemption.at_once(self._estimate),
-            # Only a method that does not estimate gets None, and its signature allows that.
-            lambda found: self.method.scores(backbone, found),  # type: ignore[arg-type]
-            start=cfg.TUNING.WARMUP_ITERS,
-            share=planned_share(cfg),
-            base=sum(p.numel() for p in backbone.parameters()),
-            output_dir=cfg.OUTPUT_DIR,
-            eps=cfg.FISHER.EPS,
-        )
 
     def _estimate(self) -> FisherEstimate | None:
         """F(x) and F(x') of the backbone, measured or from FISHER.ESTIMATE."""

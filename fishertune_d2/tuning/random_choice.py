@@ -47,8 +47,7 @@ class RandomChoice(SelectiveMethod):
         for group, chosen in self.selectable(backbone, units).items():
             # float32 has 24 bits: among millions, ties occur, and the position breaks them.
             drawn = 1.0 - torch.rand(int(chosen.sum()), generator=generator)
-            scores[group] = torch.zeros_like(chosen, dtype=drawn.dtype)
-            scores[group][chosen] = drawn.to(chosen.device)
+            scores[group] = torch.zeros(chosen.shape).masked_scatter(chosen, drawn)
         return scores
 
     def candidates(self, backbone: nn.Module) -> list[Candidate]:

@@ -127,17 +127,18 @@ class SelectiveMethod(TuningMethod):
         """Whether each unit may be selected, which it may if it holds :meth:`candidates`.
 
         Args:
-            backbone: as in :meth:`parameters`.
+            backbone: as in :meth:`parameters`; it may be on the meta device.
             units: the units of :meth:`parameters`.
 
         Returns:
-            Booleans by group of units, on the backbone's device: (units,), or, for single weights,
-            in the parameters' shapes.
+            Booleans by group of units, on the CPU: (units,), or, for single weights, in the
+            parameters' shapes.
         """
         own = self.parameters(backbone)
-        held = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in own.items()}
+        held = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in own.items()}
         for candidate in self.candidates(backbone):
-            held[candidate.name][candidate.rows] = True
+            if candidate.name in held:  # parameters() may leave some out
+                held[candidate.name][candidate.rows] = True
         return {group: part > 0 for group, part in units.mean(held).items()}
 
 

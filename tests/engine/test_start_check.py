@@ -3,7 +3,9 @@
 import pytest
 
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.stages import units_of
 from fishertune_d2.engine.start_check import require_fillable, require_possible, require_scorable
+from fishertune_d2.fisher import UNITS, Selection
 from fishertune_d2.plan.fake_model import fake_model
 from fishertune_d2.tuning import build_tuning_method
 
@@ -29,6 +31,8 @@ from .conftest import train
         ({"TUNING__D_MIN": 0.2}, "TUNING.D_MIN.* need 0 <= d_min <= d_max"),
         ({"TUNING__D_MAX": 1.0}, "chooses among .* tune a share of at most 0.7447"),
         ({"TUNING__METHOD": "random_q", "TUNING__D_MAX": 0.5}, "tune a share of at most 0.0"),
+        ({"TUNING__UNIT": "row"}, "TUNING.UNIT is 'row': choose from weight, neuron"),
+        ({"TUNING__ALLOCATION": "block"}, "TUNING.ALLOCATION is 'block': choose from global, lay"),
         ({"SOLVER__OPTIMIZER": "LION"}, "SOLVER.OPTIMIZER is 'LION': choose from ADAMW, SGD"),
         ({"SOLVER__IMS_PER_BATCH": 0}, "A batch of 0 images"),
         ({"MODEL__SEM_SEG_HEAD__IGNORE_VALUE": 0}, "IGNORE_VALUE is 0: leave it at 255"),
@@ -64,15 +68,31 @@ def test_a_method_that_needs_no_shift_trains_without_one(tiny_cfg, method):
     assert train(tiny_cfg(TUNING__METHOD=method, DATASETS__TEST=(), **keys)).iter == 7
 
 
-def test_the_share_that_is_named_can_be_filled(tiny_cfg):
-    cfg = tiny_cfg(TUNING__D_MAX=1.0)
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("method", ["random", "random_v"])
+def test_the_share_that_is_named_can_be_filled(method, unit, tiny_cfg):
+    keys = {"TUNING__METHOD": method, "TUNING__UNIT": unit}
+    cfg = tiny_cfg(TUNING__D_MAX=1.0, **keys)
     backbone, method = fake_model(cfg).backbone, build_tuning_method(cfg)
     with pytest.raises(ValueError, match="at most") as refused:
         require_fillable(cfg, method, backbone)
     share = float(str(refused.value).rpartition(" ")[2])
-    require_fillable(tiny_cfg(TUNING__D_MAX=share), method, backbone)
+    require_fillable(tiny_cfg(TUNING__D_MAX=share, **keys), method, backbone)
     with pytest.raises(ValueError, match="at most"):
-        require_fillable(tiny_cfg(TUNING__D_MAX=share + 2e-4), method, backbone)
+        require_fillable(tiny_cfg(TUNING__D_MAX=share + 2e-4, **keys), method, backbone)
+    scores = method.unit_scores(backbone, None, units := units_of(cfg, method, backbone))
+    base = sum(p.numel() for p in backbone.parameters())
+    assert Selection.from_scores(scores, share, base, units).share == share
+    with pytest.raises(ValueError, match="ask for a smaller share"):
+        Selection.from_scores(scores, share + 2e-4, base, units)
+
+
+def test_neurons_need_a_feed_forward_network_of_two_layers(tiny_cfg):
+    cfg = tiny_cfg(TUNING__UNIT="neuron")
+    backbone, method = fake_model(cfg).backbone, build_tuning_method(cfg)
+    del backbone.vit.blocks[0].mlp.fc2
+    with pytest.raises(ValueError, match="TUNING.UNIT neuron: .*fc2.* choose the unit 'weight'"):
+        units_of(cfg, method, backbone)
 
 
 def test_an_estimate_of_another_run_asks_for_no_batches(tiny_cfg):
