@@ -56,7 +56,7 @@ def estimate_fisher(
             over its own pixels. An image's loss must not depend on the rest of its batch.
         candidates: the result of :func:`fishertune_d2.fisher.find_candidates` on ``model``.
         estimator: a key of :data:`ESTIMATORS`, or a function from the candidates to an estimator,
-            such as ``partial(Variational, resolution="row")``.
+            such as ``partial(Variational, resolution="neuron")``.
         labels: ``"ground_truth"``, those in the batch (the empirical Fisher), or ``"sampled"``,
             drawn from the model (Eq. 4's expectation): ``loss_fn.sampled(model, batch)`` draws them
             and returns their negative log-likelihood, (B,); see :class:`.SoftmaxLikelihood`.

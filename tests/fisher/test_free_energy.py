@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -14,6 +15,7 @@ from fishertune_d2.fisher import (
     Pathwise,
     Variational,
     estimate_fisher,
+    find_candidates,
 )
 
 GAMMA, TAU = 1e-3, 2.0
@@ -79,6 +81,75 @@ def test_variational_per_row_converges_to_the_rows_mean(estimator, rtol):
     # One Lambda for the row makes the sum of Eq. 14 over its weights stationary.
     expected = hessian.mean(1, keepdim=True).expand(2, 4) / GAMMA + TAU**-2
     torch.testing.assert_close(precision, expected, rtol=rtol, atol=0.0)
+
+
+class _Attention(nn.Module):
+    """A module that gives a layer the name of a neuron's weights."""
+
+    def __init__(self, **layers: nn.Module):
+        super().__init__()
+        block = nn.Module()
+        block.attn = nn.ModuleDict(layers)
+        self.blocks = nn.ModuleList([block])
+
+
+@BY_DRAWS
+def test_variational_per_neuron_converges_to_the_neurons_mean(estimator, rtol):
+    layer, x, y = _regression()
+    layer.bias = nn.Parameter(torch.zeros(2))
+    model = _Attention(q_proj=layer)
+    candidates = find_candidates(model)
+    made = []
+
+    def make(candidates):
+        made.append(estimator(candidates, FreeEnergy(GAMMA, TAU), resolution="neuron"))
+        return made[0]
+
+    def loss(model, batch):
+        return 0.5 * (model.blocks[0].attn["q_proj"](x[batch]) - y[batch]).square().sum(1)
+
+    batches = [torch.arange(32)] * 300
+    estimate = estimate_fisher(model, batches, loss, candidates, estimator=make, seed=1)
+    # Four weights with the curvatures x^2, and a bias with the curvature 1.
+    mean = ((x.double() ** 2).mean(0).sum() + 1) / 5
+    expected = (mean / GAMMA + TAU**-2).float()
+    weight, bias = (f"blocks.0.attn.q_proj.{part}" for part in ("weight", "bias"))
+    precision = made[0].precision()
+    torch.testing.assert_close(precision[weight], expected.expand(2, 4), rtol=rtol, atol=0.0)
+    torch.testing.assert_close(precision[bias], expected.expand(2), rtol=rtol, atol=0.0)
+    assert (estimate[weight] == estimate[bias][:, None]).all()
+
+
+def test_a_draw_per_neuron_has_the_variance_of_its_mean():
+    vit = timm.create_model("test_vit", num_classes=0).double()
+    candidates = find_candidates(vit)
+    variational = Variational(candidates, FreeEnergy(GAMMA, TAU), resolution="neuron")
+    torch.manual_seed(0)
+    variational.images = 3
+    variational.sums = {name: torch.rand_like(value) for name, value in variational.sums.items()}
+    variances, fisher = variational._variances(), variational.fisher()
+    sums = {name[9:]: value for name, value in variational.sums.items() if ".2." in name}
+    # Neuron 5 of K, in the rows after those of Q, and hidden neuron 7 of 192.
+    k, hidden = 64 + 5, 7
+    members = {
+        "attn.qkv.weight": (k, sums["attn.qkv.weight"][k].tolist() + [sums["attn.qkv.bias"][k]]),
+        "mlp.fc2.weight": (
+            (slice(None), hidden),
+            sums["mlp.fc1.weight"][hidden].tolist()
+            + [sums["mlp.fc1.bias"][hidden]]
+            + sums["mlp.fc2.weight"][:, hidden].tolist(),
+        ),
+    }
+    for name, (place, values) in members.items():
+        mean = sum(float(value) for value in values) / len(values) / 3
+        assert len(values) == {"attn.qkv.weight": 65, "mlp.fc2.weight": 129}[name]
+        for found, expected in ((fisher, mean), (variances, 1 / (mean / GAMMA + TAU**-2))):
+            torch.testing.assert_close(
+                found[f"blocks.2.{name}"][place],
+                torch.full((64,), expected, dtype=torch.float64),
+            )
+    own = fisher["blocks.2.mlp.fc2.bias"]  # part of no neuron
+    torch.testing.assert_close(own, sums["mlp.fc2.bias"] / 3)
 
 
 def test_variational_starts_from_the_closed_form():
@@ -158,5 +229,8 @@ def test_refuses():
         Natural([], beta=2)
     with pytest.raises(ValueError, match="unknown resolution 'block'"):
         Variational([], resolution="block")
+    weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="so there are no neurons: choose"):
+        Variational([Candidate("w", "FFN", 0, weight, slice(0, 2), 4)], resolution="neuron")
     with pytest.raises(ValueError, match="start must be at least 1 batch: got 0"):
         Variational([], start=0)

@@ -20,7 +20,7 @@ layer, whose variance is x^2 Lambda^-1, independently for each token.
 Shapes: x (B, ..., in), y (B, ..., out), weight (out, in).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -30,12 +30,13 @@ from torch.nn import functional as F
 from ..batch_losses import BatchLosses
 from ..candidates import Candidate
 from ..processes import sum_over_processes
+from ..units import Units
 from .diagonal import add_squares
 from .estimator import Cost, mean_over_images, zeros_like_parameters
 from .free_energy import FreeEnergy, PrecisionEstimator
 from .linear_calls import LinearCall
 
-RESOLUTIONS = ("weight", "row")
+RESOLUTIONS = ("weight", "row", "neuron")
 _MIN_VARIANCE = 1e-30  # the square root has no gradient at 0
 
 
@@ -65,7 +66,8 @@ class Variational(PrecisionEstimator):
             follows from the start: gamma * tau^-2 is a hundredth of the mean F, as in the score
             ``balanced``. So the prior decides only on weights of a far smaller F, and the draws
             hardly change the loss.
-        resolution: one number for each ``"weight"``, or for each output ``"row"`` of a matrix.
+        resolution: one number for each ``"weight"``, for each output ``"row"`` of a matrix, or for
+            each ``"neuron"`` (see :class:`.Units`), where each bias of fc2 keeps its own.
         start: the number of first batches, in each process, whose closed form is the start.
 
     Raises:
@@ -88,6 +90,9 @@ class Variational(PrecisionEstimator):
             raise ValueError(f"start must be at least 1 batch: got {start}")
         super().__init__(candidates, free_energy)
         self.resolution = resolution
+        if resolution == "neuron":
+            shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+            self.units = Units("neuron", shapes)
         self.start = start
 
     def reset(self) -> None:
@@ -119,17 +124,22 @@ class Variational(PrecisionEstimator):
     def _variances(self) -> dict[str, Tensor]:
         """Lambda^-1 so far, in the parameters' shapes; 0 outside the candidate rows."""
         variances = zeros_like_parameters(self.parameters)
-        for name, total in self.sums.items():
-            f = self._resolved(total / self.images)
+        for name, f in self._resolved(self.sums, self.images):
             for rows in self.rows[name]:
                 variances[name][rows] = self.free_energy.precision(f[rows]).reciprocal()
         return variances
 
-    def _resolved(self, f: Tensor) -> Tensor:
-        """F, or the mean of its rows, at least 0 (so that Lambda is at least tau^-2)."""
-        if self.resolution == "row" and f.dim() == 2:
-            f = f.mean(1, keepdim=True).expand(f.shape)
-        return f.clamp_min(0.0)
+    def _resolved(self, sums: Mapping[str, Tensor], images: int) -> Iterator[tuple[str, Tensor]]:
+        """F, or its mean over a row or neuron, at least 0 (so that Lambda is at least tau^-2)."""
+        means = {}
+        if self.resolution == "neuron":
+            means = self.units.spread(self.units.mean(sums))
+            means = {name: value for name, value in means.items() if self.units.parts[name]}
+        for name, total in sums.items():
+            f = means.pop(name, total) / images
+            if self.resolution == "row" and f.dim() == 2:
+                f = f.mean(1, keepdim=True).expand(f.shape)
+            yield name, f.clamp_min(0.0)
 
     def _calibrate(self) -> None:
         """Derives unknown constants from the batches so far; every process must call it."""
@@ -149,5 +159,4 @@ class Variational(PrecisionEstimator):
     def fisher(self) -> dict[str, Tensor]:
         """F by parameter name; sums over processes, so every process must call it."""
         # Eq. 14 solved for F; by way of Lambda, float32 would lose an F far below gamma * tau^-2.
-        f = mean_over_images(self.sums, self.images)
-        return {name: self._resolved(value) for name, value in f.items()}
+        return dict(self._resolved(mean_over_images(self.sums, self.images), 1))
