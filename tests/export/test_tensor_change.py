@@ -126,12 +126,13 @@ def test_a_matrix_that_changes_nearly_everywhere_is_stored_whole():
     assert Delta.between(base, tuned, ARCHITECTURE).whole.keys() == {"w"}
 
 
-def test_views_that_are_not_contiguous():
+@pytest.mark.parametrize(("rows", "dimension"), [(slice(None), 1), (slice(4, 6), None)])
+def test_views_that_are_not_contiguous(rows, dimension):
     base = {"w": torch.rand(30, 40).T}
     tuned = {"w": base["w"].clone()}
-    tuned["w"][:, 3] += 1
+    tuned["w"][rows, 3] += 1
     delta = Delta.between(base, tuned, ARCHITECTURE)
-    assert delta.changes["w"].dimension == 1
+    assert delta.changes["w"].dimension == dimension
     assert torch.equal(delta.apply(base)["w"], tuned["w"])
 
 
