@@ -11,7 +11,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from multiprocessing import parent_process
+from multiprocessing import get_all_start_methods, parent_process
 from typing import Any
 
 import cv2
@@ -103,11 +103,15 @@ class _Loader(DataLoader):
         num_workers: int,
         pin_memory: bool,
     ):
+        workers = count_workers(num_workers)
         super().__init__(
             items,
             batch_size=batch_size,
             sampler=order,
-            num_workers=count_workers(num_workers),
+            num_workers=workers,
+            # The platform's default, as under torchrun. Detectron2's launch spawns its processes,
+            # and Python would spawn their workers as well: each would import everything again.
+            multiprocessing_context=get_all_start_methods()[0] if workers else None,
             collate_fn=list,
             pin_memory=pin_memory,
             worker_init_fn=_outlive_schedulers,

@@ -145,6 +145,17 @@ def test_a_worker_has_one_thread_though_the_training_process_has_a_pool():
         cv2.setNumThreads(before)
 
 
+def test_workers_of_a_spawned_process_are_not_spawned_as_well():
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)  # as in a process of Detectron2's launch
+    try:
+        loader = build_train_loader(DICTS, draw, batch_size=2, num_workers=1, seed=7)
+        assert loader.multiprocessing_context.get_start_method() == default
+        assert list(islice(loader, 3)) == batches(count=3)
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_only_tensors_are_pinned(monkeypatch, num_workers):
     """A stand-in for a GPU: what is pinned is not computed with, but counted."""
