@@ -210,6 +210,8 @@ def test_shares_of_neurons_are_nested_and_fall_short_by_less_than_a_unit(seed, a
         count = selection.count(each)
         ranks = torch.cat([ranks[ranks < count] for ranks in selection.ranks.values()])
         assert ranks.sort().values.tolist() == list(range(count))
+    held = sum(len(ranks) for ranks in selection.ranks.values())
+    assert held == selection.count(share)  # nothing is kept beyond the share
     again = Selection.from_scores(scores, shares[0], BASE, units, allocation)
     assert all(torch.equal(mask, small[name]) for name, mask in again.masks(shares[0]).items())
 
