@@ -64,8 +64,8 @@ SMALL = {
 }
 # The training is killed after this iteration, the first of the tuning stage.
 KILLED_AFTER = SMALL["TUNING.WARMUP_ITERS"]
-# Seconds after which a command counts as stuck.
-PATIENCE = 900
+# Seconds after which a command counts as stuck. A table has 20 cells; other programs may run, too.
+PATIENCE = 1800
 
 
 class StepFailed(Exception):
