@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Compares a training step of freeze, LoRA and FisherTune with one of full fine-tuning.
 
+FisherTune selects single weights or neurons: 5 % of the backbone, and 20 %.
+
     python benchmarks/training.py                              # DINOv2-S as in configs/camvid
     python benchmarks/training.py --config-file configs/fishertune_dinov2.yaml MODEL.DEVICE cuda
     python benchmarks/training.py --show docs/results/training/cpu.json    # the tables again
@@ -21,8 +23,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import NamedTemporaryFile
 
 import torch
 from tabulate import tabulate
@@ -36,7 +40,8 @@ from detectron2.config import CfgNode  # noqa: E402 - the package need not be in
 from fishertune_d2.config import read_config  # noqa: E402
 from fishertune_d2.engine import Trainer  # noqa: E402
 from fishertune_d2.engine.scoring import commit  # noqa: E402
-from fishertune_d2.fisher import Selection  # noqa: E402
+from fishertune_d2.export.delta import Architecture, Delta  # noqa: E402
+from fishertune_d2.fisher import Selection, Units, find_candidates  # noqa: E402
 from fishertune_d2.tuning import MaskedUpdate, SelectedWeights, SelectiveMethod  # noqa: E402
 from fishertune_d2.tuning.full import Full  # noqa: E402
 from fishertune_d2.tuning.peft_tuners import lora  # noqa: E402
@@ -59,16 +64,20 @@ def _lora(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
     return method.parameters(backbone).values()
 
 
-def _selection(cfg: CfgNode, backbone: nn.Module) -> Selection:
-    """Selects D_MAX of the backbone at random; a step costs as much as with any selection."""
+def _selection(cfg: CfgNode, backbone: nn.Module, unit: str, share: float) -> Selection:
+    """Selects units of the backbone at random; a step costs as much as with any selection."""
     base = sum(p.numel() for p in backbone.parameters())
-    scores = RandomChoice(cfg.SEED).scores(backbone, None)
-    return Selection.from_scores(scores, cfg.TUNING.D_MAX, base)
+    shapes = {c.name: tuple(c.parameter.shape) for c in find_candidates(backbone)}
+    units = Units(unit, shapes)
+    scores = RandomChoice(cfg.SEED).unit_scores(backbone, None, units)
+    return Selection.from_scores(scores, share, base, units)
 
 
-def _fishertune(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
-    selected = SelectedWeights(backbone, _selection(cfg, backbone))
-    selected.grow(cfg.TUNING.D_MAX)
+def _fishertune(
+    unit: str, share: float, cfg: CfgNode, backbone: nn.Module
+) -> Iterable[nn.Parameter]:
+    selected = SelectedWeights(backbone, _selection(cfg, backbone, unit, share))
+    selected.grow(share)
     return selected.parameters().values()
 
 
@@ -76,12 +85,16 @@ def _candidates(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
     return SelectiveMethod().parameters(backbone).values()
 
 
+DENSE = "fishertune, dense mask"
 WAYS: dict[str, Callable[[CfgNode, nn.Module], Iterable[nn.Parameter]]] = {
     "freeze": _freeze,
     "full": _full,
     "lora": _lora,
-    "fishertune": _fishertune,
-    "fishertune, dense mask": _candidates,
+    "fishertune, weights": partial(_fishertune, "weight", 0.05),
+    "fishertune, weights, 20 %": partial(_fishertune, "weight", 0.2),
+    "fishertune, neurons": partial(_fishertune, "neuron", 0.05),
+    "fishertune, neurons, 20 %": partial(_fishertune, "neuron", 0.2),
+    DENSE: _candidates,
 }
 
 
@@ -94,6 +107,7 @@ class Training:
     """
 
     def __init__(self, cfg: CfgNode, way: str):
+        self.cfg = cfg
         torch.manual_seed(0)
         self.model = Trainer.build_model(cfg).train()
         self.backbone = self.model.backbone
@@ -102,10 +116,10 @@ class Training:
         for parameter in self.tuned:
             parameter.requires_grad_(True)
         self.optimizer = Trainer.build_optimizer(cfg, self.model)
-        if way == "fishertune, dense mask":
+        if way == DENSE:
             dense = SelectiveMethod().parameters(self.backbone)
-            update = MaskedUpdate(self.optimizer, dense, _selection(cfg, self.backbone))
-            update.grow(cfg.TUNING.D_MAX)
+            selection = _selection(cfg, self.backbone, "weight", 0.05)
+            MaskedUpdate(self.optimizer, dense, selection).grow(0.05)
         height, width = cfg.INPUT.CROP.SIZE
         classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         bands = (torch.arange(height) * classes // height)[:, None].expand(height, width)
@@ -151,7 +165,20 @@ class Training:
             "gradient_bytes": _bytes(p.grad for p in self.tuned),
             "optimizer_bytes": _bytes(moments),
             "checkpoint_bytes": file.tell(),
+            "delta_bytes": self._delta_bytes(),
         }
+
+    def _delta_bytes(self) -> int:
+        """Counts the bytes of the delta file, or of the added weights, after the steps so far."""
+        torch.manual_seed(0)
+        public = Trainer.build_model(self.cfg).backbone.vit.state_dict()
+        tuned = self.backbone.vit.state_dict()
+        if tuned.keys() != public.keys():
+            return _bytes(self.tuned)
+        architecture = Architecture("", "", (0, 0), 0, (0.0,) * 3, (0.0,) * 3)
+        with NamedTemporaryFile(suffix=".safetensors") as file:
+            Delta.between(public, tuned, architecture).save(file.name)
+            return Path(file.name).stat().st_size
 
 
 def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
@@ -182,7 +209,6 @@ def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
         "vfm": cfg.MODEL.VFM.NAME,
         "crop": list(cfg.INPUT.CROP.SIZE),
         "batch": cfg.SOLVER.IMS_PER_BATCH,
-        "share": cfg.TUNING.D_MAX,
         "rounds": args.rounds,
         "machine": _machine(cfg),
         "torch": torch.__version__,
@@ -236,9 +262,10 @@ def tables(result: dict) -> str:
         "optimizer": ("optimizer_seconds",),
         "inference": ("inference_seconds",),
         "peak": ("peak_bytes",),
-        "gradients": ("gradient_bytes",),
+        "gradients, sent": ("gradient_bytes",),
         "gradients and moments": ("gradient_bytes", "optimizer_bytes"),
         "checkpoint": ("checkpoint_bytes",),
+        "delta": ("delta_bytes",),
     }
     table = [
         [way, f"{ways[way]['trainable'] / 1e6:.2f} M", *(ratio(way, *k) for k in columns.values())]

@@ -145,8 +145,9 @@ def _files(
     if "estimation" in memory:
         files["fisher.safetensors"] = estimator_bytes(Cost(), find_candidates(trained.backbone))
     if "tuning" in memory and run.method.selects:
-        # An index and a rank, of 8 bytes each.
-        files["selection.safetensors"] = 16 * run.selected(trained)
+        indices = run.selection(trained).indices.values()
+        # An index and a rank of each unit, of 8 bytes each.
+        files["selection.safetensors"] = 16 * sum(len(each) for each in indices)
     last = stages[-1].memory
     weights = held_bytes(trained.state_dict()) + last.averages
     files["model_final.pth"] = weights + last.optimizer

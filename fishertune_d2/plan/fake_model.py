@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fishertune_d2.engine.parameter_counts import build_empty
-from fishertune_d2.fisher import Selection
+from fishertune_d2.fisher import Selection, Units
 from fishertune_d2.modeling.segmentor import VFMSegmentor
 from fishertune_d2.modeling.targets import SegmentationTargets
 
@@ -41,17 +41,21 @@ def fake_model(cfg: CfgNode) -> VFMSegmentor:
     return model
 
 
-def fake_selection(parameters: Mapping[str, nn.Parameter], count: int, base: int) -> Selection:
-    """Selects ``count`` of ``base`` weights, spread evenly over the parameters, without values."""
-    whole, total = sum(p.numel() for p in parameters.values()), 0
-    indices = {}
-    for name, parameter in parameters.items():
-        before, total = total, total + parameter.numel()
-        number = count * total // whole - count * before // whole
-        indices[name] = torch.empty(number, dtype=torch.int64, device=parameter.device)
-    ranks = {name: torch.empty_like(each) for name, each in indices.items()}
+def fake_selection(
+    parameters: Mapping[str, nn.Parameter], count: int, base: int, unit: str = "weight"
+) -> Selection:
+    """Selects ``count`` of ``base`` weights, spread evenly over all units, without values."""
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    return Selection(indices, ranks, shapes, count / base, base)
+    groups = Units(unit, shapes).groups
+    device = next(iter(parameters.values())).device
+    whole, total = sum(group.count * group.size for group in groups.values()), 0
+    indices = {}
+    for name, group in groups.items():
+        before, total = total, total + group.count * group.size
+        weights = count * total // whole - count * before // whole
+        indices[name] = torch.empty(weights // group.size, dtype=torch.int64, device=device)
+    ranks = {name: torch.empty_like(each) for name, each in indices.items()}
+    return Selection(indices, ranks, shapes, count / base, base, unit=unit)
 
 
 def fake_batch(model: VFMSegmentor, images: int, size: tuple[int, int]) -> list[dict[str, Tensor]]:

@@ -19,7 +19,13 @@ from fishertune_d2.engine.perturbation import build_perturbation
 from fishertune_d2.engine.precision import ESTIMATE_DTYPES, autocast_dtype
 from fishertune_d2.engine.stages import attach, prepare_stage
 from fishertune_d2.engine.step_trainer import largest_part
-from fishertune_d2.fisher import ESTIMATORS, Cost, find_candidates, keeping_activations
+from fishertune_d2.fisher import (
+    ESTIMATORS,
+    Cost,
+    Selection,
+    find_candidates,
+    keeping_activations,
+)
 from fishertune_d2.modeling.segmentor import VFMSegmentor
 from fishertune_d2.tuning import SelectedWeights, TuningMethod
 
@@ -68,20 +74,22 @@ class FakeRun:
         if name != "tuning":  # estimation begins as the warm-up leaves the model
             prepare_stage(model, "warmup", self.method, None)
             return None
-        selection = None
-        if self.method.selects:
-            base = sum(p.numel() for p in model.backbone.parameters())
-            parameters = self.method.parameters(model.backbone)
-            selection = fake_selection(parameters, self.selected(model), base)
-        return prepare_stage(model, "tuning", self.method, selection)[1]
+        selection = self.selection(model) if self.method.selects else None
+        selected = prepare_stage(model, "tuning", self.method, selection)[1]
+        if selected is not None:  # the plan is of the end, where a step costs most
+            selected.grow(selected.selection.share)
+        return selected
 
     def averages(self, name: str) -> bool:
         """Whether the stage averages the weights that it trains."""
         return name == "tuning" and self._cfg.SOLVER.EMA > 0
 
-    def selected(self, model: VFMSegmentor) -> int:
-        """How many weights are selected at the end of tuning, by a method that selects."""
-        return count_tuned(self._cfg, model.backbone, progress=1.0)
+    def selection(self, model: VFMSegmentor) -> Selection:
+        """The units that are selected at the end of tuning, by a method that selects."""
+        base = sum(p.numel() for p in model.backbone.parameters())
+        count = count_tuned(self._cfg, model.backbone, progress=1.0)
+        parameters = self.method.parameters(model.backbone)
+        return fake_selection(parameters, count, base, self._cfg.TUNING.UNIT)
 
     def optimizer(self, model: VFMSegmentor) -> torch.optim.Optimizer:
         """The optimizer of the stage that the model is in."""

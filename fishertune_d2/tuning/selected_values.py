@@ -70,14 +70,14 @@ class SelectedValues:
         """The ranks and the values to restore; none once all values are selected."""
         return [tensor for tensor in (self._rank, self._start) if tensor is not None]
 
-    def grow(self, count: int) -> int:
-        """Selects the units of a rank below ``count``; returns how many weights these are here."""
-        if count > self._count:
+    def grow(self, count: int | None) -> int:
+        """Selects the units of a rank below ``count``, or all; returns the number of weights."""
+        if count is None or count > self._count:
             if any(entries.values._version != entries.written for entries, _ in self.pairs()):
                 self.write()
-            self._count = count
             for (entries, _), ranks in zip(self.pairs(), self.ranks, strict=True):
-                entries.active = entries_within(ranks, count)
+                entries.active = len(ranks) if count is None else entries_within(ranks, count)
+            self._count = count or self._count
         return sum(entries.active * entries.width for entries, _ in self.pairs())
 
     @torch.no_grad()

@@ -99,7 +99,8 @@ class SelectedWeights:
 
     def grow(self, share: float) -> int:
         """Selects up to a share of the base, beside earlier units; returns how many weights."""
-        count = self.selection.count(share)
+        whole = share == self.selection.share
+        count = None if whole else self.selection.count(share)
         return sum(values.grow(count) for values in self._values)
 
     def release(self) -> None:

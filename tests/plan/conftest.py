@@ -10,7 +10,7 @@ from torch import nn
 
 from fishertune_d2.config import default_config
 from fishertune_d2.engine.stages import prepare_stage
-from fishertune_d2.fisher import Selection
+from fishertune_d2.fisher import Selection, Units
 from fishertune_d2.tuning import build_tuning_method
 
 SMALL = {
@@ -61,8 +61,12 @@ def real_model() -> Callable[..., nn.Module]:
             parameters = method.parameters(model.backbone)
             scores = {name: torch.rand(p.shape) for name, p in parameters.items()}
             base = sum(p.numel() for p in model.backbone.parameters())
-            selection = Selection.from_scores(scores, cfg.TUNING.D_MAX, base)
-        prepare_stage(model, stage, method, selection)
+            shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+            units, share = Units(cfg.TUNING.UNIT, shapes), cfg.TUNING.D_MAX
+            selection = Selection.from_scores(units.mean(scores), share, base, units, "layer")
+        selected = prepare_stage(model, stage, method, selection)[1]
+        if selected is not None:
+            selected.grow(cfg.TUNING.D_MAX)
         return model
 
     return make

@@ -121,6 +121,17 @@ def test_a_planned_step_is_a_real_step(small_cfg, real_model, real_batch, method
     assert _planned(cfg, stage) == _watched(lambda: _step(real_model(cfg, stage), real_batch(2)))
 
 
+def test_a_step_of_neurons_computes_their_part_of_the_gradients(small_cfg, real_model, real_batch):
+    planned = {}
+    for unit in ("weight", "neuron"):
+        cfg = small_cfg(TUNING__UNIT=unit, TUNING__D_MAX=0.2)
+        planned[unit] = _planned(cfg, "tuning")
+        watched = _watched(lambda cfg=cfg: _step(real_model(cfg, "tuning"), real_batch(2)))
+        # The plan spreads neurons evenly; the real ones were drawn.
+        assert planned[unit] == pytest.approx(watched, rel=0 if unit == "weight" else 0.01)
+    assert planned["neuron"] < planned["weight"]
+
+
 def test_windows_and_relative_positions_too(small_cfg, real_model, real_batch, monkeypatch):
     options = {**VFMS["sam_vith"].options, **SMALL_SAM, "window_size": 3}
     small = replace(VFMS["sam_vith"], options=options, taps=(1, 2, 4, 5))

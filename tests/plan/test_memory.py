@@ -28,6 +28,17 @@ def test_activations_are_those_of_a_real_graph(small_cfg, real_model, real_batch
     assert (planned["warmup"] < planned["tuning"]) == (method != "freeze")
 
 
+def test_neurons_keep_less_of_the_inputs(small_cfg, real_model, real_batch):
+    kept = {}
+    for unit in ("weight", "neuron"):
+        cfg = small_cfg(TUNING__UNIT=unit, FISHER__ESTIMATE="another_run.safetensors")
+        kept[unit] = _planned(cfg, "tuning")["tuning"]
+        model = real_model(cfg, "tuning")
+        real = saved_bytes(model, lambda model=model: model(real_batch(2)))
+        assert kept[unit] == pytest.approx(real, rel=0.005)
+    assert kept["neuron"] < kept["weight"]
+
+
 def test_activations_of_perturbed_features(small_cfg, real_model, real_batch):
     options = {"TUNING__METHOD": "full", "TUNING__WARMUP_ITERS": 0}
     cfg = small_cfg(**options, TUNING__FEATURE_PERTURBATION=True)
