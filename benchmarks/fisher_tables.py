@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prints the measurements of benchmarks/fisher.py as Markdown tables.
+"""Prints the measurements of fisher.py and selection_stability.py as Markdown tables.
 
 python benchmarks/fisher_tables.py [FOLDER]
 """
@@ -23,8 +23,10 @@ def tables(folder: Path) -> None:
     print(
         f"Ranking {ranked['scores']:,} scores and selecting {ranked['selected']:,}: "
         f"{ranked['seconds']:.0f} s, and {ranked['bytes_beside'] / 2**30:.2f} GiB in addition to "
-        f"the {ranked['bytes_scores'] / 2**30:.2f} GiB of the scores."
+        f"the {ranked['bytes_scores'] / 2**30:.2f} GiB of the scores.\n"
     )
+    if "stability" in read:
+        _stability(read["stability"])
 
 
 KEYS = ("spearman", "overlap", "drf_spearman", "drf_overlap")
@@ -61,6 +63,22 @@ def _agreement(measured: dict) -> None:
             for name, half in measured["halves"].items()
         ],
         ["estimator", "images in each half", *WORDS],
+    )
+
+
+def _stability(measured: dict) -> None:
+    """Prints how much of a selection two halves of the images have in common, mean over seeds."""
+    found: dict[tuple, list[list[float]]] = {}
+    for row in measured["rows"]:
+        score = "F" if row["rho"] is None else f"DRF, rho {row['rho']}"
+        key = (row["estimator"], row["unit"], row["allocation"], score)
+        found.setdefault(key, []).append(row["overlap"])
+    _show(
+        [
+            [*key, *(f"{sum(values) / len(values):.3f}" for values in zip(*seeds, strict=True))]
+            for key, seeds in found.items()
+        ],
+        ["estimator", "unit", "allocation", "score", *map(str, measured["rows"][0]["images"])],
     )
 
 

@@ -39,7 +39,7 @@ SCRIPTS = """
     demo.py train_net.py
     benchmarks/data_loading.py benchmarks/evaluation.py benchmarks/fisher.py
     benchmarks/fisher_tables.py benchmarks/gpu/__main__.py benchmarks/scaling.py
-    benchmarks/training.py
+    benchmarks/selection_stability.py benchmarks/training.py
     examples/simple_trainer.py examples/timm_classifier.py examples/vitdet_mask_rcnn.py
     examples/what_moved.py
     tools/config_costs.py tools/fake_cuda/__main__.py tools/fake_cuda/count_steps.py
