@@ -15,7 +15,7 @@ from PIL import Image
 
 from fishertune_d2.bench import __main__ as bench
 from fishertune_d2.bench import tables
-from fishertune_d2.fisher import FisherEstimate, Selection
+from fishertune_d2.fisher import UNITS, FisherEstimate, Selection, Units
 from fishertune_d2.modeling import VFMS, VFMBackbone, vfm_table
 from fishertune_d2.tuning import TUNING_REGISTRY
 
@@ -61,7 +61,8 @@ def test_each_is_about_ten_lines(block):
     assert len([line for line in lines if not line.startswith(("from ", "import "))]) <= 10
 
 
-def test_the_method_trains_on_the_data_set_through_the_real_trainer(extended, tiny_run):
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_method_trains_on_the_data_set_through_the_real_trainer(unit, extended, tiny_run):
     rng = np.random.default_rng(0)
     data = extended / "datasets/kitti/training"
     for part, pixels in (("image_2", (48, 64, 3)), ("semantic", (48, 64))):
@@ -70,6 +71,7 @@ def test_the_method_trains_on_the_data_set_through_the_real_trainer(extended, ti
             ids = rng.integers(0, 34, pixels, dtype=np.uint8)  # Cityscapes'
             Image.fromarray(ids).save(data / part / f"{i:06d}_10.png")
     options = [*tiny_run, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "19", "TUNING.METHOD", "saliency"]
+    options += ["TUNING.UNIT", unit]
     options += ["DATASETS.TRAIN", '("kitti_train",)', "DATASETS.TEST", '("kitti_train",)']
     cache = str(extended / "cache")
     config = "configs/fishertune_dinov2.yaml"
@@ -83,8 +85,11 @@ def test_the_method_trains_on_the_data_set_through_the_real_trainer(extended, ti
     scores = {name: f * start[f"backbone.{name}"] ** 2 / 2 for name, f in estimate.f.items()}
     base = sum(v.numel() for k, v in start.items() if k.startswith("backbone."))
     chosen = Selection.load(out / "selection.safetensors").masks(0.05)
-    expected = Selection.from_scores(scores, share=0.05, base=base).masks(0.05)
-    assert sum(mask.sum() for mask in chosen.values()) == int(0.05 * base)
+    units = Units(unit, {name: tuple(score.shape) for name, score in scores.items()})
+    selection = Selection.from_scores(units.mean(scores), share=0.05, base=base, units=units)
+    expected, largest = selection.masks(0.05), max(group.size for group in units.groups.values())
+    total = sum(int(mask.sum()) for mask in chosen.values())
+    assert int(0.05 * base) - largest < total <= int(0.05 * base)
     assert chosen.keys() == expected.keys()
     assert all(torch.equal(chosen[name], mask) for name, mask in expected.items())
 

@@ -30,9 +30,6 @@ from .run_record import NOTE
 
 logger = logging.getLogger(__name__)
 
-# The paper's choices, which the notes of a selection leave out.
-_PAPER = {"unit": "weight", "allocation": "global"}
-
 
 class LearningRates(HookBase):
     """Steps the trainer's scheduler and writes the learning rates of backbone and head.
@@ -131,7 +128,6 @@ class FisherEstimation(HookBase):
         self.eps = eps
         self.units = units
         self.allocation = allocation
-        self._choices = {"unit": units.unit if units else "weight", "allocation": allocation}
         self.selection: Selection | None = None
         self.selection_file = Path(output_dir) / "selection.safetensors"
         self.estimate_file = Path(output_dir) / "fisher.safetensors"
@@ -168,19 +164,22 @@ class FisherEstimation(HookBase):
                 "that one back, or resume from a checkpoint of the warm-up stage"
             )
         self.selection = Selection.load(self.selection_file)
-        for key, now in self._choices.items():
-            then = self.selection.notes.get(key, _PAPER[key])
-            if then != now:
-                raise ValueError(
-                    f"{self.selection_file}, which the checkpoint was trained with, was made with "
-                    f"the {key} {then!r}, and this run asks for {now!r}: set TUNING.{key.upper()} "
-                    f"({key}= of apply_fishertune) back, or start a new run in another folder"
-                )
+        allocation = self.selection.notes.get("allocation", "global")
+        self._require_same("unit", self.selection.unit, self.units.unit if self.units else "weight")
+        self._require_same("allocation", allocation, self.allocation)
+
+    def _require_same(self, what: str, then: str, now: str) -> None:
+        """Refuses another choice than the checkpoint's, which records of old runs do not name."""
+        if then != now:
+            raise ValueError(
+                f"{self.selection_file}, which the checkpoint was trained with, has the {what} "
+                f"{then!r}, and this run asks for {now!r}: set TUNING.{what.upper()} ({what}= of "
+                f"apply_fishertune) back to {then!r}, or start a new run in another folder"
+            )
 
     def _select(self, estimate: FisherEstimate | None) -> None:
         """Ranks the units, and writes both files."""
         selection = self._ranked(self.scores(estimate))
-        selection.notes = {k: text for k, text in self._choices.items() if text != _PAPER[k]}
         if estimate is not None:
             notes = {key: text for key, text in estimate.notes.items() if key != NOTE}
             selection.notes |= notes | {"images": str(estimate.images)}

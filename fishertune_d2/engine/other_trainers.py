@@ -30,10 +30,13 @@ from torch.optim import Optimizer
 
 from fishertune_d2.config import require_choice
 from fishertune_d2.fisher import (
+    ALLOCATIONS,
     ESTIMATORS,
+    UNITS,
     FisherEstimate,
     Selection,
     StatisticsPerturbation,
+    Units,
     count_of_share,
     domain_related_fisher,
     estimate_fisher,
@@ -60,6 +63,8 @@ def apply_fishertune(
     d_min: float = 0.01,
     d_max: float = 0.05,
     schedule: str = "growing",
+    unit: str = "weight",
+    allocation: str = "global",
     batches: int = 500,
     loss_fn: Callable[[nn.Module, Sequence], Tensor] | None = None,
     estimator: str = "diagonal_loop",
@@ -80,6 +85,8 @@ def apply_fishertune(
         d_min: share of the ViT that is tuned at first.
         d_max: share that is tuned in the end.
         schedule: growth between them, see :func:`~fishertune_d2.fisher.tuned_share`.
+        unit: ``"weight"``, or ``"neuron"`` to select whole rows of Q, K and V and hidden neurons.
+        allocation: ``"global"``, or ``"layer"`` for the same share of each kind in each block.
         batches: T2, the number of batches from ``data_loader`` in each process.
         loss_fn: ``(model, batch) -> (B,)``; by default :func:`loss_of_one_image`.
         estimator: a key of ``ESTIMATORS``; ``"diagonal"`` is faster if ``loss_fn`` takes batches.
@@ -94,12 +101,15 @@ def apply_fishertune(
     """
     if not 0 <= warmup < max_iter:
         raise ValueError(f"warmup is {warmup}: choose 0 or more, and less than max_iter {max_iter}")
-    vit = _ViT(trainer, backbone)
+    require_choice("unit", unit, UNITS)
+    require_choice("allocation", allocation, ALLOCATIONS)
+    vit = _ViT(trainer, backbone, unit)
     share = vit.share(d_min, d_max, schedule)
     loss = loss_fn or loss_of_one_image
     estimation = FisherEstimation(
         vit.estimating(data_loader, batches, loss, estimator, perturb, seed),
-        _scores, start=warmup, share=share, base=vit.base, output_dir=output_dir,
+        vit.scores, start=warmup, share=share, base=vit.base, output_dir=output_dir,
+        units=vit.units, allocation=allocation,
     )  # fmt: skip
     require_writable(output_dir)  # now, not after the warm-up
     mask = ParameterMask(
@@ -117,10 +127,12 @@ class _ViT:
     Attributes:
         parameters: the ViT's own weights, by name.
         tunable: the weights that hold candidates, by name.
+        units: the units that may be selected.
         base: the number of the ViT's own weights.
+        most: the number of weights that may be selected.
     """
 
-    def __init__(self, trainer: TrainerBase, backbone: str | None):
+    def __init__(self, trainer: TrainerBase, backbone: str | None, unit: str):
         if any(isinstance(hook, FisherEstimation) for hook in trainer._hooks):
             raise ValueError("the trainer has FisherTune already: apply it once")
         self.optimizer = trainer.optimizer  # the hooks must not hold the trainer, which holds them
@@ -130,7 +142,8 @@ class _ViT:
         self.parameters = parameters_of_vit(self.module)
         self.tunable = {candidate.name: candidate.parameter for candidate in self.candidates}
         self.base = sum(parameter.numel() for parameter in self.parameters.values())
-        self.most = sum(candidate.numel for candidate in self.candidates)
+        self.units = Units(unit, {name: tuple(p.shape) for name, p in self.tunable.items()})
+        self.most = sum(group.count * group.size for group in self.units.groups.values())
         _require_trained(self.tunable, self.optimizer)
 
     def share(self, d_min: float, d_max: float, schedule: str) -> float:
@@ -174,6 +187,11 @@ class _ViT:
                 )
 
         return estimate
+
+    def scores(self, estimate: FisherEstimate | None) -> Mapping[str, Tensor]:
+        """DRF of each unit."""
+        assert estimate is not None  # `estimating` measures one
+        return domain_related_fisher(estimate.by_unit(self.units))
 
     def restriction(self, estimation: FisherEstimation) -> MaskedUpdate:
         """Restricts the optimizer to the weights that the estimation has selected."""
@@ -266,11 +284,6 @@ def loss_of_one_image(model: nn.Module, batch: Sequence) -> Tensor:
     losses = model(batch)
     total = sum(losses.values()) if isinstance(losses, Mapping) else losses
     return total.reshape(1).expand(len(batch))
-
-
-def _scores(estimate: FisherEstimate | None) -> Mapping[str, Tensor]:
-    assert estimate is not None  # `estimating` measures one
-    return domain_related_fisher(estimate)
 
 
 def _require_trained(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:

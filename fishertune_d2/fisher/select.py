@@ -11,6 +11,7 @@ from .estimators.estimator import Estimator
 from .perturb import StatisticsPerturbation
 from .score import domain_related_fisher
 from .selection import Selection
+from .units import Units
 
 
 def select(
@@ -23,8 +24,10 @@ def select(
     labels: str = "ground_truth",
     estimator: str | Callable[[Sequence[Candidate]], Estimator] = "diagonal",
     perturb: StatisticsPerturbation | None = None,
+    unit: str = "weight",
+    allocation: str = "global",
 ) -> Selection:
-    """Selects the weights with the highest domain-related Fisher information (Eq. 3 to 15).
+    """Selects the units with the highest domain-related Fisher information (Eq. 3 to 15).
 
     Needs a ViT with timm's names, or a model that contains one. For other models, other constants
     and other scores, call the parts: :func:`find_candidates`, :func:`estimate_fisher`,
@@ -39,21 +42,26 @@ def select(
         labels: ``"ground_truth"`` or ``"sampled"``, see :func:`estimate_fisher`.
         estimator: see :func:`estimate_fisher`.
         perturb: the simulated shift; by default :meth:`StatisticsPerturbation.of_vit` of the model.
+        unit: ``"weight"`` or ``"neuron"``, see :class:`Units`.
+        allocation: ``"global"`` or ``"layer"``, see :meth:`Selection.from_scores`.
 
     Returns:
         The selection, by the parameter names of ``model``.
     """
+    candidates = find_candidates(model)
+    units = Units(unit, {c.name: tuple(c.parameter.shape) for c in candidates})
     estimate = estimate_fisher(
         model,
         batches,
         loss_fn,
-        find_candidates(model),
+        candidates,
         estimator=estimator,
         labels=labels,
         perturb=perturb or StatisticsPerturbation.of_vit(model),
     )
     if base is None:
         base = sum(parameter.numel() for parameter in model.parameters())
-    selection = Selection.from_scores(domain_related_fisher(estimate), share, base)
-    selection.notes = estimate.notes | {"images": str(estimate.images)}
+    scores = domain_related_fisher(estimate.by_unit(units))
+    selection = Selection.from_scores(scores, share, base, units, allocation)
+    selection.notes |= estimate.notes | {"images": str(estimate.images)}
     return selection

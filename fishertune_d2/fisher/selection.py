@@ -118,7 +118,8 @@ class Selection:
         indices = {
             name: place[ranks[name]] - start for name, start in zip(names, starts, strict=True)
         }
-        return cls(indices, ranks, units.shapes, share, base, unit=units.unit)
+        notes = {} if allocation == "global" else {"allocation": allocation}
+        return cls(indices, ranks, units.shapes, share, base, notes, unit=units.unit)
 
     @cached_property
     def units(self) -> Units:
@@ -145,15 +146,14 @@ class Selection:
     def slices(self, name: str) -> Slices:
         """The selected slices of one parameter, best first."""
         parts = self.units.parts[name]
-        indices = [self.indices[group] + part.start for group, part in parts]
-        ranks = [self.ranks[group] for group, _ in parts]
-        dim = parts[0][1].dim if parts else None
+        if not parts:
+            return Slices(None, *torch.empty(2, 0, dtype=torch.int64))
+        index = torch.cat([self.indices[group] + part.start for group, part in parts])
+        ranks = torch.cat([self.ranks[group] for group, _ in parts])
         if len(parts) == 1:
-            return Slices(dim, indices[0], ranks[0])
-        nothing = torch.empty(0, dtype=torch.int64)
-        every_index, every_rank = torch.cat([nothing, *indices]), torch.cat([nothing, *ranks])
-        order = every_rank.argsort(stable=True)
-        return Slices(dim, every_index[order], every_rank[order])
+            return Slices(parts[0][1].dim, index, ranks)
+        order = ranks.argsort(stable=True)
+        return Slices(parts[0][1].dim, index[order], ranks[order])
 
     def prefix(self, name: str, share: float) -> Tensor:
         """Flat indices of the entries of one parameter within ``share``, best first, (n,)."""

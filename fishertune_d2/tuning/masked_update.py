@@ -1,4 +1,4 @@
-"""Restricts an existing optimizer to some entries of its parameters, exact to the bit.
+"""Restricts an existing optimizer to some weights of its parameters, exact to the bit.
 
 A gradient of zero does not freeze a weight: AdamW's decay shrinks it (18 % in 40 k steps at a
 learning rate of 1e-4 and a decay of 0.05), and earlier momentum still moves it. So a hook masks the
@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fishertune_d2.fisher import FisherEstimate, Selection
+from fishertune_d2.fisher import FisherEstimate, Selection, entries_within, slices_of
 
 
 class MaskedUpdate:
-    """Restricts a stock optimizer to a growing selection of entries.
+    """Restricts a stock optimizer to a growing selection of weights or neurons.
 
     Both hooks may run twice in a step without harm, as they do where a clipping optimizer calls its
     parent's ``step`` (Detectron2's do). Memory: dense gradients, dense moments, and one copy of the
@@ -29,7 +29,7 @@ class MaskedUpdate:
         optimizer: any ``torch.optim.Optimizer`` that holds the parameters.
         parameters: the parameters to restrict, by their names in ``selection``. The optimizer's
             other parameters are not restricted.
-        selection: the selected entries.
+        selection: the selected units.
 
     Raises:
         ValueError: if a name or shape does not fit the selection.
@@ -48,7 +48,8 @@ class MaskedUpdate:
             name: torch.zeros_like(parameter, dtype=torch.bool)
             for name, parameter in self.parameters.items()
         }
-        self._selected = dict.fromkeys(self.parameters, 0)
+        self._slices = {name: selection.slices(name) for name in self.parameters}
+        self._share = 0.0
         # Entries that are not selected have never moved, so these are the values to restore.
         self._fixed = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._hooks = [
@@ -57,13 +58,16 @@ class MaskedUpdate:
         ]
 
     def grow(self, share: float) -> int:
-        """Selects up to a share of the base, beside earlier entries; returns how many there are."""
-        for name, mask in self.masks.items():
-            joining = self.selection.prefix(name, share)[self._selected[name] :]
-            if len(joining):
-                mask.view(-1)[joining.to(mask.device)] = True
-                self._selected[name] += len(joining)
-        return sum(self._selected.values())
+        """Selects up to a share of the base, beside earlier units; returns how many weights."""
+        share = max(self._share, share)
+        before, count = self.selection.count(self._share), self.selection.count(share)
+        for name, slices in self._slices.items():
+            first, end = (entries_within(slices.ranks, rank) for rank in (before, count))
+            if first < end:
+                mask = self.masks[name]
+                slices_of(mask, slices.dim)[slices.index[first:end].to(mask.device)] = True
+        self._share = share
+        return self.selection.weights(share)
 
     def release(self) -> None:
         """Removes the hooks; from now on the optimizer moves every entry."""

@@ -20,7 +20,9 @@ from fishertune_d2.engine.other_trainers import loss_of_one_image
 from fishertune_d2.fisher import (
     KINDS,
     FisherEstimate,
+    Selection,
     StatisticsPerturbation,
+    domain_related_fisher,
     estimate_fisher,
     find_candidates,
 )
@@ -103,6 +105,48 @@ def test_the_backbone_stands_still_then_ever_more_of_the_selected_moves(tmp_path
     assert counts[WARMUP] == int(0.01 * base)
     assert counts[-1] == int(0.05 * base)
     assert counts == sorted(counts)
+
+
+@pytest.mark.parametrize("allocation", ["global", "layer"])
+def test_whole_neurons_move_and_nothing_else(allocation, tmp_path):
+    trainer, weights = _trainer(), _Weights()
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.register_hooks([weights])
+    options = {"unit": "neuron", "allocation": allocation, "d_min": 0.05, "d_max": 0.2}
+    estimation = _apply(trainer, tmp_path, **options)
+    trainer.train(0, STEPS)
+    selection = estimation.selection
+    assert selection.unit == "neuron"
+    estimate = FisherEstimate.load(tmp_path / "fisher.safetensors")
+    scores = domain_related_fisher(estimate.by_unit(selection.units))
+    base = sum(p.numel() for p in trainer.model.backbone.parameters())
+    expected = Selection.from_scores(scores, 0.2, base, selection.units, allocation)
+    assert all(torch.equal(selection.indices[n], i) for n, i in expected.indices.items())
+    for step, share in ((WARMUP - 1, 0.0), (WARMUP, 0.05), (STEPS - 1, 0.2)):
+        masks = {f"backbone.{name}": mask for name, mask in selection.masks(share).items()}
+        seen = weights.seen[step]
+        moved = {name: seen[name] != start[name] for name in seen if name.startswith("backbone.")}
+        for name, each in moved.items():
+            assert not each[~masks.get(name, torch.zeros_like(each))].any(), (step, name)
+        count = sum(int(each.sum()) for each in moved.values())
+        assert 0.9 * selection.weights(share) <= count <= selection.weights(share)
+    assert trainer.storage.latest()["fisher/tuned_parameters"][0] == selection.weights(0.2)
+
+
+def test_another_unit_than_the_checkpoints_is_refused(tmp_path):
+    cfg = _cfg(tmp_path / "out")
+    for unit, stop in (("neuron", WARMUP + 2), ("weight", None)):
+        trainer = _DefaultTrainer(cfg)
+        _apply(trainer, cfg.OUTPUT_DIR, unit=unit)
+        if stop is None:
+            with pytest.raises(
+                ValueError, match="unit 'neuron', .* asks for 'weight': set .*unit="
+            ):
+                trainer.resume_or_load(resume=True)
+        else:
+            trainer.register_hooks([_Kill(stop)])
+            with pytest.raises(RuntimeError, match="killed"):
+                trainer.train()
 
 
 def test_the_optimizer_is_free_again_after_training(tmp_path):
@@ -281,6 +325,9 @@ def test_two_processes_select_together_and_stay_equal(start_process, tmp_path):
         ({"batches": 0}, "batches is 0: choose at least 1"),
         ({"estimator": "diagnoal"}, "estimator is 'diagnoal': choose from diagonal, diagonal_loop"),
         ({"d_max": 1.0}, r"and only 19,584 can be selected: choose at most 0\.\d+"),
+        ({"d_max": 1.0, "unit": "neuron"}, "and only 19,512 can be selected"),  # no bias of fc2
+        ({"unit": "row"}, "unit is 'row': choose from weight, neuron"),
+        ({"allocation": "block"}, "allocation is 'block': choose from global, layer"),
     ],
 )
 def test_refuses_what_cannot_work(options, message, tmp_path):

@@ -1,10 +1,15 @@
 """The short way selects what its parts select."""
 
+import pytest
 import torch
 
 from fishertune_d2.fisher import (
+    ALLOCATIONS,
+    UNITS,
+    FisherEstimate,
     Selection,
     StatisticsPerturbation,
+    Units,
     domain_related_fisher,
     estimate_fisher,
     find_candidates,
@@ -21,6 +26,24 @@ def test_equals_its_parts(vit, images, loss):
     expected = Selection.from_scores(domain_related_fisher(estimate), 0.05, base)
     assert (selection.share, selection.base) == (0.05, base)
     assert selection.notes == estimate.notes | {"images": "6"}
+    assert all(torch.equal(selection.indices[n], i) for n, i in expected.indices.items())
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_units_are_ranked_by_drf_of_their_means(unit, allocation, vit, images, loss):
+    model, batches = vit(), [images(3)]
+    selection = select(model, batches, loss, unit=unit, allocation=allocation)
+    shift = StatisticsPerturbation.of_vit(model)
+    estimate = estimate_fisher(model, batches, loss, find_candidates(model), perturb=shift)
+    units = Units(unit, estimate.shapes)
+    means = FisherEstimate(
+        units.mean(estimate.f), units.mean(estimate.shifted), estimate.shift_weight, images=3
+    )
+    scores, base = domain_related_fisher(means), sum(p.numel() for p in model.parameters())
+    expected = Selection.from_scores(scores, 0.05, base, units, allocation)
+    assert (selection.unit, selection.shapes) == (unit, expected.shapes)
+    assert selection.notes.get("allocation", "global") == allocation
     assert all(torch.equal(selection.indices[n], i) for n, i in expected.indices.items())
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fishertune_d2.fisher import Selection
+from fishertune_d2.fisher import Selection, Units
 from fishertune_d2.tuning import MaskedUpdate
 
 
@@ -70,6 +70,29 @@ def test_grows_and_never_shrinks():
     update = MaskedUpdate(torch.optim.SGD([weight], lr=0.1), {"w": weight}, selection)
     assert [update.grow(share) for share in (0.1, 0.3, 0.2, 0.5)] == [1, 3, 3, 5]
     assert update.masks["w"].tolist() == [False] * 5 + [True] * 5
+
+
+def test_neurons_join_as_a_whole_and_are_counted_in_weights():
+    torch.manual_seed(0)
+    mlp = {"fc1.weight": (5, 3), "fc1.bias": (5,), "fc2.weight": (3, 5), "fc2.bias": (3,)}
+    shapes = {f"blocks.0.mlp.{name}": shape for name, shape in mlp.items()}
+    units = Units("neuron", shapes)
+    scores = {"blocks.0.FFN": torch.tensor([0.1, 0.5, 0.3, 0.4, 0.2])}
+    selection = Selection.from_scores(scores, 0.6, 38, units)  # 22 weights; a neuron has 7
+    weights = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=0.1, weight_decay=0.5)
+    update = MaskedUpdate(optimizer, weights, selection)
+    for share, held, count in ((0.1, 0.1, 0), (0.4, 0.4, 14), (0.2, 0.4, 14), (0.6, 0.6, 21)):
+        assert update.grow(share) == count
+        sum((2 * weight).sum() for weight in weights.values()).backward()
+        optimizer.step()
+        for name, mask in selection.masks(held).items():
+            assert torch.equal(weights[name] != start[name], mask), name
+    moved = {name.rpartition("mlp.")[2]: w != start[name] for name, w in weights.items()}
+    assert moved["fc1.bias"].tolist() == [False, True, True, True, False]
+    assert torch.equal(moved["fc2.weight"], moved["fc1.weight"].T)
+    assert not moved["fc2.bias"].any()
 
 
 def test_refuses_a_selection_of_another_model():
