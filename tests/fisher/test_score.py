@@ -84,6 +84,17 @@ def test_ranks_in_parts_are_those_of_one_sort(monkeypatch, dtype, at_once):
     assert torch.equal(torch.cat([found["a"].flatten(), found["b"]]), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_best_come_first_and_of_equal_values_the_first(dtype):
+    torch.manual_seed(0)
+    values = torch.cat([torch.randint(0, 9, (600,)).to(dtype), torch.randn(50).abs().to(dtype)])
+    values[::7] = -0.0  # equal to 0
+    before = values.clone()
+    expected = values.argsort(descending=True, stable=True)
+    assert torch.equal(module.best_first(values), expected)
+    assert torch.equal(values, before)
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="unknown form 'sum'"):
         domain_related_fisher(ESTIMATE, form="sum")
