@@ -15,7 +15,9 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor
 
+from fishertune_d2.config import require_choice
 from fishertune_d2.fisher import (
+    ALLOCATIONS,
     FisherEstimate,
     Selection,
     Units,
@@ -120,6 +122,7 @@ class FisherEstimation(HookBase):
         units: Units | None = None,
         allocation: str = "global",
     ):
+        require_choice("allocation", allocation, ALLOCATIONS)
         self.estimate = estimate
         self.scores = scores
         self.start = start

@@ -30,9 +30,7 @@ from torch.optim import Optimizer
 
 from fishertune_d2.config import require_choice
 from fishertune_d2.fisher import (
-    ALLOCATIONS,
     ESTIMATORS,
-    UNITS,
     FisherEstimate,
     Selection,
     StatisticsPerturbation,
@@ -101,21 +99,14 @@ def apply_fishertune(
     """
     if not 0 <= warmup < max_iter:
         raise ValueError(f"warmup is {warmup}: choose 0 or more, and less than max_iter {max_iter}")
-    require_choice("unit", unit, UNITS)
-    require_choice("allocation", allocation, ALLOCATIONS)
     vit = _ViT(trainer, backbone, unit)
-    share = vit.share(d_min, d_max, schedule)
-    loss = loss_fn or loss_of_one_image
+    estimate = vit.estimating(data_loader, batches, loss_fn, estimator, perturb, seed)
     estimation = FisherEstimation(
-        vit.estimating(data_loader, batches, loss, estimator, perturb, seed),
-        vit.scores, start=warmup, share=share, base=vit.base, output_dir=output_dir,
-        units=vit.units, allocation=allocation,
+        estimate, vit.scores, start=warmup, share=vit.share(d_min, d_max, schedule), base=vit.base,
+        output_dir=output_dir, units=vit.units, allocation=allocation,
     )  # fmt: skip
     require_writable(output_dir)  # now, not after the warm-up
-    mask = ParameterMask(
-        partial(vit.restriction, estimation),
-        start=warmup, iters=max_iter - warmup, d_min=d_min, d_max=d_max, schedule=schedule,
-    )  # fmt: skip
+    mask = vit.mask(estimation, max_iter, d_min, d_max, schedule)
     vit.log()
     trainer.register_hooks([*vit.frozen(warmup, max_iter), estimation, mask])
     return estimation
@@ -161,7 +152,7 @@ class _ViT:
         self,
         data_loader: Iterable[Sequence],
         batches: int,
-        loss: Callable[[nn.Module, Sequence], Tensor],
+        loss_fn: Callable[[nn.Module, Sequence], Tensor] | None,
         estimator: str,
         perturb: StatisticsPerturbation | None,
         seed: int,
@@ -178,7 +169,7 @@ class _ViT:
                 return estimate_fisher(
                     self.model,
                     islice(_with_spread(data_loader), batches),
-                    loss,
+                    loss_fn or loss_of_one_image,
                     self.candidates,
                     estimator=estimator,
                     perturb=shift,
@@ -192,6 +183,19 @@ class _ViT:
         """DRF of each unit."""
         assert estimate is not None  # `estimating` measures one
         return domain_related_fisher(estimate.by_unit(self.units))
+
+    def mask(
+        self, estimation: FisherEstimation, max_iter: int, d_min: float, d_max: float, schedule: str
+    ) -> ParameterMask:
+        """The hook that lets the selected weights move, more and more of them."""
+        return ParameterMask(
+            partial(self.restriction, estimation),
+            start=estimation.start,
+            iters=max_iter - estimation.start,
+            d_min=d_min,
+            d_max=d_max,
+            schedule=schedule,
+        )
 
     def restriction(self, estimation: FisherEstimation) -> MaskedUpdate:
         """Restricts the optimizer to the weights that the estimation has selected."""

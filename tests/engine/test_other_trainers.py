@@ -326,7 +326,7 @@ def test_two_processes_select_together_and_stay_equal(start_process, tmp_path):
         ({"estimator": "diagnoal"}, "estimator is 'diagnoal': choose from diagonal, diagonal_loop"),
         ({"d_max": 1.0}, r"and only 19,584 can be selected: choose at most 0\.\d+"),
         ({"d_max": 1.0, "unit": "neuron"}, "and only 19,512 can be selected"),  # no bias of fc2
-        ({"unit": "row"}, "unit is 'row': choose from weight, neuron"),
+        ({"unit": "row"}, "unknown unit 'row': choose from weight, neuron"),
         ({"allocation": "block"}, "allocation is 'block': choose from global, layer"),
     ],
 )
