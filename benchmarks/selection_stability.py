@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,10 +116,15 @@ def selection(
     return Selection.from_scores(scores, share, setting.base, units, allocation)
 
 
-def in_common(setting: Setting, pair: list[FisherEstimate], allocations: list[str]) -> list[dict]:
+def in_common(
+    setting: Setting,
+    pair: Sequence[FisherEstimate],
+    allocations: Sequence[str],
+    kinds: Sequence[str] = UNITS,
+) -> list[dict]:
     """Computes the share of the selection of one estimate that the other one's has too."""
     rows = []
-    for unit in UNITS:
+    for unit in kinds:
         units = Units(unit, pair[0].shapes)
         by_unit = [estimate.by_unit(units) for estimate in pair]
         for rho in (None, *RHOS):
@@ -135,10 +140,12 @@ def compare(setting: Setting, name: str, folders: list[Path]) -> list[dict]:
     found: dict[tuple, dict] = {}
     for estimator in PASSES[name][1]:
         allocations = ["global", "layer"] if estimator == "diagonal" else ["global"]
+        # All weights of a neuron have one F there.
+        kinds = ["neuron"] if "per neuron" in estimator else UNITS
         for images in MARKS:
             files = [folder / f"{estimator}_{images}.safetensors" for folder in folders]
             pair = [FisherEstimate.load(file) for file in files]
-            for row in in_common(setting, pair, allocations):
+            for row in in_common(setting, pair, allocations, kinds):
                 both = row.pop("overlap")
                 row = {"estimator": estimator, **row}
                 row = found.setdefault(tuple(row.values()), {**row, "images": [], "overlap": []})
