@@ -30,7 +30,7 @@ def draw_selection_map(selection: Selection, path: Path) -> None:
     norm = Normalize(0, np.nanmax(shares))
     image = draw_groups(axes, shares, norm, lambda v: f"{v:.0f}" if v >= 9.5 else f"{v:.1f}")
     axes.set_xlabel("block")
-    count = sum(len(indices) for indices in selection.indices.values())
+    count = selection.weights(selection.share)
     axes.set_title(
         f"{count:,} of {selection.base:,} weights tuned ({100 * count / selection.base:.1f} %)",
         fontsize=9,

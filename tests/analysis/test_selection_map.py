@@ -1,9 +1,10 @@
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
-from fishertune_d2.analysis.selection_map import draw_run, shares_by_group
-from fishertune_d2.fisher import Selection
+from fishertune_d2.analysis.selection_map import draw_run, draw_selection_map, shares_by_group
+from fishertune_d2.fisher import Selection, Units
 
 
 def _selection() -> Selection:
@@ -21,6 +22,15 @@ def test_shares_by_group():
     expected[:3, 0] = [0.0, 100 / 4, 0.0]
     expected[3, 1] = 100 * 4 / 8
     np.testing.assert_allclose(shares_by_group(_selection()), expected)
+
+
+def test_the_title_counts_the_weights_of_neurons(tmp_path, monkeypatch):
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **_: titles.append(text))
+    units = Units("neuron", {"blocks.0.mlp.fc1.weight": (4, 3), "blocks.0.mlp.fc2.weight": (3, 4)})
+    selection = Selection.from_scores({"blocks.0.FFN": torch.ones(4)}, 0.5, 24, units)
+    draw_selection_map(selection, tmp_path / "selection.png")
+    assert titles == ["12 of 24 weights tuned (50.0 %)"]
 
 
 def test_draws_beside_the_file(tmp_path):
