@@ -319,6 +319,9 @@ def _add_tuning(cfg: CN) -> None:
     # How it spreads the share over the kinds and blocks: "global", one ranking of all units (as in
     # the paper), or "layer", the same share of each kind in each block.
     cfg.TUNING.ALLOCATION = "global"
+    # The optimizer's steps of selected units: "equal" (as in the paper), or "fisher", in proportion
+    # to F(x)^(-1/2) of the unit with a mean of 1, so that sensitive units move less.
+    cfg.TUNING.STEPS = "equal"
 
     cfg.TUNING.LORA = CN()
     # LoRA adds B A x * ALPHA / RANK to q and v. These are peft's defaults; RANK 8 is the paper's.

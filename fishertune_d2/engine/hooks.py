@@ -18,11 +18,13 @@ from torch import Tensor
 from fishertune_d2.config import require_choice
 from fishertune_d2.fisher import (
     ALLOCATIONS,
+    STEPS,
     FisherEstimate,
     Selection,
     Units,
     overlap,
     relative_change,
+    steps_of_units,
     tuned_share,
 )
 from fishertune_d2.tuning import MaskedUpdate, SelectedWeights
@@ -107,6 +109,12 @@ class FisherEstimation(HookBase):
         eps: guard of dF (Eq. 5) in the log's comparison with dF alone.
         units: what the scores are of; by default of single weights, by parameter name.
         allocation: see :meth:`Selection.from_scores`.
+        steps: ``"equal"``, or ``"fisher"`` to scale the steps of units, see
+            :func:`fishertune_d2.fisher.steps_of_units`.
+
+    Attributes:
+        selection: the selected units, after the estimation.
+        chosen: the selected units and the factors on their steps, each None if there are none.
     """
 
     def __init__(
@@ -121,8 +129,10 @@ class FisherEstimation(HookBase):
         eps: float = 1e-8,
         units: Units | None = None,
         allocation: str = "global",
+        steps: str = "equal",
     ):
         require_choice("allocation", allocation, ALLOCATIONS)
+        require_choice("steps", steps, STEPS)
         self.estimate = estimate
         self.scores = scores
         self.start = start
@@ -131,7 +141,9 @@ class FisherEstimation(HookBase):
         self.eps = eps
         self.units = units
         self.allocation = allocation
+        self.steps = steps
         self.selection: Selection | None = None
+        self.chosen: tuple[Selection | None, Mapping[str, Tensor] | None] = None, None
         self.selection_file = Path(output_dir) / "selection.safetensors"
         self.estimate_file = Path(output_dir) / "fisher.safetensors"
         self._digest = ""
@@ -146,7 +158,7 @@ class FisherEstimation(HookBase):
         comm.synchronize()
         # Only one process ranks: a single different bit of F would change the lengths of the
         # trained vectors, which DDP needs to be the same everywhere.
-        self.selection = Selection.load(self.selection_file)
+        self._read()
         self._digest = _digest(self.selection_file)
 
     def state_dict(self) -> dict:
@@ -166,7 +178,8 @@ class FisherEstimation(HookBase):
                 f"{self.selection_file} is not the selection the checkpoint was trained with: put "
                 "that one back, or resume from a checkpoint of the warm-up stage"
             )
-        self.selection = Selection.load(self.selection_file)
+        self._read()
+        assert self.selection is not None
         allocation = self.selection.notes.get("allocation", "global")
         self._require_same("unit", self.selection.unit, self.units.unit if self.units else "weight")
         self._require_same("allocation", allocation, self.allocation)
@@ -179,6 +192,14 @@ class FisherEstimation(HookBase):
                 f"{then!r}, and this run asks for {now!r}: set TUNING.{what.upper()} ({what}= of "
                 f"apply_fishertune) back to {then!r}, or start a new run in another folder"
             )
+
+    def _read(self) -> None:
+        """Reads the selection, and the steps that follow from F(x), from their files."""
+        self.selection = Selection.load(self.selection_file)
+        self.chosen = self.selection, None
+        if self.steps == "fisher":
+            estimate = FisherEstimate.load(self.estimate_file)
+            self.chosen = self.selection, steps_of_units(estimate.f, self.selection)
 
     def _select(self, estimate: FisherEstimate | None) -> None:
         """Ranks the units, and writes both files."""

@@ -1,11 +1,11 @@
 """The parameters that each stage of training trains, for the trainer and the plan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 from fishertune_d2.fisher import FisherEstimate, Selection, Units, tuned_share
 from fishertune_d2.tuning import SelectedWeights, TuningMethod, build_tuning_method
@@ -69,6 +69,7 @@ def build_estimation(
         eps=cfg.FISHER.EPS,
         units=units,
         allocation=cfg.TUNING.ALLOCATION,
+        steps=cfg.TUNING.STEPS,
     )
 
 
@@ -103,13 +104,17 @@ def build_mask(
 
 
 def prepare_stage(
-    model: nn.Module, stage: str, method: TuningMethod, selection: Selection | None
+    model: nn.Module,
+    stage: str,
+    method: TuningMethod,
+    selection: Selection | None,
+    steps: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[nn.Parameter], SelectedWeights | None]:
     """Lets the parameters that a stage trains require a gradient, and no others.
 
     ``"warmup"`` trains the decoder alone, ``"tuning"`` also the method's parameters: it adds them
-    now, or selects them by ``selection``. Weights that the method adds to the head train like the
-    rest of the decoder. Earlier gradients are freed.
+    now, or selects them by ``selection``, and scales their steps by ``steps``. Weights that the
+    method adds to the head train like the rest of the decoder. Earlier gradients are freed.
 
     Returns:
         The trained backbone parameters, and the ``SelectedWeights`` (None unless the method
@@ -131,7 +136,7 @@ def prepare_stage(
                 raise RuntimeError(
                     "no weights are selected yet: the estimation hook does that first"
                 )
-            selected = SelectedWeights(backbone, selection)
+            selected = SelectedWeights(backbone, selection, steps)
             tuned = list(selected.parameters().values())
         else:
             tuned = list(method.parameters(backbone).values())

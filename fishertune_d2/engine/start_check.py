@@ -16,7 +16,7 @@ from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.data import require_ignore_value
 from fishertune_d2.data.protocols import Protocol
 from fishertune_d2.evaluation.evaluator import CLASS_RULES
-from fishertune_d2.fisher import ALLOCATIONS, ESTIMATORS, LABELS, UNITS, count_of_share
+from fishertune_d2.fisher import ALLOCATIONS, ESTIMATORS, LABELS, STEPS, UNITS, count_of_share
 from fishertune_d2.fisher.perturb import EPS_MODES
 from fishertune_d2.fisher.score import FORMS
 from fishertune_d2.tuning import SelectiveMethod, TuningMethod, build_tuning_method
@@ -46,6 +46,7 @@ _TRAINING_CHOICES: dict[str, Iterable[str]] = {
     "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.WARMUP_METHOD": ("constant", "linear"),
     "TUNING.ALLOCATION": ALLOCATIONS,
+    "TUNING.STEPS": STEPS,
     "TUNING.UNIT": UNITS,
 }
 # The number of FISHER.PERTURB.POINTS: the patch embedding, and the blocks at 1/3, 1/2 and 2/3.
@@ -132,6 +133,11 @@ def _schedule(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
         yield (
             f"TUNING.WARMUP_ITERS is {tuning.WARMUP_ITERS}: choose at least 0 and at most "
             f"SOLVER.MAX_ITER, {solver.MAX_ITER}"
+        )
+    if method.selects and not method.estimates and tuning.STEPS == "fisher":
+        yield (
+            f"TUNING.STEPS is fisher, but TUNING.METHOD {tuning.METHOD} estimates no Fisher "
+            "information: set TUNING.STEPS to equal"
         )
     if method.selects:
         try:

@@ -125,10 +125,10 @@ class Trainer(DefaultTrainer):
         if stage == self.stage:
             return
         model, old = self.segmentor, self._trainer.optimizer
-        selection = self._estimation.selection if self._estimation else None
+        chosen = self._estimation.chosen if self._estimation else (None, None)
         # Added weights start from SEED alone, so this run's warm-up and another's lead to the same.
         torch.manual_seed(self.cfg.SEED)
-        tuned, self._selected = prepare_stage(model, stage, self.method, selection)
+        tuned, self._selected = prepare_stage(model, stage, self.method, *chosen)
         self.optimizer = self.build_optimizer(self.cfg, model)
         if old is not None:
             carry_state(old, self.optimizer)

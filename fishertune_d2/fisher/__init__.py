@@ -30,6 +30,7 @@ from .schedule import tuned_share
 from .score import domain_related_fisher, relative_change
 from .select import select
 from .selection import Selection, Slices, entries_within, overlap
+from .unit_steps import STEPS, steps_of_units
 from .units import UNITS, Units, slices_of
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ESTIMATORS",
     "KINDS",
     "LABELS",
+    "STEPS",
     "UNITS",
     "BatchMean",
     "Candidate",
@@ -69,5 +71,6 @@ __all__ = [
     "seeded",
     "select",
     "slices_of",
+    "steps_of_units",
     "tuned_share",
 ]

@@ -31,6 +31,10 @@ from .conftest import train
         ({"TUNING__D_MIN": 0.2}, "TUNING.D_MIN.* need 0 <= d_min <= d_max"),
         ({"TUNING__D_MAX": 1.0}, "chooses among .* tune a share of at most 0.7447"),
         ({"TUNING__METHOD": "random_q", "TUNING__D_MAX": 0.5}, "tune a share of at most 0.0"),
+        (
+            {"TUNING__METHOD": "random", "TUNING__STEPS": "fisher"},
+            "TUNING.METHOD random estimates no Fisher information: set TUNING.STEPS to equal",
+        ),
         ({"TUNING__UNIT": "row"}, "TUNING.UNIT is 'row': choose from weight, neuron"),
         ({"TUNING__ALLOCATION": "block"}, "TUNING.ALLOCATION is 'block': choose from global, lay"),
         ({"SOLVER__OPTIMIZER": "LION"}, "SOLVER.OPTIMIZER is 'LION': choose from ADAMW, SGD"),

@@ -10,7 +10,14 @@ from detectron2.utils import comm
 
 from fishertune_d2.config import default_config
 from fishertune_d2.engine import Trainer
-from fishertune_d2.fisher import FisherEstimate, Selection, domain_related_fisher
+from fishertune_d2.fisher import (
+    STEPS,
+    UNITS,
+    FisherEstimate,
+    Selection,
+    domain_related_fisher,
+    steps_of_units,
+)
 
 from .conftest import same_end, train
 
@@ -86,12 +93,44 @@ def test_neurons_are_ranked_by_drf_of_their_means(tiny_cfg):
         assert set(chosen.indices[name].tolist()) == set(indices.tolist()), name
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_step_is_scaled_by_the_sensitivity_of_its_unit(tiny_cfg, unit):
+    moved = {}
+    for steps in STEPS:
+        cfg = tiny_cfg(
+            steps,
+            **LEAN,
+            TUNING__UNIT=unit,
+            TUNING__STEPS=steps,
+            TUNING__SCHEDULE="constant",
+            SOLVER__OPTIMIZER="SGD",
+            SOLVER__MAX_ITER=4,  # one step of tuning
+        )
+        train(cfg)
+        start, end = (_state(cfg, name) for name in ("model_warmup.pth", "model_final.pth"))
+        moved[steps] = {name: end[name] - before for name, before in start.items()}
+    out = Path(cfg.OUTPUT_DIR)
+    selection = Selection.load(out / "selection.safetensors")
+    factors = steps_of_units(FisherEstimate.load(out / "fisher.safetensors").f, selection)
+    shaped = {
+        name: factor.view(selection.shapes.get(name, (-1,))) for name, factor in factors.items()
+    }
+    spread = selection.units.spread(shaped)
+    assert max(float(plain.abs().max()) for plain in moved["equal"].values()) > 1e-5
+    for name, plain in moved["equal"].items():
+        expected = plain * spread[name] if name in spread else plain
+        torch.testing.assert_close(moved["fisher"][name], expected, rtol=1e-2, atol=3e-8)
+
+
 # Between warm-up and estimation, and in the tuning stage.
-@pytest.mark.parametrize("iteration", [3, 5])
-def test_a_resumed_run_ends_as_if_it_had_not_stopped(tiny_cfg, iteration):
+@pytest.mark.parametrize(
+    ("iteration", "keys"),
+    [(3, BY_LAYER), (5, BY_LAYER), (5, NEURONS | {"TUNING__STEPS": "fisher"})],
+)
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(tiny_cfg, iteration, keys):
     ends = []
     for name, stop in (("whole", None), ("parts", iteration)):
-        cfg = tiny_cfg(name, **BY_LAYER, DATASETS__TEST=())
+        cfg = tiny_cfg(name, **keys, DATASETS__TEST=())
         if stop:
             train(cfg, stop=stop)
             torch.manual_seed(99)  # a new process has another random state
