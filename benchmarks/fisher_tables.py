@@ -73,10 +73,11 @@ def _stability(measured: dict) -> None:
         score = "F" if row["rho"] is None else f"DRF, rho {row['rho']}"
         key = (row["estimator"], row["unit"], row["allocation"], score)
         found.setdefault(key, []).append(row["overlap"])
+    estimators = list(dict.fromkeys(estimator for estimator, *_ in found))
     _show(
         [
-            [*key, *(f"{sum(values) / len(values):.3f}" for values in zip(*seeds, strict=True))]
-            for key, seeds in found.items()
+            [*key, *(f"{sum(both) / len(both):.3f}" for both in zip(*found[key], strict=True))]
+            for key in sorted(found, key=lambda key: (estimators.index(key[0]), key[2]))
         ],
         ["estimator", "unit", "allocation", "score", *map(str, measured["rows"][0]["images"])],
     )
