@@ -124,6 +124,37 @@ def _group(name: str) -> Entry:
     return Entry(name, "group", "fishertune", "random", (*kinds, *depth, *_SHARE_OF_GROUP))
 
 
+_UNIT_OPTIONS = {
+    "neuron": ("TUNING.UNIT", "neuron"),
+    "layer": ("TUNING.ALLOCATION", "layer"),
+    "20": ("TUNING.D_MAX", "0.2"),
+    "rho1": ("FISHER.RHO", "1.0"),
+    "steps": ("TUNING.STEPS", "fisher"),
+}
+# A method, and what differs from single weights, one ranking, 5 %, rho 0.01 and equal steps.
+_UNITS = (
+    *(
+        "_".join([method, *ways])
+        for method in ("fishertune", "fisher", "random")
+        for ways in (("layer",), ("neuron",), ("neuron", "layer"), ("neuron", "20"))
+    ),
+    *(f"{method}_20" for method in ("fishertune", "fisher", "random")),
+    "fishertune_neuron_layer_20",
+    "fishertune_neuron_rho1",
+    "fishertune_neuron_20_rho1",
+    "fishertune_neuron_steps",
+    "fishertune_neuron_20_steps",
+    "fishertune_neuron_20_rho1_steps",
+    "fisher_neuron_20_steps",
+)
+
+
+def _of_units(name: str) -> Entry:
+    method, *ways = name.split("_")
+    options = tuple(part for way in ways for part in _UNIT_OPTIONS[way])
+    return Entry(name, method, "fishertune", name, options)
+
+
 _PERTURBED = ("adaptformer", "vpt", "rein", "fishertune")  # Table 5
 
 ENTRIES: dict[str, Entry] = {
@@ -133,6 +164,7 @@ ENTRIES: dict[str, Entry] = {
         *map(_selected, ("random", "random_q", "random_k", "random_v")),
         *map(_peft, ("dora", "vera", "ia3")),
         *map(_group, _GROUPS),
+        *map(_of_units, _UNITS),
         _variant("share_2.5", "fishertune", *_SHARE_OF_GROUP),
         *(_variant(f"{m}_fp", m, "TUNING.FEATURE_PERTURBATION", "True") for m in _PERTURBED),
         _variant("eq7", "fishertune", "FISHER.FORM", "eq7"),
@@ -252,5 +284,11 @@ TABLES: dict[str, Table] = {
             *("shift_embedding", "shift_blocks"),
         ),
         search=False,
+    ),
+    # For docs/results/selection.md. Each row has a learning rate of its own.
+    "units": Table(
+        "Single weights or neurons",
+        entries=(FREEZE, "full", "lora", "fishertune", "fisher", "random", *_UNITS),
+        vfms=("dinov2_vitl",),
     ),
 }
