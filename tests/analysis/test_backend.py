@@ -17,8 +17,8 @@ import matplotlib
 matplotlib.use("svg")
 import torch
 from fishertune_d2.analysis import (
-    compare, convergence, domains, embedding, features, forms, methods, selection_map,
-    sensitivity_map, shift_curve, statistics
+    compare, convergence, domains, embedding, features, forms, methods, neuron_map,
+    selection_map, sensitivity_map, shift_curve, statistics
 )
 from fishertune_d2.fisher import FisherEstimate, Selection
 import fishertune_d2.report
@@ -36,7 +36,9 @@ convergence.draw_convergence(measured, folder / "5.png")
 shift = {k: [1.0, 2.0] for k in ("strengths", "fisher", "drf", "overlap_fisher", "overlap_change")}
 kinds = {kind: [0.2, 0.3] for kind in shift_curve.KINDS}
 shift_curve.draw_shift_curve({**shift, "kinds": kinds, "images": 1, "seed": 0}, folder / "6.png")
-assert len(list(folder.glob("*.png"))) == 6
+rows = {"blocks.0.attn.qkv.weight": torch.rand(12, 2) + 0.1, **scores}
+neuron_map.draw_heads(Selection.from_scores(rows, 0.2, 20), 2, folder / "7.png")
+assert len(list(folder.glob("*.png"))) == 7
 assert matplotlib.get_backend().lower() == "svg", matplotlib.get_backend()
 pyplot = sys.modules.get("matplotlib.pyplot")
 print("figures left:", pyplot.get_fignums() if pyplot else [])
