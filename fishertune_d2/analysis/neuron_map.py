@@ -206,7 +206,7 @@ def draw_neurons(
     maps = neuron_activations(model, neurons, list(images.values()))
     height, width = next(iter(images.values()))["image"].shape[-2:]
     rows, columns = 1 + len(neurons), len(images)
-    size = (3.4 * columns + 0.6, rows * (3.3 * height / width + 0.25))
+    size = (2.9 * columns + 0.7, rows * (2.8 * height / width + 0.25))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns + 1, squeeze=False, width_ratios=[1] * columns + [0.04])
     for axes, (name, item) in zip(grid[0], images.items(), strict=False):
