@@ -75,10 +75,13 @@ class FakeRun:
             prepare_stage(model, "warmup", self.method, None)
             return None
         selection = self.selection(model) if self.method.selects else None
-        selected = prepare_stage(model, "tuning", self.method, selection)[1]
-        if selected is not None:  # the plan is of the end, where a step costs most
+        return prepare_stage(model, "tuning", self.method, selection)[1]
+
+    def enter_end(self, name: str, model: VFMSegmentor) -> None:
+        """Turns the model into that at the end of a stage, where a step of tuning costs most."""
+        selected = self.enter(name, model)
+        if selected is not None:
             selected.grow(selected.selection.share)
-        return selected
 
     def averages(self, name: str) -> bool:
         """Whether the stage averages the weights that it trains."""

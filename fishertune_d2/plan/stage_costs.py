@@ -49,7 +49,7 @@ def plan_stages(run: FakeRun) -> list[Stage]:
 def step_flops(run: FakeRun, name: str) -> tuple[int, Counter[str]]:
     """Counts the FLOPs of one step of a stage, and the operators of a pass that they leave out."""
     model = run.model(name)
-    run.enter(name, model)
+    run.enter_end(name, model)
     step = run.one_pass(name, model, torch.device("meta"))
     flops = count_flops(step.loss, step.wanted)
     passes = step.repeats * (flops.forward + flops.backward)
@@ -82,5 +82,5 @@ def activation_bytes(run: FakeRun, name: str) -> int:
     """Counts the bytes that the forward pass of a stage keeps, on the run's device."""
     model = run.model(name)
     with on_fake_device(model, run.device):
-        run.enter(name, model)
+        run.enter_end(name, model)
         return saved_bytes(model, run.one_pass(name, model, run.device).loss)
