@@ -281,10 +281,10 @@ Image(filename=output / "sensitivity.png", width=760)
 # %% [markdown]
 # ## Whole neurons
 #
-# The paper selects single weights; `TUNING.UNIT neuron` selects whole neurons. A neuron is a channel
-# of Q, K or V with its row of weights, or a hidden neuron of the feed-forward network with its row
-# of the first layer and its column of the second. Its F is the mean over its weights, and DRF is
-# computed from these means. In short:
+# The paper selects single weights; `TUNING.UNIT neuron` selects whole neurons. A neuron is a
+# channel of Q, K or V with its row of weights, or a hidden neuron of the feed-forward network with
+# its row of the first layer and its column of the second. Its F is the mean over its weights, and
+# DRF is computed from these means. In short:
 #
 # - Neurons come from the same parts as single weights: feed-forward layers and values of the first
 #   half.
