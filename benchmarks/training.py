@@ -4,6 +4,7 @@
 FisherTune selects single weights or neurons: 5 % of the backbone, and 20 %.
 
     python benchmarks/training.py                              # DINOv2-S as in configs/camvid
+    python benchmarks/training.py FISHER.ESTIMATE FILE         # by a run's fisher.safetensors
     python benchmarks/training.py --config-file configs/fishertune_dinov2.yaml MODEL.DEVICE cuda
     python benchmarks/training.py --show docs/results/training/cpu.json    # the tables again
 
@@ -41,8 +42,13 @@ from fishertune_d2.config import read_config  # noqa: E402
 from fishertune_d2.engine import Trainer  # noqa: E402
 from fishertune_d2.engine.scoring import commit  # noqa: E402
 from fishertune_d2.export.delta import Architecture, Delta  # noqa: E402
-from fishertune_d2.fisher import Selection, Units, find_candidates  # noqa: E402
-from fishertune_d2.tuning import MaskedUpdate, SelectedWeights, SelectiveMethod  # noqa: E402
+from fishertune_d2.fisher import FisherEstimate, Selection, Units, find_candidates  # noqa: E402
+from fishertune_d2.tuning import (  # noqa: E402
+    MaskedUpdate,
+    SelectedWeights,
+    SelectiveMethod,
+    build_tuning_method,
+)
 from fishertune_d2.tuning.full import Full  # noqa: E402
 from fishertune_d2.tuning.peft_tuners import lora  # noqa: E402
 from fishertune_d2.tuning.random_choice import RandomChoice  # noqa: E402
@@ -65,11 +71,16 @@ def _lora(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
 
 
 def _selection(cfg: CfgNode, backbone: nn.Module, unit: str, share: float) -> Selection:
-    """Selects units of the backbone at random; a step costs as much as with any selection."""
+    """Selects units by the DRF of FISHER.ESTIMATE, or at random without one."""
+    # A step with single weights costs less if few rows or columns of a matrix hold them.
     base = sum(p.numel() for p in backbone.parameters())
     shapes = {c.name: tuple(c.parameter.shape) for c in find_candidates(backbone)}
     units = Units(unit, shapes)
-    scores = RandomChoice(cfg.SEED).unit_scores(backbone, None, units)
+    if cfg.FISHER.ESTIMATE:
+        estimate = FisherEstimate.load(cfg.FISHER.ESTIMATE)
+        scores = build_tuning_method(cfg).unit_scores(backbone, estimate, units)
+    else:
+        scores = RandomChoice(cfg.SEED).unit_scores(backbone, None, units)
     return Selection.from_scores(scores, share, base, units)
 
 
@@ -171,8 +182,8 @@ class Training:
     def _delta_bytes(self) -> int:
         """Counts the bytes of the delta file, or of the added weights, after the steps so far."""
         torch.manual_seed(0)
-        public = Trainer.build_model(self.cfg).backbone.vit.state_dict()
-        tuned = self.backbone.vit.state_dict()
+        public = Trainer.build_model(self.cfg).backbone.state_dict()
+        tuned = self.backbone.state_dict()
         if tuned.keys() != public.keys():
             return _bytes(self.tuned)
         architecture = Architecture("", "", (0, 0), 0, (0.0,) * 3, (0.0,) * 3)
@@ -210,6 +221,7 @@ def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
         "crop": list(cfg.INPUT.CROP.SIZE),
         "batch": cfg.SOLVER.IMS_PER_BATCH,
         "rounds": args.rounds,
+        "selected_by": "DRF" if cfg.FISHER.ESTIMATE else "chance",
         "machine": _machine(cfg),
         "torch": torch.__version__,
         "commit": commit(),
@@ -249,7 +261,7 @@ def tables(result: dict) -> str:
         f"{_mb(full['peak_bytes'])} at the peak, {_mb(full['gradient_bytes'])} of backbone "
         f"gradients, {_mb(full['optimizer_bytes'])} of moments and a checkpoint of "
         f"{_mb(full['checkpoint_bytes'])}. The table shows each method as a ratio to full "
-        "fine-tuning:"
+        f"fine-tuning; FisherTune's units were selected by {result['selected_by']}:"
     )
 
     def ratio(way: str, *keys: str) -> str:

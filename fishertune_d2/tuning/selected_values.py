@@ -4,6 +4,7 @@ One operator on the contiguous memory updates all values, however many tensors t
 slice is a row, a column or a single entry of a tensor, see :class:`fishertune_d2.fisher.Slices`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -42,7 +43,7 @@ class SelectedValues:
         self.ranks = [each.ranks for each in slices]
         self.tensors: list[ParametrizationList] = []
         self.stepping = False
-        self._count = 0
+        self._count: float = 0
         # The ranks decide which values are selected yet; the start values are the dense tensors'
         # numbers at these versions. int32 halves the memory; no ViT has 2^31 entries.
         ranks = [
@@ -77,7 +78,7 @@ class SelectedValues:
                 self.write()
             for (entries, _), ranks in zip(self.pairs(), self.ranks, strict=True):
                 entries.active = len(ranks) if count is None else entries_within(ranks, count)
-            self._count = count or self._count
+            self._count = math.inf if count is None else count
         return sum(entries.active * entries.width for entries, _ in self.pairs())
 
     @torch.no_grad()
