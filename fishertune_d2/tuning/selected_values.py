@@ -264,7 +264,7 @@ class _SelectedProduct(torch.autograd.Function):
         needed = input if dim == 0 and len(index) else input.index_select(-1, index)
         ctx.save_for_backward(needed.to(output.dtype), index)
         ctx.count, ctx.entries, ctx.dim, ctx.like = len(values), entries, dim, values.dtype
-        return output.view_as(output)
+        return output.detach()  # not a view: operators in place, as of an activation, may follow
 
     @staticmethod
     @once_differentiable

@@ -58,7 +58,7 @@ class SelectedWeights:
             shape of the parameter; by default 1.
 
     Raises:
-        ValueError: if a name or shape does not fit the selection.
+        ValueError: if a name or shape does not fit the selection, or two modules share a parameter.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class SelectedWeights:
     ):
         parameters = {n: p for n, p in model.named_parameters() if n in selection.shapes}
         require_same_shapes(parameters, selection)
+        _require_unshared(model, parameters)
         self.model = model
         self.selection = selection
         self._order = list(dict(model.named_parameters()))
@@ -111,8 +112,8 @@ class SelectedWeights:
             values.write()
         for name in self.names:
             owner, attribute = _owner(self.model, name)
-            if attribute == "weight":
-                vars(owner).pop("forward", None)
+            if getattr(owner.forward, "__func__", None) is _linear:
+                del owner.forward
             parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
         for name in self._order:  # because each was registered last in its module
             owner, attribute = _owner(self.model, name)
@@ -135,6 +136,18 @@ class SelectedWeights:
             self._hooks += [before, after]
             weakref.finalize(values, before.remove)
             weakref.finalize(values, after.remove)
+
+
+def _require_unshared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuses parameters of two modules: in the second, the vector would get no gradient."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        name = names.get(id(parameter))
+        if name is not None and _owner(model, name) != _owner(model, other):
+            raise ValueError(
+                f"{name} is also {other}, and weights that two modules share cannot be trained "
+                "in part by SelectedWeights: use MaskedUpdate"
+            )
 
 
 def _steps_of_slices(
@@ -168,7 +181,8 @@ def _parametrize(
         factors = None if factors is None else factors.to(parameter)
         entries = Entries(shared, place, each.dim, index, factors)
         # A layer with another forward pass, or a weight that others read, takes the dense gradient.
-        is_product = attribute == "weight" and type(owner).forward is nn.Linear.forward
+        forward = getattr(owner.forward, "__func__", None)
+        is_product = attribute == "weight" and forward is nn.Linear.forward
         parametrize.register_parametrization(owner, attribute, entries, unsafe=True)
         if each.dim is not None and is_product:
             owner.forward = MethodType(_linear, owner)  # type: ignore[method-assign]

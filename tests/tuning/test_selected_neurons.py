@@ -79,3 +79,46 @@ def test_float16_autocast_gives_the_gradients_of_a_dense_mask(vit, images):
         expected = dense.get_parameter(name).grad.view(-1)[selection.prefix(name, 1.0)]
         assert values.grad.dtype == torch.float32
         torch.testing.assert_close(values.grad, expected, rtol=2e-3, atol=2e-3)
+
+
+def _require_dense_gradients(sparse: nn.Module, dense: nn.Module, pixels: Tensor) -> None:
+    """Compares the gradients of selected neurons with those of all weights."""
+    selection = _select(sparse, "neuron", 8)
+    selected = SelectedWeights(sparse, selection)
+    selected.grow(1.0)
+    dense.requires_grad_(True)
+    for model in (sparse, dense):
+        _loss(model, pixels).backward()
+    for name, values in selected.parameters().items():
+        expected = dense.get_parameter(name).grad.view(-1)[selection.prefix(name, 1.0)]
+        torch.testing.assert_close(values.grad, expected, msg=name)
+
+
+def test_an_activation_may_overwrite_a_layers_output(vit, images):
+    models = vit(), vit()
+    for model in models:
+        for block in model.blocks:
+            block.mlp.act = nn.ReLU(inplace=True)
+    _require_dense_gradients(*models, _pixels(images))
+
+
+def _double(layer: nn.Linear) -> None:
+    """Gives a layer a forward pass of its own, as libraries do that wrap layers."""
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)
+
+
+def test_a_layers_own_forward_pass_is_kept(vit, images):
+    models = vit(), vit()
+    for model in models:
+        _double(model.blocks[1].mlp.fc1)
+    _require_dense_gradients(*models, _pixels(images))
+
+
+def test_release_keeps_a_layers_own_forward_pass(vit, images):
+    model, pixels = vit(), _pixels(images)
+    _double(model.blocks[1].mlp.fc1)
+    expected = model(pixels)
+    selected = SelectedWeights(model, _select(model, "neuron", 8))
+    selected.release()
+    assert torch.equal(model(pixels), expected)

@@ -422,6 +422,17 @@ def test_refuses_a_selection_of_another_model(vit, tmp_path, select):
         SelectedWeights(vit(), Selection.load(tmp_path / "other.safetensors"))
 
 
+def test_refuses_a_weight_that_two_layers_share(vit, select):
+    model = vit()
+    model.blocks.append(model.blocks[1])  # a block that runs twice is no trouble
+    SelectedWeights(model, select(model)).release()
+    first, second = (block.mlp.fc1 for block in model.blocks[:2])
+    second.weight = first.weight
+    told = "blocks.0.mlp.fc1.weight is also blocks.1.mlp.fc1.weight"
+    with pytest.raises(ValueError, match=told):
+        SelectedWeights(model, select(model))
+
+
 def test_steps_of_units_are_scaled(vit, images, select):
     pixels, moved = _pixels(images).double(), []
     for scaled in (False, True):
