@@ -307,21 +307,7 @@ def _add_tuning(cfg: CN) -> None:
     # A checkpoint that another run wrote at the end of its warm-up. Training continues from it, so
     # that several methods share one warm-up. "": warm up here.
     cfg.TUNING.WARMUP_CHECKPOINT = ""
-    # Share of the backbone's parameters that is tuned at the start and at the end of T3.
-    cfg.TUNING.D_MIN = 0.01
-    cfg.TUNING.D_MAX = 0.05
-    # How the share grows: "growing" (once "text"), "eq16", "linear" or "constant", see
-    # fisher.tuned_share. childtune is always "constant".
-    cfg.TUNING.SCHEDULE = "growing"
-    # What a method that selects chooses: single weights ("weight", as in the paper), or "neuron":
-    # output rows of Q, K and V and hidden neurons of the FFN, each as a whole, see fisher.Units.
-    cfg.TUNING.UNIT = "weight"
-    # How it spreads the share over the kinds and blocks: "global", one ranking of all units (as in
-    # the paper), or "layer", the same share of each kind in each block.
-    cfg.TUNING.ALLOCATION = "global"
-    # The optimizer's steps of selected units: "equal" (as in the paper), or "fisher", in proportion
-    # to F(x)^(-1/2) of the unit with a mean of 1, so that sensitive units move less.
-    cfg.TUNING.STEPS = "equal"
+    _add_selection(cfg)
 
     cfg.TUNING.LORA = CN()
     # LoRA adds B A x * ALPHA / RANK to q and v. These are peft's defaults; RANK 8 is the paper's.
@@ -358,3 +344,22 @@ def _add_tuning(cfg: CN) -> None:
     # FFN) in this part of the blocks, from 0.0 to 1.0.
     cfg.TUNING.GROUP.KINDS = ["Q", "K", "V", "FFN"]
     cfg.TUNING.GROUP.DEPTH = [0.0, 1.0]
+
+
+def _add_selection(cfg: CN) -> None:
+    """The keys of all methods that select."""
+    # Share of the backbone's parameters that is tuned at the start and at the end of T3.
+    cfg.TUNING.D_MIN = 0.01
+    cfg.TUNING.D_MAX = 0.05
+    # How the share grows: "growing" (once "text"), "eq16", "linear" or "constant", see
+    # fisher.tuned_share. childtune is always "constant".
+    cfg.TUNING.SCHEDULE = "growing"
+    # What a method that selects chooses: single weights ("weight", as in the paper), or "neuron":
+    # output rows of Q, K and V and hidden neurons of the FFN, each as a whole, see fisher.Units.
+    cfg.TUNING.UNIT = "weight"
+    # How it spreads the share over the kinds and blocks: "global", one ranking of all units (as in
+    # the paper), or "layer", the same share of each kind in each block.
+    cfg.TUNING.ALLOCATION = "global"
+    # The optimizer's steps of selected units: "equal" (as in the paper), or "fisher", in proportion
+    # to F(x)^(-1/2) of the unit with a mean of 1, so that sensitive units move less.
+    cfg.TUNING.STEPS = "equal"

@@ -12,6 +12,7 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from fishertune_d2.config import default_config
+from fishertune_d2.fisher import UNITS, Selection, Units, find_candidates
 from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
 from fishertune_d2.tuning import TuningMethod, build_tuning_method
 
@@ -26,6 +27,25 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def every_test_on_one_thread(one_thread):
     """Applies to all tests of this folder."""
+
+
+@pytest.fixture(params=UNITS)
+def select(request) -> Callable[..., Selection]:
+    """Returns a function that selects random units of the parameters that ``only`` keeps."""
+
+    def make(model: nn.Module, share: float = 0.05, only: Callable[[str], bool] = lambda _: True):
+        generator = torch.Generator().manual_seed(3)
+        scores = {}
+        for candidate in find_candidates(model):
+            score = torch.zeros(candidate.parameter.shape)
+            if only(candidate.name):
+                score[candidate.rows] = torch.rand(score[candidate.rows].shape, generator=generator)
+            scores[candidate.name] = scores.get(candidate.name, 0) + score
+        units = Units(request.param, {name: tuple(score.shape) for name, score in scores.items()})
+        base = sum(p.numel() for p in model.parameters())
+        return Selection.from_scores(units.mean(scores), share, base, units)
+
+    return make
 
 
 @pytest.fixture

@@ -11,28 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fishertune_d2.fisher import UNITS, Selection, Units, find_candidates
+from fishertune_d2.fisher import Selection
 from fishertune_d2.tuning import MaskedUpdate, SelectedWeights
 from fishertune_d2.tuning.selected_values import SelectedValues
-
-
-@pytest.fixture(params=UNITS)
-def select(request) -> Callable[..., Selection]:
-    """Returns a function that selects random units of the parameters that ``only`` keeps."""
-
-    def make(model: nn.Module, share: float = 0.05, only: Callable[[str], bool] = lambda _: True):
-        generator = torch.Generator().manual_seed(3)
-        scores = {}
-        for candidate in find_candidates(model):
-            score = torch.zeros(candidate.parameter.shape)
-            if only(candidate.name):
-                score[candidate.rows] = torch.rand(score[candidate.rows].shape, generator=generator)
-            scores[candidate.name] = scores.get(candidate.name, 0) + score
-        units = Units(request.param, {name: tuple(score.shape) for name, score in scores.items()})
-        base = sum(p.numel() for p in model.parameters())
-        return Selection.from_scores(units.mean(scores), share, base, units)
-
-    return make
 
 
 def _freeze(model: nn.Module) -> dict[str, Tensor]:
@@ -447,7 +428,7 @@ def test_steps_of_units_are_scaled(vit, images, select):
         selected = SelectedWeights(model, selection, steps if scaled else None)
         selected.grow(0.03)
         _step(model, _adamw(selected.parameters().values()), pixels)
-        moved.append({n: value - start[n] for n, value in model.state_dict().items()})
+        moved.append({n: (value - start[n]).cpu() for n, value in model.state_dict().items()})
     shaped = {name: steps[name].view(selection.shapes.get(name, (-1,))) for name in steps}
     factors, masks = selection.units.spread(shaped), selection.masks(0.03)
     for name, plain in moved[0].items():
