@@ -146,7 +146,7 @@ class FisherEstimation(HookBase):
         self.chosen: tuple[Selection | None, Mapping[str, Tensor] | None] = None, None
         self.selection_file = Path(output_dir) / "selection.safetensors"
         self.estimate_file = Path(output_dir) / "fisher.safetensors"
-        self._digest = ""
+        self._digests: dict[str, str] = {}
 
     def before_step(self) -> None:
         """Estimates and selects, at ``start``."""
@@ -159,25 +159,27 @@ class FisherEstimation(HookBase):
         # Only one process ranks: a single different bit of F would change the lengths of the
         # trained vectors, which DDP needs to be the same everywhere.
         self._read()
-        self._digest = _digest(self.selection_file)
+        self._digests = {what: _digest(file) for what, file in self._files().items()}
 
     def state_dict(self) -> dict:
-        """The selection file's hash, so that a resumed run knows its own."""
-        return {"selection": self._digest} if self._digest else {}
+        """The hashes of the files that tuning reads, so that a resumed run knows its own."""
+        return self._digests
 
     def load_state_dict(self, state: dict) -> None:
         """Reads the selection that the checkpoint was trained with, and refuses another one."""
-        if not self.selection_file.is_file():
-            raise FileNotFoundError(
-                f"the checkpoint was trained with {self.selection_file}, which is gone: put it "
-                "back, or resume from a checkpoint of the warm-up stage"
-            )
-        self._digest = _digest(self.selection_file)
-        if self._digest != state["selection"]:
-            raise ValueError(
-                f"{self.selection_file} is not the selection the checkpoint was trained with: put "
-                "that one back, or resume from a checkpoint of the warm-up stage"
-            )
+        self._require_same("steps", "fisher" if "estimate" in state else "equal", self.steps)
+        for what, file in self._files().items():
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"the checkpoint was trained with {file}, which is gone: put it back, or "
+                    "resume from a checkpoint of the warm-up stage"
+                )
+            if _digest(file) != state[what]:
+                raise ValueError(
+                    f"{file} is not the {what} the checkpoint was trained with: put that one "
+                    "back, or resume from a checkpoint of the warm-up stage"
+                )
+        self._digests = state
         self._read()
         assert self.selection is not None
         allocation = self.selection.notes.get("allocation", "global")
@@ -188,10 +190,15 @@ class FisherEstimation(HookBase):
         """Refuses another choice than the checkpoint's, which records of old runs do not name."""
         if then != now:
             raise ValueError(
-                f"{self.selection_file}, which the checkpoint was trained with, has the {what} "
-                f"{then!r}, and this run asks for {now!r}: set TUNING.{what.upper()} ({what}= of "
-                f"apply_fishertune) back to {then!r}, or start a new run in another folder"
+                f"the checkpoint in {self.selection_file.parent} was trained with the {what} "
+                f"{then!r}, and this run asks for {now!r}: set TUNING.{what.upper()}, or the "
+                f"argument {what}=, back to {then!r}, or start a new run in another folder"
             )
+
+    def _files(self) -> dict[str, Path]:
+        """The files that tuning reads."""
+        files = {"selection": self.selection_file}
+        return files | ({"estimate": self.estimate_file} if self.steps == "fisher" else {})
 
     def _read(self) -> None:
         """Reads the selection, and the steps that follow from F(x), from their files."""

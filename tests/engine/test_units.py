@@ -143,7 +143,7 @@ def _forget_the_keys(folder: str) -> None:
     """Makes the checkpoints of a run those of a time without the keys of units."""
     for path in Path(folder).glob("*.pth"):
         checkpoint = torch.load(path, weights_only=True)
-        for key in ("TUNING.UNIT", "TUNING.ALLOCATION"):
+        for key in ("TUNING.UNIT", "TUNING.ALLOCATION", "TUNING.STEPS"):
             del checkpoint["run"]["config"][key]
         torch.save(checkpoint, path)
 
@@ -152,9 +152,13 @@ def test_a_run_of_a_time_without_the_keys_resumes(tiny_cfg, finished_run):
     cfg = tiny_cfg("parts", DATASETS__TEST=())
     train(cfg, stop=5)
     _forget_the_keys(cfg.OUTPUT_DIR)
-    for key, value, then in (("UNIT", "neuron", "weight"), ("ALLOCATION", "layer", "global")):
+    for key, value, then in (
+        ("UNIT", "neuron", "weight"),
+        ("ALLOCATION", "layer", "global"),
+        ("STEPS", "fisher", "equal"),
+    ):
         other = tiny_cfg("parts", DATASETS__TEST=(), **{f"TUNING__{key}": value})
-        told = f"has the {key.lower()} '{then}', and this run asks for '{value}': set TUNING.{key}"
+        told = f"with the {key.lower()} '{then}', and this run asks for '{value}': set TUNING.{key}"
         with pytest.raises(ValueError, match=told):
             Trainer(other).resume_or_load(resume=True)
     train(cfg, resume=True)
@@ -166,6 +170,21 @@ def test_a_checkpoint_of_another_unit_is_refused_by_its_record(tiny_cfg):
     train(cfg, stop=5)
     with pytest.raises(ValueError, match="TUNING.UNIT was 'neuron' and is 'weight'"):
         Trainer(tiny_cfg(DATASETS__TEST=())).resume_or_load(resume=True)
+
+
+def test_steps_resume_with_the_estimate_of_their_factors_alone(tiny_cfg):
+    cfg = tiny_cfg(**NEURONS, TUNING__STEPS="fisher", DATASETS__TEST=())
+    train(cfg, stop=5)
+    file = Path(cfg.OUTPUT_DIR) / "fisher.safetensors"
+    estimate = FisherEstimate.load(file)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="fisher.safetensors, which is gone"):
+        Trainer(cfg).resume_or_load(resume=True)
+    for values in estimate.f.values():
+        values += values.mean()
+    estimate.save(file)
+    with pytest.raises(ValueError, match="fisher.safetensors is not the estimate the checkpoint"):
+        Trainer(cfg).resume_or_load(resume=True)
 
 
 @pytest.mark.parametrize("method", ["random", "random_v", "fisher", "delta_fisher", "childtune"])
