@@ -72,7 +72,7 @@ def check_options(options: Sequence[Any], known: CN) -> None:
             raise ConfigError(
                 f"{key} is no key: write keys and values in turn, as {name} {rest or 'VALUE'}"
             )
-        if not value or (value[0] in keys and key in keys):
+        if not value or (str(value[0]) in keys and key in keys):
             instead = f", but the key {value[0]}" if value else ""
             raise ConfigError(
                 f"no value stands after {key}{instead}: write keys and values in turn"

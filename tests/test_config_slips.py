@@ -120,3 +120,8 @@ def test_a_config_is_read_as_detectron2_reads_it():
         expected = default_config()
         expected.merge_from_file(str(path))
         assert read_config(str(path)) == expected
+
+
+def test_values_need_not_be_texts():
+    sizes = [["streets_fog_val", [96, 128]]]
+    assert read_config("demo.yaml", ["TEST.SIZES", sizes]).TEST.SIZES == sizes
