@@ -4,7 +4,6 @@
 FisherTune selects single weights or neurons: 5 % of the backbone, and 20 %.
 
     python benchmarks/training.py                              # DINOv2-S as in configs/camvid
-    python benchmarks/training.py FISHER.ESTIMATE FILE         # by a run's fisher.safetensors
     python benchmarks/training.py --config-file configs/fishertune_dinov2.yaml MODEL.DEVICE cuda
     python benchmarks/training.py --show docs/results/training/cpu.json    # the tables again
 
@@ -42,13 +41,8 @@ from fishertune_d2.config import read_config  # noqa: E402
 from fishertune_d2.engine import Trainer  # noqa: E402
 from fishertune_d2.engine.scoring import commit  # noqa: E402
 from fishertune_d2.export.delta import Architecture, Delta  # noqa: E402
-from fishertune_d2.fisher import FisherEstimate, Selection, Units, find_candidates  # noqa: E402
-from fishertune_d2.tuning import (  # noqa: E402
-    MaskedUpdate,
-    SelectedWeights,
-    SelectiveMethod,
-    build_tuning_method,
-)
+from fishertune_d2.fisher import Selection, Units, find_candidates  # noqa: E402
+from fishertune_d2.tuning import MaskedUpdate, SelectedWeights, SelectiveMethod  # noqa: E402
 from fishertune_d2.tuning.full import Full  # noqa: E402
 from fishertune_d2.tuning.peft_tuners import lora  # noqa: E402
 from fishertune_d2.tuning.random_choice import RandomChoice  # noqa: E402
@@ -71,16 +65,11 @@ def _lora(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
 
 
 def _selection(cfg: CfgNode, backbone: nn.Module, unit: str, share: float) -> Selection:
-    """Selects units by the DRF of FISHER.ESTIMATE, or at random without one."""
-    # A step with single weights costs less if few rows or columns of a matrix hold them.
+    """Selects units of the backbone at random; a step costs as much as with any selection."""
     base = sum(p.numel() for p in backbone.parameters())
     shapes = {c.name: tuple(c.parameter.shape) for c in find_candidates(backbone)}
     units = Units(unit, shapes)
-    if cfg.FISHER.ESTIMATE:
-        estimate = FisherEstimate.load(cfg.FISHER.ESTIMATE)
-        scores = build_tuning_method(cfg).unit_scores(backbone, estimate, units)
-    else:
-        scores = RandomChoice(cfg.SEED).unit_scores(backbone, None, units)
+    scores = RandomChoice(cfg.SEED).unit_scores(backbone, None, units)
     return Selection.from_scores(scores, share, base, units)
 
 
@@ -221,7 +210,6 @@ def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
         "crop": list(cfg.INPUT.CROP.SIZE),
         "batch": cfg.SOLVER.IMS_PER_BATCH,
         "rounds": args.rounds,
-        "selected_by": "DRF" if cfg.FISHER.ESTIMATE else "chance",
         "machine": _machine(cfg),
         "torch": torch.__version__,
         "commit": commit(),
@@ -261,7 +249,7 @@ def tables(result: dict) -> str:
         f"{_mb(full['peak_bytes'])} at the peak, {_mb(full['gradient_bytes'])} of backbone "
         f"gradients, {_mb(full['optimizer_bytes'])} of moments and a checkpoint of "
         f"{_mb(full['checkpoint_bytes'])}. The table shows each method as a ratio to full "
-        f"fine-tuning; FisherTune's units were selected by {result['selected_by']}:"
+        "fine-tuning:"
     )
 
     def ratio(way: str, *keys: str) -> str:
