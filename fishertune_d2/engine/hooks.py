@@ -114,7 +114,7 @@ class FisherEstimation(HookBase):
 
     Attributes:
         selection: the selected units, after the estimation.
-        chosen: the selected units and the factors on their steps, each None if there are none.
+        factors: the factors on their steps, by group of units; None for 1.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class FisherEstimation(HookBase):
         self.allocation = allocation
         self.steps = steps
         self.selection: Selection | None = None
-        self.chosen: tuple[Selection | None, Mapping[str, Tensor] | None] = None, None
+        self.factors: Mapping[str, Tensor] | None = None
         self.selection_file = Path(output_dir) / "selection.safetensors"
         self.estimate_file = Path(output_dir) / "fisher.safetensors"
         self._digests: dict[str, str] = {}
@@ -203,10 +203,9 @@ class FisherEstimation(HookBase):
     def _read(self) -> None:
         """Reads the selection, and the steps that follow from F(x), from their files."""
         self.selection = Selection.load(self.selection_file)
-        self.chosen = self.selection, None
         if self.steps == "fisher":
             estimate = FisherEstimate.load(self.estimate_file)
-            self.chosen = self.selection, steps_of_units(estimate.f, self.selection)
+            self.factors = steps_of_units(estimate.f, self.selection)
 
     def _select(self, estimate: FisherEstimate | None) -> None:
         """Ranks the units, and writes both files."""

@@ -125,7 +125,8 @@ class Trainer(DefaultTrainer):
         if stage == self.stage:
             return
         model, old = self.segmentor, self._trainer.optimizer
-        chosen = self._estimation.chosen if self._estimation else (None, None)
+        found = self._estimation
+        chosen = (found.selection, found.factors) if found else (None, None)
         # Added weights start from SEED alone, so this run's warm-up and another's lead to the same.
         torch.manual_seed(self.cfg.SEED)
         tuned, self._selected = prepare_stage(model, stage, self.method, *chosen)
