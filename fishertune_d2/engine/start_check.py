@@ -97,7 +97,7 @@ def require_device(device: str) -> None:
 
 
 def require_fillable(cfg: CfgNode, method: TuningMethod, backbone: nn.Module) -> None:
-    """Refuses a TUNING.D_MAX for which a selective method has too few weights to choose from."""
+    """Refuses a TUNING.D_MAX above all weights to choose from, or below those of one unit."""
     if not isinstance(method, SelectiveMethod):
         return
     tuning, base = cfg.TUNING, sum(p.numel() for p in backbone.parameters())
@@ -113,6 +113,13 @@ def require_fillable(cfg: CfgNode, method: TuningMethod, backbone: nn.Module) ->
             f"(TUNING.D_MIN {tuning.D_MIN}, TUNING.D_MAX {tuning.D_MAX}, TUNING.SCHEDULE "
             f"{method.schedule or tuning.SCHEDULE}): tune a share of at most "
             f"{int(10_000 * most / base) / 10_000}"
+        )
+    largest = max(group.size for group in units.groups.values())
+    if 0 < count < largest:
+        raise ValueError(
+            f"TUNING.METHOD {tuning.METHOD} would tune {count:,} weights in the end, and a "
+            f"{tuning.UNIT} has up to {largest:,}: raise TUNING.D_MAX, or "
+            "set TUNING.UNIT to weight"
         )
 
 

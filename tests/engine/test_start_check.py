@@ -35,6 +35,10 @@ from .conftest import train
             {"TUNING__METHOD": "random", "TUNING__STEPS": "fisher"},
             "TUNING.METHOD random estimates no Fisher information: set TUNING.STEPS to equal",
         ),
+        (
+            {"TUNING__UNIT": "neuron", "TUNING__D_MIN": 0.0001, "TUNING__D_MAX": 0.0004},
+            "would tune 120 weights in the end, and a neuron has up to 129: raise TUNING.D_MAX",
+        ),
         ({"TUNING__UNIT": "row"}, "TUNING.UNIT is 'row': choose from weight, neuron"),
         ({"TUNING__ALLOCATION": "block"}, "TUNING.ALLOCATION is 'block': choose from global, lay"),
         ({"SOLVER__OPTIMIZER": "LION"}, "SOLVER.OPTIMIZER is 'LION': choose from ADAMW, SGD"),
