@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fishertune_d2.analysis.features import patch_features
 from fishertune_d2.analysis.selection_map import shares_by_group
 from fishertune_d2.fisher import KINDS, FisherEstimate, Selection, Units, domain_related_fisher
-from fishertune_d2.fisher.units import UnitGroup, groups_in
+from fishertune_d2.fisher.candidates import groups_of
+from fishertune_d2.fisher.units import UnitGroup
 from fishertune_d2.modeling import VFMSegmentor
 
 
@@ -67,7 +68,7 @@ def shares_by_head(selection: Selection, num_heads: int) -> dict[str, np.ndarray
     """
     masks: dict[tuple[str, int], list[np.ndarray]] = {}
     for name, mask in selection.masks(selection.share).items():
-        for kind, block, rows in groups_in(name, selection.shapes[name]):
+        for kind, block, rows in groups_of(name, selection.shapes[name]):
             if kind == "FFN":
                 continue
             part = mask[rows]

@@ -35,7 +35,7 @@ def mean_by_group(scores: Mapping[str, torch.Tensor]) -> np.ndarray:
     sums: dict[tuple[str, int], float] = {}
     counts: dict[tuple[str, int], int] = {}
     for name, score in scores.items():
-        for kind, block, rows in groups_of(name, len(score)):
+        for kind, block, rows in groups_of(name, tuple(score.shape)):
             part = score[rows]
             # In float64: a group holds millions of numbers around 1e-8.
             total = part.sum(dtype=torch.float64).item()

@@ -56,9 +56,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     """
     found: list[Candidate] = []
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 0:
-            continue
-        for kind, block, rows in groups_of(name, parameter.shape[0]):
+        for kind, block, rows in groups_of(name, tuple(parameter.shape)):
             numel = parameter[rows].numel()
             found.append(Candidate(name, kind, block, parameter, rows, numel))
     if not found:
@@ -69,11 +67,12 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     return found
 
 
-def groups_of(name: str, total: int) -> list[tuple[str, int, slice]]:
-    """Each group (kind, block) in a parameter of ``total`` rows, with its rows; maybe none."""
+def groups_of(name: str, shape: tuple[int, ...]) -> list[tuple[str, int, slice]]:
+    """Each group (kind, block) in a parameter, with its rows; maybe none."""
     match = _BLOCK_PARAMETER.search(name)
-    if match is None:
+    if match is None or not shape:
         return []
+    total = shape[0]
     block, part, layer = int(match[1]), match[2], match[3].split(".")[0]
     if part == "mlp":
         # Not the norm that EVA-02 and others put between the two layers.

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from . import selection_file
 from .allocation import allocate, count_of_share
-from .candidates import KINDS
+from .candidates import KINDS, groups_of
 from .score import best_first, flat_on_cpu
 from .selection_file import ends_by_rank
-from .units import Units, groups_in, slices_of
+from .units import Units, slices_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +177,7 @@ class Selection:
         """The number of weights of each group (kind, block) within ``share`` (default: all)."""
         counts: Counter[tuple[str, int]] = Counter()
         for name, mask in self.masks(self.share if share is None else share).items():
-            for kind, block, rows in groups_in(name, self.shapes[name]):
+            for kind, block, rows in groups_of(name, self.shapes[name]):
                 counts[kind, block] += int(mask[rows].sum())
         return counts
 
@@ -185,7 +185,7 @@ class Selection:
         """The number of weights of each group (kind, block), selected or not."""
         sizes: Counter[tuple[str, int]] = Counter()
         for name, shape in self.shapes.items():
-            for kind, block, rows in groups_in(name, shape):
+            for kind, block, rows in groups_of(name, shape):
                 sizes[kind, block] += (rows.stop - rows.start) * math.prod(shape[1:])
         return sizes
 

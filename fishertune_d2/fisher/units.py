@@ -94,7 +94,7 @@ class Units:
         found: dict[tuple[str, int], list[tuple[str, slice]]] = {}
         for key, group in self.groups.items():
             first = group.parts[0]
-            for kind, block, rows in groups_in(first.name, self.shapes[first.name]):
+            for kind, block, rows in groups_of(first.name, self.shapes[first.name]):
                 if self.unit == "weight":
                     found.setdefault((kind, block), []).append((key, rows))
                 elif rows.start <= first.start < rows.stop:
@@ -151,7 +151,7 @@ class Units:
     def _neurons(self) -> dict[str, UnitGroup]:
         groups: dict[str, UnitGroup] = {}
         for name, shape in self.shapes.items():
-            for kind, block, rows in groups_in(name, shape):
+            for kind, block, rows in groups_of(name, shape):
                 count, parts = rows.stop - rows.start, [Part(name, 0, rows.start)]
                 if kind == "FFN":
                     count = _hidden_neurons(name, self.shapes)
@@ -172,11 +172,6 @@ class Units:
                 "neurons: choose the unit 'weight'"
             )
         return groups
-
-
-def groups_in(name: str, shape: tuple[int, ...]) -> list[tuple[str, int, slice]]:
-    """Each group (kind, block) in a parameter, with its rows; a single number is in none."""
-    return groups_of(name, shape[0]) if shape else []
 
 
 def slices_of(tensor: Tensor, dim: int | None) -> Tensor:
