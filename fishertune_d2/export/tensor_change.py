@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fishertune_d2.fisher import slices_of
+
 from .position_bytes import encode_positions
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -43,7 +45,7 @@ class TensorChange:
                 f"has {tensor.ndim}"
             )
         changed = tensor.detach().clone(memory_format=torch.contiguous_format)
-        slices = _slices(changed, self.dimension)
+        slices = slices_of(changed, self.dimension)
         if self.values.dtype != slices.dtype:
             raise ValueError(f"its values are {self.values.dtype}, the model's {slices.dtype}")
         if self.values.shape[1:] != slices.shape[1:]:
@@ -71,7 +73,7 @@ def cheapest_change(tensor: Tensor, differs: Tensor) -> TensorChange | None:
     tensor = tensor.contiguous()
     fewest, best = tensor.nbytes, None
     for dimension in (None, 0, 1) if tensor.ndim > 1 else (None,):
-        slices = _slices(differs, dimension)
+        slices = slices_of(differs, dimension)
         positions = torch.nonzero(slices.reshape(len(slices), -1).any(1)).flatten()
         values = len(positions) * (tensor.nbytes // len(slices))
         size = values + len(encode_positions(positions))
@@ -80,7 +82,7 @@ def cheapest_change(tensor: Tensor, differs: Tensor) -> TensorChange | None:
     if best is None:
         return None
     dimension, positions = best
-    return TensorChange(dimension, positions, _slices(tensor, dimension)[positions])
+    return TensorChange(dimension, positions, slices_of(tensor, dimension)[positions])
 
 
 def different_bits(before: Tensor, after: Tensor) -> Tensor:
@@ -98,8 +100,3 @@ def different_bits(before: Tensor, after: Tensor) -> Tensor:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.itemsize])
-
-
-def _slices(tensor: Tensor, dimension: int | None) -> Tensor:
-    """Returns a view of a contiguous tensor whose first dimension runs over the slices."""
-    return tensor.view(-1) if dimension is None else tensor.movedim(dimension, 0)
