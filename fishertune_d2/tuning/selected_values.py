@@ -74,12 +74,17 @@ class SelectedValues:
     def grow(self, count: int | None) -> int:
         """Selects the units of a rank below ``count``, or all; returns the number of weights."""
         if count is None or count > self._count:
-            if any(entries.values._version != entries.written for entries, _ in self.pairs()):
-                self.write()
+            self._write_changes()
             for (entries, _), ranks in zip(self.pairs(), self.ranks, strict=True):
                 entries.active = len(ranks) if count is None else entries_within(ranks, count)
             self._count = math.inf if count is None else count
         return sum(entries.active * entries.width for entries, _ in self.pairs())
+
+    def begin_step(self) -> None:
+        """Expects a step; writes other changes of the values before, which are not scaled."""
+        if not self.stepping:
+            self._write_changes()
+        self.stepping = True
 
     @torch.no_grad()
     def write(self) -> None:
@@ -111,6 +116,10 @@ class SelectedValues:
         self._taken.add(place.start)
         self._gradients = None if len(self._taken) == len(self.tensors) else buffer
         return buffer[place]
+
+    def _write_changes(self) -> None:
+        if any(entries.values._version != entries.written for entries, _ in self.pairs()):
+            self.write()
 
     def _restore(self, rank: Tensor) -> None:
         """Sets values that are not selected yet to the numbers in their dense tensors."""

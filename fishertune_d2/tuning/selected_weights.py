@@ -201,7 +201,7 @@ def _linear(self: nn.Linear, input: Tensor) -> Tensor:
 def _expect_step(values: weakref.ref[SelectedValues], optimizer: torch.optim.Optimizer, *_) -> None:
     alive = values()
     if alive is not None and alive.held_by(optimizer):
-        alive.stepping = True
+        alive.begin_step()
 
 
 def _write_step(values: weakref.ref[SelectedValues], *_) -> None:

@@ -434,3 +434,24 @@ def test_steps_of_units_are_scaled(vit, images, select):
     for name, plain in moved[0].items():
         expected = plain * factors[name] * masks[name] if name in masks else plain
         torch.testing.assert_close(moved[1][name], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_only_the_step_is_scaled_and_no_other_change(vit, images, select):
+    model = vit()
+    _freeze(model)
+    selection = select(model)
+    groups = selection.units.groups.items()
+    selected = SelectedWeights(
+        model, selection, {n: torch.full((g.count,), 0.5) for n, g in groups}
+    )
+    selected.grow(0.05)
+    values = list(selected.parameters().values())
+    optimizer = torch.optim.SGD(values, lr=0.1)
+    model(_pixels(images)).logsumexp(dim=1).sum().backward()
+    start = [each.detach().clone() for each in values]
+    with torch.no_grad():
+        for each in values:
+            each.add_(1)
+    optimizer.step()
+    for before, each in zip(start, values, strict=True):
+        torch.testing.assert_close(each.detach(), before + 1 - 0.5 * 0.1 * each.grad)
