@@ -75,7 +75,11 @@ class FakeRun:
             prepare_stage(model, "warmup", self.method, None)
             return None
         selection = self.selection(model) if self.method.selects else None
-        return prepare_stage(model, "tuning", self.method, selection)[1]
+        steps = None
+        if selection is not None and self._cfg.TUNING.STEPS == "fisher":
+            groups, device = selection.units.groups.items(), model.device
+            steps = {name: torch.ones(group.count, device=device) for name, group in groups}
+        return prepare_stage(model, "tuning", self.method, selection, steps)[1]
 
     def enter_end(self, name: str, model: VFMSegmentor) -> None:
         """Turns the model into that at the end of a stage, where a step of tuning costs most."""

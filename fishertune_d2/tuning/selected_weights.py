@@ -157,7 +157,8 @@ def _steps_of_slices(
     factors = {}
     for name, each in slices.items():
         shape = selection.shapes[name]
-        every = torch.ones(math.prod(shape) if each.dim is None else shape[each.dim])
+        size = math.prod(shape) if each.dim is None else shape[each.dim]
+        every = torch.ones(size, device=each.index.device)
         for group, part in selection.units.parts[name]:
             own = steps[group].flatten()
             every[part.start : part.start + len(own)] = own

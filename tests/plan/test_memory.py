@@ -5,7 +5,7 @@ import torch
 
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.perturbation import build_perturbation
-from fishertune_d2.fisher import ESTIMATORS, estimate_fisher, find_candidates
+from fishertune_d2.fisher import ESTIMATORS, STEPS, UNITS, estimate_fisher, find_candidates
 from fishertune_d2.plan.fake_run import FakeRun
 from fishertune_d2.plan.memory import estimator_bytes, held_bytes, saved_bytes
 from fishertune_d2.plan.stage_costs import activation_bytes, held_memory
@@ -37,6 +37,19 @@ def test_neurons_keep_less_of_the_inputs(small_cfg, real_model, real_batch):
         real = saved_bytes(model, lambda model=model: model(real_batch(2)))
         assert kept[unit] == pytest.approx(real, rel=0.005)
     assert kept["neuron"] < kept["weight"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_factors_on_steps_are_counted(small_cfg, unit):
+    held = {}
+    for steps in STEPS:
+        cfg = small_cfg(TUNING__UNIT=unit, TUNING__STEPS=steps)
+        run = FakeRun(cfg, build_tuning_method(cfg), (48, 64))
+        held[steps] = held_memory(run, "tuning").selection
+        activation_bytes(run, "tuning")
+    selection = run.selection(run.model("tuning"))
+    slices = sum(len(selection.slices(name).index) for name in selection.shapes)
+    assert held["fisher"] - held["equal"] == 4 * slices  # one float32 each
 
 
 def test_activations_of_perturbed_features(small_cfg, real_model, real_batch):
