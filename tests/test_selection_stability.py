@@ -1,6 +1,7 @@
 """The benchmark of how much two selections have in common, on small numbers."""
 
 import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,3 +78,13 @@ def test_the_table_has_the_mean_over_seeds(benchmark, capsys):
     line = capsys.readouterr().out.splitlines()[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["diagonal", "neuron", "layer", "DRF, rho 0.01", "0.300", "0.450"]
+
+
+def test_the_page_has_the_committed_numbers(benchmark, capsys):
+    tables = importlib.import_module("fisher_tables")
+    measured = json.loads((ROOT / "docs/results/fisher/stability.json").read_text())
+    tables._stability(measured)
+    assert capsys.readouterr().out.strip() in (ROOT / "docs/results/fisher.md").read_text()
+    names = {name for _, reads in benchmark.PASSES.values() for name in reads}
+    assert {row["estimator"] for row in measured["rows"]} <= names
+    assert all(tuple(row["images"]) == benchmark.MARKS for row in measured["rows"])
