@@ -1,7 +1,7 @@
 """Measures steps of every method in every precision, and the memory that the plan counts."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 from detectron2.config import CfgNode
-from torch import Tensor, nn
+from torch import nn
 
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.output_dir import remove_run
@@ -106,10 +106,10 @@ class RankedOnce:
     def __init__(self):
         self._rank, self._selection = Selection.from_scores, None
 
-    def __call__(self, scores: Mapping[str, Tensor], share: float, base: int) -> Selection:
-        """Ranks the scores at the first call."""
+    def __call__(self, *args) -> Selection:
+        """Ranks the scores at the first call, with the arguments of ``Selection.from_scores``."""
         if self._selection is None:
-            self._selection = self._rank(scores, share, base)
+            self._selection = self._rank(*args)
         return self._selection
 
 

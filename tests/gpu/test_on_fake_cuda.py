@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = {
     "the method and the trainer": [
         "tests/gpu/on_device/test_estimates.py",
-        "tests/tuning/test_selected_weights.py::test_trains_as_a_dense_mask_does[vit]",
+        "tests/tuning/test_selected_weights.py::test_trains_as_a_dense_mask_does[vit-weight]",
+        "tests/tuning/test_selected_weights.py::test_trains_as_a_dense_mask_does[vit-neuron]",
         "tests/engine/test_trainer.py::test_three_stages_write_what_they_promise",
         "tests/engine/test_trainer.py::test_resume_gives_the_same_weights[5]",
         "tests/engine/test_step_trainer.py::test_autocast_trains_float32_weights_and_resumes[float16]",
