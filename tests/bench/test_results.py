@@ -21,12 +21,17 @@ def _commands(page: str, program: str) -> list[str]:
     return re.findall(rf"^python -m fishertune_d2\.{program} (.*)$", text, re.MULTILINE)
 
 
-REPORTS = [command for command in _commands("tables.md", "bench") if "--report" in command]
+REPORTS = [
+    (page, command)
+    for page in ("tables.md", "selection.md")
+    for command in _commands(page, "bench")
+    if "--report" in command
+]
 METHODS = _commands("selection.md", r"analysis\.methods")
 
 
-@pytest.mark.parametrize("command", REPORTS)
-def test_the_page_shows_what_the_report_writes(command, tmp_path, capsys):
+@pytest.mark.parametrize(("page", "command"), REPORTS)
+def test_the_page_shows_what_the_report_writes(page, command, tmp_path, capsys):
     words = command.split()
     table = ROOT / words[words.index("--output") + 1]
     copy = Path(shutil.copy(table, tmp_path))
@@ -34,7 +39,7 @@ def test_the_page_shows_what_the_report_writes(command, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     shown = [line for line in said if re.match(r"\||\w+: [\d.]+ of ", line)]
     assert shown
-    assert not {*shown} - {*(RESULTS / "tables.md").read_text().splitlines()}
+    assert not {*shown} - {*(RESULTS / page).read_text().splitlines()}
 
 
 @pytest.mark.parametrize("command", METHODS)
@@ -50,7 +55,7 @@ def test_the_page_shows_what_the_table_of_methods_writes(command, tmp_path, caps
 
 
 def test_every_study_has_its_command():
-    written = {Path(word).name for c in REPORTS for word in c.split() if word.endswith(".jsonl")}
+    written = {Path(word).name for _, c in REPORTS for word in c.split() if word.endswith(".jsonl")}
     written |= {Path(word).name for c in METHODS for word in c.split() if word.endswith(".jsonl")}
     assert written == {table.name for table in RESULTS.glob("*.jsonl")}
 
