@@ -1,4 +1,4 @@
-"""The gradients of selected rows and columns: their cost, and their precision under autocast."""
+"""The gradients of selected units: their cost, and their precision under autocast."""
 
 import torch
 from torch import Tensor, nn
@@ -122,3 +122,20 @@ def test_release_keeps_a_layers_own_forward_pass(vit, images):
     selected = SelectedWeights(model, _select(model, "neuron", 8))
     selected.release()
     assert torch.equal(model(pixels), expected)
+
+
+def test_bfloat16_autocast(vit, images, select):
+    model = vit()
+    model.requires_grad_(False)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    selected = SelectedWeights(model, select(model))
+    selected.grow(0.05)
+    optimizer = torch.optim.AdamW(list(selected.parameters().values()), lr=1e-2, weight_decay=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(_pixels(images)).float().logsumexp(dim=1).sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in selected.parameters().values())
+    optimizer.step()
+    masks = selected.selection.masks(0.05)
+    for name, value in model.state_dict().items():
+        mask = masks.get(name, torch.zeros(value.shape, dtype=torch.bool))
+        assert torch.equal(value[~mask], start[name][~mask])

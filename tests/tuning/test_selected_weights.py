@@ -350,22 +350,6 @@ def test_activation_checkpoints_change_no_gradient(vit, images, select):
     assert all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
 
 
-def test_bfloat16_autocast(vit, images, select):
-    model = vit()
-    start = _freeze(model)
-    selected = SelectedWeights(model, select(model))
-    selected.grow(0.05)
-    optimizer = _adamw(selected.parameters().values())
-    with torch.autocast("cpu", torch.bfloat16):
-        model(_pixels(images)).float().logsumexp(dim=1).sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in selected.parameters().values())
-    optimizer.step()
-    masks = selected.selection.masks(0.05)
-    for name, value in model.state_dict().items():
-        mask = masks.get(name, torch.zeros(value.shape, dtype=torch.bool))
-        assert torch.equal(value[~mask], start[name][~mask])
-
-
 def test_a_compiled_model_trains_the_same(select):
     trained = []
     for compile_ in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
