@@ -45,7 +45,7 @@ def test_a_dry_run_measures_all_that_the_page_shows(tmp_path):
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["dry_run"] and found["about"]["torch"] and "commit" in found
     steps = {row["way"]: row["step_ms"] for row in found["training"]}
-    assert steps.keys() == {"warm-up", "fishertune", "full", "lora"}
+    assert steps.keys() == {"warm-up", "fishertune", "fishertune, neurons", "full", "lora"}
     assert all(0 < milliseconds < 60_000 for milliseconds in steps.values())
     assert {row["estimator"] for row in found["fisher"]} == {"diagonal", "diagonal_loop"}
     assert {row["windows"] for row in found["evaluation"]} == {1, 6}

@@ -1,7 +1,7 @@
 """Measures steps of every method in every precision, and the memory that the plan counts."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -9,11 +9,11 @@ from unittest.mock import patch
 
 import torch
 from detectron2.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.output_dir import remove_run
-from fishertune_d2.fisher import FisherEstimate, Selection
+from fishertune_d2.fisher import FisherEstimate, Selection, Units
 from fishertune_d2.plan import make_plan
 from gpu.measure import (
     GIB,
@@ -34,6 +34,7 @@ from gpu.measure import (
 WAYS: dict[str, dict[str, object]] = {
     "warm-up": {"TUNING.METHOD": "freeze"},
     "fishertune": {"TUNING.METHOD": "fishertune"},
+    "fishertune, neurons": {"TUNING.METHOD": "fishertune", "TUNING.UNIT": "neuron"},
     "full": {"TUNING.METHOD": "full"},
     "lora": {"TUNING.METHOD": "lora"},
 }
@@ -97,20 +98,23 @@ class Watch:
 
 
 class RankedOnce:
-    """Replaces Selection.from_scores: all calls return the selection of the first.
+    """Replaces Selection.from_scores: for each kind of unit, all calls return the first's result.
 
     To rank all weights takes long, and the part ``ranking`` measures it. The cost of a step does
     not depend on which weights are selected.
     """
 
     def __init__(self):
-        self._rank, self._selection = Selection.from_scores, None
+        self._rank = Selection.from_scores
+        self._selections: dict[str, Selection] = {}
 
-    def __call__(self, *args) -> Selection:
-        """Ranks the scores at the first call, with the arguments of ``Selection.from_scores``."""
-        if self._selection is None:
-            self._selection = self._rank(*args)
-        return self._selection
+    def __call__(
+        self, scores: Mapping[str, Tensor], share: float, base: int, units: Units, *args
+    ) -> Selection:
+        """Ranks the scores of this kind of unit at its first call."""
+        if units.unit not in self._selections:
+            self._selections[units.unit] = self._rank(scores, share, base, units, *args)
+        return self._selections[units.unit]
 
 
 def training(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> None:
