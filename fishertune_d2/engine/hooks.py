@@ -114,7 +114,6 @@ class FisherEstimation(HookBase):
 
     Attributes:
         selection: the selected units, after the estimation.
-        factors: the factors on their steps, by group of units; None for 1.
     """
 
     def __init__(
@@ -143,10 +142,9 @@ class FisherEstimation(HookBase):
         self.allocation = allocation
         self.steps = steps
         self.selection: Selection | None = None
-        self.factors: Mapping[str, Tensor] | None = None
         self.selection_file = Path(output_dir) / "selection.safetensors"
         self.estimate_file = Path(output_dir) / "fisher.safetensors"
-        self._digests: dict[str, str] = {}
+        self._digest: dict[str, str] = {}
 
     def before_step(self) -> None:
         """Estimates and selects, at ``start``."""
@@ -158,33 +156,33 @@ class FisherEstimation(HookBase):
         comm.synchronize()
         # Only one process ranks: a single different bit of F would change the lengths of the
         # trained vectors, which DDP needs to be the same everywhere.
-        self._read()
-        self._digests = {what: _digest(file) for what, file in self._files().items()}
+        self.selection = Selection.load(self.selection_file)
+        self._digest = {"selection": _digest(self.selection_file)}
 
     def state_dict(self) -> dict:
-        """The hashes of the files that tuning reads, so that a resumed run knows its own."""
-        return self._digests
+        """The hash of the selection, so that a resumed run knows its own."""
+        return self._digest
 
     def load_state_dict(self, state: dict) -> None:
         """Reads the selection that the checkpoint was trained with, and refuses another one."""
-        self._require_same("steps", "fisher" if "estimate" in state else "equal", self.steps)
-        for what, file in self._files().items():
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"the checkpoint was trained with {file}, which is gone: put it back, or "
-                    "resume from a checkpoint of the warm-up stage"
-                )
-            if _digest(file) != state[what]:
-                raise ValueError(
-                    f"{file} is not the {what} the checkpoint was trained with: put that one "
-                    "back, or resume from a checkpoint of the warm-up stage"
-                )
-        self._digests = state
-        self._read()
-        assert self.selection is not None
-        allocation = self.selection.notes.get("allocation", "global")
-        self._require_same("unit", self.selection.unit, self.units.unit if self.units else "weight")
+        if not self.selection_file.is_file():
+            raise FileNotFoundError(
+                f"the checkpoint was trained with {self.selection_file}, which is gone: put it "
+                "back, or resume from a checkpoint of the warm-up stage"
+            )
+        if _digest(self.selection_file) != state["selection"]:
+            raise ValueError(
+                f"{self.selection_file} is not the selection the checkpoint was trained with: put "
+                "that one back, or resume from a checkpoint of the warm-up stage"
+            )
+        self._digest = state
+        self.selection = found = Selection.load(self.selection_file)
+        unit = self.units.unit if self.units else "weight"
+        allocation = found.notes.get("allocation", "global")
+        steps = "equal" if found.steps is None else "fisher"
+        self._require_same("unit", found.unit, unit)
         self._require_same("allocation", allocation, self.allocation)
+        self._require_same("steps", steps, self.steps)
 
     def _require_same(self, what: str, then: str, now: str) -> None:
         """Refuses another choice than the checkpoint's, which records of old runs do not name."""
@@ -195,24 +193,14 @@ class FisherEstimation(HookBase):
                 f"argument {what}=, back to {then!r}, or start a new run in another folder"
             )
 
-    def _files(self) -> dict[str, Path]:
-        """The files that tuning reads."""
-        files = {"selection": self.selection_file}
-        return files | ({"estimate": self.estimate_file} if self.steps == "fisher" else {})
-
-    def _read(self) -> None:
-        """Reads the selection, and the steps that follow from F(x), from their files."""
-        self.selection = Selection.load(self.selection_file)
-        if self.steps == "fisher":
-            estimate = FisherEstimate.load(self.estimate_file)
-            self.factors = steps_of_units(estimate.f, self.selection)
-
     def _select(self, estimate: FisherEstimate | None) -> None:
         """Ranks the units, and writes both files."""
         selection = self._ranked(self.scores(estimate))
         if estimate is not None:
             notes = {key: text for key, text in estimate.notes.items() if key != NOTE}
             selection.notes |= notes | {"images": str(estimate.images)}
+            if self.steps == "fisher":
+                selection.steps = steps_of_units(estimate.f, selection)
             self._log(estimate, selection)
             estimate.save(self.estimate_file)
         selection.save(self.selection_file)

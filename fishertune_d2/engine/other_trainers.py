@@ -63,6 +63,7 @@ def apply_fishertune(
     schedule: str = "growing",
     unit: str = "weight",
     allocation: str = "global",
+    steps: str = "equal",
     batches: int = 500,
     loss_fn: Callable[[nn.Module, Sequence], Tensor] | None = None,
     estimator: str = "diagonal_loop",
@@ -85,6 +86,7 @@ def apply_fishertune(
         schedule: growth between them, see :func:`~fishertune_d2.fisher.tuned_share`.
         unit: ``"weight"``, or ``"neuron"`` to select whole rows of Q, K and V and hidden neurons.
         allocation: ``"global"``, or ``"layer"`` for the same share of each kind in each block.
+        steps: ``"equal"``, or ``"fisher"`` for smaller steps of more sensitive units.
         batches: T2, the number of batches from ``data_loader`` in each process.
         loss_fn: ``(model, batch) -> (B,)``; by default :func:`loss_of_one_image`.
         estimator: a key of ``ESTIMATORS``; ``"diagonal"`` is faster if ``loss_fn`` takes batches.
@@ -103,7 +105,7 @@ def apply_fishertune(
     estimate = vit.estimating(data_loader, batches, loss_fn, estimator, perturb, seed)
     estimation = FisherEstimation(
         estimate, vit.scores, start=warmup, share=vit.share(d_min, d_max, schedule), base=vit.base,
-        output_dir=output_dir, units=vit.units, allocation=allocation,
+        output_dir=output_dir, units=vit.units, allocation=allocation, steps=steps,
     )  # fmt: skip
     require_writable(output_dir)  # now, not after the warm-up
     mask = vit.mask(estimation, max_iter, d_min, d_max, schedule)

@@ -1,11 +1,11 @@
 """The parameters that each stage of training trains, for the trainer and the plan."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode
-from torch import Tensor, nn
+from torch import nn
 
 from fishertune_d2.fisher import FisherEstimate, Selection, Units, tuned_share
 from fishertune_d2.tuning import SelectedWeights, TuningMethod, build_tuning_method
@@ -108,13 +108,12 @@ def prepare_stage(
     stage: str,
     method: TuningMethod,
     selection: Selection | None,
-    steps: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[nn.Parameter], SelectedWeights | None]:
     """Lets the parameters that a stage trains require a gradient, and no others.
 
     ``"warmup"`` trains the decoder alone, ``"tuning"`` also the method's parameters: it adds them
-    now, or selects them by ``selection``, and scales their steps by ``steps``. Weights that the
-    method adds to the head train like the rest of the decoder. Earlier gradients are freed.
+    now, or selects them by ``selection``. Weights that the method adds to the head train like the
+    rest of the decoder. Earlier gradients are freed.
 
     Returns:
         The trained backbone parameters, and the ``SelectedWeights`` (None unless the method
@@ -136,7 +135,7 @@ def prepare_stage(
                 raise RuntimeError(
                     "no weights are selected yet: the estimation hook does that first"
                 )
-            selected = SelectedWeights(backbone, selection, steps)
+            selected = SelectedWeights(backbone, selection)
             tuned = list(selected.parameters().values())
         else:
             tuned = list(method.parameters(backbone).values())

@@ -126,10 +126,10 @@ class Trainer(DefaultTrainer):
             return
         model, old = self.segmentor, self._trainer.optimizer
         found = self._estimation
-        chosen = (found.selection, found.factors) if found else (None, None)
+        selection = found.selection if found else None
         # Added weights start from SEED alone, so this run's warm-up and another's lead to the same.
         torch.manual_seed(self.cfg.SEED)
-        tuned, self._selected = prepare_stage(model, stage, self.method, *chosen)
+        tuned, self._selected = prepare_stage(model, stage, self.method, selection)
         self.optimizer = self.build_optimizer(self.cfg, model)
         if old is not None:
             carry_state(old, self.optimizer)

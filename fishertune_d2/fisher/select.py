@@ -11,6 +11,7 @@ from .estimators.estimator import Estimator
 from .perturb import StatisticsPerturbation
 from .score import domain_related_fisher
 from .selection import Selection
+from .unit_steps import STEPS, steps_of_units
 from .units import Units
 
 
@@ -26,6 +27,7 @@ def select(
     perturb: StatisticsPerturbation | None = None,
     unit: str = "weight",
     allocation: str = "global",
+    steps: str = "equal",
 ) -> Selection:
     """Selects the units with the highest domain-related Fisher information (Eq. 3 to 15).
 
@@ -44,10 +46,17 @@ def select(
         perturb: the simulated shift; by default :meth:`StatisticsPerturbation.of_vit` of the model.
         unit: ``"weight"`` or ``"neuron"``, see :class:`Units`.
         allocation: ``"global"`` or ``"layer"``, see :meth:`Selection.from_scores`.
+        steps: ``"equal"``, or ``"fisher"`` for smaller steps of more sensitive units, see
+            :func:`steps_of_units`.
 
     Returns:
         The selection, by the parameter names of ``model``.
+
+    Raises:
+        ValueError: if there is no such ``steps``.
     """
+    if steps not in STEPS:
+        raise ValueError(f"unknown steps {steps!r}: choose from {', '.join(STEPS)}")
     candidates = find_candidates(model)
     units = Units(unit, {c.name: tuple(c.parameter.shape) for c in candidates})
     estimate = estimate_fisher(
@@ -63,5 +72,7 @@ def select(
         base = sum(parameter.numel() for parameter in model.parameters())
     scores = domain_related_fisher(estimate.by_unit(units))
     selection = Selection.from_scores(scores, share, base, units, allocation)
+    if steps == "fisher":
+        selection.steps = steps_of_units(estimate.f, selection)
     selection.notes |= estimate.notes | {"images": str(estimate.images)}
     return selection

@@ -34,11 +34,13 @@ class Slices:
             flattened parameter.
         index: which slices, best first; int64 (n,), on the CPU.
         ranks: the ranks of their units, ascending; int64 (n,), on the CPU.
+        steps: the factors on the optimizer's steps of their units, (n,); None for 1.
     """
 
     dim: int | None
     index: Tensor
     ranks: Tensor
+    steps: Tensor | None = None
 
 
 @dataclass
@@ -58,6 +60,8 @@ class Selection:
         notes: how the selection was made, as strings.
         source: the name for it in error messages: the file that it was read from.
         unit: ``"weight"`` or ``"neuron"``.
+        steps: by group, a factor on the optimizer's step of each selected unit, float32 (n,), in
+            the order of ``indices``, on the CPU; None for 1. See :func:`.steps_of_units`.
     """
 
     indices: dict[str, Tensor]
@@ -68,6 +72,7 @@ class Selection:
     notes: dict[str, str] = field(default_factory=dict)
     source: str = field(default="the selection", compare=False)
     unit: str = "weight"
+    steps: dict[str, Tensor] | None = None
 
     @classmethod
     def from_scores(
@@ -150,10 +155,14 @@ class Selection:
             return Slices(None, *torch.empty(2, 0, dtype=torch.int64))
         index = torch.cat([self.indices[group] + part.start for group, part in parts])
         ranks = torch.cat([self.ranks[group] for group, _ in parts])
+        steps = None
+        if self.steps is not None:
+            steps = torch.cat([self.steps[group] for group, _ in parts])
         if len(parts) == 1:
-            return Slices(parts[0][1].dim, index, ranks)
+            return Slices(parts[0][1].dim, index, ranks, steps)
         order = ranks.argsort(stable=True)
-        return Slices(parts[0][1].dim, index[order], ranks[order])
+        steps = None if steps is None else steps[order]
+        return Slices(parts[0][1].dim, index[order], ranks[order], steps)
 
     def prefix(self, name: str, share: float) -> Tensor:
         """Flat indices of the entries of one parameter within ``share``, best first, (n,)."""
@@ -215,7 +224,7 @@ class Selection:
     def save(self, path: str | Path) -> None:
         """Writes the selection as a safetensors file; if that fails, an existing file stays."""
         content = (self.indices, self.ranks, self.shapes, self.share, self.base, self.notes)
-        selection_file.write(path, selection_file.Content(*content, self.unit))
+        selection_file.write(path, selection_file.Content(*content, self.unit, self.steps))
 
     @classmethod
     def load(cls, path: str | Path) -> "Selection":

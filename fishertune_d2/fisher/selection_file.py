@@ -30,16 +30,20 @@ class Content(NamedTuple):
     base: int
     notes: dict[str, str]
     unit: str
+    steps: dict[str, Tensor] | None
 
 
 def write(path: str | Path, content: Content) -> None:
     """Writes a safetensors file; if that fails, an existing file stays."""
     tensors = {f"indices/{name}": t.cpu().contiguous() for name, t in content.indices.items()}
     tensors |= {f"ranks/{name}": t.cpu().contiguous() for name, t in content.ranks.items()}
+    if content.steps is not None:
+        tensors |= {f"steps/{name}": t.cpu().contiguous() for name, t in content.steps.items()}
     header = {"share": content.share, "base": content.base, "shapes": content.shapes}
     # Versions that know single weights alone read files of single weights.
     if content.unit != "weight":
         header["unit"] = content.unit
+    # These versions refuse a file that has steps.
     texts = {"header": json.dumps(header), "notes": json.dumps(content.notes)}
     with whole_file(path) as temporary:
         save_file(tensors, str(temporary), metadata={"format": _FORMAT, **texts})
@@ -57,8 +61,9 @@ def read(path: str | Path) -> Content:
         if not torch.equal(together, torch.arange(len(together))):
             raise ValueError(f"its ranks are not the numbers from 0 to {len(together) - 1:,}")
         _require_full(ranks, units, share, base)
+        steps = _read_steps(file, ranks)
         notes = file.json("notes", dict)
-    return Content(indices, ranks, units.shapes, share, base, notes, units.unit)
+    return Content(indices, ranks, units.shapes, share, base, notes, units.unit, steps)
 
 
 def ends_by_rank(ranks: Mapping[str, Tensor], units: Units) -> Tensor:
@@ -86,11 +91,32 @@ def _read_header(file: TensorFile) -> tuple[float, int, Units]:
     if total > _MOST_WEIGHTS:
         raise ValueError(f"its shapes hold {total:,} weights, more than any model has")
     units = Units(header.get("unit", "weight"), {name: tuple(s) for name, s in shapes.items()})
-    expected = {f"{part}/{name}" for part in ("indices", "ranks") for name in units.groups}
+    parts = ["indices", "ranks", *(["steps"] if _has_steps(file) else [])]
+    expected = {f"{part}/{name}" for part in parts for name in units.groups}
     if file.names != expected:
         differing = sorted(file.names ^ expected)
         raise ValueError(f"its tensors are not those of its header: {differing[0]} differs")
     return share, base, units
+
+
+def _has_steps(file: TensorFile) -> bool:
+    return any(name.startswith("steps/") for name in file.names)
+
+
+def _read_steps(file: TensorFile, ranks: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The factors of the units' steps; refuses impossible ones."""
+    if not _has_steps(file):
+        return None
+    steps = {name: file.tensor(f"steps/{name}") for name in ranks}
+    for name, each in steps.items():
+        if each.dtype != torch.float32 or each.shape != ranks[name].shape:
+            raise ValueError(
+                f"the steps of {name} are {each.dtype} of shape {tuple(each.shape)}, not float32 "
+                f"of shape {tuple(ranks[name].shape)}"
+            )
+        if not bool(((each >= 0) & torch.isfinite(each)).all()):
+            raise ValueError(f"the steps of {name} hold negative or non-finite numbers")
+    return steps
 
 
 def _check_entries(name: str, indices: Tensor, ranks: Tensor, numel: int) -> None:

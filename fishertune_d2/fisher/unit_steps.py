@@ -23,21 +23,17 @@ def steps_of_units(f: Mapping[str, Tensor], selection: Selection) -> dict[str, T
         selection: the selected units.
 
     Returns:
-        By group of units, float32 (units,), on the CPU; 1 for units that are not selected. A unit
-        with F = 0 gets the factor of the smallest F above 0.
+        ``Selection.steps``: by group of units, float32 (n,), in the order of ``indices``, on the
+        CPU. A unit with F = 0 gets the factor of the smallest F above 0.
     """
     means = {name: f.detach().float().cpu() for name, f in selection.units.mean(f).items()}
     chosen = {name: means[name].flatten()[index] for name, index in selection.indices.items()}
     positive = torch.cat([value[value > 0] for value in chosen.values()])
     if not len(positive):
-        return {name: torch.ones(mean.numel()) for name, mean in means.items()}
+        return {name: torch.ones(len(index)) for name, index in selection.indices.items()}
     smallest = positive.min()
     factors = {name: value.clamp_min(smallest).rsqrt() for name, value in chosen.items()}
     sizes = {name: selection.units.groups[name].size for name in chosen}
     total = sum(float(factor.double().sum()) * sizes[name] for name, factor in factors.items())
     weights = sum(len(factor) * sizes[name] for name, factor in factors.items())
-    steps = {}
-    for name, mean in means.items():
-        steps[name] = torch.ones(mean.numel())
-        steps[name][selection.indices[name]] = factors[name] * (weights / total)
-    return steps
+    return {name: factor * (weights / total) for name, factor in factors.items()}

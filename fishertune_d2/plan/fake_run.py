@@ -75,11 +75,7 @@ class FakeRun:
             prepare_stage(model, "warmup", self.method, None)
             return None
         selection = self.selection(model) if self.method.selects else None
-        steps = None
-        if selection is not None and self._cfg.TUNING.STEPS == "fisher":
-            groups, device = selection.units.groups.items(), model.device
-            steps = {name: torch.ones(group.count, device=device) for name, group in groups}
-        return prepare_stage(model, "tuning", self.method, selection, steps)[1]
+        return prepare_stage(model, "tuning", self.method, selection)[1]
 
     def enter_end(self, name: str, model: VFMSegmentor) -> None:
         """Turns the model into that at the end of a stage, where a step of tuning costs most."""
@@ -96,7 +92,11 @@ class FakeRun:
         base = sum(p.numel() for p in model.backbone.parameters())
         count = count_tuned(self._cfg, model.backbone, progress=1.0)
         parameters = self.method.parameters(model.backbone)
-        return fake_selection(parameters, count, base, self._cfg.TUNING.UNIT)
+        selection = fake_selection(parameters, count, base, self._cfg.TUNING.UNIT)
+        if self._cfg.TUNING.STEPS == "fisher":
+            ranks = selection.ranks.items()
+            selection.steps = {name: torch.ones_like(n, dtype=torch.float32) for name, n in ranks}
+        return selection
 
     def optimizer(self, model: VFMSegmentor) -> torch.optim.Optimizer:
         """The optimizer of the stage that the model is in."""

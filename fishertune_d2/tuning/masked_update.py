@@ -5,6 +5,8 @@ learning rate of 1e-4 and a decay of 0.05), and earlier momentum still moves it.
 gradient before each step, which also keeps it out of gradient clipping and of the moments, and
 another hook restores the entries that are not selected afterwards.
 
+A factor on the steps of a unit, in ``Selection.steps``, scales its change in each step.
+
 Gradients and moments stay dense. :class:`fishertune_d2.tuning.SelectedWeights` costs less, because
 it holds the selected entries alone; its tests compare it with this class.
 """
@@ -12,10 +14,10 @@ it holds the selected entries alone; its tests compare it with this class.
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fishertune_d2.fisher import FisherEstimate, Selection, entries_within, slices_of
+from fishertune_d2.fisher import FisherEstimate, Selection, Slices, entries_within, slices_of
 
 
 class MaskedUpdate:
@@ -50,8 +52,11 @@ class MaskedUpdate:
         }
         self._slices = {name: selection.slices(name) for name in self.parameters}
         self._share = 0.0
-        # Entries that are not selected have never moved, so these are the values to restore.
+        # The values to restore, which have never moved; with factors on the steps, all values
+        # before a step.
         self._fixed = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._factors = _dense_steps(self._slices, self.parameters)
+        self._stepping = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._mask_gradients),
             optimizer.register_step_post_hook(self._restore),
@@ -74,16 +79,38 @@ class MaskedUpdate:
         for hook in self._hooks:
             hook.remove()
 
+    @torch.no_grad()
     def _mask_gradients(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 # A product with the mask would turn an infinite gradient into NaN.
                 parameter.grad.masked_fill_(~self.masks[name], 0)
+            if name in self._factors and not self._stepping:
+                self._fixed[name].copy_(parameter)
+        self._stepping = True
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(torch.where(self.masks[name], parameter, self._fixed[name]))
+            before, after = self._fixed[name], parameter
+            if name in self._factors and self._stepping:
+                after = torch.lerp(before, parameter, self._factors[name])
+            parameter.copy_(torch.where(self.masks[name], after, before))
+        self._stepping = False
+
+
+def _dense_steps(
+    slices: Mapping[str, Slices], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The factors on the steps of all entries, in the shape of each parameter; empty for 1."""
+    factors = {}
+    for name, each in slices.items():
+        if each.steps is not None:
+            factors[name] = torch.ones_like(parameters[name].detach())
+            own = slices_of(factors[name], each.dim)
+            steps = each.steps.to(own).view(-1, *[1] * (own.dim() - 1))
+            own[each.index.to(own.device)] = steps.expand(-1, *own.shape[1:])
+    return factors
 
 
 def require_same_shapes(

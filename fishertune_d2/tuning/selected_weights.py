@@ -14,7 +14,6 @@ A step launches two operators for each tensor: one gets the gradient, one writes
 Everything else runs on all vectors at once, see :mod:`.selected_values`.
 """
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -53,17 +52,13 @@ class SelectedWeights:
     Args:
         model: its parameters named in ``selection`` are frozen. Those with a selected entry become
             attributes computed from the vectors (``torch.nn.utils.parametrize``).
-        selection: by the model's parameter names.
-        steps: a factor on the optimizer's steps of each unit, by group of units, (units,) or in the
-            shape of the parameter; by default 1.
+        selection: by the model's parameter names. Its ``steps`` scale those of the optimizer.
 
     Raises:
         ValueError: if a name or shape does not fit the selection, or two modules share a parameter.
     """
 
-    def __init__(
-        self, model: nn.Module, selection: Selection, steps: Mapping[str, Tensor] | None = None
-    ):
+    def __init__(self, model: nn.Module, selection: Selection):
         parameters = {n: p for n, p in model.named_parameters() if n in selection.shapes}
         require_same_shapes(parameters, selection)
         _require_unshared(model, parameters)
@@ -78,10 +73,8 @@ class SelectedWeights:
         alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         for name in self.names:
             alike.setdefault((parameters[name].dtype, parameters[name].device), []).append(name)
-        factors = {} if steps is None else _steps_of_slices(selection, slices, steps)
         self._values = [
-            _parametrize(model, {name: slices[name] for name in names}, factors)
-            for names in alike.values()
+            _parametrize(model, {name: slices[name] for name in names}) for names in alike.values()
         ]
         # The hooks get names, not entries, because a copy of the model has its own entries.
         self._hooks = [
@@ -150,25 +143,7 @@ def _require_unshared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
             )
 
 
-def _steps_of_slices(
-    selection: Selection, slices: Mapping[str, Slices], steps: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The factors of each parameter's selected slices, (n,), from those of the units."""
-    factors = {}
-    for name, each in slices.items():
-        shape = selection.shapes[name]
-        size = math.prod(shape) if each.dim is None else shape[each.dim]
-        every = torch.ones(size, device=each.index.device)
-        for group, part in selection.units.parts[name]:
-            own = steps[group].flatten()
-            every[part.start : part.start + len(own)] = own
-        factors[name] = every[each.index]
-    return factors
-
-
-def _parametrize(
-    model: nn.Module, slices: Mapping[str, Slices], steps: Mapping[str, Tensor]
-) -> SelectedValues:
+def _parametrize(model: nn.Module, slices: Mapping[str, Slices]) -> SelectedValues:
     """Parametrizes parameters of one dtype and device by vectors of their selected values."""
     parameters = [model.get_parameter(name) for name in slices]
     shared = SelectedValues(parameters, list(slices.values()))
@@ -178,9 +153,8 @@ def _parametrize(
         place = slice(start, start + width * len(each.index))
         start = place.stop
         owner, attribute = _owner(model, name)
-        index, factors = each.index.to(parameter.device), steps.get(name)
-        factors = None if factors is None else factors.to(parameter)
-        entries = Entries(shared, place, each.dim, index, factors)
+        steps = None if each.steps is None else each.steps.to(parameter)
+        entries = Entries(shared, place, each.dim, each.index.to(parameter.device), steps)
         # A layer with another forward pass, or a weight that others read, takes the dense gradient.
         forward = getattr(owner.forward, "__func__", None)
         is_product = attribute == "weight" and forward is nn.Linear.forward

@@ -131,6 +131,31 @@ def test_whole_neurons_move_and_nothing_else(allocation, tmp_path):
         count = sum(int(each.sum()) for each in moved.values())
         assert 0.9 * selection.weights(share) <= count <= selection.weights(share)
     assert trainer.storage.latest()["fisher/tuned_parameters"][0] == selection.weights(0.2)
+    assert selection.steps is None
+
+
+def test_steps_of_sensitive_neurons_are_smaller(tmp_path):
+    moved = {}
+    for steps in ("equal", "fisher"):
+        trainer = _trainer()
+        start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        options = {"unit": "neuron", "d_min": 0.2, "d_max": 0.2, "steps": steps}
+        estimation = _apply(trainer, tmp_path, max_iter=WARMUP + 1, **options)
+        trainer.train(0, WARMUP + 1)
+        selection = estimation.selection
+        state = trainer.model.state_dict()
+        moved[steps] = {
+            n: state[f"backbone.{n}"] - start[f"backbone.{n}"] for n in selection.shapes
+        }
+    name = max(selection.indices, key=lambda name: len(selection.indices[name]))
+    index, factors = selection.indices[name], selection.steps[name]
+    assert factors.max() > 2 * factors.min()
+    part = selection.units.groups[name].parts[0]
+    plain, scaled = (
+        each[part.name].movedim(part.dim, 0)[part.start + index] for each in moved.values()
+    )
+    assert plain.abs().max() > 0
+    torch.testing.assert_close(scaled, factors[:, None] * plain, rtol=1e-2, atol=1e-8)
 
 
 def test_another_unit_than_the_checkpoints_is_refused(tmp_path):
@@ -328,6 +353,7 @@ def test_two_processes_select_together_and_stay_equal(start_process, tmp_path):
         ({"d_max": 1.0, "unit": "neuron"}, "and only 19,512 can be selected"),  # no bias of fc2
         ({"unit": "row"}, "unknown unit 'row': choose from weight, neuron"),
         ({"allocation": "block"}, "allocation is 'block': choose from global, layer"),
+        ({"steps": "natural"}, "steps is 'natural': choose from equal, fisher"),
     ],
 )
 def test_refuses_what_cannot_work(options, message, tmp_path):

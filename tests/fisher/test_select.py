@@ -14,6 +14,7 @@ from fishertune_d2.fisher import (
     estimate_fisher,
     find_candidates,
     select,
+    steps_of_units,
 )
 
 
@@ -33,7 +34,8 @@ def test_equals_its_parts(vit, images, loss):
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_units_are_ranked_by_drf_of_their_means(unit, allocation, vit, images, loss):
     model, batches = vit(), [images(3)]
-    selection = select(model, batches, loss, unit=unit, allocation=allocation)
+    options = {"unit": unit, "allocation": allocation, "steps": "fisher"}
+    selection = select(model, batches, loss, **options)
     shift = StatisticsPerturbation.of_vit(model)
     estimate = estimate_fisher(model, batches, loss, find_candidates(model), perturb=shift)
     units = Units(unit, estimate.shapes)
@@ -44,6 +46,8 @@ def test_units_are_ranked_by_drf_of_their_means(unit, allocation, vit, images, l
     expected = Selection.from_scores(scores, 0.05, base, units, allocation)
     assert (selection.unit, selection.shapes) == (unit, expected.shapes)
     assert selection.notes.get("allocation", "global") == allocation
+    steps = steps_of_units(estimate.f, selection)
+    assert all(torch.equal(selection.steps[n], each) for n, each in steps.items())
     assert all(torch.equal(selection.indices[n], i) for n, i in expected.indices.items())
 
 
@@ -55,3 +59,8 @@ def test_passes_its_options_on(vit, images, loss):
     assert selection.count(0.5) == 500
     assert selection.notes["estimator"] == "diagonal_loop"
     assert selection.notes["strength"] == "0.25"
+
+
+def test_refuses_unknown_steps(vit, images, loss):
+    with pytest.raises(ValueError, match="unknown steps 'natural': choose from equal, fisher"):
+        select(vit(), [images(2)], loss, steps="natural")

@@ -216,14 +216,18 @@ def test_shares_of_neurons_are_nested_and_fall_short_by_less_than_a_unit(seed, a
     assert all(torch.equal(mask, small[name]) for name, mask in again.masks(shares[0]).items())
 
 
-def test_neurons_round_trip(tmp_path):
+@pytest.mark.parametrize("steps", [False, True])
+def test_neurons_round_trip(tmp_path, steps):
     selection = _neurons(0.5)
+    if steps:
+        selection.steps = {key: 0.5 + index for key, index in selection.indices.items()}
     selection.notes["made_by"] = "a test"
     selection.save(tmp_path / "selection.safetensors")
     loaded = Selection.load(tmp_path / "selection.safetensors")
     assert (loaded.unit, loaded.share, loaded.base, loaded.shapes) == ("neuron", 0.5, BASE, BLOCK)
     assert loaded.notes == {"made_by": "a test"}
-    for part in ("indices", "ranks"):
+    assert (loaded.steps is None) == (not steps)
+    for part in ("indices", "ranks", *(["steps"] if steps else [])):
         own, other = getattr(selection, part), getattr(loaded, part)
         assert list(own) == list(other)
         assert all(torch.equal(own[key], other[key]) for key in own)
@@ -267,13 +271,16 @@ def _entries(**changes) -> dict[str, torch.Tensor]:
     ranks = {Q: [0], K: [], V: [], FFN: [1, 2]} | changes.get("ranks", {})
     tensors = {f"indices/{key}": value for key, value in index.items()}
     tensors |= {f"ranks/{key}": value for key, value in ranks.items()}
-    return {key: torch.tensor(value, dtype=torch.int64) for key, value in tensors.items()}
+    entries = {key: torch.tensor(value, dtype=torch.int64) for key, value in tensors.items()}
+    steps = changes.get("steps", {}).items()
+    return entries | {f"steps/{key}": torch.tensor(value) for key, value in steps}
 
 
 def _without(*names: str) -> dict:
     return {name: shape for name, shape in BLOCK.items() if name not in names}
 
 
+STEPS = {Q: [1.0], K: [], V: [], FFN: [0.5, 2.0]}
 FC1, FC2 = "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"
 DAMAGED = {
     "unknown unit 'head': choose from": ({"unit": "head"}, {}),
@@ -295,6 +302,13 @@ DAMAGED = {
     "an entry of blocks.0.FFN is selected twice": ({}, {"index": {FFN: [2, 2]}}),
     "ranks of blocks.0.FFN do not ascend": ({}, {"ranks": {FFN: [2, 1]}}),
     "its ranks are not the numbers from 0 to 2": ({}, {"ranks": {FFN: [1, 3]}}),
+    "not those of its header: steps/blocks.0.FFN differs": ({}, {"steps": {Q: [1.0]}}),
+    "steps of blocks.0.FFN are torch.float32 of shape .1,., not float32 of shape .2,.": (
+        {},
+        {"steps": STEPS | {FFN: [1.0]}},
+    ),
+    "steps of blocks.0.Q hold negative": ({}, {"steps": STEPS | {Q: [-1.0]}}),
+    "steps of blocks.0.Q hold .*non-finite": ({}, {"steps": STEPS | {Q: [torch.inf]}}),
     "holds 13 weights in 3 neurons, but .* 0.3 of 40 is 12": ({"share": 0.3}, {}),
     "holds 13 weights in 3 neurons, but .* 0.45 of 40 is 18": ({"share": 0.45}, {}),
 }

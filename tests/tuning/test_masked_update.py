@@ -95,6 +95,29 @@ def test_neurons_join_as_a_whole_and_are_counted_in_weights():
     assert not moved["fc2.bias"].any()
 
 
+class _Clipping(torch.optim.SGD):
+    """Calls its parent's step, as Detectron2's clipping optimizers do: each hook runs twice."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, _Clipping])
+def test_steps_are_scaled_once(optimizer):
+    weights = {"a": nn.Parameter(torch.ones(4)), "b": nn.Parameter(torch.ones(2, 2))}
+    scores = {"a": torch.tensor([4.0, 0.0, 6.0, 0.0]), "b": torch.tensor([[0.0, 5.0], [0.0, 0.0]])}
+    selection = Selection.from_scores(scores, 0.375, 8)
+    selection.steps = {"a": torch.tensor([0.5, 2.0]), "b": torch.tensor([3.0])}
+    stock = optimizer(weights.values(), lr=0.125)
+    MaskedUpdate(stock, weights, selection).grow(0.375)
+    for step in (1, 2):
+        stock.zero_grad()
+        sum(weight.sum() for weight in weights.values()).backward()
+        stock.step()
+        assert weights["a"].tolist() == [1 - 0.25 * step, 1, 1 - 0.0625 * step, 1]
+        assert weights["b"].tolist() == [[1, 1 - 0.375 * step], [1, 1]]
+
+
 def test_refuses_a_selection_of_another_model():
     weight = nn.Parameter(torch.ones(3))
     selection = _selection(torch.ones(4), 0.5)

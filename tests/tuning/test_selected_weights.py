@@ -409,7 +409,9 @@ def test_steps_of_units_are_scaled(vit, images, select):
             name: torch.rand(group.count, generator=generator, dtype=torch.float64)
             for name, group in selection.units.groups.items()
         }
-        selected = SelectedWeights(model, selection, steps if scaled else None)
+        if scaled:
+            selection.steps = {name: steps[name][i] for name, i in selection.indices.items()}
+        selected = SelectedWeights(model, selection)
         selected.grow(0.03)
         _step(model, _adamw(selected.parameters().values()), pixels)
         moved.append({n: (value - start[n]).cpu() for n, value in model.state_dict().items()})
@@ -424,10 +426,8 @@ def test_only_the_step_is_scaled_and_no_other_change(vit, images, select):
     model = vit()
     _freeze(model)
     selection = select(model)
-    groups = selection.units.groups.items()
-    selected = SelectedWeights(
-        model, selection, {n: torch.full((g.count,), 0.5) for n, g in groups}
-    )
+    selection.steps = {n: torch.full(index.shape, 0.5) for n, index in selection.indices.items()}
+    selected = SelectedWeights(model, selection)
     selected.grow(0.05)
     values = list(selected.parameters().values())
     optimizer = torch.optim.SGD(values, lr=0.1)
