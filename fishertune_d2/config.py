@@ -254,6 +254,11 @@ def _add_solver(cfg: CN) -> None:
     # The decay of an exponential moving average of the trained weights over the tuning stage, such
     # as 0.999, from 0.5 to below 1. The average is scored and exported. 0 averages nothing.
     cfg.SOLVER.EMA = 0.0
+    # The first iteration whose weights enter the average, if it lies after the warm-up.
+    cfg.SOLVER.EMA_START = 0
+    # The value to which WEIGHT_DECAY falls by half a cosine over the tuning stage; the other decays
+    # fall in proportion. None keeps all of them.
+    cfg.SOLVER.WEIGHT_DECAY_END = None
     # How many of the checkpoints that CHECKPOINT_PERIOD writes stay on disk, the newest; 0 for all.
     # The ends of stages, model_warmup.pth and model_final.pth, always stay.
     cfg.SOLVER.KEEP_CHECKPOINTS = 0
@@ -338,6 +343,10 @@ def _add_tuning(cfg: CN) -> None:
     # Rank of Rein's and SET's tokens (the authors'). The number of tokens is the head's number of
     # queries.
     cfg.TUNING.REIN.RANK = 16
+
+    cfg.TUNING.SOMA = CN()
+    # How many of a weight's smallest singular components SoMA trains (the authors').
+    cfg.TUNING.SOMA.RANK = 16
 
     cfg.TUNING.GROUP = CN()
     # Method "group", as in the paper's Fig. 3: weights drawn at random from these kinds (Q, K, V,

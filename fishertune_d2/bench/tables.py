@@ -225,7 +225,7 @@ class Table:
 _from_cityscapes = partial(
     Table, source="cityscapes/", test=("cityscapes_val", "bdd100k_val", "acdc_val")
 )
-_RIVALS = (FREEZE, "full", "lora", "adaptformer", "vpt", "vqt", "rein", "childtune")
+_RIVALS = (FREEZE, "full", "lora", "soma", "adaptformer", "vpt", "vqt", "rein", "childtune")
 _CITY_ENTRIES = (FREEZE, "full", "rein", "vqt", "childtune", "fishertune")
 _TABLE_1 = Table(
     "Table 1: ways to tune, on each foundation model",

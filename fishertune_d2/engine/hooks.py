@@ -8,6 +8,7 @@ and the third lets more and more of the ranked weights move.
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
+from math import cos, pi
 from pathlib import Path
 
 import torch
@@ -59,6 +60,34 @@ class LearningRates(HookBase):
         scalars = dict(zip(self._scalars, rates, strict=True))
         self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
         self.trainer.scheduler.step()
+
+
+class WeightDecay(HookBase):
+    """Lowers the weight decay by half a cosine over the tuning stage, as SoMA (CVPR 2025) does.
+
+    Each parameter group keeps its part: one that starts at 0 stays there. The decay is a function
+    of the iteration, and the groups remember where they started, so a resumed run goes on exactly.
+
+    Args:
+        start: the first iteration of the tuning stage, T1.
+        iters: its length, T3.
+        end: the decay at its end, as a share of that at its start.
+    """
+
+    def __init__(self, start: int, iters: int, end: float):
+        self.start = start
+        self.iters = iters
+        self.end = end
+
+    def before_step(self) -> None:
+        """Sets the decay of this iteration."""
+        step = self.trainer.iter - self.start
+        if step < 0:
+            return
+        share = self.end + (1 - self.end) * (1 + cos(pi * step / self.iters)) / 2
+        for group in self.trainer.optimizer.param_groups:
+            start = group.setdefault("initial_weight_decay", group["weight_decay"])
+            group["weight_decay"] = share * start
 
 
 class WarmupFreeze(HookBase):

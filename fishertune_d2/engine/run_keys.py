@@ -54,8 +54,11 @@ _RESULTS: dict[str, Result | None] = {
     "DATALOADER.SAMPLER_TRAIN": _WARMUP,
     "DATASETS.TRAIN": _WARMUP,
     "SEED": _WARMUP,
-    # Averages begin with the tuning stage, and move no weight.
+    # Averages begin with the tuning stage or later, and move no weight.
     "SOLVER.EMA": Result.TRAINED,
+    "SOLVER.EMA_START": Result.TRAINED,
+    # The weight decay falls in the tuning stage.
+    "SOLVER.WEIGHT_DECAY_END": Result.TRAINED,
     # The learning rate of the backbone, which a warm-up freezes.
     "SOLVER.BACKBONE_MULTIPLIER": Result.TRAINED,
     "SOLVER.*": _WARMUP,

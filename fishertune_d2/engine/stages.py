@@ -10,7 +10,7 @@ from torch import nn
 from fishertune_d2.fisher import FisherEstimate, Selection, Units, tuned_share
 from fishertune_d2.tuning import SelectedWeights, TuningMethod, build_tuning_method
 
-from .hooks import FisherEstimation, ParameterMask
+from .hooks import FisherEstimation, ParameterMask, WeightDecay
 from .optimizer import is_backbone
 from .weight_average import WeightAverage
 
@@ -148,7 +148,17 @@ def prepare_stage(
 
 def build_average(cfg: CfgNode, selected: Callable[[], SelectedWeights | None]) -> WeightAverage:
     """The hook that averages the weights of the tuning stage, if SOLVER.EMA asks for it."""
-    return WeightAverage(cfg.SOLVER.EMA, cfg.TUNING.WARMUP_ITERS, selected)
+    start = max(cfg.TUNING.WARMUP_ITERS, cfg.SOLVER.EMA_START)
+    return WeightAverage(cfg.SOLVER.EMA, start, selected)
+
+
+def build_weight_decay(cfg: CfgNode) -> WeightDecay | None:
+    """The hook that lowers the weight decay; None unless SOLVER.WEIGHT_DECAY_END asks for it."""
+    solver, start = cfg.SOLVER, cfg.TUNING.WARMUP_ITERS
+    if solver.WEIGHT_DECAY_END is None:
+        return None
+    end = solver.WEIGHT_DECAY_END / solver.WEIGHT_DECAY
+    return WeightDecay(start, solver.MAX_ITER - start, end)
 
 
 def _move_all(module: nn.Module, device: torch.device) -> None:

@@ -57,7 +57,8 @@ def require_possible(cfg: CfgNode, processes: int = 1) -> None:
     """Refuses a config by its values alone, in one error that names everything wrong in it."""
     require_scorable(cfg)
     method = build_tuning_method(cfg)
-    troubles = [*_schedule(cfg, method), *_choices(cfg), *_sizes(cfg, processes), *_best(cfg)]
+    troubles = [*_schedule(cfg, method), *_decays(cfg), *_choices(cfg)]
+    troubles += [*_sizes(cfg, processes), *_best(cfg)]
     if method.selects and cfg.TUNING.WARMUP_ITERS < cfg.SOLVER.MAX_ITER:
         troubles += _shift(cfg, method)
     if troubles:
@@ -153,6 +154,23 @@ def _schedule(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
             yield f"TUNING.SCHEDULE, TUNING.D_MIN and TUNING.D_MAX do not fit: {error}"
 
 
+def _decays(cfg: CfgNode) -> Iterator[str]:
+    solver = cfg.SOLVER
+    if solver.EMA and not 0.5 <= solver.EMA < 1:
+        yield f"SOLVER.EMA is {solver.EMA}: choose a decay from 0.5 to below 1, or 0 for no average"
+    if solver.EMA and not 0 <= solver.EMA_START < solver.MAX_ITER:
+        yield (
+            f"SOLVER.EMA_START is {solver.EMA_START}: choose an iteration from 0 to below "
+            f"SOLVER.MAX_ITER, {solver.MAX_ITER}"
+        )
+    end = solver.WEIGHT_DECAY_END
+    if end is not None and (end < 0 or solver.WEIGHT_DECAY <= 0):
+        yield (
+            f"SOLVER.WEIGHT_DECAY_END is {end} and SOLVER.WEIGHT_DECAY {solver.WEIGHT_DECAY}: "
+            "choose an end of at least 0 and a start above 0, or leave WEIGHT_DECAY_END out"
+        )
+
+
 def _choices(cfg: CfgNode) -> Iterator[str]:
     choices, values = dict(_TRAINING_CHOICES), dict(dotted_items(cfg))
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
@@ -178,7 +196,7 @@ def _best(cfg: CfgNode) -> Iterator[str]:
 
 
 def _sizes(cfg: CfgNode, processes: int) -> Iterator[str]:
-    images, ema = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.EMA
+    images = cfg.SOLVER.IMS_PER_BATCH
     crop, edges = cfg.INPUT.CROP, cfg.INPUT.MIN_SIZE_TRAIN
     period, warmup = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TUNING.WARMUP_CHECKPOINT
     if crop.ENABLED and not _positive(crop.SIZE, count=2):
@@ -197,8 +215,6 @@ def _sizes(cfg: CfgNode, processes: int) -> Iterator[str]:
             f"TUNING.WARMUP_CHECKPOINT {warmup} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} both say "
             "where training starts: leave one of them empty"
         )
-    if ema and not 0.5 <= ema < 1:
-        yield f"SOLVER.EMA is {ema}: choose a decay from 0.5 to below 1, or 0 for no average"
     if images < 1 or images % processes:
         yield (
             f"A batch of {images} images (SOLVER.IMS_PER_BATCH) cannot be shared evenly by "

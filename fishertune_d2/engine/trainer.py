@@ -44,7 +44,13 @@ from .preemption import Preemption
 from .run_record import NOTE, RunRecord, fingerprint, remember_run
 from .scoring import metrics_by_name, score_datasets
 from .sharing import OwnRun, check_estimate, load_warmup
-from .stages import build_average, build_estimation, build_mask, prepare_stage
+from .stages import (
+    build_average,
+    build_estimation,
+    build_mask,
+    build_weight_decay,
+    prepare_stage,
+)
 from .start_check import require_attachable, require_file, require_fillable, require_possible
 from .step_trainer import StepTrainer
 from .vit import require_nothing_around
@@ -162,6 +168,7 @@ class Trainer(DefaultTrainer):
             LearningRates(),
             *([self._estimation] if self._estimation else []),
             WarmupFreeze(cfg.TUNING.WARMUP_ITERS, on_end=lambda: self._save("model_warmup")),
+            build_weight_decay(cfg),
             *([build_mask(cfg, self.method, lambda: self._selected)] if self._estimation else []),
             self._average,
         ]
@@ -321,6 +328,7 @@ class Trainer(DefaultTrainer):
             scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
             scaled.defrost()
             scaled.TUNING.WARMUP_ITERS = round(cfg.TUNING.WARMUP_ITERS / scale)
+            scaled.SOLVER.EMA_START = round(cfg.SOLVER.EMA_START / scale)
             if cfg.is_frozen():
                 scaled.freeze()
         return scaled

@@ -22,12 +22,12 @@ class WeightAverage(HookBase):
 
     Args:
         decay: d, the weight of the earlier steps; 0 averages nothing.
-        start: the first iteration of the tuning stage, T1.
+        start: the first iteration that counts, T1 or later.
         selected: returns the selected weights; None if the method selects none.
 
     Attributes:
-        averages: the averages by the names in the model's state dict; empty before the tuning
-            stage. Entries of them that do not train stay as they are, to the bit.
+        averages: the averages by the names in the model's state dict; empty before
+            ``start``. Entries of them that do not train stay as they are, to the bit.
     """
 
     def __init__(

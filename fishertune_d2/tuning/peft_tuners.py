@@ -71,8 +71,35 @@ class PeftTuner(TuningMethod):
         self._config, self._options = config, options
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
-        """Splits fused layers if a target needs it, and wraps the targets in the tuner's layers."""
+        """Wraps the layers of :meth:`find_targets` in the tuner's."""
         vit = backbone.get_submodule("vit")
+        targets = self.find_targets(vit)
+        vit.requires_grad_(False)
+        needs_values = self.name in _READ_VALUES and next(vit.parameters()).is_meta
+        try:
+            config = self._config(**self._options, target_modules=targets)
+            with _values(vit, targets) if needs_values else nullcontext():
+                self._tuner(vit, config, "default")
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"peft cannot put {self.name} around {', '.join(targets)}: {error}"
+            ) from error
+        # peft marks trained parameters by these flags, which other stages overwrite.
+        tuned = [name for name, p in backbone.named_parameters() if p.requires_grad]
+        setattr(backbone, _TUNED_NAMES, tuned)
+
+    def find_targets(self, vit: nn.Module) -> list[str]:
+        """Finds the layers to tune, and splits fused layers if a target needs it.
+
+        Args:
+            vit: the ViT, without the tuner's layers.
+
+        Returns:
+            The layers' names in ``vit``, or the ends of these names.
+
+        Raises:
+            ValueError: if the ViT lacks a target.
+        """
         if not set(self.targets).isdisjoint(PROJECTIONS):
             split_qkv(vit)
         modules = [(name.rpartition(".")[2], module) for name, module in vit.named_modules()]
@@ -83,19 +110,7 @@ class PeftTuner(TuningMethod):
                 f"TUNING.PEFT.TARGETS names {', '.join(missing)}: this backbone has "
                 f"{', '.join(sorted(linear))}"
             )
-        vit.requires_grad_(False)
-        needs_values = self.name in _READ_VALUES and next(vit.parameters()).is_meta
-        try:
-            config = self._config(**self._options, target_modules=self.targets)
-            with _values(vit, self.targets) if needs_values else nullcontext():
-                self._tuner(vit, config, "default")
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"peft cannot put {self.name} around {', '.join(self.targets)}: {error}"
-            ) from error
-        # peft marks trained parameters by these flags, which other stages overwrite.
-        tuned = [name for name, p in backbone.named_parameters() if p.requires_grad]
-        setattr(backbone, _TUNED_NAMES, tuned)
+        return self.targets
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that the tuner added and trains."""
@@ -156,7 +171,7 @@ def _import_peft() -> ModuleType:
         if error.name != "peft":  # peft is installed, but one of its own dependencies is missing
             raise
         raise ImportError(
-            "TUNING.METHOD lora and peft need peft: pip install 'fishertune-d2[baselines]'"
+            "TUNING.METHOD lora, soma and peft need peft: pip install 'fishertune-d2[baselines]'"
         ) from None
     return peft
 

@@ -60,9 +60,14 @@ class SplitQKV(nn.Module):
         attn.qkv = fused
 
 
-def split_qkv(vit: nn.Module) -> None:
-    """Splits every fused layer of a timm ViT; the state dict gets the names above."""
-    for block in vit.get_submodule("blocks").children():
+def split_qkv(vit: nn.Module, first: int = 0) -> None:
+    """Splits the fused layers of a timm ViT; the state dict gets the names above.
+
+    Args:
+        vit: the model.
+        first: the first block whose layer is split.
+    """
+    for block in list(vit.get_submodule("blocks").children())[first:]:
         attn = block.get_submodule("attn")
         if getattr(attn, "qkv", None) is not None:
             attn.qkv = SplitQKV(attn)

@@ -45,6 +45,7 @@ def _rates_and_decays(cfg, model: nn.Module) -> dict[str, tuple[float, float]]:
         ("vqt", {"vqt.prompts.0": 0.0, "vqt.weight": 0.05}),
         ("adaptformer", {"adaptformer.down.0": 0.05}),
         ("lora", {"q_proj.lora_A.default": 0.05}),
+        ("soma", {"fc1.lora_A.default": 0.05, "fc1.base_layer.bias": 0.05}),
         ("peft", {"fc2.ia3_l.default": 0.0, "q_proj.lora_magnitude_vector.default": 0.0}),
         ("fishertune", {"prompts": 0.0, "own": 0.05}),  # a name that the method does not set
     ],

@@ -155,6 +155,33 @@ def test_a_resumed_run_has_the_same_averages(averaged, stop):
     assert same_states(*hooks)
 
 
+def test_an_average_may_begin_after_the_warm_up(tiny_cfg):
+    late = {"SOLVER__EMA": 0.9, "SOLVER__EMA_START": 5, "DATASETS__TEST": ()}
+    whole = tiny_cfg("whole", TUNING__METHOD="lora", **late)  # T1 = 3, T3 = 4
+    train(whole)
+    before, first, last = (
+        torch.load(Path(whole.OUTPUT_DIR, f"{name}.pth"), weights_only=True)
+        for name in ("model_0000004", "model_0000005", "model_final")
+    )
+    assert before["trainer"]["hooks"]["WeightAverage"] == {}
+    start, end = (each["trainer"]["hooks"]["WeightAverage"] for each in (first, last))
+    assert start and same_states(start, {name: first["model"][name] for name in start})
+    for name, weight in end.items():
+        expected = 0.9 * start[name].double() + 0.1 * weight.double()
+        assert torch.allclose(last["model"][name].double(), expected, rtol=1e-5, atol=1e-7), name
+    for stop in (4, 6):
+        parts = tiny_cfg(f"parts_{stop}", TUNING__METHOD="lora", **late)
+        train(parts, stop=stop)
+        train(parts, resume=True)
+        assert same_states(final_state(parts.OUTPUT_DIR)["model"], last["model"])
+
+
+@pytest.mark.parametrize("start", [-1, 7])
+def test_an_average_that_never_begins_is_refused(tiny_cfg, start):
+    with pytest.raises(ValueError, match="SOLVER.EMA_START is .* from 0 to below .*MAX_ITER, 7"):
+        train(tiny_cfg(SOLVER__EMA=0.9, SOLVER__EMA_START=start))
+
+
 @pytest.mark.parametrize("decay", [0.3, 1.0, -0.1])
 def test_a_decay_that_averages_nothing_is_refused(tiny_cfg, decay):
     with pytest.raises(ValueError, match="SOLVER.EMA is .*: choose a decay from 0.5 to below 1"):
