@@ -43,7 +43,7 @@ class PeftTuner(TuningMethod):
         ValueError: if there is no such tuner or option, or the tuner cannot work here.
     """
 
-    options = ("LORA", "PEFT")
+    options: tuple[str, ...] | None = ("LORA", "PEFT")
     adds = True
     # Factors: of a layer's outputs or inputs in IA3, of a weight's columns in DoRA.
     undecayed = ("ia3_l", "lora_magnitude_vector")

@@ -53,13 +53,14 @@ class SoMA(PeftTuner):
         Raises:
             ValueError: if a layer has fewer singular values than r.
         """
-        first = len(vit.get_submodule("blocks")) // 3
+        blocks = dict(vit.get_submodule("blocks").named_children())
+        first = len(blocks) // 3
         split_qkv(vit, first)
         layers = {
             f"blocks.{i}.{name}": layer.weight
-            for i, block in enumerate(vit.get_submodule("blocks").children())
+            for i, block in list(blocks.items())[first:]
             for name, layer in block.named_modules()
-            if i >= first and isinstance(layer, nn.Linear)
+            if isinstance(layer, nn.Linear)
         }
         most = min(min(weight.shape) for weight in layers.values())
         if self.rank > most:
