@@ -108,9 +108,7 @@ def apply_fishertune(
         output_dir=output_dir, units=vit.units, allocation=allocation, steps=steps,
     )  # fmt: skip
     require_writable(output_dir)  # now, not after the warm-up
-    mask = vit.mask(estimation, max_iter, d_min, d_max, schedule)
-    vit.log()
-    trainer.register_hooks([*vit.frozen(warmup, max_iter), estimation, mask])
+    trainer.register_hooks(vit.hooks(estimation, max_iter, d_min, d_max, schedule))
     return estimation
 
 
@@ -186,11 +184,12 @@ class _ViT:
         assert estimate is not None  # `estimating` measures one
         return domain_related_fisher(estimate.by_unit(self.units))
 
-    def mask(
+    def hooks(
         self, estimation: FisherEstimation, max_iter: int, d_min: float, d_max: float, schedule: str
-    ) -> ParameterMask:
-        """The hook that lets the selected weights move, more and more of them."""
-        return ParameterMask(
+    ) -> list[HookBase]:
+        """The hooks that freeze, estimate, and let selected weights move; logs what they do."""
+        self.log()
+        mask = ParameterMask(
             partial(self.restriction, estimation),
             start=estimation.start,
             iters=max_iter - estimation.start,
@@ -198,6 +197,7 @@ class _ViT:
             d_max=d_max,
             schedule=schedule,
         )
+        return [*self.frozen(estimation.start, max_iter), estimation, mask]
 
     def restriction(self, estimation: FisherEstimation) -> MaskedUpdate:
         """Restricts the optimizer to the weights that the estimation has selected."""

@@ -46,8 +46,7 @@ def select(
         perturb: the simulated shift; by default :meth:`StatisticsPerturbation.of_vit` of the model.
         unit: ``"weight"`` or ``"neuron"``, see :class:`Units`.
         allocation: ``"global"`` or ``"layer"``, see :meth:`Selection.from_scores`.
-        steps: ``"equal"``, or ``"fisher"`` for smaller steps of more sensitive units, see
-            :func:`steps_of_units`.
+        steps: ``"equal"``, or ``"fisher"`` for the factors of :func:`steps_of_units`.
 
     Returns:
         The selection, by the parameter names of ``model``.
