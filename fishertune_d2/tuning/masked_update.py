@@ -92,10 +92,10 @@ class MaskedUpdate:
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for name, parameter in self.parameters.items():
-            before, after = self._fixed[name], parameter
+            before = self._fixed[name]
             if name in self._factors and self._stepping:
-                after = torch.lerp(before, parameter, self._factors[name])
-            parameter.copy_(torch.where(self.masks[name], after, before))
+                torch.lerp(before, parameter, self._factors[name], out=parameter)
+            parameter.copy_(torch.where(self.masks[name], parameter, before))
         self._stepping = False
 
 
