@@ -50,7 +50,7 @@ STUDIES = {
         "20 % over 900 iterations",
         "tables.md#do-a-larger-share-and-900-iterations-close-the-gap",
     ),
-    "units_search": ("Neurons, first rate", "selection.md#are-neurons-as-good-as-single-weights"),
+    "units": ("Neurons", "selection.md#are-neurons-as-good-as-single-weights"),
 }
 
 HEAD = """# Model zoo

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Rehearses the paper's experiments without a GPU and without the data: tools/rehearse_paper.py.
 
-    python tools/rehearse_paper.py            # every step; 11 minutes on two idle cores
+    python tools/rehearse_paper.py            # every step; 7 minutes on two idle cores
     python tools/rehearse_paper.py --short    # one process, one cell; one minute on an idle core
 
 Run it before days of GPU time. It writes a few fake images in the layouts and sizes of GTAV,
@@ -57,6 +57,7 @@ SMALL = {
     "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 20,
     "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 256,
     "SOLVER.MAX_ITER": 5,
+    "SOLVER.EMA_START": 3,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "TUNING.WARMUP_ITERS": 2,
     "FISHER.BATCHES": 2,  # but at least one for each process
@@ -64,7 +65,7 @@ SMALL = {
 }
 # The training is killed after this iteration, the first of the tuning stage.
 KILLED_AFTER = SMALL["TUNING.WARMUP_ITERS"]
-# Seconds after which a command counts as stuck. A table has 20 cells; other programs may run, too.
+# Seconds after which a command counts as stuck. A table has 22 cells; other programs may run, too.
 PATIENCE = 1800
 
 
