@@ -43,7 +43,7 @@ def write(path: str | Path, content: Content) -> None:
     # Versions that know single weights alone read files of single weights.
     if content.unit != "weight":
         header["unit"] = content.unit
-    # These versions refuse a file that has steps.
+    # Versions that do not know factors on steps refuse a file that has them.
     texts = {"header": json.dumps(header), "notes": json.dumps(content.notes)}
     with whole_file(path) as temporary:
         save_file(tensors, str(temporary), metadata={"format": _FORMAT, **texts})
