@@ -173,7 +173,7 @@ class FisherEstimation(HookBase):
         self.selection: Selection | None = None
         self.selection_file = Path(output_dir) / "selection.safetensors"
         self.estimate_file = Path(output_dir) / "fisher.safetensors"
-        self._digest: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
 
     def before_step(self) -> None:
         """Estimates and selects, at ``start``."""
@@ -186,11 +186,11 @@ class FisherEstimation(HookBase):
         # Only one process ranks: a single different bit of F would change the lengths of the
         # trained vectors, which DDP needs to be the same everywhere.
         self.selection = Selection.load(self.selection_file)
-        self._digest = {"selection": _digest(self.selection_file)}
+        self._digests = {"selection": _digest(self.selection_file)}
 
     def state_dict(self) -> dict:
         """The hash of the selection, so that a resumed run knows its own."""
-        return self._digest
+        return self._digests
 
     def load_state_dict(self, state: dict) -> None:
         """Reads the selection that the checkpoint was trained with, and refuses another one."""
@@ -204,7 +204,7 @@ class FisherEstimation(HookBase):
                 f"{self.selection_file} is not the selection the checkpoint was trained with: put "
                 "that one back, or resume from a checkpoint of the warm-up stage"
             )
-        self._digest = state
+        self._digests = state
         self.selection = found = Selection.load(self.selection_file)
         unit = self.units.unit if self.units else "weight"
         allocation = found.notes.get("allocation", "global")

@@ -37,13 +37,12 @@ def write(path: str | Path, content: Content) -> None:
     """Writes a safetensors file; if that fails, an existing file stays."""
     tensors = {f"indices/{name}": t.cpu().contiguous() for name, t in content.indices.items()}
     tensors |= {f"ranks/{name}": t.cpu().contiguous() for name, t in content.ranks.items()}
-    if content.steps is not None:
+    if content.steps is not None:  # versions that do not know such factors refuse the file
         tensors |= {f"steps/{name}": t.cpu().contiguous() for name, t in content.steps.items()}
     header = {"share": content.share, "base": content.base, "shapes": content.shapes}
     # Versions that know single weights alone read files of single weights.
     if content.unit != "weight":
         header["unit"] = content.unit
-    # Versions that do not know factors on steps refuse a file that has them.
     texts = {"header": json.dumps(header), "notes": json.dumps(content.notes)}
     with whole_file(path) as temporary:
         save_file(tensors, str(temporary), metadata={"format": _FORMAT, **texts})

@@ -58,8 +58,8 @@ class MaskedUpdate:
         self._factors = _dense_steps(self._slices, self.parameters)
         self._stepping = False
         self._hooks = [
-            optimizer.register_step_pre_hook(self._mask_gradients),
-            optimizer.register_step_post_hook(self._restore),
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         ]
 
     def grow(self, share: float) -> int:
@@ -80,7 +80,7 @@ class MaskedUpdate:
             hook.remove()
 
     @torch.no_grad()
-    def _mask_gradients(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 # A product with the mask would turn an infinite gradient into NaN.
@@ -90,7 +90,7 @@ class MaskedUpdate:
         self._stepping = True
 
     @torch.no_grad()
-    def _restore(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for name, parameter in self.parameters.items():
             before = self._fixed[name]
             if name in self._factors and self._stepping:
