@@ -142,6 +142,7 @@ _UNITS = (
     "fishertune_neuron_layer_20",
     "fishertune_neuron_rho1",
     "fishertune_neuron_20_rho1",
+    "fishertune_neuron_layer_20_rho1",
     "fishertune_neuron_steps",
     "fishertune_neuron_20_steps",
     "fishertune_neuron_20_rho1_steps",
