@@ -36,7 +36,7 @@ def add_fishertune_config(cfg: CN) -> None:
     add_deeplab_config(cfg)  # WarmupPolyLR's keys, and those of DeepLab's heads
     _add_backbone(cfg)
     _add_head(cfg)
-    _add_input_and_test(cfg)
+    _add_data_and_test(cfg)
     _add_solver(cfg)
     _add_fisher(cfg)
     _add_tuning(cfg)
@@ -196,9 +196,17 @@ def _add_head(cfg: CN) -> None:
     cfg.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75
 
 
-def _add_input_and_test(cfg: CN) -> None:
+def _add_data_and_test(cfg: CN) -> None:
     # Colour jitter of SSD (brightness, contrast, saturation, hue).
     cfg.INPUT.COLOR_AUG_SSD = True
+    # RareClassSampler draws a class with a share f of the labelled pixels by
+    # softmax((1 - f) / temperature): 0.01 in DAFormer, 100 in tqdm, which is nearly uniform.
+    cfg.DATALOADER.RARE_CLASS_TEMPERATURE = 0.01
+    # Pixels of a class that an image needs in order to be drawn for it (DAFormer, tqdm).
+    cfg.DATALOADER.RARE_CLASS_PIXELS = 3000
+    # Pixels of that class that a crop needs; else size and crop are drawn again, at most ten times.
+    # DAFormer and tqdm have 1500. 0 takes the first crop.
+    cfg.DATALOADER.RARE_CLASS_CROP_PIXELS = 0
     # A crop in which one class fills more than this share is redrawn, at most ten times.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 0.75
 

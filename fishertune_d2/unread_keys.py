@@ -1,4 +1,4 @@
-"""Keys of Detectron2 that nothing here reads, and the keys to use instead.
+"""Keys that nothing reads, most of them Detectron2's, and the keys to use instead.
 
 A config that was written for another Detectron2 project may set them; they change nothing.
 """
@@ -83,6 +83,11 @@ UNREAD = (
         "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler reads it",
         lambda cfg: cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler",
     ),
+    Unread(
+        "DATALOADER.RARE_CLASS_*",
+        "DATALOADER.SAMPLER_TRAIN RareClassSampler reads it",
+        lambda cfg: cfg.DATALOADER.SAMPLER_TRAIN == "RareClassSampler",
+    ),
     Unread("DATASETS.PROPOSAL_FILES_* DATASETS.PRECOMPUTED_*", "nothing here has proposals"),
     _of_schedules("SOLVER.STEPS SOLVER.RESCALE_INTERVAL", "WarmupMultiStepLR"),
     _of_schedules("SOLVER.GAMMA", "WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"),
@@ -149,7 +154,7 @@ def why_unread(key: str, cfg: CfgNode) -> str | None:
 def unread_keys(cfg: CfgNode) -> dict[str, str]:
     """The keys that a config changes and nothing reads, with the remedy for each."""
     start, now = (dict(dotted_items(each)) for each in (default_config(), cfg))
-    changed = [key for key in stock_keys() if key in now and not equal_values(now[key], start[key])]
+    changed = [key for key in start if key in now and not equal_values(now[key], start[key])]
     return {key: why for key in changed if (why := why_unread(key, cfg)) is not None}
 
 

@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fishertune_d2.data.image_files import DatasetError
-from fishertune_d2.data.samplers import ResumableSampler, build_sampler
+from fishertune_d2.data.samplers import DAFORMER, RareClass, ResumableSampler, build_sampler
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # macOS does not
@@ -46,7 +46,10 @@ class _MappedItems(Dataset[dict[str, Any]]):
         return len(self.dicts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.dicts[index]
+        return self.map(self.dicts[index])
+
+    def map(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Maps one entry."""
         try:
             return self.mapper(item)
         except DatasetError:
@@ -58,15 +61,24 @@ class _MappedItems(Dataset[dict[str, Any]]):
 
 
 class _SeededItems(Dataset[dict[str, Any]]):
-    """Maps an entry with random generators seeded by its position in the stream."""
+    """Maps an entry with random generators seeded by its position in the stream.
 
-    def __init__(self, dicts: Sequence[dict[str, Any]], mapper: Mapper, seed: int):
+    The mapper gets the class for which the sampler drew the entry, if any, as ``drawn_for``.
+    """
+
+    def __init__(
+        self, dicts: Sequence[dict[str, Any]], mapper: Mapper, seed: int, order: ResumableSampler
+    ):
         self.items = _MappedItems(dicts, mapper)
         self.dicts = self.items.dicts  # whose file names go into a run's record
         self.seed = seed
+        self.order = order
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         position, index = key
+        item, drawn_for = self.dicts[index], self.order.class_at(position)
+        if drawn_for is not None:
+            item = {**item, "drawn_for": drawn_for}
         # Without workers this is the training process. Its own generators must continue as if
         # nothing had been drawn here.
         numpy_state, python_state = np.random.get_state(), random.getstate()
@@ -77,7 +89,7 @@ class _SeededItems(Dataset[dict[str, Any]]):
             random.seed(int(words[1]))
             torch.default_generator.manual_seed(int(words[2]))  # leaves the GPU's generators alone
             try:
-                return self.items[index]
+                return self.items.map(item)
             finally:
                 np.random.set_state(numpy_state)
                 random.setstate(python_state)
@@ -174,10 +186,9 @@ def build_train_loader(
     sampler: str = "TrainingSampler",
     class_counts: np.ndarray | None = None,
     repeat_threshold: float = 0.0,
+    rare_class: RareClass = DAFORMER,
 ) -> DataLoader:
-    """Builds an endless loader of shuffled, augmented batches.
-
-    To resume, set ``loader.sampler.start`` before iteration begins, see `ResumableSampler`.
+    """Builds an endless loader of shuffled, augmented batches; resume with ``sampler.start``.
 
     Args:
         dicts: Entries as `load_datasets` returns them.
@@ -192,15 +203,15 @@ def build_train_loader(
             ("RareClassSampler").
         class_counts: (N, C + 1) pixels of the N entries by class, ignored pixels last; the last two
             samplers need them.
-        repeat_threshold: For "RepeatFactorTrainingSampler", the share of the images below which a
-            class is rare.
+        repeat_threshold: For `RepeatFactorSampler`.
+        rare_class: For `RareClassSampler`.
 
     Returns:
         A loader of lists of mapped dicts.
 
     Raises:
-        ValueError: if the ranks cannot share the batch evenly, there are no entries, the sampler
-            is unknown or lacks its arguments, or ``num_workers`` is below -1.
+        ValueError: if the ranks cannot share the batch evenly, there are no entries, or an argument
+            cannot work.
     """
     world_size = comm.get_world_size()
     if batch_size < 1 or batch_size % world_size:
@@ -209,7 +220,6 @@ def build_train_loader(
             f"{world_size} processes; choose a multiple."
         )
     block = batch_size // world_size
-    items = _SeededItems(dicts, mapper, seed)
     order = build_sampler(
         sampler,
         len(dicts),
@@ -217,7 +227,9 @@ def build_train_loader(
         block=block,
         class_counts=class_counts,
         repeat_threshold=repeat_threshold,
+        rare_class=rare_class,
     )
+    items = _SeededItems(dicts, mapper, seed, order)
     if start is not None:
         _set_former_start(order, start)
     return _Loader(items, order, block, num_workers, pin_memory)

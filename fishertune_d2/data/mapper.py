@@ -24,6 +24,9 @@ from fishertune_d2.data.image_files import (
 from fishertune_d2.data.image_shifts import shift_image
 from fishertune_d2.data.protocols import Protocol, read_test_sizes
 
+# Draws of size and crop until one shows enough of a rare class, as in DAFormer and tqdm.
+_CROPS_FOR_RARE_CLASS = 10
+
 
 class ColorJitter(T.Augmentation):
     """SSD's random brightness, contrast, saturation and hue, on uint8 images."""
@@ -61,6 +64,7 @@ class SegmentationMapper:
         test_sizes: Mapping[str, tuple[int, int] | None] | None = None,
         native_labels: bool = False,
         label_maps: Mapping[str, str] | None = None,
+        rare_class_crop_pixels: int = 0,
     ):
         """Stores the augmentations.
 
@@ -80,6 +84,8 @@ class SegmentationMapper:
             native_labels: Score at the label files' size even where labels are usually halved.
             label_maps: Name in `LABEL_MAPS` with which a test set is scored in place of its own,
                 keyed by the data set's name.
+            rare_class_crop_pixels: Pixels of the class ``drawn_for`` that a crop needs; else size
+                and crop are drawn again, at most ten times. 0 takes the first crop.
 
         Raises:
             ValueError: if a name in ``test_sizes`` is not registered.
@@ -101,10 +107,11 @@ class SegmentationMapper:
         self.pad_to = pad_to
         self.pad_value = np.round(pad_value).astype(np.uint8)
         self.ignore_label = ignore_label
+        self.rare_class_crop_pixels = rare_class_crop_pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Reads cfg.INPUT, cfg.MODEL and, by `Protocol.from_config`, cfg.TEST."""
+        """Reads cfg.INPUT, cfg.DATALOADER, cfg.MODEL and, by `Protocol.from_config`, cfg.TEST."""
         crop, ignore_label = cfg.INPUT.CROP, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         protocol, registered = Protocol.from_config(cfg), DatasetCatalog.list()
         if crop.ENABLED and crop.TYPE != "absolute":
@@ -144,10 +151,11 @@ class SegmentationMapper:
             "test_sizes": read_test_sizes(cfg.TEST.SIZES) | protocol.sizes_of(registered),
             "native_labels": protocol.native_labels,
             "label_maps": protocol.label_maps_of(registered),
+            "rare_class_crop_pixels": cfg.DATALOADER.RARE_CLASS_CROP_PIXELS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Maps one dict of `load_pairs`.
+        """Maps one dict of `load_pairs`, in training maybe with the class ``drawn_for``.
 
         Returns:
             A copy with ``image``, (3, H, W) uint8, and in training ``sem_seg``, (H, W) uint8
@@ -172,7 +180,7 @@ class SegmentationMapper:
                 f"{pair[0]} has the size {image.width} x {image.height}, and its label {pair[1]} "
                 f"{label.shape[1]} x {label.shape[0]}. {size_remedy(*pair)}"
             )
-        image, label = self._resized_part(image, label)
+        image, label = self._resized_part(image, label, dataset_dict.get("drawn_for"))
         augmented = T.AugInput(to_array(image, self.image_format), sem_seg=label)
         self.augmentations(augmented)
         pixels, label = self._pad(augmented.image, augmented.sem_seg)
@@ -183,19 +191,16 @@ class SegmentationMapper:
         }
 
     def _resized_part(
-        self, image: Image.Image, label: np.ndarray
+        self, image: Image.Image, label: np.ndarray, drawn_for: int | None
     ) -> tuple[Image.Image, np.ndarray]:
         """Draws a size and a part of the label, and resizes only that part of the image."""
         # The pixels differ by at most 2 grey levels from that part of the whole resized image: each
         # of the two passes, along rows and along columns, may round to the other neighbour.
-        if self.resize is not None:
-            label = self.resize.get_transform(label).apply_segmentation(label)
-        height, width = label.shape
-        left, top, right, bottom = 0, 0, width, height
-        if self.crop is not None:
-            part = self.crop.get_transform(label, label)
-            label = part.apply_segmentation(label)
-            left, top, right, bottom = part.x0, part.y0, part.x0 + part.w, part.y0 + part.h
+        wanted = self.rare_class_crop_pixels if drawn_for is not None else 0
+        for _ in range(_CROPS_FOR_RARE_CLASS if wanted else 1):
+            part, (left, top, right, bottom), (width, height) = self._draw_part(label)
+            if np.count_nonzero(part == drawn_for) >= wanted:
+                break
         across, down = image.width / width, image.height / height
         box = (
             left * across,
@@ -204,7 +209,20 @@ class SegmentationMapper:
             min(bottom * down, image.height),
         )
         size = (right - left, bottom - top)
-        return image.resize(size, Image.Resampling.BILINEAR, box=box), label
+        return image.resize(size, Image.Resampling.BILINEAR, box=box), part
+
+    def _draw_part(
+        self, label: np.ndarray
+    ) -> tuple[np.ndarray, tuple[int, int, int, int], tuple[int, int]]:
+        """Returns a part of the resized label, its box there, and the resized (width, height)."""
+        if self.resize is not None:
+            label = self.resize.get_transform(label).apply_segmentation(label)
+        height, width = label.shape
+        if self.crop is None:
+            return label, (0, 0, width, height), (width, height)
+        part = self.crop.get_transform(label, label)
+        box = (part.x0, part.y0, part.x0 + part.w, part.y0 + part.h)
+        return part.apply_segmentation(label), box, (width, height)
 
     def _as_scored(self, item: dict[str, Any], image: Image.Image) -> dict[str, Any]:
         """Returns the image at its test size, and how its label is read for the score."""

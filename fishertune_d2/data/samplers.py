@@ -9,6 +9,7 @@ Shapes: N entries, C classes. Class counts are (N, C + 1) pixels by class, ignor
 import logging
 from collections.abc import Iterator
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 from detectron2.data.samplers import RepeatFactorTrainingSampler
@@ -19,14 +20,26 @@ from torch.utils.data import Sampler
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RareClassSampler")
 """Choices of DATALOADER.SAMPLER_TRAIN."""
 
-# DAFormer's temperature of the class probabilities, and the pixels of a class that an image needs
-# in order to be drawn for it.
-RARE_CLASS_TEMPERATURE = 0.01
-RARE_CLASS_PIXELS = 3000
 # Beyond these limits, rare class sampling trains on little but one class, or on too few images of a
 # class.
 _MOST_OF_ONE_CLASS = 0.9
 _FEW_IMAGES = 3
+
+
+class RareClass(NamedTuple):
+    """How `RareClassSampler` draws.
+
+    Attributes:
+        temperature: A small one draws only the rarest classes, a large one all alike.
+        min_pixels: Least pixels of a class in images that are drawn for it. If no image has as
+            many, every image with a pixel of the class may be drawn.
+    """
+
+    temperature: float
+    min_pixels: int
+
+
+DAFORMER = RareClass(temperature=0.01, min_pixels=3000)
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
@@ -70,6 +83,10 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         if epoch != self._epoch:
             self._epoch, self._order = epoch, _generator(self.seed, epoch).permutation(self.size)
         return int(self._order[place])
+
+    def class_at(self, position: int) -> int | None:
+        """Returns the class for which the entry at a position is drawn; None if for no class."""
+        return None
 
 
 class RepeatFactorSampler(ResumableSampler):
@@ -120,26 +137,25 @@ class RepeatFactorSampler(ResumableSampler):
 class RareClassSampler(ResumableSampler):
     """Draws a class for each position, rare classes most often, then an image that holds it.
 
-    This is the rare class sampling of DAFormer and of the method tqdm: a class with a share f of
-    all labelled pixels has the probability softmax((1 - f) / temperature). There are no epochs.
+    This is the rare class sampling of DAFormer (temperature 0.01) and of tqdm (100): a class with a
+    share f of all labelled pixels has the probability softmax((1 - f) / temperature). There are no
+    epochs.
 
     Args:
         class_counts: (N, C + 1).
         seed: As in `ResumableSampler`, also block.
-        temperature: A small one draws only the rarest classes, a large one all alike.
-        min_pixels: Least pixels of a class in images that are drawn for it. If no image has as
-            many, every image with a pixel of the class may be drawn.
+        options: The temperature, and the pixels that an image needs.
     """
 
     def __init__(
-        self,
-        class_counts: np.ndarray,
-        seed: int,
-        block: int,
-        *,
-        temperature: float = RARE_CLASS_TEMPERATURE,
-        min_pixels: int = RARE_CLASS_PIXELS,
+        self, class_counts: np.ndarray, seed: int, block: int, options: RareClass = DAFORMER
     ):
+        temperature, min_pixels = options
+        if temperature <= 0:
+            raise ValueError(
+                f"DATALOADER.RARE_CLASS_TEMPERATURE is {temperature}: choose a number above 0, "
+                "such as 0.01 (DAFormer) or 100 (tqdm)"
+            )
         super().__init__(len(class_counts), seed, block)
         pixels = class_counts[:, :-1]
         totals = pixels.sum(axis=0)
@@ -182,9 +198,17 @@ class RareClassSampler(ResumableSampler):
 
     def entry(self, position: int) -> int:
         """Returns the entry at a position, independent of all others."""
+        generator, drawn = self._draw_class(position)
+        return int(generator.choice(self._images[drawn]))
+
+    def class_at(self, position: int) -> int:
+        """Returns the class for which the entry at a position is drawn."""
+        return int(self.classes[self._draw_class(position)[1]])
+
+    def _draw_class(self, position: int) -> tuple[np.random.Generator, int]:
+        """Returns the position's generator after the draw, and the place of the class."""
         generator = _generator(self.seed, position, 1)  # augmentation seeds with two numbers
-        images = self._images[generator.choice(len(self.classes), p=self.probabilities)]
-        return int(generator.choice(images))
+        return generator, generator.choice(len(self.classes), p=self.probabilities)
 
 
 def build_sampler(
@@ -195,6 +219,7 @@ def build_sampler(
     block: int,
     class_counts: np.ndarray | None = None,
     repeat_threshold: float = 0.0,
+    rare_class: RareClass = DAFORMER,
 ) -> ResumableSampler:
     """Builds the sampler of `SAMPLERS` that configs call ``name``.
 
@@ -218,7 +243,7 @@ def build_sampler(
         )
     if name == "RepeatFactorTrainingSampler":
         return RepeatFactorSampler(class_counts, repeat_threshold, seed, block)
-    return RareClassSampler(class_counts, seed, block)
+    return RareClassSampler(class_counts, seed, block, rare_class)
 
 
 def require_sampler(name: str) -> None:

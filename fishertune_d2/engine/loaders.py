@@ -13,7 +13,7 @@ from fishertune_d2.data import (
     dataset_metadata,
     load_datasets,
 )
-from fishertune_d2.data.samplers import require_sampler
+from fishertune_d2.data.samplers import RareClass, require_sampler
 
 
 def training_loader(cfg: CfgNode) -> DataLoader:
@@ -30,6 +30,9 @@ def training_loader(cfg: CfgNode) -> DataLoader:
         sampler=sampler,
         class_counts=None if sampler == "TrainingSampler" else class_counts(cfg.DATASETS.TRAIN),
         repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD,
+        rare_class=RareClass(
+            cfg.DATALOADER.RARE_CLASS_TEMPERATURE, cfg.DATALOADER.RARE_CLASS_PIXELS
+        ),
     )
 
 

@@ -293,3 +293,30 @@ def test_a_row_of_test_sizes_that_is_no_name_and_pair_is_refused_at_the_start(si
     cfg.TEST.SIZES = [["camvid_day_test", *size]]
     with pytest.raises(ValueError, match=r"TEST\.SIZES holds \['camvid_day_test'.*whole pixels"):
         SegmentationMapper(cfg, is_train=is_train)
+
+
+def test_a_crop_for_a_rare_class_is_drawn_again_until_it_shows_enough(item):
+    """As a loop over Detectron2's transforms: at most ten draws, the last one stays."""
+    drawn_for, wanted = 0, 300  # the last stripe: 16 x 24 = 384 pixels if the crop has all of it
+    sizes = {"INPUT.MIN_SIZE_TRAIN": [23, 40]}
+    cfg = make_cfg(**sizes, **{"DATALOADER.RARE_CLASS_CROP_PIXELS": wanted})
+    mapper = SegmentationMapper(cfg, is_train=True)
+    crop = T.RandomCrop_CategoryAreaConstraint("absolute", [24, 32], 0.75, 255)
+    transforms = T.AugmentationList([T.ResizeShortestEdge([23, 40], 1333, "choice"), crop])
+    draws = []
+    for seed in range(40):
+        out = run(mapper, {**item, "drawn_for": drawn_for}, seed)["sem_seg"].numpy()
+        np.random.seed(seed)
+        for draw in range(1, 11):  # noqa: B007 - the number of draws is used after the loop
+            label = read_label(item["sem_seg_file_name"], "camvid")
+            expected = T.AugInput(read_image(item["file_name"], "RGB"), sem_seg=label)
+            transforms(expected)
+            if (expected.sem_seg == drawn_for).sum() >= wanted:
+                break
+        draws.append(draw)
+        height, width = expected.sem_seg.shape
+        np.testing.assert_array_equal(out[:height, :width], expected.sem_seg)
+    assert 1 in draws and max(draws) > 3
+    first = SegmentationMapper(make_cfg(**sizes), is_train=True)
+    for seed in range(10):  # an image that was drawn for no class takes the first crop
+        assert run(mapper, item, seed)["sem_seg"].equal(run(first, item, seed)["sem_seg"])

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 
 from fishertune_d2.data import build_train_loader
 from fishertune_d2.data.samplers import (
+    DAFORMER,
     SAMPLERS,
     RareClassSampler,
     RepeatFactorSampler,
@@ -91,7 +92,7 @@ def test_no_rare_class_is_every_image_once_in_an_epoch():
 
 
 def rare(counts=COUNTS, **options):
-    return RareClassSampler(np.asarray(counts), 3, 1, **options)
+    return RareClassSampler(np.asarray(counts), 3, 1, DAFORMER._replace(**options))
 
 
 def test_the_probabilities_of_classes_are_daformers():
@@ -118,6 +119,44 @@ def test_an_image_needs_enough_pixels_of_the_class_it_is_drawn_for():
     assert {i for _, i in drawn(rare(counts, min_pixels=1, **options), 200)} == {0, 1, 3}
     # No image holds as many: each with a pixel of it may be drawn.
     assert {i for _, i in drawn(rare(counts, min_pixels=101, **options), 200)} == {0, 1, 3}
+
+
+def test_a_sampler_names_the_class_for_which_it_drew():
+    sampler = rare(temperature=0.5, min_pixels=1)
+    classes = [sampler.class_at(position) for position in range(2000)]
+    for position, index in drawn(sampler, 200):
+        assert COUNTS[index, classes[position]] > 0
+    share = np.bincount(classes, minlength=3) / 2000
+    assert share == pytest.approx(sampler.probabilities, abs=0.03)
+    assert build("TrainingSampler").class_at(3) is None
+    # A class index is that of the labels, also if a class before it is never labelled.
+    assert {rare([[5, 0, 3, 9]], min_pixels=1).class_at(k) for k in range(50)} <= {0, 2}
+
+
+def test_tqdms_temperature_draws_all_classes_nearly_alike():
+    probabilities = rare(temperature=100).probabilities
+    assert probabilities == pytest.approx([1 / 3] * 3, abs=0.005)
+    with pytest.raises(ValueError, match="RARE_CLASS_TEMPERATURE is 0: .* above 0"):
+        rare(temperature=0)
+
+
+def test_the_mapper_learns_the_class_from_the_loader():
+    """Images of other samplers carry no class."""
+    dicts = [{"file_name": f"{k}.png"} for k in range(8)]
+    options = {"batch_size": 2, "num_workers": 0, "seed": 3, "class_counts": COUNTS}
+    rare_class = DAFORMER._replace(temperature=0.5)
+    loader = build_train_loader(
+        dicts,
+        dict,
+        sampler="RareClassSampler",
+        rare_class=DAFORMER._replace(temperature=0.5),
+        **options,
+    )
+    items = [item for batch in islice(loader, 10) for item in batch]
+    expected = RareClassSampler(COUNTS, 3, 2, rare_class)
+    assert [item["drawn_for"] for item in items] == [expected.class_at(k) for k in range(20)]
+    assert len({item["drawn_for"] for item in items}) > 1
+    assert "drawn_for" not in next(iter(build_train_loader(dicts, dict, **options)))[0]
 
 
 def test_a_class_that_is_never_labelled_is_never_drawn():

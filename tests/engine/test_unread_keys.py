@@ -6,7 +6,8 @@ import logging
 import pytest
 from detectron2.config import CfgNode, get_cfg
 
-from fishertune_d2.config import CONFIGS, RECIPE, read_config
+from fishertune_d2.config import CONFIGS, RECIPE, default_config, read_config
+from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.engine import Trainer
 from fishertune_d2.unread_keys import (
     UNREAD,
@@ -68,8 +69,9 @@ def test_every_key_is_read_by_a_training_or_in_the_table(name, tiny_cfg):
 
 def test_every_pattern_is_of_a_key():
     patterns = [pattern for unread in UNREAD for pattern in unread.keys.split()]
-    assert [p for p in patterns if not fnmatch.filter(stock_keys(), p)] == []
-    for key in stock_keys():  # else the first entry would hide the others
+    keys = dict(dotted_items(default_config()))
+    assert [p for p in patterns if not fnmatch.filter(keys, p)] == []
+    for key in keys:  # else the first entry would hide the others
         assert sum(fnmatch.fnmatchcase(key, p) for p in patterns) <= 1, key
 
 
@@ -92,9 +94,11 @@ def test_one_warning_names_all_keys_and_what_to_use(caplog):
 def test_a_key_is_not_named_where_something_reads_it():
     options = ["SOLVER.STEPS", "(100,)", "SOLVER.MOMENTUM", "0.5", "MODEL.RESNETS.DEPTH", "101"]
     options += ["MODEL.SEM_SEG_HEAD.NORM", "BN", "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    options += ["DATALOADER.RARE_CLASS_PIXELS", "1000"]
     keys = options[::2]
     assert sorted(unread_keys(read_config(RECIPE, options))) == sorted(keys)
     read = {
+        "DATALOADER.RARE_CLASS_PIXELS": ("DATALOADER.SAMPLER_TRAIN", "RareClassSampler"),
         "SOLVER.STEPS": ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"),
         "SOLVER.MOMENTUM": ("SOLVER.OPTIMIZER", "SGD"),
         "MODEL.RESNETS.DEPTH": ("MODEL.BACKBONE.NAME", "build_resnet_backbone"),
@@ -103,7 +107,8 @@ def test_a_key_is_not_named_where_something_reads_it():
     for key, change in read.items():
         assert key not in unread_keys(read_config(RECIPE, [*options, *change]))
     other = read_config(RECIPE, [*options, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"])
-    assert sorted(unread_keys(other)) == ["SOLVER.MOMENTUM", "SOLVER.STEPS"]
+    data = ["DATALOADER.RARE_CLASS_PIXELS"]
+    assert sorted(unread_keys(other)) == [*data, "SOLVER.MOMENTUM", "SOLVER.STEPS"]
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
