@@ -1,0 +1,145 @@
+"""Measures how far tuning moves a backbone's features, and how well they separate classes.
+
+Shapes: n patches, m other patches, D and E channels, C classes, (h, w) patches of p x p pixels,
+(H, W) pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -1
+
+
+def linear_cka(one: Tensor, other: Tensor) -> float:
+    """Linear centred kernel alignment of two sets of features of the same patches.
+
+    It is 1 if one set is the other after a rotation and a scale, and 0 if no channel of one
+    correlates with a channel of the other (Kornblith et al., ICML 2019, Eq. 4 with linear kernels).
+
+    Args:
+        one: (n, D).
+        other: (n, E).
+
+    Returns:
+        ||X^T Y||^2 / (||X^T X|| ||Y^T Y||) of the centred features, in float64; 0 .. 1.
+
+    Raises:
+        ValueError: if the numbers of patches differ, or the features of a set are all equal.
+    """
+    if len(one) != len(other):
+        raise ValueError(f"{len(one)} patches cannot be compared with {len(other)} others")
+    x, y = (each.double() - each.double().mean(0) for each in (one, other))
+    scale = (x.T @ x).norm() * (y.T @ y).norm()
+    if scale == 0:
+        raise ValueError("all patches of a set have the same features: use different images")
+    return float((x.T @ y).square().sum() / scale)
+
+
+def patch_classes(label: np.ndarray, size: tuple[int, int], patch_size: int) -> Tensor:
+    """The class of each patch of an image: the class of more than half of its pixels.
+
+    Args:
+        label: train ids of any size, uint8; 255 is ignored.
+        size: (H, W) of the image that the backbone sees.
+        patch_size: p.
+
+    Returns:
+        (ceil(H / p), ceil(W / p)) int64, ``IGNORED`` where no class fills half of a patch.
+    """
+    height, width = size
+    resized = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
+    padding = [(0, -side % patch_size) for side in size]
+    cells = np.pad(resized, padding, constant_values=255)
+    h, w = (side // patch_size for side in cells.shape)
+    cells = cells.reshape(h, patch_size, w, patch_size).swapaxes(1, 2).reshape(h * w, -1)
+    counts = F.one_hot(torch.from_numpy(cells.astype(np.int64)), 256).sum(1)[:, :255]
+    most, classes = counts.max(1)
+    classes[most * 2 <= patch_size**2] = IGNORED
+    return classes.view(h, w)
+
+
+def probe_accuracy(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], ridge: float = 1e-3
+) -> float:
+    """Accuracy of a linear probe: ridge regression from the features to the classes.
+
+    Args:
+        train: features (n, D) and classes (n,) int64.
+        test: features (m, D) and classes (m,) int64.
+        ridge: the penalty, as a share of the mean variance of a channel.
+
+    Returns:
+        The mean over the classes in ``test`` of the share of their patches that the probe finds,
+        0 .. 1. The solution has a closed form, so it has no learning rate and no seed.
+    """
+    features, classes = train
+    mean = features.double().mean(0)
+    x = features.double() - mean
+    values, y = classes.unique(return_inverse=True)
+    # Every class weighs the same, as in the accuracy.
+    weight = (1 / y.bincount().double())[y]
+    hot = F.one_hot(y).double()
+    offset = (weight[:, None] * hot).sum(0) / weight.sum()
+    gram = x.T @ (weight[:, None] * x)
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    solution = torch.linalg.solve(gram + penalty, x.T @ (weight[:, None] * (hot - offset)))
+    found = values[((test[0].double() - mean) @ solution + offset).argmax(1)]
+    return _mean_over_classes(found, test[1])
+
+
+def neighbour_accuracy(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], neighbours: int = 20
+) -> float:
+    """Accuracy of the vote of the nearest patches by the cosine of their features.
+
+    Args:
+        train: features (n, D) and classes (n,) int64.
+        test: features (m, D) and classes (m,) int64.
+        neighbours: how many patches vote; with equal votes, the lower class wins.
+
+    Returns:
+        The mean over the classes in ``test`` of the share of their patches that the vote finds,
+        0 .. 1.
+    """
+    bank = F.normalize(train[0].float())
+    count = int(train[1].max()) + 1
+    found = []
+    for part in F.normalize(test[0].float()).split(1024):  # the whole matrix may not fit in memory
+        nearest = (part @ bank.T).topk(min(neighbours, len(bank))).indices
+        found.append(F.one_hot(train[1][nearest], count).sum(1).argmax(1))
+    return _mean_over_classes(torch.cat(found), test[1])
+
+
+def _mean_over_classes(found: Tensor, classes: Tensor) -> float:
+    return float(
+        torch.stack([(found[classes == c] == c).double().mean() for c in classes.unique()]).mean()
+    )
+
+
+def draw_forgetting(measured: Sequence[Mapping], path: Path) -> None:
+    """Draws what ``tools/measure_forgetting.py`` measured.
+
+    Args:
+        measured: for each model its ``name``, ``cka`` by block, and ``probe`` and ``neighbours``.
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    similarity, accuracy = figure.subplots(1, 2, width_ratios=[3, 2])
+    for each in measured:
+        (line,) = similarity.plot(each["cka"], marker=".", label=each["name"])
+        accuracy.scatter(
+            100 * each["probe"], 100 * each["neighbours"], color=line.get_color(), s=30
+        )
+    similarity.set(
+        xlabel="block", ylabel="similarity to the public backbone (CKA)", ylim=(None, 1.01)
+    )
+    similarity.legend(fontsize=7)
+    accuracy.set(xlabel="linear probe, accuracy in %", ylabel="nearest neighbours, accuracy in %")
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,102 @@
+"""Measures of forgetting against closed forms and scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from fishertune_d2.analysis.forgetting import (
+    IGNORED,
+    draw_forgetting,
+    linear_cka,
+    neighbour_accuracy,
+    patch_classes,
+    probe_accuracy,
+)
+
+
+def clusters(count: int, seed: int, spread: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features around three centres, with few patches of the last class."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(99))
+    classes = torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), count, True, generator=generator)
+    noise = torch.randn(count, 8, generator=generator)
+    return centres[classes] + spread * noise, 2 * classes + 1  # ids with gaps
+
+
+def test_cka_is_1_after_a_rotation_and_a_scale():
+    x = torch.randn(50, 6, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    assert linear_cka(x, 3 * x @ rotation + 7) == pytest.approx(1)
+    stretched = x * torch.tensor([10, 1, 1, 1, 1, 1])
+    assert linear_cka(x, stretched) < 0.9
+
+
+def test_cka_is_the_correlation_of_the_kernels():
+    """The definition: the centred inner product of X X^T and Y Y^T."""
+    x, y = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 7, dtype=torch.float64)
+    centre = torch.eye(30, dtype=torch.float64) - 1 / 30
+    k, m = (centre @ each @ each.T @ centre for each in (x, y))
+    assert linear_cka(x, y) == pytest.approx(float((k * m).sum() / (k.norm() * m.norm())))
+    assert linear_cka(y, x) == pytest.approx(linear_cka(x, y))
+
+
+def test_cka_refuses_sets_that_do_not_compare():
+    with pytest.raises(ValueError, match="30 patches cannot be compared with 29"):
+        linear_cka(torch.rand(30, 2), torch.rand(29, 2))
+    with pytest.raises(ValueError, match="same features"):
+        linear_cka(torch.rand(30, 2), torch.ones(30, 2))
+
+
+def test_a_patch_has_the_class_of_more_than_half_of_its_pixels():
+    label = np.full((5, 8), 255, np.uint8)
+    label[:4, :4] = 3
+    label[:4, 4:6] = 7  # half of the second patch
+    label[4, :] = 2  # a quarter of each lower patch, the rest is padding
+    assert patch_classes(label, (5, 8), 4).tolist() == [[3, IGNORED], [IGNORED, IGNORED]]
+    label[:3, 6] = 7
+    assert patch_classes(label, (5, 8), 4)[0].tolist() == [3, 7]
+    # A label of twice the size gives the same classes.
+    twice = label.repeat(2, 0).repeat(2, 1)
+    assert patch_classes(twice, (5, 8), 4).equal(patch_classes(label, (5, 8), 4))
+
+
+def test_the_probe_is_weighted_ridge_regression():
+    train, test = clusters(400, 1), clusters(300, 2)
+    x, y = train[0].double().numpy(), train[1].numpy()
+    weight = 1 / np.bincount(y)[y]
+    centred = x - x.mean(0)
+    penalty = 1e-3 * (weight[:, None] * centred**2).sum(0).mean()
+    hot = np.stack([y == c for c in (1, 3, 5)], 1).astype(float)
+    offset = (weight[:, None] * hot).sum(0) / weight.sum()
+    ridge = Ridge(alpha=penalty, fit_intercept=False).fit(centred, hot - offset, weight)
+    scores = ridge.predict(test[0].double().numpy() - x.mean(0)) + offset
+    found = np.array([1, 3, 5])[scores.argmax(1)]
+    expected = balanced_accuracy_score(test[1].numpy(), found)
+    assert probe_accuracy(train, test) == pytest.approx(expected)
+    assert 0.5 < expected < 0.95
+
+
+def test_the_vote_is_scikit_learns():
+    train, test = clusters(400, 3), clusters(300, 4)
+    oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute")
+    oracle.fit(train[0].numpy(), train[1].numpy())
+    expected = balanced_accuracy_score(test[1].numpy(), oracle.predict(test[0].numpy()))
+    assert neighbour_accuracy(train, test) == pytest.approx(expected, abs=0.01)  # float32 ties
+    assert 0.4 < expected < 0.95
+
+
+def test_features_without_a_class_are_at_chance():
+    noise = clusters(600, 5, spread=1e4), clusters(600, 6, spread=1e4)
+    assert probe_accuracy(*noise) == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_the_figure_has_a_line_and_a_point_for_each_model(tmp_path):
+    measured = [
+        {"name": "full", "cka": [1.0, 0.8], "probe": 0.7, "neighbours": 0.6},
+        {"name": "fishertune", "cka": [1.0, 0.9], "probe": 0.72, "neighbours": 0.62},
+    ]
+    draw_forgetting(measured, tmp_path / "forgetting.png")
+    assert (tmp_path / "forgetting.png").stat().st_size > 5000

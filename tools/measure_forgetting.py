@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""Measures what tuning does to a backbone's features, for runs with one foundation model.
+
+python tools/measure_forgetting.py OUTPUT_DIR [OUTPUT_DIR ...] --data NAME --output FILE.json
+
+Each run's features are compared with those of the public backbone: their similarity by block, and
+how well a linear probe and the nearest patches find classes. Both learn from every second image of
+the data set and are tested on the others, so no class label of the run's training is used. The file
+gets the numbers, and a picture stands beside it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fishertune_d2.analysis.features import patch_features, read_images  # noqa: E402
+from fishertune_d2.analysis.forgetting import (  # noqa: E402 - it need not be installed
+    IGNORED,
+    draw_forgetting,
+    linear_cka,
+    neighbour_accuracy,
+    patch_classes,
+    probe_accuracy,
+)
+from fishertune_d2.command_line import ending_in_a_sentence  # noqa: E402
+from fishertune_d2.config import read_config  # noqa: E402
+from fishertune_d2.data.image_files import read_label  # noqa: E402
+from fishertune_d2.engine import Trainer  # noqa: E402
+from fishertune_d2.engine.trained_model import build_trained  # noqa: E402
+from fishertune_d2.modeling import VFMSegmentor  # noqa: E402
+from fishertune_d2.run import Run  # noqa: E402
+
+PUBLIC = "public backbone"
+
+
+def read_models(runs: Sequence[Path]) -> Iterator[tuple[str, dict, VFMSegmentor]]:
+    """Yields the public backbone of the first run, then each run's model, with name and facts."""
+    start = read_config(str(Run(runs[0]).config_file), ["TUNING.METHOD", "freeze"])
+    yield PUBLIC, {}, cast(VFMSegmentor, Trainer.build_model(start).eval())
+    for folder in runs:
+        run = Run(folder)
+        model = build_trained(read_config(str(run.config_file)), str(run.checkpoint))
+        record = run.results.protocol
+        facts = {key: record[key] for key in ("method", "seed", "iterations", "commit")}
+        yield folder.name, facts, cast(VFMSegmentor, model)
+
+
+def block_features(model: VFMSegmentor, images: Sequence[dict]) -> list[torch.Tensor]:
+    """The features (n, D) of all patches of the images after each block."""
+    blocks = model.backbone.vit.blocks
+    return [
+        torch.cat([each.flatten(0, 1) for each in patch_features(model, images, block)])
+        for block in blocks
+    ]
+
+
+def labelled_features(
+    model: VFMSegmentor, images: Sequence[dict]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features (n, D) after the last block of all patches with a class, and the classes."""
+    features, classes = [], []
+    for image, map_ in zip(images, patch_features(model, images), strict=True):
+        label = read_label(image["sem_seg_file_name"], image["label_map"])
+        size = (image["image"].shape[-2], image["image"].shape[-1])
+        of_image = patch_classes(label, size, model.backbone.size_divisibility)
+        features.append(map_[of_image != IGNORED])
+        classes.append(of_image[of_image != IGNORED])
+    return torch.cat(features), torch.cat(classes)
+
+
+def measure(runs: Sequence[Path], data: str, count: int) -> list[dict]:
+    """Returns the numbers of the public backbone and of each run, see ``draw_forgetting``."""
+    images = read_images(read_config(str(Run(runs[0]).config_file)), data, count)
+    measured, public = [], None
+    for name, facts, model in tqdm(read_models(runs), total=len(runs) + 1, unit="model"):
+        blocks = block_features(model, images[::4])
+        public = public or blocks
+        train, test = (labelled_features(model, images[k::2]) for k in (0, 1))
+        measured.append(
+            {
+                "name": name,
+                **facts,
+                "cka": [linear_cka(a, b) for a, b in zip(blocks, public, strict=True)],
+                "probe": probe_accuracy(train, test),
+                "neighbours": neighbour_accuracy(train, test),
+            }
+        )
+    return measured
+
+
+def main() -> None:
+    """Measures, writes the file and draws the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
+    parser.add_argument("--data", required=True, help="a registered data set, unseen in training")
+    parser.add_argument("--images", type=int, default=64, help="how many images (64)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    args = parser.parse_args()
+    with ending_in_a_sentence():
+        measured = measure(args.runs, args.data, args.images)
+        result = {"data": args.data, "images": args.images, "models": measured}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        draw_forgetting(measured, args.output.with_suffix(".png"))
+        for each in measured:
+            print(
+                f"{each['name']}: probe {100 * each['probe']:.1f} %, neighbours "
+                f"{100 * each['neighbours']:.1f} %, CKA of the last block {each['cka'][-1]:.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
