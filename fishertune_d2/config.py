@@ -35,6 +35,7 @@ def add_fishertune_config(cfg: CN) -> None:
     """
     add_deeplab_config(cfg)  # WarmupPolyLR's keys, and those of DeepLab's heads
     _add_backbone(cfg)
+    _add_text(cfg)
     _add_head(cfg)
     _add_data_and_test(cfg)
     _add_solver(cfg)
@@ -161,6 +162,18 @@ def _add_backbone(cfg: CN) -> None:
     # Compute the blocks again in the backward pass instead of keeping their activations. The
     # numbers stay the same; the estimation, which reads activations, keeps them.
     cfg.MODEL.VFM.CHECKPOINT_BLOCKS = False
+
+
+def _add_text(cfg: CN) -> None:
+    """The text tower of a head that reads the names of the classes."""
+    cfg.MODEL.TEXT = CN()
+    # A name in fishertune_d2.modeling.text_tower.TEXT_TOWERS.
+    cfg.MODEL.TEXT.NAME = "eva02_clip_vitl_336"
+    # "": the public weights (Hugging Face's hub). A path: a file with the tower, or with the whole
+    # CLIP model, which MODEL.VFM.WEIGHTS may name too. "random": only on request.
+    cfg.MODEL.TEXT.WEIGHTS = ""
+    # The names of the classes, in the order of their ids. []: those of the first training set.
+    cfg.MODEL.TEXT.CLASSES = []
 
 
 def _add_head(cfg: CN) -> None:

@@ -14,6 +14,9 @@ from fishertune_d2.tuning import build_tuning_method
 
 from .stages import attach, planned_share
 
+# The options with which a model is built without its public weights.
+WITHOUT_WEIGHTS = ("MODEL.VFM.WEIGHTS", "random", "MODEL.TEXT.WEIGHTS", "random")
+
 logger = logging.getLogger(__name__)
 
 
@@ -60,7 +63,7 @@ def count_tuned(cfg: CfgNode, backbone: nn.Module, progress: float) -> int:
 def build_empty(cfg: CfgNode, build: Callable[[CfgNode], nn.Module]) -> nn.Module:
     """Builds a module on the meta device: shapes without numbers, and no weights file is read."""
     with torch.device("meta"):
-        return build(changed(cfg, ["MODEL.VFM.WEIGHTS", "random", "MODEL.DEVICE", "meta"]))
+        return build(changed(cfg, [*WITHOUT_WEIGHTS, "MODEL.DEVICE", "meta"]))
 
 
 def log_plan(cfg: CfgNode) -> dict[str, int]:

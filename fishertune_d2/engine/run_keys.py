@@ -32,6 +32,7 @@ _RESULTS: dict[str, Result | None] = {
     "FISHER.ESTIMATE": None,
     "INPUT.M??_SIZE_TEST": None,
     "MODEL.DEVICE": None,
+    "MODEL.TEXT.WEIGHTS": None,
     "MODEL.VFM.CHECKPOINT_BLOCKS": None,
     "MODEL.VFM.WEIGHTS": None,
     "MODEL.WEIGHTS": None,

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.fisher import FisherEstimate, Selection, Units, tuned_share
+from fishertune_d2.modeling.frozen import frozen_parameters
 from fishertune_d2.tuning import SelectedWeights, TuningMethod, build_tuning_method
 
 from .hooks import FisherEstimation, ParameterMask, WeightDecay
@@ -113,7 +114,7 @@ def prepare_stage(
 
     ``"warmup"`` trains the decoder alone, ``"tuning"`` also the method's parameters: it adds them
     now, or selects them by ``selection``. Weights that the method adds to the head train like the
-    rest of the decoder. Earlier gradients are freed.
+    rest of the decoder, and ``Frozen`` parts never train. Earlier gradients are freed.
 
     Returns:
         The trained backbone parameters, and the ``SelectedWeights`` (None unless the method
@@ -140,6 +141,7 @@ def prepare_stage(
         else:
             tuned = list(method.parameters(backbone).values())
     trained = {p for name, p in model.named_parameters() if not is_backbone(name)} | {*tuned}
+    trained -= frozen_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
         parameter.grad = None

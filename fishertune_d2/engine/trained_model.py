@@ -18,6 +18,7 @@ from fishertune_d2.data import dataset_metadata
 from fishertune_d2.tuning import build_tuning_method
 
 from .checkpoint import WholeCheckpointer
+from .parameter_counts import WITHOUT_WEIGHTS
 from .run_record import RunRecord, remember_run
 from .start_check import require_device, require_file
 
@@ -45,8 +46,8 @@ def build_trained(
     require_device(cfg.MODEL.DEVICE)
     require_file("MODEL.WEIGHTS", weights)
     method = build_tuning_method(cfg)
-    with _silent_about_random_weights():  # the checkpoint holds the backbone's weights
-        model = build(changed(cfg, ["MODEL.VFM.WEIGHTS", "random"]))
+    with _silent_about_random_weights():  # the checkpoint holds all weights
+        model = build(changed(cfg, WITHOUT_WEIGHTS))
     remember_run(model, None)
 
     def accept(record: RunRecord) -> None:
@@ -81,11 +82,14 @@ def find_weights(cfg: CfgNode, resume: bool) -> str:
 
 @contextmanager
 def _silent_about_random_weights() -> Iterator[None]:
-    """Silences the warning about random weights, because the checkpoint replaces them all."""
-    log = logging.getLogger("fishertune_d2.modeling.public_weights")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Silences the warnings about random weights, because the checkpoint replaces them all."""
+    rooms = ("public_weights", "text_tower")
+    logs = [logging.getLogger(f"fishertune_d2.modeling.{room}") for room in rooms]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

@@ -77,26 +77,26 @@ def load_vfm_weights(
         return weights
     state, found = _read(weights) if weights else _find(name, vit, fallback, source)
     state, ignored = to_timm_names(state, vit)
-    state = _require_numbers(state, f"{name} from {found}")
+    state = require_numbers(state, f"{name} from {found}")
     _resize(state, vit, patch_resize)
     _load(vit, state, ignored, f"{name} from {found}")
     return found
 
 
-def _require_numbers(state: StateDict, title: str) -> StateDict:
+def require_numbers(state: StateDict, title: str, remedy: str = REMEDY) -> StateDict:
     """Returns the tensors as float32, and refuses integers, NaN and infinity."""
     numbers: StateDict = {}
     for key, value in state.items():
         if not value.is_floating_point():
             raise ValueError(
                 f"weights cannot be used: {title}. {key} holds {value.dtype}, as quantised models "
-                f"do; a backbone needs floating-point weights. {REMEDY}"
+                f"do; a model needs floating-point weights. {remedy}"
             )
         numbers[key] = value.float()
         if not numbers[key].isfinite().all():
             raise ValueError(
                 f"weights cannot be used: {key} holds NaN or infinity in {title}, as after a "
-                f"training that diverged. {REMEDY}"
+                f"training that diverged. {remedy}"
             )
     return numbers
 

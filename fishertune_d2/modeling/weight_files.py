@@ -62,12 +62,13 @@ _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
-def read_weights(place: str) -> StateDict:
+def read_weights(place: str, key: str = "MODEL.VFM.WEIGHTS") -> StateDict:
     """Returns the tensors of a file, of all parts of a model, or of a folder, by name, on the CPU.
 
     Args:
         place: a file, see `read_checkpoint`; a part of a model or its index, from which all parts
             are read; a folder of timm or transformers, or one with a single weights file.
+        key: the key of the config that names the place, for the messages.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -78,15 +79,15 @@ def read_weights(place: str) -> StateDict:
         address = re.sub(r"(//huggingface\.co/.+)/blob/", r"\1/resolve/", place)
         raise ValueError(
             f"{place} is an address, and weights are read from files: download it first, with "
-            f"`curl -L -o {file} '{address}'`, and set MODEL.VFM.WEIGHTS to {file}"
+            f"`curl -L -o {file} '{address}'`, and set {key} to {file}"
         )
     path = Path(place).expanduser()
     if path.is_dir():
-        return read_weights(str(_in_folder(path)))
+        return read_weights(str(_in_folder(path, key)), key)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
     if path.suffix == ".json":
-        return _read_parts(path, _parts_of_index(path))
+        return _read_parts(path, _parts_of_index(path, key))
     part = _PART.fullmatch(path.name)
     if part:
         start, count, end = part[1], part[3], part[4]
@@ -95,7 +96,7 @@ def read_weights(place: str) -> StateDict:
     return read_checkpoint(path)
 
 
-def _in_folder(folder: Path) -> Path:
+def _in_folder(folder: Path, key: str) -> Path:
     """Finds the file in a folder that holds its weights, or their index."""
     snapshots = folder / "snapshots"  # in the cache of Hugging Face's hub
     if snapshots.is_dir() and len(list(snapshots.iterdir())) == 1:
@@ -109,19 +110,18 @@ def _in_folder(folder: Path) -> Path:
         return files[0]
     found = first_names([path.name for path in files], 8) if files else "no weights"
     raise ValueError(
-        f"{folder} is a folder with {found} in it: set "
-        f"MODEL.VFM.WEIGHTS to one file (*{', *'.join(_SUFFIXES)})"
+        f"{folder} is a folder with {found} in it: set {key} to one file (*{', *'.join(_SUFFIXES)})"
     )
 
 
-def _parts_of_index(path: Path) -> list[str]:
+def _parts_of_index(path: Path, key: str) -> list[str]:
     """Reads the names of a model's parts from its index."""
     try:
         return sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no index of weights ({type(error).__name__}: {error}): set "
-            "MODEL.VFM.WEIGHTS to the file with the weights themselves, or to its folder"
+            f"{key} to the file with the weights themselves, or to its folder"
         ) from error
 
 
