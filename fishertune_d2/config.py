@@ -162,6 +162,10 @@ def _add_backbone(cfg: CN) -> None:
     # Compute the blocks again in the backward pass instead of keeping their activations. The
     # numbers stay the same; the estimation, which reads activations, keeps them.
     cfg.MODEL.VFM.CHECKPOINT_BLOCKS = False
+    # The features that the head gets: the pyramid at strides 4 to 32; "block2" to "block5", the
+    # same four maps with one cell a patch; and of CLIP models "clip_global", "clip_dense" and
+    # "clip_global_frozen", see fishertune_d2.modeling.vfm.VFMBackbone.forward.
+    cfg.MODEL.VFM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
 
 
 def _add_text(cfg: CN) -> None:
@@ -174,6 +178,13 @@ def _add_text(cfg: CN) -> None:
     cfg.MODEL.TEXT.WEIGHTS = ""
     # The names of the classes, in the order of their ids. []: those of the first training set.
     cfg.MODEL.TEXT.CLASSES = []
+    # Learned tokens of a prompt, before the name (tqdm's).
+    cfg.MODEL.TEXT.CONTEXT_TOKENS = 8
+    # Weights of tqdm's three regularisations: between the refined and the fixed prompts, between
+    # the tuned and the public image tower, and between pixels and text. 0 leaves one out.
+    cfg.MODEL.TEXT.LANGUAGE_WEIGHT = 1.0
+    cfg.MODEL.TEXT.VISION_WEIGHT = 1.0
+    cfg.MODEL.TEXT.VISION_LANGUAGE_WEIGHT = 1.0
 
 
 def _add_head(cfg: CN) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from fishertune_d2.fisher import find_candidates
+from fishertune_d2.modeling.vfm import VFMBackbone
 
 # The attributes of a VFMBackbone that stages and methods read.
 _ASKED_FOR = ("vit", "perturbation_points", "unused_parameters", "num_prefix_tokens")
@@ -88,6 +89,8 @@ def require_nothing_around(model: nn.Module) -> None:
     path, vit = find_vit(model)
     backbone = model.get_submodule("backbone")
     around = _parameters_around(backbone, vit)
+    if isinstance(backbone, VFMBackbone):  # the head in its ViT is CLIP's, with public weights
+        around = {name: p for name, p in around.items() if not name.startswith("vit.head.")}
     if around:
         count = sum(parameter.numel() for parameter in around.values())
         raise ValueError(

@@ -62,7 +62,7 @@ def delta_of_run(
     delta = Delta.between(
         vit, tuned.vit, tuned.architecture, _resized(backbone, tuned.architecture)
     )
-    trained = _count_movable(cfg, backbone)
+    trained = _count_movable(cfg)
     if delta.changed > trained:
         raise ValueError(
             f"{delta.changed:,} weights in {source} differ from the public ones, but the run "
@@ -180,12 +180,17 @@ def _read_run(
     state = model.state_dict()
     tuned = TunedModel(
         _architecture(cfg),
-        vit={n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)},
-        decoder={n: t for n, t in state.items() if not n.startswith(BACKBONE)},
+        vit={n.removeprefix(BACKBONE): t for n, t in state.items() if _of_encoder(n)},
+        decoder={n: t for n, t in state.items() if not _of_encoder(n)},
         record={} if record is None else _parts(record),
         card=ModelCard.of_run(run, checkpoint, record),
     )
     return cfg, record, tuned
+
+
+def _of_encoder(name: str) -> bool:
+    """Whether a tensor belongs to the ViT; CLIP's head in it serves the decoder alone."""
+    return name.startswith(BACKBONE) and not name.startswith(f"{BACKBONE}head.")
 
 
 def _parts(record: RunRecord) -> dict[str, Any]:
@@ -194,11 +199,12 @@ def _parts(record: RunRecord) -> dict[str, Any]:
     return {"run": record.state_dict(), **done}
 
 
-def _count_movable(cfg: CfgNode, backbone: VFMBackbone) -> int:
+def _count_movable(cfg: CfgNode) -> int:
     """Counts the public weights that a run may have changed."""
     method = build_tuning_method(cfg)
     if not method.adds:
-        return count_parameters(cfg, backbone)["tuned_parameters"]
+        # Of the config's own backbone, in which the final norm may train too.
+        return count_parameters(cfg)["tuned_parameters"]
     empty = empty_backbone(_architecture(cfg))
     counts = {name: p.numel() for name, p in empty.named_parameters()}
     with torch.device("meta"):

@@ -17,5 +17,7 @@ class PlainViT(nn.Module):
     num_features: int
     num_prefix_tokens: int
     pretrained_cfg: dict[str, Any]
-    forward_intermediates: Callable[..., list[Tensor]]
+    head: nn.Module
+    forward_features: Callable[[Tensor], Tensor]
+    forward_intermediates: Callable[..., Any]
     set_grad_checkpointing: Callable[[bool], None]

@@ -204,15 +204,18 @@ def class_names(classes: Sequence[str], dataset: str, count: int) -> list[str]:
 
     Args:
         classes: MODEL.TEXT.CLASSES; empty for the names in the metadata of ``dataset``.
-        dataset: a registered data set, whose ``stuff_classes`` are the names.
+        dataset: a registered data set, whose ``stuff_classes`` are the names; "" for none.
         count: MODEL.SEM_SEG_HEAD.NUM_CLASSES.
 
     Raises:
         ValueError: if the names are unknown, or there are more or fewer than ``count``.
     """
-    names = list(classes) or list(MetadataCatalog.get(dataset).get("stuff_classes", ()))
+    names = list(classes)
+    origin = "MODEL.TEXT.CLASSES"
+    if dataset and not names:
+        names = list(MetadataCatalog.get(dataset).get("stuff_classes", ()))
+        origin = f"the metadata of {dataset} (stuff_classes)"
     if len(names) != count:
-        origin = "MODEL.TEXT.CLASSES" if classes else f"the metadata of {dataset} (stuff_classes)"
         raise ValueError(
             f"{origin} has {len(names)} names, and MODEL.SEM_SEG_HEAD.NUM_CLASSES is {count}: set "
             "MODEL.TEXT.CLASSES to the names of the classes, in the order of their ids"

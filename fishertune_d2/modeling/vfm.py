@@ -1,9 +1,11 @@
 """Vision foundation models (VFMs): timm's plain ViTs as a Detectron2 backbone.
 
-Shapes: B images, D channels, N tokens (prefix tokens, then h*w patches), (H, W) pixels.
+Shapes: B images, D channels, N tokens (prefix tokens, then h*w patches), (H, W) pixels, E channels
+of CLIP's image embedding.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import cast
 
@@ -26,6 +28,11 @@ __all__ = ["VFM", "VFMS", "VFMBackbone"]
 
 # The parameters of timm's ViTs behind their last block, whose output is the last map.
 FINAL_NORMS = ("norm.", "fc_norm.")
+# The maps of the pyramid, in MODEL.VFM.OUT_FEATURES; those of the same blocks as they are; and
+# CLIP's embedding of the image, of its patches, and of the image before any tuning.
+PYRAMID = ("res2", "res3", "res4", "res5")
+BLOCKS = ("block2", "block3", "block4", "block5")
+CLIP = ("clip_global", "clip_dense", "clip_global_frozen")
 
 
 @BACKBONE_REGISTRY.register()
@@ -33,7 +40,7 @@ class VFMBackbone(Backbone):
     """A plain ViT; the outputs of four blocks form a pyramid.
 
     The maps are the raw outputs of the blocks. The final norm belongs to the model and its
-    parameter count, but the forward pass does not use it.
+    parameter count, but the forward pass uses it only for CLIP's embeddings.
 
     Attributes:
         vit: the timm model.
@@ -51,6 +58,7 @@ class VFMBackbone(Backbone):
         patch_size: int,
         patch_resize: str = "bicubic",
         checkpoint_blocks: bool = False,
+        out_features: Sequence[str] = PYRAMID,
     ):
         """Builds the ViT and loads its public weights, from which Fisher tuning starts.
 
@@ -61,9 +69,10 @@ class VFMBackbone(Backbone):
             patch_size: side of a patch in pixels; 0 for the size in the VFM's training.
             patch_resize: "bicubic" or "pi", see ``load_vfm_weights``.
             checkpoint_blocks: save memory by computing the blocks again in the backward pass.
+            out_features: which of the features that `forward` describes it computes.
 
         Raises:
-            ValueError: if ``name`` is no VFM, or a size is not positive.
+            ValueError: if ``name`` is no VFM, a size is not positive, or the VFM lacks a feature.
         """
         super().__init__()
         if name not in VFMS:
@@ -74,6 +83,10 @@ class VFMBackbone(Backbone):
                 f"MODEL.VFM.IMG_SIZE {tuple(img_size)} a positive height and width"
             )
         vfm = VFMS[name]
+        _check_features(out_features, name)
+        self.out_features = tuple(out_features)
+        clip = not set(CLIP).isdisjoint(out_features)
+        self.clip_dim = vfm.clip_dim if clip else 0
         self.patch_size = patch_size or vfm.patch_size
         self.timm_args = {
             # The size of the padded input, so that an image of img_size needs no interpolation.
@@ -81,11 +94,13 @@ class VFMBackbone(Backbone):
             "patch_size": self.patch_size,
             **vfm.options,
         }
-        vit = timm.create_model(vfm.timm_name, num_classes=0, **self.timm_args)
+        vit = timm.create_model(vfm.timm_name, num_classes=self.clip_dim, **self.timm_args)
         self.vit = cast(PlainViT, vit)
         for part in vfm.without:
             setattr(self.vit, part, nn.Identity())
         self.weights = load_vfm_weights(self.vit, weights, patch_resize, vfm.fallback, vfm.source)
+        # In a list, so that it is no part of the model that is tuned, counted and saved.
+        self._public = [copy.deepcopy(self.vit).eval()] if CLIP[2] in out_features else []
         self.vit.set_grad_checkpointing(checkpoint_blocks)
         depth = len(self.vit.blocks)
         self.thirds = thirds_of_depth(depth)
@@ -101,10 +116,11 @@ class VFMBackbone(Backbone):
             "patch_size": cfg.MODEL.VFM.PATCH_SIZE,
             "patch_resize": cfg.MODEL.VFM.PATCH_RESIZE,
             "checkpoint_blocks": cfg.MODEL.VFM.CHECKPOINT_BLOCKS,
+            "out_features": cfg.MODEL.VFM.OUT_FEATURES,
         }
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Computes the pyramid.
+        """Computes the features of ``out_features``.
 
         Args:
             images: (B, 3, H, W), normalised. If H or W is no multiple of the patch size, zeros (the
@@ -114,16 +130,47 @@ class VFMBackbone(Backbone):
         Returns:
             "res2", "res3", "res4", "res5": (B, D, ceil(H/s), ceil(W/s)) at s = 4, 8, 16, 32, which
             cover the images without the appended zeros.
+            "block2" to "block5": the outputs of the same blocks, (B, D, h, w), one cell a patch,
+            which cover the appended zeros too.
+            "clip_global", "clip_dense": CLIP's embeddings of the image (B, E) and of its patches
+            (B, E, h, w): the final norm and the head on all tokens; not normalised.
+            "clip_global_frozen": "clip_global" of the public weights, without gradient; missing in
+            evaluation mode without gradients.
         """
         size = images.shape[-2:]
         bottom, right = (-side % self.patch_size for side in size)
         images = F.pad(images, (0, right, 0, bottom))
         if torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():
             self._require_stored_size(images.shape[-2:])
-        maps = self.vit.forward_intermediates(
-            images, indices=self.taps, norm=False, intermediates_only=True
-        )
-        return build_pyramid(maps, self.patch_size, size)
+        features = {}
+        if self.clip_dim:
+            tokens, maps = self.vit.forward_intermediates(images, indices=self.taps, norm=False)
+            embedded = self.vit.head(tokens)
+            patches = embedded[:, self.num_prefix_tokens :].transpose(1, 2)
+            features["clip_global"] = embedded[:, 0]
+            features["clip_dense"] = patches.unflatten(2, maps[0].shape[-2:])
+        else:
+            maps = self.vit.forward_intermediates(
+                images, indices=self.taps, norm=False, intermediates_only=True
+            )
+        if not set(PYRAMID).isdisjoint(self.out_features):
+            features |= build_pyramid(maps, self.patch_size, size)
+        features |= dict(zip(BLOCKS, maps, strict=True))
+        if self._public and (self.training or torch.is_grad_enabled()):
+            features["clip_global_frozen"] = self._public_global(images)
+        return {name: features[name] for name in self.out_features if name in features}
+
+    @torch.no_grad()
+    def _public_global(self, images: Tensor) -> Tensor:
+        """CLIP's embedding (B, E) of padded images by the public weights."""
+        (vit,) = self._public
+        return vit.head(vit.forward_features(images)[:, 0])
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "VFMBackbone":
+        """Moves the copy with the public weights, too, to a device or a dtype."""
+        for vit in self._public:
+            vit._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def _require_stored_size(self, size: Sequence[int]) -> None:
         """Refuses other sizes, as the tracing ONNX exporter lacks timm's antialiased resize."""
@@ -138,11 +185,16 @@ class VFMBackbone(Backbone):
             )
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Returns the channels and the stride of each map."""
-        return {
-            f"res{i}": ShapeSpec(channels=self.vit.embed_dim, stride=stride)
-            for i, stride in enumerate(STRIDES, start=2)
+        """Returns the channels and the stride of each feature; an image's embedding has none."""
+        channels = self.vit.embed_dim
+        shapes = {
+            name: ShapeSpec(channels=channels, stride=stride)
+            for name, stride in zip(PYRAMID, STRIDES, strict=True)
         }
+        shapes |= {name: ShapeSpec(channels=channels, stride=self.patch_size) for name in BLOCKS}
+        shapes |= {name: ShapeSpec(channels=self.clip_dim) for name in CLIP}
+        shapes["clip_dense"] = ShapeSpec(channels=self.clip_dim, stride=self.patch_size)
+        return {name: shapes[name] for name in self.out_features}
 
     @property
     def size_divisibility(self) -> int:
@@ -164,6 +216,26 @@ class VFMBackbone(Backbone):
         return [self.vit.patch_embed, *(self.vit.blocks[i] for i in self.thirds)]
 
     def unused_parameters(self) -> set[str]:
-        """Returns the names of the parameters that ``forward`` does not use: the final norm's."""
+        """Returns the names of the parameters that ``forward`` does not use.
+
+        They are those of the final norm and the head, unless CLIP's embeddings are computed.
+        """
+        if not {"clip_global", "clip_dense"}.isdisjoint(self.out_features):
+            return set()
         names = (name for name, _ in self.vit.named_parameters())
-        return {f"vit.{name}" for name in names if name.startswith(FINAL_NORMS)}
+        return {f"vit.{name}" for name in names if name.startswith((*FINAL_NORMS, "head."))}
+
+
+def _check_features(names: Sequence[str], vfm: str) -> None:
+    unknown = [name for name in names if name not in PYRAMID + BLOCKS + CLIP]
+    if unknown or not names:
+        raise ValueError(
+            f"MODEL.VFM.OUT_FEATURES is {list(names)}: choose from "
+            f"{', '.join(PYRAMID + BLOCKS + CLIP)}"
+        )
+    if not VFMS[vfm].clip_dim and not set(CLIP).isdisjoint(names):
+        able = [name for name, each in VFMS.items() if each.clip_dim]
+        raise ValueError(
+            f"MODEL.VFM.OUT_FEATURES {list(names)} asks for CLIP's embeddings, which "
+            f"MODEL.VFM.NAME {vfm} does not have: {', '.join(able)} have them"
+        )

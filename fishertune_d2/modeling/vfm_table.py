@@ -35,6 +35,7 @@ class VFM:
         without: modules behind the last block that are left out.
         options: further arguments of the timm model.
         fallback: returns a weights file if timm's hub cannot be reached.
+        clip_dim: channels of CLIP's image embedding, which the model's head computes; 0 without.
     """
 
     timm_name: str
@@ -47,6 +48,7 @@ class VFM:
     without: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=lambda: {"dynamic_img_size": True})
     fallback: Callable[[], Path] | None = None
+    clip_dim: int = 0
 
 
 META = "https://dl.fbaipublicfiles.com"
@@ -143,6 +145,17 @@ VFMS: dict[str, VFM] = {
         licence="MIT",
         source=f"{HUGGING_FACE}/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_L_psz14_s4B.pt",
         pixels=OPENAI,
+        clip_dim=768,
+    ),
+    # The backbone of tqdm. Its authors' file holds the text tower too (modeling/text_tower.py).
+    "eva02_clip_vitl_336": VFM(
+        "eva02_large_patch14_clip_336.merged2b",
+        patch_size=14,
+        img_size=336,
+        licence="MIT",
+        source=f"{HUGGING_FACE}/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_L_336_psz14_s6B.pt",
+        pixels=OPENAI,
+        clip_dim=768,
     ),
     # Not a foundation model: 6 blocks of 64 channels, for tests and for trying a configuration.
     "tiny": VFM(
@@ -152,6 +165,7 @@ VFMS: dict[str, VFM] = {
         licence="Apache-2.0",
         source=f"{HUGGING_FACE}/timm/test_vit.r160_in1k",
         pixels=Pixels([127.5, 127.5, 127.5], [127.5, 127.5, 127.5]),
+        clip_dim=64,  # that of the text tower "tiny"; without public weights
     ),
 }
 

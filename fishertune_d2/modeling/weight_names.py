@@ -1,6 +1,7 @@
 """Picks the encoder out of a public file and gives its tensors timm's names."""
 
 import re
+from collections.abc import Collection
 from importlib import import_module
 from typing import cast
 
@@ -131,20 +132,26 @@ def _to_timm_names(state: StateDict, vit: PlainViT) -> tuple[StateDict, list[str
     if any(name.startswith(("embeddings.", "patch_embed.projection.")) for name in state):
         state = from_transformers(state)
     prefix = next((p for p in ENCODERS if any(name.startswith(p) for name in state)), "")
+    wanted = set(vit.state_dict())
     ignored = [
         name
         for name in state
-        if not name.startswith(prefix) or NO_ENCODER.search(name.removeprefix(prefix))
+        if not name.startswith(prefix) or _left_out(name.removeprefix(prefix), wanted)
     ]
     encoder = {name: value for name, value in state.items() if name not in ignored}
-    if set(encoder) == set(vit.state_dict()):
+    if set(encoder) == wanted:
         return encoder, ignored
     zeros = _zero_biases(state, vit)
     # The whole state, because the converter also tells families apart by ignored tensors.
     state = {name: value for name, value in state.items() if name not in zeros}
     converted = _convert(state, vit.pretrained_cfg["architecture"])
-    converted = {name: v for name, v in converted.items() if not NO_ENCODER.search(name)}
+    converted = {name: v for name, v in converted.items() if not _left_out(name, wanted)}
     return converted, ignored + zeros
+
+
+def _left_out(name: str, wanted: Collection[str]) -> bool:
+    """Whether a tensor is no part of the encoder; CLIP's head is one if the model has a head."""
+    return NO_ENCODER.search(name) is not None and name not in wanted
 
 
 def _convert(state: StateDict, architecture: str) -> StateDict:

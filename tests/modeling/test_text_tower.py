@@ -179,5 +179,7 @@ def test_class_names_are_those_of_the_config_or_of_the_data_set():
             class_names([], "named_classes", 3)
         with raises(ValueError, match="MODEL.TEXT.CLASSES has 1 names"):
             class_names(["a"], "named_classes", 3)
+        with raises(ValueError, match="MODEL.TEXT.CLASSES has 0 names"):
+            class_names([], "", 3)
     finally:
         MetadataCatalog.remove("named_classes")

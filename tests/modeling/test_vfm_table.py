@@ -105,6 +105,7 @@ COUNTS = {
     # 24 * 2730 * 2 less than with the norm inside the feed-forward network.
     "eva02_vitl": (304_239_552, 276_979_680, 24, block(1024, 2730, 3, "qv")),
     "eva02_clip_vitl": (304_288_704, 276_979_680, 24, block(1024, 2730, 3, "qv")),
+    "eva02_clip_vitl_336": (304_288_704, 276_979_680, 24, block(1024, 2730, 3, "qv")),
     "dinov3_vitl": (303_079_424, 276_946_944, 24, block(1024, 4096, 2, "")),
     "dinov3_vith_plus": (840_509_440, 786_800_640, 32, block(1280, 5120, 3, "")),
 }
