@@ -169,19 +169,16 @@ def _add_backbone(cfg: CN) -> None:
 
 
 def _add_text(cfg: CN) -> None:
-    """The text tower of a head that reads the names of the classes."""
     cfg.MODEL.TEXT = CN()
     # A name in fishertune_d2.modeling.text_tower.TEXT_TOWERS.
     cfg.MODEL.TEXT.NAME = "eva02_clip_vitl_336"
-    # "": the public weights (Hugging Face's hub). A path: a file with the tower, or with the whole
-    # CLIP model, which MODEL.VFM.WEIGHTS may name too. "random": only on request.
+    # "": Hugging Face's hub; a file with the tower, or with both towers; or "random".
     cfg.MODEL.TEXT.WEIGHTS = ""
     # The names of the classes, in the order of their ids. []: those of the first training set.
     cfg.MODEL.TEXT.CLASSES = []
     # Learned tokens of a prompt, before the name (tqdm's).
     cfg.MODEL.TEXT.CONTEXT_TOKENS = 8
-    # Weights of tqdm's three regularisations: between the refined and the fixed prompts, between
-    # the tuned and the public image tower, and between pixels and text. 0 leaves one out.
+    # Weights of tqdm's three regularisations, see docs/training.md; 0 leaves one out.
     cfg.MODEL.TEXT.LANGUAGE_WEIGHT = 1.0
     cfg.MODEL.TEXT.VISION_WEIGHT = 1.0
     cfg.MODEL.TEXT.VISION_LANGUAGE_WEIGHT = 1.0

@@ -18,6 +18,8 @@ from .config_slips import dotted_items
 
 logger = logging.getLogger(__name__)
 
+_OUR_HEADS = ("Mask2FormerHead", "TextQueryHead")
+
 
 @dataclass(frozen=True)
 class Unread:
@@ -43,6 +45,10 @@ def _other_backbone(cfg: CfgNode) -> bool:
 
 
 def _other_head(cfg: CfgNode) -> bool:
+    return _other_model(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME not in _OUR_HEADS
+
+
+def _normed_head(cfg: CfgNode) -> bool:
     return _other_model(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME != "Mask2FormerHead"
 
 
@@ -127,11 +133,16 @@ UNREAD = (
         _other_backbone,
     ),
     Unread(
-        "MODEL.SEM_SEG_HEAD.COMMON_STRIDE MODEL.SEM_SEG_HEAD.NORM MODEL.SEM_SEG_HEAD.LOSS_TYPE "
+        "MODEL.SEM_SEG_HEAD.COMMON_STRIDE MODEL.SEM_SEG_HEAD.LOSS_TYPE "
         "MODEL.SEM_SEG_HEAD.PROJECT_* MODEL.SEM_SEG_HEAD.ASPP_* "
         "MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV",
         "Mask2FormerHead has no such part; MODEL.MASK_FORMER has its keys",
         _other_head,
+    ),
+    Unread(
+        "MODEL.SEM_SEG_HEAD.NORM",
+        "Mask2FormerHead has no such part; MODEL.MASK_FORMER has its keys",
+        _normed_head,
     ),
 )
 

@@ -46,6 +46,9 @@ _RESULTS: dict[str, Result | None] = {
     "MODEL.MASK_FORMER.DROPOUT": _WARMUP,
     "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": _WARMUP,
     "MODEL.SEM_SEG_HEAD.LOSS_*": _WARMUP,
+    "MODEL.TEXT.*_WEIGHT": _WARMUP,
+    # Where the training set is not registered, a config has to spell out its classes.
+    "MODEL.TEXT.CLASSES": _WARMUP,
     # Only the first loading of public weights reads this.
     "MODEL.VFM.PATCH_RESIZE": _WARMUP,
     "MODEL.*": _MODEL,

@@ -2,6 +2,7 @@
 
 from .mask2former import Mask2FormerHead
 from .segmentor import VFMSegmentor
+from .text_query_head import TextQueryHead
 from .vfm import VFM, VFMS, VFMBackbone
 
-__all__ = ["VFM", "VFMS", "Mask2FormerHead", "VFMBackbone", "VFMSegmentor"]
+__all__ = ["VFM", "VFMS", "Mask2FormerHead", "TextQueryHead", "VFMBackbone", "VFMSegmentor"]

@@ -78,11 +78,7 @@ class Mask2FormerHead(nn.Module):
 
         channels = [input_shape[name].channels for name in names]
         self.pixel_decoder = Mask2FormerPixelDecoder(config, feature_channels=channels)
-        # transformers also skips whole decoder layers with probability `dropout`. The published
-        # decoder skips no layer, and has no dropout inside its layers.
-        decoder_config = copy.deepcopy(config)
-        decoder_config.dropout = 0.0
-        self.transformer = Mask2FormerTransformerModule(config.feature_size, decoder_config)
+        self.transformer = Mask2FormerTransformerModule(config.feature_size, decoder_config(config))
         self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
         self.criterion = Mask2FormerCriterion(config, self.loss_weights)
         self.dropout = config.dropout
@@ -165,13 +161,26 @@ class Mask2FormerHead(nn.Module):
             P pairs of class logits (B, Q, C + 1), the last one "no object", and mask logits
             (B, Q, h, w). The first pair depends on the queries alone, the last one is final.
         """
+        return self.decode([features[name] for name in self.in_features])
+
+    def decode(
+        self, maps: Sequence[torch.Tensor], *text: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Computes the result of `predict` from the maps.
+
+        Args:
+            maps: (B, channels, H / stride, W / stride), from fine to coarse.
+            text: nothing, or what both decoders of a subclass get besides.
+
+        Returns:
+            P pairs, see `predict`.
+        """
         # As published, because the sampling positions of the deformable attention need float32.
-        maps = [features[name] for name in self.in_features]
         maps = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
         device = maps[0].device
         with without_autocast(device), without_waiting_for_constants(device):
-            pixels = self.pixel_decoder(maps)
-        decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
+            pixels = self.pixel_decoder(maps, *text)
+        decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features, *text)
         return [
             (self.class_predictor(queries.transpose(0, 1)), masks)
             for queries, masks in zip(
@@ -190,13 +199,19 @@ class Mask2FormerHead(nn.Module):
         The losses of a batch are divided by counts and class weights of the whole batch, so they
         are no sum over images. Errors are those of `losses`.
         """
-        one = slice(image, image + 1)
         self.criterion.across_processes = False
         try:
-            own = [(classes[one], masks[one]) for classes, masks in predictions]
+            own = self.of_image(predictions, image)
             return reduce(torch.add, self.losses(own, targets.of_image(image)).values())
         finally:
             self.criterion.across_processes = True
+
+    def of_image(
+        self, predictions: list[tuple[torch.Tensor, torch.Tensor]], image: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns the predictions for one image, as a batch of its own."""
+        one = slice(image, image + 1)
+        return [(classes[one], masks[one]) for classes, masks in predictions]
 
     def log_probabilities(
         self, predictions: list[tuple[torch.Tensor, torch.Tensor]]
@@ -257,6 +272,15 @@ class Mask2FormerHead(nn.Module):
             for suffix, losses in unweighted.items()
             for name, weight in self.loss_weights.items()
         }
+
+
+def decoder_config(config: Mask2FormerConfig) -> Mask2FormerConfig:
+    """Returns the configuration of the masked-attention decoder."""
+    # transformers also skips whole decoder layers with probability `dropout`. The published
+    # decoder skips no layer, and has no dropout inside its layers.
+    config = copy.deepcopy(config)
+    config.dropout = 0.0
+    return config
 
 
 def semantic_scores(

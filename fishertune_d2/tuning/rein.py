@@ -188,7 +188,7 @@ def link(tokens: ReinTokens, head: nn.Module) -> None:
     Raises:
         ValueError: if the head has no learned queries.
     """
-    learned = getattr(getattr(head, "transformer", None), "queries_embedder", None)
+    learned = getattr(getattr(head, "transformer", None), "queries_features", None)
     if learned is None:
         raise ValueError(
             f"{type(head).__name__} has no learned queries that tokens could replace: set "

@@ -204,7 +204,10 @@ def test_log_probabilities_are_those_of_the_scores():
 
 # ---- refusals ---------------------------------------------------------------------------------
 
-WORKING = "These heads work: Mask2FormerHead, SemSegFPNHead, DeepLabV3PlusHead, DeepLabV3Head"
+WORKING = (
+    "These heads work: Mask2FormerHead, TextQueryHead, SemSegFPNHead, DeepLabV3PlusHead, "
+    "DeepLabV3Head"
+)
 
 
 def test_pointrend_is_refused_with_the_heads_that_work():

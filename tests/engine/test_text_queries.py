@@ -1,0 +1,143 @@
+"""tqdm's head through the trainer: trains, resumes, evaluates and is built again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.trained_model import build_trained
+from fishertune_d2.export.tuned_models import delta_of_run, read_tuned
+from fishertune_d2.modeling.text_tower import TextTower
+from fishertune_d2.modeling.vfm import BLOCKS, CLIP, VFMBackbone
+from fishertune_d2.plan.costs import make_plan
+from fishertune_d2.run import Run
+
+from .conftest import final_state, same_end, same_states, train
+
+TOWER = "sem_seg_head.prompts.tower."
+
+
+@pytest.fixture
+def towers(tmp_path) -> str:
+    """One file with both towers of a tiny CLIP model, in open_clip's layout."""
+    torch.manual_seed(5)
+    features = [*BLOCKS, *CLIP]
+    vision = VFMBackbone(
+        name="tiny", weights="random", img_size=(64, 64), patch_size=16, out_features=features
+    )
+    state = {f"visual.trunk.{name}": value for name, value in vision.vit.state_dict().items()}
+    text = TextTower("tiny", "random").text.state_dict()
+    state |= {f"text.{name}": value for name, value in text.items()}
+    save_file(state, tmp_path / "clip.safetensors")
+    return str(tmp_path / "clip.safetensors")
+
+
+@pytest.fixture
+def text_cfg(tiny_cfg, towers):
+    """Returns ``tiny_cfg`` with tqdm's head and both towers of ``towers``."""
+
+    def make(**options):
+        return tiny_cfg(
+            **{
+                "MODEL__VFM__WEIGHTS": towers,
+                "MODEL__VFM__OUT_FEATURES": [*BLOCKS, *CLIP],
+                "MODEL__TEXT__NAME": "tiny",
+                "MODEL__TEXT__WEIGHTS": towers,
+                "MODEL__SEM_SEG_HEAD__NAME": "TextQueryHead",
+                "MODEL__SEM_SEG_HEAD__IN_FEATURES": list(BLOCKS),
+            }
+            | options
+        )
+
+    return make
+
+
+def tower_of(state: dict) -> dict:
+    return {k.removeprefix(TOWER): v for k, v in state.items() if k.startswith(TOWER)}
+
+
+@pytest.mark.parametrize("method", ["fishertune", "full", "freeze"])
+def test_text_queries_train_resume_and_are_built_again(text_cfg, towers, method, tmp_path):
+    cfg = text_cfg(TUNING__METHOD=method, SOLVER__ACCUMULATE=2, output=method)
+    trainer = train(cfg)
+    end = final_state(cfg.OUTPUT_DIR)
+    losses = {"loss_language", "loss_vision", "loss_vision_language", "loss_ce", "loss_mask_0"}
+    assert losses <= {*trainer.storage.latest()}
+    scores = Run(Path(cfg.OUTPUT_DIR)).results.scores
+    assert scores
+
+    # The text tower is saved, and as it was in the file; the decoder and gamma have moved.
+    own = tower_of(end["model"])
+    public = {f"text.{k}": v for k, v in TextTower("tiny", towers).text.state_dict().items()}
+    assert same_states(own, public)
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not trained & {id(p) for n, p in trainer.segmentor.named_parameters() if TOWER in n}
+
+    # The backbone moves by its method alone.
+    start = VFMBackbone(
+        name="tiny", weights=towers, img_size=(48, 64), patch_size=16, out_features=[*BLOCKS, *CLIP]
+    ).state_dict()
+    changed = {
+        n for n, t in start.items() if not torch.equal(t, end["model"][f"backbone.{n}"].cpu())
+    }
+    if method == "freeze":
+        assert not changed
+    if method == "full":
+        assert {"vit.head.weight", "vit.norm.weight"} < changed
+    if method == "fishertune":
+        assert changed and all(".attn." in n or ".mlp." in n for n in changed)
+
+    # Resumed in the middle of tuning it ends the same.
+    whole = tmp_path / "whole"
+    shutil.move(cfg.OUTPUT_DIR, whole)
+    Path(cfg.OUTPUT_DIR).mkdir()
+    train(cfg, stop=5)
+    train(cfg, resume=True)
+    assert same_end(cfg.OUTPUT_DIR, whole)
+
+    # Built again from its checkpoint alone.
+    cfg.MODEL.TEXT.WEIGHTS = "no such file"
+    again = build_trained(cfg, str(whole / "model_final.pth"))
+    assert same_states(again.state_dict(), end["model"])
+    batch = [{"image": torch.randint(0, 256, (3, 64, 64), generator=torch.manual_seed(1))}]
+    expected = trainer.segmentor.eval()(batch)[0]["sem_seg"]
+    torch.testing.assert_close(again(batch)[0]["sem_seg"], expected)
+
+
+def test_a_warm_up_computes_no_gradient_of_the_backbone(text_cfg):
+    cfg = text_cfg(SOLVER__MAX_ITER=3)
+    model = train(cfg).segmentor
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert model.sem_seg_head.gamma.grad is not None
+
+
+def test_an_export_holds_the_encoder_and_the_decoder_with_clips_head(text_cfg, towers):
+    cfg = text_cfg()
+    train(cfg)
+    Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
+    delta = delta_of_run(cfg.OUTPUT_DIR, decoder=True)
+    assert 0 < delta.changed and "backbone.vit.head.weight" in delta.decoder
+    tuned = read_tuned(cfg.OUTPUT_DIR)
+    assert "head.weight" not in tuned.vit
+    whole = {f"backbone.vit.{name}": value for name, value in tuned.vit.items()} | tuned.decoder
+    assert same_states(whole, final_state(cfg.OUTPUT_DIR)["model"])
+
+
+@pytest.mark.parametrize("method", ["fishertune", "full"])
+def test_the_plan_counts_the_stages(text_cfg, method):
+    cfg = text_cfg(TUNING__METHOD=method, MODEL__TEXT__WEIGHTS="no such file")
+    plan = make_plan(cfg)
+    print(plan)
+
+
+def test_a_run_needs_the_names_of_its_classes(text_cfg):
+    with pytest.raises(ValueError, match="MODEL.TEXT.CLASSES has 2 names"):
+        Trainer(text_cfg(MODEL__TEXT__CLASSES=["sky", "road"]))
+
+
+def test_methods_that_replace_learned_queries_refuse_this_head(text_cfg):
+    with pytest.raises(ValueError, match="TextQueryHead has no learned queries"):
+        Trainer(text_cfg(TUNING__METHOD="rein"))
