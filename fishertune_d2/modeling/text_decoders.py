@@ -98,12 +98,15 @@ class TextPixelDecoder(Mask2FormerPixelDecoder):
         values = self.text_projection(text.to(features[0].dtype))
         keys = values + self.text_positions.weight
         try:
-            for layer in self.encoder.layers:
-                layer.text = (keys, values)
+            self._hand_on((keys, values))
             return super().forward(features)
         finally:
-            for layer in self.encoder.layers:
-                layer.text = None
+            self._hand_on(None)
+
+    def _hand_on(self, text: tuple[Tensor, Tensor] | None) -> None:
+        for layer in self.encoder.layers:
+            assert isinstance(layer, TextEncoderLayer)
+            layer.text = text
 
 
 class TextQueryTransformer(Mask2FormerTransformerModule):

@@ -107,7 +107,8 @@ class TextQueryHead(Mask2FormerHead):
         maps = [name for name in input_shape if not name.startswith("clip_")]
         _check(input_shape, maps, tower, regularisation)
         channels = input_shape[maps[0]].channels
-        assert channels is not None  # Detectron2 annotates it as optional
+        # Detectron2 and transformers annotate these as optional.
+        assert channels is not None and config.num_labels is not None
         config.num_queries = config.num_labels
         # The strides of the neck's maps, for patches of 16 pixels. With others they are nominal:
         # no part of the head computes with them.

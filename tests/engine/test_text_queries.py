@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from safetensors.torch import save_file
 
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.parameter_counts import build_empty
 from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.export.tuned_models import delta_of_run, read_tuned
+from fishertune_d2.modeling.frozen import frozen_parameters
 from fishertune_d2.modeling.text_tower import TextTower
 from fishertune_d2.modeling.vfm import BLOCKS, CLIP, VFMBackbone
 from fishertune_d2.plan.costs import make_plan
 from fishertune_d2.run import Run
 
-from .conftest import final_state, same_end, same_states, train
+from .conftest import CLASSES, final_state, same_end, same_states, train
 
 TOWER = "sem_seg_head.prompts.tower."
 
@@ -98,8 +101,9 @@ def test_text_queries_train_resume_and_are_built_again(text_cfg, towers, method,
     train(cfg, resume=True)
     assert same_end(cfg.OUTPUT_DIR, whole)
 
-    # Built again from its checkpoint alone.
+    # Built again from its checkpoint alone, also where the names have to be spelled out.
     cfg.MODEL.TEXT.WEIGHTS = "no such file"
+    cfg.MODEL.TEXT.CLASSES = CLASSES
     again = build_trained(cfg, str(whole / "model_final.pth"))
     assert same_states(again.state_dict(), end["model"])
     batch = [{"image": torch.randint(0, 256, (3, 64, 64), generator=torch.manual_seed(1))}]
@@ -127,10 +131,14 @@ def test_an_export_holds_the_encoder_and_the_decoder_with_clips_head(text_cfg, t
 
 
 @pytest.mark.parametrize("method", ["fishertune", "full"])
-def test_the_plan_counts_the_stages(text_cfg, method):
+def test_the_plan_counts_no_gradient_of_the_text_tower(text_cfg, method):
     cfg = text_cfg(TUNING__METHOD=method, MODEL__TEXT__WEIGHTS="no such file")
     plan = make_plan(cfg)
-    print(plan)
+    model = build_empty(cfg, build_model)
+    frozen = frozen_parameters(model)
+    trained = sum(p.numel() for p in model.parameters() if p not in frozen)
+    gradients = plan.stages[-1].memory.gradients
+    assert gradients == 4 * trained if method == "full" else gradients < 4 * trained
 
 
 def test_a_run_needs_the_names_of_its_classes(text_cfg):

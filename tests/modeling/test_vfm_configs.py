@@ -96,3 +96,27 @@ def test_vltseg_has_its_own_recipe():
         base.MODEL.SEM_SEG_HEAD,
         base.MODEL.MASK_FORMER,
     )
+
+
+TEXT = ("tqdm_eva02_clip", "fishertune_text_eva02_clip", "freeze_text_eva02_clip")
+
+
+@mark.parametrize("name", TEXT)
+def test_configs_with_text_queries_differ_in_the_method_alone(name):
+    cfg, text = read(f"{name}.yaml"), (CONFIGS / f"{name}.yaml").read_text()
+    assert f"#   python train_net.py --config-file configs/{name}.yaml [--num-gpus N]\n" in text
+    assert _stated_tuned(text) == _tuned(cfg)
+    own = read(f"{TEXT[0]}.yaml")
+    solver, crop = own.SOLVER, own.INPUT.CROP.SIZE
+    assert (solver.MAX_ITER, solver.IMS_PER_BATCH, solver.WARMUP_ITERS) == (20000, 8, 1500)
+    assert (solver.BASE_LR, solver.BACKBONE_MULTIPLIER, solver.WEIGHT_DECAY) == (1e-5, 0.1, 1e-4)
+    assert (own.TEST.PROTOCOL, crop, own.TEST.STRIDE) == ("tqdm", [512, 512], [341, 341])
+    row = VFMS[own.MODEL.VFM.NAME]
+    assert f"#   {row.source}\n" in (CONFIGS / f"{TEXT[0]}.yaml").read_text()
+    assert (own.MODEL.TEXT.NAME, own.TUNING.METHOD) == (own.MODEL.VFM.NAME, "full")
+    assert cfg.OUTPUT_DIR == f"outputs/{name}"
+    assert cfg.TUNING.METHOD in ("full", name.partition("_")[0])
+    for key in ("METHOD", "WARMUP_ITERS"):
+        own.TUNING[key] = cfg.TUNING[key]
+    own.SOLVER.BACKBONE_MULTIPLIER, own.OUTPUT_DIR = cfg.SOLVER.BACKBONE_MULTIPLIER, cfg.OUTPUT_DIR
+    assert cfg == own
