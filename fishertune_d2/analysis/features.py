@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fishertune_d2.data import SegmentationMapper, load_datasets
-from fishertune_d2.modeling import VFMSegmentor
+from fishertune_d2.modeling import VFMBackbone, VFMSegmentor
 
 
 def read_images(cfg: CfgNode, name: str, count: int) -> list[dict]:
@@ -31,6 +31,24 @@ def read_images(cfg: CfgNode, name: str, count: int) -> list[dict]:
     return [mapper(items[i]) for i in chosen]
 
 
+def blocks_of(backbone: VFMBackbone) -> nn.ModuleList:
+    """Finds the blocks of a plain ViT, whose tokens are patches.
+
+    Returns:
+        The blocks, from shallow to deep.
+
+    Raises:
+        ValueError: if the backbone is a ConvNeXt.
+    """
+    if not hasattr(backbone.vit, "blocks"):
+        raise ValueError(
+            "features of patches and neurons are read from the blocks of a plain ViT, and this "
+            f"backbone is a {type(backbone.vit).__name__}: choose a model with a ViT as "
+            "MODEL.VFM.NAME"
+        )
+    return backbone.vit.blocks
+
+
 @torch.no_grad()
 def patch_features(
     model: VFMSegmentor, images: Sequence[dict], module: nn.Module | None = None
@@ -47,7 +65,7 @@ def patch_features(
     """
     backbone = model.backbone
     kept: list[Tensor] = []
-    module = backbone.vit.blocks[-1] if module is None else module
+    module = blocks_of(backbone)[-1] if module is None else module
     hook = module.register_forward_hook(lambda module, inputs, output: kept.append(output))
     maps = []
     try:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor, nn
 
-from fishertune_d2.analysis.features import patch_features
+from fishertune_d2.analysis.features import blocks_of, patch_features
 from fishertune_d2.analysis.selection_map import shares_by_group
 from fishertune_d2.fisher import KINDS, FisherEstimate, Selection, Units, domain_related_fisher
 from fishertune_d2.fisher.candidates import groups_of
@@ -67,8 +67,9 @@ def shares_by_head(selection: Selection, num_heads: int) -> dict[str, np.ndarray
         ValueError: if the channels of a block do not split into ``num_heads`` heads.
     """
     masks: dict[tuple[str, int], list[np.ndarray]] = {}
+    groups = groups_of(selection.shapes)
     for name, mask in selection.masks(selection.share).items():
-        for kind, block, rows in groups_of(name, selection.shapes[name]):
+        for kind, block, rows in groups[name]:
             if kind == "FFN":
                 continue
             part = mask[rows]
@@ -172,7 +173,7 @@ def neuron_activations(
     units = Units("neuron", {name: tuple(value.shape) for name, value in parameters.items()})
     maps: dict[str, list[Tensor]] = {}  # (h, w, units) of each image, by group
     for group, neuron in {neuron.group: neuron for neuron in neurons}.items():
-        block = backbone.vit.blocks[neuron.block]
+        block = blocks_of(backbone)[neuron.block]
         # No hooks on fc2 and the projections, because some models read only their weights.
         module = block.mlp.norm if neuron.kind == "FFN" else block.norm1
         maps[group] = patch_features(model, images, module)

@@ -34,8 +34,9 @@ def mean_by_group(scores: Mapping[str, torch.Tensor]) -> np.ndarray:
     """
     sums: dict[tuple[str, int], float] = {}
     counts: dict[tuple[str, int], int] = {}
+    groups = groups_of({name: tuple(score.shape) for name, score in scores.items()})
     for name, score in scores.items():
-        for kind, block, rows in groups_of(name, tuple(score.shape)):
+        for kind, block, rows in groups[name]:
             part = score[rows]
             # In float64: a group holds millions of numbers around 1e-8.
             total = part.sum(dtype=torch.float64).item()

@@ -19,6 +19,8 @@ def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> Sta
     return StatisticsPerturbation(
         [points[i] for i in perturb.POINTS],
         num_prefix_tokens=vfm.num_prefix_tokens,
+        # Backbones of others, written for ViTs, may lack this attribute.
+        channels_first=getattr(vfm, "channels_first", False),
         strength=perturb.STRENGTH,
         eps_mode=perturb.EPS_MODE,
         p=p,

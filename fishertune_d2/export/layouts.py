@@ -72,14 +72,15 @@ def write_timm(model: TunedModel, folder: Path) -> None:
         "model_args": backbone.timm_args,
         "pretrained_cfg": {
             "tag": tag,
-            "input_size": [3, *backbone.timm_args["img_size"]],
+            # A ConvNeXt takes no size as an argument.
+            "input_size": [3, *backbone.timm_args.get("img_size", model.architecture.img_size)],
             "fixed_input_size": False,
             "mean": [value / 255 for value in mean],
             "std": [value / 255 for value in std],
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "num_classes": 0,
-            "first_conv": "patch_embed.proj",
+            "first_conv": backbone.vit.pretrained_cfg["first_conv"],
             "classifier": "head",
             "license": VFMS[model.architecture.vfm].licence,
         },

@@ -138,9 +138,11 @@ def _resized(backbone: VFMBackbone, architecture: Architecture) -> set[str]:
     public = empty_backbone(replace(architecture, img_size=size, patch_size=vfm.patch_size)).vit
     shapes = {name: tensor.shape for name, tensor in public.state_dict().items()}
     names = {name for name, t in backbone.vit.state_dict().items() if t.shape != shapes[name]}
+    if "pos_embed" not in shapes:
+        return names
     # 16 x 16 and 8 x 32 positions have one shape.
     same_grid = public.patch_embed.grid_size == backbone.vit.patch_embed.grid_size
-    return names if same_grid else names | ({"pos_embed"} & shapes.keys())
+    return names if same_grid else names | {"pos_embed"}
 
 
 def _read_run(

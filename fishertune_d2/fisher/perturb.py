@@ -3,7 +3,8 @@
 Shapes in this module:
     B images, N patch tokens, C channels.
     x: token maps of shape (B, N, C), or (B, H, W, C) before timm flattens them. Prefix tokens (cls,
-    registers) come first in a flattened map. They belong to no place, so they stay unchanged.
+    registers) come first in a flattened map. They belong to no place, so they stay unchanged. Maps
+    of a convolutional network have the shape (B, C, H, W), and their N tokens are its H * W places.
     mu, sigma: (B, 1, C), mean and standard deviation over the N patch tokens.
     spread: (1, 1, C), standard deviation over the B images of mu or of sigma.
 """
@@ -46,6 +47,7 @@ class StatisticsPerturbation:
     Args:
         points: modules whose output is a token map to perturb.
         num_prefix_tokens: number of tokens before the patches in a flattened map.
+        channels_first: whether maps with four dimensions have the shape (B, C, H, W).
         strength: factor on both eps.
         eps_mode: ``"image"``, one pair of numbers per image, shared by channels and points, so
             that the weight exp(-(|eps_mu| + |eps_sigma|)) differs between images. ``"channel"``,
@@ -61,6 +63,7 @@ class StatisticsPerturbation:
         points: Sequence[nn.Module],
         *,
         num_prefix_tokens: int = 0,
+        channels_first: bool = False,
         strength: float = 1.0,
         eps_mode: str = "image",
         p: float = 1.0,
@@ -73,6 +76,7 @@ class StatisticsPerturbation:
             raise ValueError(f"p must be in [0, 1]: got {p}")
         self.points = list(points)
         self.num_prefix_tokens = num_prefix_tokens
+        self.channels_first = channels_first
         self.strength = strength
         self.eps_mode = eps_mode
         self.p = p
@@ -165,10 +169,14 @@ class StatisticsPerturbation:
                 handle.remove()
 
     def _patches(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and self.channels_first:
+            return x.flatten(2).mT
         # A four-dimensional map is a patch embedding, before the prefix tokens join it.
         return x.flatten(1, 2) if x.dim() == 4 else x[:, self.num_prefix_tokens :]
 
     def _replace(self, x: Tensor, tokens: Tensor) -> Tensor:
+        if x.dim() == 4 and self.channels_first:
+            return tokens.mT.reshape(x.shape)
         if x.dim() == 4:
             return tokens.reshape(x.shape)
         return torch.cat([x[:, : self.num_prefix_tokens], tokens], dim=1)

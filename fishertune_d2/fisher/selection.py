@@ -185,16 +185,18 @@ class Selection:
     def summary(self, share: float | None = None) -> Counter[tuple[str, int]]:
         """The number of weights of each group (kind, block) within ``share`` (default: all)."""
         counts: Counter[tuple[str, int]] = Counter()
+        groups = groups_of(self.shapes)
         for name, mask in self.masks(self.share if share is None else share).items():
-            for kind, block, rows in groups_of(name, self.shapes[name]):
+            for kind, block, rows in groups[name]:
                 counts[kind, block] += int(mask[rows].sum())
         return counts
 
     def group_sizes(self) -> Counter[tuple[str, int]]:
         """The number of weights of each group (kind, block), selected or not."""
         sizes: Counter[tuple[str, int]] = Counter()
+        groups = groups_of(self.shapes)
         for name, shape in self.shapes.items():
-            for kind, block, rows in groups_of(name, shape):
+            for kind, block, rows in groups[name]:
                 sizes[kind, block] += (rows.stop - rows.start) * math.prod(shape[1:])
         return sizes
 

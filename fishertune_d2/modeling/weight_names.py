@@ -162,10 +162,14 @@ def _convert(state: StateDict, architecture: str) -> StateDict:
     # position embedding and the file's own patch size.
     model = cast(PlainViT, model)
     model.pos_embed = None
+    has_patches = hasattr(model, "patch_embed")  # a ConvNeXt has none
     for name, kernel in state.items():
-        if name.endswith(("patch_embed.proj.weight", "conv1.weight")):
+        if has_patches and name.endswith(("patch_embed.proj.weight", "conv1.weight")):
             model.patch_embed.proj.weight = nn.Parameter(kernel.to("meta"))
-    return import_module(type(model).__module__).checkpoint_filter_fn(state, model)
+    try:
+        return import_module(type(model).__module__).checkpoint_filter_fn(state, model)
+    except KeyError:  # ConvNeXt's looks each name up in the model, and this file is of another one
+        return state
 
 
 def _zero_biases(state: StateDict, vit: PlainViT) -> list[str]:

@@ -159,7 +159,8 @@ class AddingMethod(TuningMethod):
         raise NotImplementedError
 
     def attach(self, backbone: nn.Module, head: nn.Module | None = None) -> None:
-        """Adds the module to the backbone."""
+        """Adds the module to the backbone, which must be a plain ViT."""
+        require_vit(backbone.get_submodule("vit"), self.name)
         setattr(backbone, self.name, self.build_module(cast(VFMBackbone, backbone), head))
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
@@ -172,6 +173,20 @@ class AddingMethod(TuningMethod):
         raise ValueError(
             f"TUNING.METHOD {self.name} cannot be merged: {self.no_merge}. Export the run's "
             "checkpoint"
+        )
+
+
+def require_vit(model: nn.Module, method: str) -> None:
+    """Refuses a backbone that is no plain ViT, for a method that works on tokens of blocks.
+
+    Raises:
+        ValueError: names the backbone, the method and the methods that work.
+    """
+    if not hasattr(model, "blocks"):
+        raise ValueError(
+            f"TUNING.METHOD {method} is made for the blocks of a plain ViT, and this backbone is a "
+            f"{type(model).__name__}: choose a method without additions, such as freeze, full or "
+            "fishertune, or TUNING.METHOD peft with the layers fc1 and fc2 as TUNING.PEFT.TARGETS"
         )
 
 

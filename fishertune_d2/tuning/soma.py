@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .peft_tuners import PeftTuner
-from .registry import TUNING_REGISTRY, TuningMethod
+from .registry import TUNING_REGISTRY, TuningMethod, require_vit
 from .split_qkv import split_qkv
 
 
@@ -51,8 +51,9 @@ class SoMA(PeftTuner):
             The layers' names in ``vit``.
 
         Raises:
-            ValueError: if a layer has fewer singular values than r.
+            ValueError: if a layer has fewer singular values than r, or the model is no plain ViT.
         """
+        require_vit(vit, "soma")
         blocks = dict(vit.get_submodule("blocks").named_children())
         first = len(blocks) // 3
         split_qkv(vit, first)

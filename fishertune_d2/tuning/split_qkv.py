@@ -64,10 +64,10 @@ def split_qkv(vit: nn.Module, first: int = 0) -> None:
     """Splits the fused layers of a timm ViT; the state dict gets the names above.
 
     Args:
-        vit: the model.
+        vit: the model. One without such blocks, as a ConvNeXt, stays as it is.
         first: the first block whose layer is split.
     """
-    for block in list(vit.get_submodule("blocks").children())[first:]:
+    for block in _blocks(vit)[first:]:
         attn = block.get_submodule("attn")
         if getattr(attn, "qkv", None) is not None:
             attn.qkv = SplitQKV(attn)
@@ -75,8 +75,13 @@ def split_qkv(vit: nn.Module, first: int = 0) -> None:
 
 def join_qkv(vit: nn.Module) -> None:
     """Undoes :func:`split_qkv`; the weights keep their current values."""
-    for block in vit.get_submodule("blocks").children():
+    for block in _blocks(vit):
         attn = block.get_submodule("attn")
         layer = getattr(attn, "qkv", None)
         if isinstance(layer, SplitQKV):
             layer.join(attn)
+
+
+def _blocks(vit: nn.Module) -> list[nn.Module]:
+    """The blocks with attention."""
+    return list(vit.get_submodule("blocks").children()) if hasattr(vit, "blocks") else []

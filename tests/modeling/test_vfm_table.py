@@ -9,8 +9,11 @@ import torch
 from pytest import approx, mark, raises
 
 from fishertune_d2.fisher import find_candidates
+from fishertune_d2.modeling.plain_vit import PlainViTs
 from fishertune_d2.modeling.vfm import VFMS, VFMBackbone
 from fishertune_d2.modeling.vfm_table import IMAGENET, OPENAI, Pixels, pixel_statistics
+
+VITS = [name for name, vfm in VFMS.items() if isinstance(vfm.family, PlainViTs)]
 
 
 @cache  # the tests only read the models
@@ -36,7 +39,7 @@ def test_entries_agree_with_timm(name):
         assert vfm.licence.lower().replace(" ", "-") == public.license
 
 
-@mark.parametrize("name", VFMS)
+@mark.parametrize("name", VITS)
 def test_patch_size_0_is_the_size_of_the_training(name, monkeypatch):
     vfm = VFMS[name]
     monkeypatch.setitem(VFMS, name, replace(vfm, options={**vfm.options, "depth": 6}))
@@ -45,7 +48,7 @@ def test_patch_size_0_is_the_size_of_the_training(name, monkeypatch):
     assert backbone.size_divisibility == vfm.patch_size
 
 
-@mark.parametrize("name", VFMS)
+@mark.parametrize("name", VITS)
 def test_real_sizes_give_a_pyramid(name):
     backbone = on_meta(name)
     depth, channels = len(backbone.vit.blocks), backbone.vit.embed_dim
