@@ -18,7 +18,9 @@ from .config_slips import dotted_items
 
 logger = logging.getLogger(__name__)
 
-_OUR_HEADS = ("Mask2FormerHead", "TextQueryHead")
+# Heads that read the keys of MODEL.MASK_FORMER, and the one of them that has norms to choose.
+_MASK_HEADS = ("Mask2FormerHead", "MaskTextHead", "TextQueryHead")
+_NORMED_HEAD = "TextQueryHead"
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ def _other_backbone(cfg: CfgNode) -> bool:
 
 
 def _other_head(cfg: CfgNode) -> bool:
-    return _other_model(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME not in _OUR_HEADS
+    return _other_model(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME not in _MASK_HEADS
 
 
 def _normed_head(cfg: CfgNode) -> bool:
-    return _other_model(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME != "Mask2FormerHead"
+    return _other_head(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME == _NORMED_HEAD
 
 
 def _clips_norms(cfg: CfgNode) -> bool:
@@ -136,12 +138,12 @@ UNREAD = (
         "MODEL.SEM_SEG_HEAD.COMMON_STRIDE MODEL.SEM_SEG_HEAD.LOSS_TYPE "
         "MODEL.SEM_SEG_HEAD.PROJECT_* MODEL.SEM_SEG_HEAD.ASPP_* "
         "MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV",
-        "Mask2FormerHead has no such part; MODEL.MASK_FORMER has its keys",
+        "Mask2Former's heads have no such part; MODEL.MASK_FORMER has its keys",
         _other_head,
     ),
     Unread(
         "MODEL.SEM_SEG_HEAD.NORM",
-        "Mask2FormerHead has no such part; MODEL.MASK_FORMER has its keys",
+        "the head has no such part; MODEL.MASK_FORMER has its keys",
         _normed_head,
     ),
 )

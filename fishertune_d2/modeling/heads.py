@@ -18,8 +18,8 @@ from .detectron2_heads import DETECTRON2_HEADS, Detectron2Head, PixelHead
 from .targets import SegmentationTargets
 
 WORKING_HEADS = (
-    f"These heads work: Mask2FormerHead, TextQueryHead, {', '.join(DETECTRON2_HEADS)}, and heads "
-    "of your own with the methods of fishertune_d2.modeling.heads.SegmentationHead"
+    "These heads work: Mask2FormerHead, MaskTextHead, TextQueryHead, "
+    f"{', '.join(DETECTRON2_HEADS)}, and heads of your own with the methods of fishertune_d2.modeling.heads.SegmentationHead"
 )
 
 

@@ -79,7 +79,7 @@ class Mask2FormerHead(nn.Module):
         channels = [input_shape[name].channels for name in names]
         self.pixel_decoder = Mask2FormerPixelDecoder(config, feature_channels=channels)
         self.transformer = Mask2FormerTransformerModule(config.feature_size, decoder_config(config))
-        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.class_predictor: nn.Module = nn.Linear(config.hidden_dim, config.num_labels + 1)
         self.criterion = Mask2FormerCriterion(config, self.loss_weights)
         self.dropout = config.dropout
         init_pixel_decoder(self.pixel_decoder)
@@ -182,11 +182,26 @@ class Mask2FormerHead(nn.Module):
             pixels = self.pixel_decoder(maps, *text)
         decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features, *text)
         return [
-            (self.class_predictor(queries.transpose(0, 1)), masks)
+            (self.class_logits(queries.transpose(0, 1), masks, pixels.mask_features), masks)
             for queries, masks in zip(
                 decoded.intermediate_hidden_states, decoded.masks_queries_logits, strict=True
             )
         ]
+
+    def class_logits(
+        self, queries: torch.Tensor, masks: torch.Tensor, mask_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Classifies queries; heads with another classifier override it.
+
+        Args:
+            queries: (B, Q, hidden_dim), after a decoder layer and its norm.
+            masks: their mask logits (B, Q, h, w).
+            mask_features: (B, mask_feature_size, h, w), whose products with queries are the masks.
+
+        Returns:
+            Class logits (B, Q, C + 1).
+        """
+        return self.class_predictor(queries)
 
     def loss_of_image(
         self,
@@ -234,7 +249,7 @@ class Mask2FormerHead(nn.Module):
         queries, nothing = self.num_queries, self.criterion.eos_coef
         matched = [min(len(of_image), queries) for of_image in classes]
         weight = sum(n + nothing * (queries - n) for n in matched)
-        masks = self.criterion.get_num_masks(classes, self.class_predictor.weight.device)
+        masks = self.criterion.get_num_masks(classes, next(self.parameters()).device)
         return {"loss_ce": weight, "loss_mask": masks, "loss_dice": masks}
 
     def losses(

@@ -205,8 +205,8 @@ def test_log_probabilities_are_those_of_the_scores():
 # ---- refusals ---------------------------------------------------------------------------------
 
 WORKING = (
-    "These heads work: Mask2FormerHead, TextQueryHead, SemSegFPNHead, DeepLabV3PlusHead, "
-    "DeepLabV3Head"
+    "These heads work: Mask2FormerHead, MaskTextHead, TextQueryHead, SemSegFPNHead, "
+    "DeepLabV3PlusHead, DeepLabV3Head"
 )
 
 
