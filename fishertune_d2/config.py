@@ -152,7 +152,8 @@ def _add_backbone(cfg: CN) -> None:
     # Height and width, in pixels, of the stored position embedding. Other input sizes work: the
     # embedding is interpolated on the fly.
     cfg.MODEL.VFM.IMG_SIZE = [512, 512]
-    # Side of a patch in pixels; 0 keeps the patch size the weights were trained with.
+    # Side of a patch in pixels; 0 keeps the patch size the weights were trained with. A ConvNeXt
+    # has neither patches nor positions, and does not read this key or IMG_SIZE.
     cfg.MODEL.VFM.PATCH_SIZE = 16
     # How a patch kernel is resized: "bicubic" (plain, as Rein) or "pi" (pseudo-inverse, as timm).
     cfg.MODEL.VFM.PATCH_RESIZE = "bicubic"
@@ -291,6 +292,18 @@ def _add_solver(cfg: CN) -> None:
     # How many of the checkpoints that CHECKPOINT_PERIOD writes stay on disk, the newest; 0 for all.
     # The ends of stages, model_warmup.pth and model_final.pth, always stay.
     cfg.SOLVER.KEEP_CHECKPOINTS = 0
+
+    cfg.SELF_TRAINING = CN()
+    # A folder of images without labels, on which the tuning stage trains too. "" trains on none.
+    cfg.SELF_TRAINING.IMAGES = ""
+    # Unlabelled images for each labelled one (CLOUDS: 2).
+    cfg.SELF_TRAINING.RATIO = 2
+    # The decay of the teacher, an average of the head (CLOUDS).
+    cfg.SELF_TRAINING.EMA = 0.999
+    # Iterations between two updates of the teacher (CLOUDS).
+    cfg.SELF_TRAINING.PERIOD = 100
+    # A SAM of transformers, an id or a folder, that refines the teacher's labels. "" refines none.
+    cfg.SELF_TRAINING.SAM = ""
 
 
 def _add_fisher(cfg: CN) -> None:

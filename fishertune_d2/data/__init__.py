@@ -9,6 +9,7 @@ from .loader import build_test_loader, build_train_loader
 from .mapper import SegmentationMapper
 from .metadata import dataset_metadata
 from .registration import register_sem_seg
+from .unlabelled import find_unlabelled
 
 __all__ = [
     "DatasetError",
@@ -19,6 +20,7 @@ __all__ = [
     "check_datasets",
     "class_counts",
     "dataset_metadata",
+    "find_unlabelled",
     "load_datasets",
     "register_sem_seg",
     "require_ignore_value",

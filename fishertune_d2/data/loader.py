@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.data.samplers import DAFORMER, RareClass, ResumableSampler, build_sampler
+from fishertune_d2.data.unlabelled import MixedSampler, Unlabelled
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # macOS does not
@@ -67,16 +68,23 @@ class _SeededItems(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, dicts: Sequence[dict[str, Any]], mapper: Mapper, seed: int, order: ResumableSampler
+        self,
+        dicts: Sequence[dict[str, Any]],
+        mapper: Mapper,
+        seed: int,
+        order: ResumableSampler,
+        unlabelled: Sequence[dict[str, Any]] = (),
     ):
-        self.items = _MappedItems(dicts, mapper)
-        self.dicts = self.items.dicts  # whose file names go into a run's record
+        self.items = _MappedItems([*dicts, *unlabelled], mapper)
+        # Their file names go into a run's record.
+        self.dicts = self.items.dicts if not unlabelled else DatasetFromList(list(dicts))
+        self.unlabelled = unlabelled
         self.seed = seed
         self.order = order
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         position, index = key
-        item, drawn_for = self.dicts[index], self.order.class_at(position)
+        item, drawn_for = self.items.dicts[index], self.order.class_at(position)
         if drawn_for is not None:
             item = {**item, "drawn_for": drawn_for}
         # Without workers this is the training process. Its own generators must continue as if
@@ -187,6 +195,7 @@ def build_train_loader(
     class_counts: np.ndarray | None = None,
     repeat_threshold: float = 0.0,
     rare_class: RareClass = DAFORMER,
+    unlabelled: Unlabelled | None = None,
 ) -> DataLoader:
     """Builds an endless loader of shuffled, augmented batches; resume with ``sampler.start``.
 
@@ -205,6 +214,7 @@ def build_train_loader(
             samplers need them.
         repeat_threshold: For `RepeatFactorSampler`.
         rare_class: For `RareClassSampler`.
+        unlabelled: Images without labels that join the stream, for self-training.
 
     Returns:
         A loader of lists of mapped dicts.
@@ -229,7 +239,9 @@ def build_train_loader(
         repeat_threshold=repeat_threshold,
         rare_class=rare_class,
     )
-    items = _SeededItems(dicts, mapper, seed, order)
+    if unlabelled:
+        order = MixedSampler(order, unlabelled)
+    items = _SeededItems(dicts, mapper, seed, order, unlabelled.dicts if unlabelled else ())
     if start is not None:
         _set_former_start(order, start)
     return _Loader(items, order, block, num_workers, pin_memory)

@@ -44,7 +44,8 @@ class SegmentationMapper:
     """Turns a data set's dict into the segmentor's input.
 
     Training: resize to a random short edge, crop, colour jitter, flip, pad to the crop's size. The
-    crop is chosen on the label, and only that part of the image is resized.
+    crop is chosen on the label, and only that part of the image is resized. An image without a
+    label gets a copy without colour jitter, which a teacher labels (self-training).
     Test: resize into the data set's ``test_size``, or into the protocol's. The evaluator reads the
     label from disk, at its own size or halved, with the label map that the mapper gives.
     """
@@ -159,8 +160,10 @@ class SegmentationMapper:
 
         Returns:
             A copy with ``image``, (3, H, W) uint8, and in training ``sem_seg``, (H, W) uint8
-            train ids. ``height`` and ``width`` are the label file's; at test, where
-            ``halve_label`` is true, they are half of them, rounded down.
+            train ids; without a ``sem_seg_file_name``, ``clean_image`` (3, H, W) uint8 in its
+            place, and ``valid_size``, the height and width that are no padding. ``height`` and
+            ``width`` are the label file's; at test, where ``halve_label`` is true, they are half of
+            them, rounded down.
 
         Raises:
             DatasetError: if a file cannot be read, holds a label out of range, or, in training, an
@@ -172,6 +175,8 @@ class SegmentationMapper:
             image = Image.fromarray(shift_image(np.asarray(image), shift, file))
         if not self.is_train:
             return {**dataset_dict, **self._as_scored(dataset_dict, image)}
+        if "sem_seg_file_name" not in dataset_dict:
+            return {**dataset_dict, **self._unlabelled(image)}
 
         label = read_label(dataset_dict["sem_seg_file_name"], dataset_dict["label_map"])
         if image.size != label.shape[::-1]:
@@ -188,6 +193,21 @@ class SegmentationMapper:
             **dataset_dict,
             "image": to_tensor(pixels),
             "sem_seg": torch.from_numpy(label.copy()),  # Pillow's memory is read-only
+        }
+
+    def _unlabelled(self, image: Image.Image) -> dict[str, Any]:
+        """Augments an image without a label, and gives its copy all but the colour jitter."""
+        nothing = np.full((image.height, image.width), self.ignore_label, np.uint8)
+        image, nothing = self._resized_part(image, nothing)
+        pixels = to_array(image, self.image_format)
+        augmented = T.AugInput(pixels.copy(), sem_seg=nothing)
+        for transform in self.augmentations(augmented).transforms:
+            if not isinstance(transform, ColorAugSSDTransform):
+                pixels = transform.apply_image(pixels)
+        return {
+            "image": to_tensor(self._pad(augmented.image, nothing)[0]),
+            "clean_image": to_tensor(self._pad(pixels, nothing)[0]),
+            "valid_size": nothing.shape,
         }
 
     def _resized_part(

@@ -15,6 +15,8 @@ from fishertune_d2.data import (
 )
 from fishertune_d2.data.samplers import RareClass, require_sampler
 
+from .self_training import unlabelled_images
+
 
 def training_loader(cfg: CfgNode) -> DataLoader:
     """The images of DATASETS.TRAIN in the order that SEED and DATALOADER.SAMPLER_TRAIN give."""
@@ -33,6 +35,7 @@ def training_loader(cfg: CfgNode) -> DataLoader:
         rare_class=RareClass(
             cfg.DATALOADER.RARE_CLASS_TEMPERATURE, cfg.DATALOADER.RARE_CLASS_PIXELS
         ),
+        unlabelled=unlabelled_images(cfg),
     )
 
 
@@ -47,9 +50,15 @@ def scoring_loader(cfg: CfgNode, name: str) -> DataLoader:
 
 
 def file_names(loader: object) -> list[str] | None:
-    """The training images in the order of the data set; None if the loader is not ours."""
+    """The labelled images in the order of the data set; None if the loader is not ours."""
     dicts = getattr(getattr(loader, "dataset", None), "dicts", None)
     return None if dicts is None else [item["file_name"] for item in dicts]
+
+
+def unlabelled_names(loader: object) -> list[str]:
+    """The images of self-training, in order."""
+    dicts = getattr(getattr(loader, "dataset", None), "unlabelled", ())
+    return [item["file_name"] for item in dicts]
 
 
 def class_names(cfg: CfgNode) -> tuple[str, ...] | None:

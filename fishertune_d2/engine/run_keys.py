@@ -37,6 +37,7 @@ _RESULTS: dict[str, Result | None] = {
     "MODEL.VFM.WEIGHTS": None,
     "MODEL.WEIGHTS": None,
     "SOLVER.CHECKPOINT_PERIOD": None,
+    "SELF_TRAINING.IMAGES": None,
     "SOLVER.KEEP_CHECKPOINTS": None,
     "TUNING.WARMUP_CHECKPOINT": None,
     # Only the losses of training read these.
@@ -59,6 +60,8 @@ _RESULTS: dict[str, Result | None] = {
     "DATALOADER.SAMPLER_TRAIN": _WARMUP,
     "DATASETS.TRAIN": _WARMUP,
     "SEED": _WARMUP,
+    # Self-training begins with the tuning stage.
+    "SELF_TRAINING.*": Result.TRAINED,
     # Averages begin with the tuning stage or later, and move no weight.
     "SOLVER.EMA": Result.TRAINED,
     "SOLVER.EMA_START": Result.TRAINED,

@@ -27,7 +27,7 @@ _UNUSUAL = ("SOLVER.ACCUMULATE", "SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER")
 NOTE = "run"
 
 # The attributes that are stored. A checkpoint has its iteration beside the record.
-_STORED = ("config", "images", "names", "classes", "start")
+_STORED = ("config", "images", "names", "classes", "start", "unlabelled")
 
 # A fingerprint reads at least this many values of a tensor that has as many.
 _SAMPLED = 64
@@ -44,6 +44,7 @@ class RunRecord:
         classes: the names of the classes; None if unknown.
         iterations: how many iterations were done when it was written; None if unknown.
         start: a fingerprint of the weights that the run started from; None if unknown.
+        unlabelled: a digest of the names of the images of self-training; None without them.
     """
 
     config: Mapping[str, Any]
@@ -52,6 +53,7 @@ class RunRecord:
     classes: tuple[str, ...] | None = None
     iterations: int | None = None
     start: str | None = None
+    unlabelled: str | None = None
 
     @classmethod
     def of_run(
@@ -60,13 +62,12 @@ class RunRecord:
         files: Sequence[str] | None,
         classes: tuple[str, ...] | None,
         start: str | None = None,
+        unlabelled: Sequence[str] = (),
     ) -> "RunRecord":
         """Records a run that begins with these training images, classes and start weights."""
-        images = names = None
-        if files is not None:
-            text = "\n".join(Path(file).name for file in files)
-            images, names = len(files), hashlib.sha256(text.encode()).hexdigest()
-        return cls(defining_keys(cfg), images, names, classes, start=start)
+        images, names = (None, None) if files is None else (len(files), _digest(files))
+        others = _digest(unlabelled) if unlabelled else None
+        return cls(defining_keys(cfg), images, names, classes, start=start, unlabelled=others)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "RunRecord | None":
@@ -102,6 +103,8 @@ class RunRecord:
     def require_same_run(self, then: "RunRecord") -> None:
         """Refuses the record of a checkpoint, ``then``, if it is of another run than this one."""
         troubles = [*as_words(differing_keys(then.config, self.config)), *then._other_data(self)]
+        if then.unlabelled != self.unlabelled:
+            troubles.append("the images of SELF_TRAINING.IMAGES are others, or there were none")
         if troubles:
             raise ValueError("; ".join(troubles))
 
@@ -175,6 +178,11 @@ def fingerprint(module: nn.Module) -> str:
         values = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _digest(files: Sequence[str]) -> str:
+    """Identifies files by their names in order, without folders."""
+    return hashlib.sha256("\n".join(Path(file).name for file in files).encode()).hexdigest()
 
 
 def _other_classes(

@@ -24,6 +24,7 @@ from fishertune_d2.tuning import SelectiveMethod, TuningMethod, build_tuning_met
 from .optimizer import OPTIMIZERS
 from .parameter_counts import build_empty
 from .precision import ESTIMATE_DTYPES
+from .self_training import self_training_troubles
 from .stages import attach, planned_share, units_of
 
 # The values that keys can have, in training and in evaluation.
@@ -58,7 +59,7 @@ def require_possible(cfg: CfgNode, processes: int = 1) -> None:
     require_scorable(cfg)
     method = build_tuning_method(cfg)
     troubles = [*_schedule(cfg, method), *_decays(cfg), *_choices(cfg)]
-    troubles += [*_sizes(cfg, processes), *_best(cfg)]
+    troubles += [*_sizes(cfg, processes), *_best(cfg), *self_training_troubles(cfg)]
     if method.selects and cfg.TUNING.WARMUP_ITERS < cfg.SOLVER.MAX_ITER:
         troubles += _shift(cfg, method)
     if troubles:

@@ -56,12 +56,22 @@ class StepTrainer(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
         # Of each step since the last download: iteration, losses by name, seconds for the data.
         self._unwritten: list[tuple[int, dict[str, torch.Tensor], float]] = []
+        # The batch of the next step and its seconds, once it is drawn.
+        self._drawn: tuple[list[dict], float] | None = None
+
+    def draw(self) -> list[dict]:
+        """Draws the batch of the next step, for a hook that completes it before the step."""
+        if self._drawn is None:
+            start = time.perf_counter()
+            batch = next(self._data_loader_iter)
+            self._drawn = batch, time.perf_counter() - start
+        return self._drawn[0]
 
     def run_step(self) -> None:
         """Draws a batch, adds up the gradients of its parts, and moves the weights."""
-        start = time.perf_counter()
-        batch = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
+        self.draw()
+        assert self._drawn is not None
+        (batch, data_time), self._drawn = self._drawn, None
         parts = _split(batch, self.parts)
         segmentor = getattr(self.model, "module", self.model)
         whole = segmentor.loss_divisors(batch) if len(parts) > 1 else {}

@@ -35,7 +35,7 @@ from .best_checkpoint import BestCheckpoint
 from .checkpoint import WholeCheckpointer
 from .hooks import LearningRates, WarmupFreeze
 from .image_losses import SegmentationLoss
-from .loaders import class_names, file_names, scoring_loader, training_loader
+from .loaders import class_names, file_names, scoring_loader, training_loader, unlabelled_names
 from .optimizer import build_optimizer, carry_state, is_backbone
 from .output_dir import require_unused, require_writable
 from .perturbation import build_perturbation, perturbation_of_training
@@ -43,6 +43,7 @@ from .precision import ESTIMATE_DTYPES, autocast_dtype, set_matmul_precision
 from .preemption import Preemption
 from .run_record import NOTE, RunRecord, fingerprint, remember_run
 from .scoring import metrics_by_name, score_datasets
+from .self_training import build_self_training
 from .sharing import OwnRun, check_estimate, load_warmup
 from .stages import (
     build_average,
@@ -95,7 +96,8 @@ class Trainer(DefaultTrainer):
         self._trainer = StepTrainer(model, loader, dtype=dtype, parts=cfg.SOLVER.ACCUMULATE)
         require_fillable(cfg, self.method, self.backbone)
         start = fingerprint(self.backbone)
-        record = RunRecord.of_run(cfg, file_names(loader), class_names(cfg), start)
+        files, others = file_names(loader), unlabelled_names(loader)
+        record = RunRecord.of_run(cfg, files, class_names(cfg), start, others)
         self._run = OwnRun(record, cfg.OUTPUT_DIR)
         self._resumes = False
         self._average = build_average(cfg, lambda: self._selected)
@@ -171,6 +173,7 @@ class Trainer(DefaultTrainer):
             build_weight_decay(cfg),
             *([build_mask(cfg, self.method, lambda: self._selected)] if self._estimation else []),
             self._average,
+            build_self_training(cfg, self._trainer.dtype),
         ]
         if comm.is_main_process():
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
@@ -215,6 +218,7 @@ class Trainer(DefaultTrainer):
         # statistics over a batch. So all processes together see the batches that one alone would.
         processes, fisher = comm.get_world_size(), self.cfg.FISHER
         options = ["SOLVER.IMS_PER_BATCH", fisher.IMS_PER_BATCH * processes]
+        options += ["SELF_TRAINING.IMAGES", ""]
         # The method that training calls, so that a subclass estimates on its own data, too.
         loader = self.build_train_loader(changed(self.cfg, [*options, "SEED", self.cfg.SEED + 1]))
         return islice(loader, ceil(fisher.BATCHES / processes))

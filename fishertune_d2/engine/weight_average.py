@@ -49,10 +49,7 @@ class WeightAverage(HookBase):
         trained = trained_tensors(self.trainer.segmentor, self.selected())
         if not self.averages:
             self.averages = {name: weight.clone() for name, weight in trained.items()}
-        for name, average in self.averages.items():
-            # torch's own function computes w_avg + (1 - d) (w - w_avg), which loses the sign of
-            # -0.0. In this order lerp computes w_avg - (1 - d) (w_avg - w), for d >= 0.5.
-            torch.lerp(trained[name], average, self.decay, out=average)
+        average_into(self.averages, trained, self.decay)
 
     def after_train(self) -> None:
         """Gives the model its averages, unless training stopped early."""
@@ -89,6 +86,16 @@ class WeightAverage(HookBase):
             # the segmentor takes tensors that a load leaves out for untrained.
             segmentor = self.trainer.segmentor
             segmentor.load_state_dict({**segmentor.state_dict(), **weights})
+
+
+def average_into(
+    averages: Mapping[str, Tensor], trained: Mapping[str, Tensor], decay: float
+) -> None:
+    """Computes w_avg = d w_avg + (1 - d) w in place, for d from 0.5 to 1, without gradients."""
+    for name, average in averages.items():
+        # torch's own function computes w_avg + (1 - d) (w - w_avg), which loses the sign of -0.0.
+        # In this order lerp computes w_avg - (1 - d) (w_avg - w), for d >= 0.5.
+        torch.lerp(trained[name], average, decay, out=average)
 
 
 def trained_tensors(model: nn.Module, selected: SelectedWeights | None) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from .targets import SegmentationTargets
 
 WORKING_HEADS = (
     "These heads work: Mask2FormerHead, MaskTextHead, TextQueryHead, "
-    f"{', '.join(DETECTRON2_HEADS)}, and heads of your own with the methods of fishertune_d2.modeling.heads.SegmentationHead"
+    f"{', '.join(DETECTRON2_HEADS)}, and heads of your own with the methods of "
+    "fishertune_d2.modeling.heads.SegmentationHead"
 )
 
 

@@ -227,6 +227,18 @@ class VFMSegmentor(nn.Module):
             results.append({"sem_seg": scores})
         return results
 
+    def scores(self, image: Tensor) -> Tensor:
+        """Scores one image as a whole, whatever TEST.MODE is.
+
+        Args:
+            image: (3, H, W), 0 .. 255.
+
+        Returns:
+            (C, H, W) float32.
+        """
+        (normalised,) = self._normalised([image])
+        return self._scores(normalised[None])[0]
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         """Notes which tensors a load fills, and which it leaves over.
 
