@@ -205,6 +205,42 @@ def loss() -> Callable[[nn.Module, Sequence], torch.Tensor]:
     return cross_entropy
 
 
+@pytest.fixture
+def sam_folder(tmp_path) -> str:
+    """An untrained SAM of two small layers, as transformers saves it."""
+    from transformers import (
+        SamConfig,
+        SamImageProcessor,
+        SamMaskDecoderConfig,
+        SamModel,
+        SamProcessor,
+        SamPromptEncoderConfig,
+        SamVisionConfig,
+    )
+
+    torch.manual_seed(0)
+    sizes = {"image_size": 64, "patch_size": 16}
+    config = SamConfig(
+        vision_config=SamVisionConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_dim=64,
+            output_channels=16, window_size=2, global_attn_indexes=[1], num_pos_feats=8, **sizes,
+        ).to_dict(),
+        prompt_encoder_config=SamPromptEncoderConfig(
+            hidden_size=16, image_embedding_size=4, mask_input_channels=4, **sizes
+        ).to_dict(),
+        mask_decoder_config=SamMaskDecoderConfig(
+            hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
+        ).to_dict(),
+    )  # fmt: skip
+    SamModel(config).save_pretrained(tmp_path)
+    images = SamImageProcessor(
+        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
+        mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16},
+    )  # fmt: skip
+    SamProcessor(images).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
 _SMALL = {"embed_dim": 64, "depth": 6, "num_heads": 2}
 _SMALL_FAMILIES = {
     "dinov2_vitl": {},

@@ -16,7 +16,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "SGD": torch.optim.SGD,
 }
 # The head's embeddings, by parts of their names. Tuning methods name their own (``undecayed``).
-_HEAD_EMBEDDINGS = ("queries_embedder", "queries_features", "level_embed")
+_HEAD_EMBEDDINGS = ("queries_embedder", "queries_features", "level_embed", "predictor.no_object")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

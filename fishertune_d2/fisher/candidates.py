@@ -91,15 +91,14 @@ def groups_of(
         By the parameters' names the kind, the block and the rows of each group; empty lists for
         parameters that are no candidates.
     """
-    found = {name: _BLOCK_PARAMETER.search(name) for name in shapes}
+    matches = {name: match for name in shapes if (match := _BLOCK_PARAMETER.search(name))}
     depths: dict[str, int] = {}  # the number of blocks, by the path before their names
-    for match in filter(None, found.values()):
+    for match in matches.values():
         path = _path_before(match)
         depths[path] = max(depths.get(path, 0), int(match[1]) + 1)
-    groups = {}
-    for name, match in found.items():
-        first = 0 if match is None else _blocks_before(match, depths)
-        groups[name] = [] if match is None else _groups_in(name, match, shapes[name], first)
+    groups: dict[str, list[tuple[str, int, slice]]] = {name: [] for name in shapes}
+    for name, match in matches.items():
+        groups[name] = _groups_in(name, match, shapes[name], _blocks_before(match, depths))
     return groups
 
 
