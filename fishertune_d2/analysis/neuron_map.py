@@ -175,7 +175,7 @@ def neuron_activations(
     for group, neuron in {neuron.group: neuron for neuron in neurons}.items():
         block = blocks_of(backbone)[neuron.block]
         # No hooks on fc2 and the projections, because some models read only their weights.
-        module = block.mlp.norm if neuron.kind == "FFN" else block.norm1
+        module = block.get_submodule("mlp.norm" if neuron.kind == "FFN" else "norm1")
         maps[group] = patch_features(model, images, module)
         if neuron.kind != "FFN":
             maps[group] = [_project(each, units.groups[group], parameters) for each in maps[group]]

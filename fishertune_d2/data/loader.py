@@ -197,7 +197,9 @@ def build_train_loader(
     rare_class: RareClass = DAFORMER,
     unlabelled: Unlabelled | None = None,
 ) -> DataLoader:
-    """Builds an endless loader of shuffled, augmented batches; resume with ``sampler.start``.
+    """Builds an endless loader of shuffled, augmented batches.
+
+    To resume, set ``loader.sampler.start`` before iteration begins, see `ResumableSampler`.
 
     Args:
         dicts: Entries as `load_datasets` returns them.
@@ -220,16 +222,10 @@ def build_train_loader(
         A loader of lists of mapped dicts.
 
     Raises:
-        ValueError: if the ranks cannot share the batch evenly, there are no entries, or an argument
-            cannot work.
+        ValueError: if the ranks cannot share the batch evenly, there are no entries, the sampler
+            is unknown or lacks its arguments, or ``num_workers`` is below -1.
     """
-    world_size = comm.get_world_size()
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(
-            f"A batch of {batch_size} images (SOLVER.IMS_PER_BATCH) cannot be shared evenly by "
-            f"{world_size} processes; choose a multiple."
-        )
-    block = batch_size // world_size
+    block = _images_of_a_rank(batch_size)
     order = build_sampler(
         sampler,
         len(dicts),
@@ -245,6 +241,17 @@ def build_train_loader(
     if start is not None:
         _set_former_start(order, start)
     return _Loader(items, order, block, num_workers, pin_memory)
+
+
+def _images_of_a_rank(batch_size: int) -> int:
+    """Returns the part of a batch that this rank loads."""
+    world_size = comm.get_world_size()
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"A batch of {batch_size} images (SOLVER.IMS_PER_BATCH) cannot be shared evenly by "
+            f"{world_size} processes; choose a multiple."
+        )
+    return batch_size // world_size
 
 
 def _set_former_start(order: ResumableSampler, start: int) -> None:
