@@ -199,7 +199,9 @@ def build_train_loader(
 ) -> DataLoader:
     """Builds an endless loader of shuffled, augmented batches.
 
-    To resume, set ``loader.sampler.start`` before iteration begins, see `ResumableSampler`.
+    To resume, set ``loader.sampler.start`` before iteration begins, see `ResumableSampler`. A
+    ValueError says that the ranks cannot share the batch evenly, there are no entries, the sampler
+    is unknown or lacks its arguments, or ``num_workers`` is below -1.
 
     Args:
         dicts: Entries as `load_datasets` returns them.
@@ -220,10 +222,6 @@ def build_train_loader(
 
     Returns:
         A loader of lists of mapped dicts.
-
-    Raises:
-        ValueError: if the ranks cannot share the batch evenly, there are no entries, the sampler
-            is unknown or lacks its arguments, or ``num_workers`` is below -1.
     """
     block = _images_of_a_rank(batch_size)
     order = build_sampler(

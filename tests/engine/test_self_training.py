@@ -91,11 +91,14 @@ def watched(cfg):
     return trainer, watch
 
 
-@pytest.mark.parametrize("method", ["freeze", "rein"])
-def test_the_teacher_labels_and_follows(tiny_cfg, folder, method):
+@pytest.mark.parametrize(
+    ("method", "head"),
+    [("freeze", "Mask2FormerHead"), ("rein", "Mask2FormerHead"), ("full", "SemSegFPNHead")],
+)
+def test_the_teacher_labels_and_follows(tiny_cfg, folder, method, head):
     cfg = tiny_cfg(
         **LEAN, TUNING__METHOD=method, SELF_TRAINING__IMAGES=folder, SELF_TRAINING__EMA=0.75,
-        SOLVER__MAX_ITER=9,
+        SOLVER__MAX_ITER=9, MODEL__SEM_SEG_HEAD__NAME=head,
     )  # fmt: skip
     _, watch = watched(cfg)
     items = [item for batch in watch.batches for item in batch]
