@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from fishertune_d2.engine.trained_model import build_trained
-from fishertune_d2.export.tuned_models import delta_of_run, tuned_backbone
+from fishertune_d2.export import LAYOUTS, delta_of_run, read_tuned, tuned_backbone
 from fishertune_d2.fisher import Selection
 from fishertune_d2.plan import make_plan, summary
+from fishertune_d2.report import Run, write_report
 
 from .conftest import final_state, train
 
@@ -62,7 +64,7 @@ def test_methods_train_what_they_say(tiny_cfg, name):
     assert "tuning" in summary(make_plan(cfg))
 
 
-def test_a_run_is_exported_and_built_again(tiny_cfg, tmp_path):
+def test_a_run_is_exported_reported_and_built_again(tiny_cfg, tmp_path, caplog):
     torch.manual_seed(1)
     public = timm.create_model("test_convnext", num_classes=0).state_dict()
     save_file(public, tmp_path / "public.safetensors")
@@ -76,3 +78,15 @@ def test_a_run_is_exported_and_built_again(tiny_cfg, tmp_path):
     assert all(torch.equal(exported[name], tensor.cpu()) for name, tensor in trained.items())
     model = build_trained(cfg, str(Path(cfg.OUTPUT_DIR) / "model_final.pth"))
     assert not model.untrained
+    (tmp_path / "timm").mkdir()
+    LAYOUTS["timm"](read_tuned(cfg.OUTPUT_DIR), tmp_path / "timm")
+    assert "has a head, and this backbone has none" in caplog.text
+    got = timm.create_model("test_convnext", num_classes=0)
+    got.head = nn.Identity()
+    timm.models.load_checkpoint(got, str(tmp_path / "timm/model.safetensors"))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = trainer.backbone.vit.cpu().forward_features(image)
+        assert torch.equal(got.eval().forward_features(image), expected)
+    write_report(Run(Path(cfg.OUTPUT_DIR)), tmp_path / "report.html")
+    assert "<img" in (tmp_path / "report.html").read_text()
