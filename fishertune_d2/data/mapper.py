@@ -211,7 +211,7 @@ class SegmentationMapper:
         }
 
     def _resized_part(
-        self, image: Image.Image, label: np.ndarray, drawn_for: int | None
+        self, image: Image.Image, label: np.ndarray, drawn_for: int | None = None
     ) -> tuple[Image.Image, np.ndarray]:
         """Draws a size and a part of the label, and resizes only that part of the image."""
         # The pixels differ by at most 2 grey levels from that part of the whole resized image: each

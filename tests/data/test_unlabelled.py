@@ -13,7 +13,7 @@ from fishertune_d2.data import find_unlabelled
 from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.data.loader import build_train_loader
 from fishertune_d2.data.mapper import SegmentationMapper
-from fishertune_d2.data.samplers import ResumableSampler
+from fishertune_d2.data.samplers import RareClass, RareClassSampler, ResumableSampler
 from fishertune_d2.data.unlabelled import MixedSampler, Unlabelled
 
 LABELLED = [{"file_name": f"{k}.png", "k": k} for k in range(5)]
@@ -65,6 +65,17 @@ def test_the_mix_is_a_plain_count():
     assert [sampler.entry(position) for position in (50, 3, 17)] == [
         expected[position] for position in (50, 3, 17)
     ]
+
+
+def test_rare_classes_are_those_of_the_labelled_images():
+    counts = np.array([[5, 0, 9], [5, 3, 9], [5, 0, 9]])
+    alone = RareClassSampler(counts, 3, 1, RareClass(temperature=1.0, min_pixels=1))
+    mixed = MixedSampler(alone, Unlabelled(OTHERS, ratio=1, begin=2))
+    classes = [mixed.class_at(position) for position in range(40)]
+    expected = [alone.class_at(k) for k in range(40)]
+    assert classes[:2] == expected[:2]
+    assert classes[2::2] == expected[2:21]
+    assert set(classes[3::2]) == {None} and set(classes[2::2]) == {0, 1}
 
 
 def test_a_folder_is_searched_with_those_below_it(tmp_path):
