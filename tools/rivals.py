@@ -155,12 +155,48 @@ RIVALS = (
         "full",
     ),
     Rival(
+        "tqdm",
+        "ECCV 2024",
+        "MIT",
+        "all weights of EVA-02-CLIP-L; the head has queries made of class names",
+        "20 k, 8 images, 1e-5 x 0.1; rare classes and crops are drawn",
+        "tqdm_eva02_clip.yaml",
+        "full",
+    ),
+    Rival(
+        "CLOUDS, stage 1",
+        "CVPR 2024",
+        "Apache-2.0",
+        "nothing of CLIP's ConvNeXt-L; the head classifies masks by class names",
+        "40 k, 8 images, 1e-5",
+        "clouds_convnext.yaml",
+        "freeze",
+    ),
+    Rival(
+        "CLOUDS, stage 2",
+        "CVPR 2024",
+        "Apache-2.0",
+        "as stage 1, from its weights; the teacher is an average of the head",
+        "40 k, 8 images, 1e-5; two images without labels for each labelled one",
+        "clouds_convnext_self_training.yaml",
+        "freeze",
+    ),
+    Rival(
         "**FisherTune**",
         "CVPR 2025",
         "-",
         "5 % of the weights, by DRF, in a growing share",
         "40 k, 4 images, 1e-4 (the paper gives no rate); the first 5 k train the head alone",
         DINOV2,
+        "fishertune",
+    ),
+    Rival(
+        "**FisherTune with text queries**",
+        "",
+        "-",
+        "5 % of EVA-02-CLIP-L by DRF, with tqdm's head",
+        "20 k, 8 images, 1e-5; the first 2.5 k train the head alone",
+        "fishertune_text_eva02_clip.yaml",
         "fishertune",
     ),
 )
@@ -220,7 +256,8 @@ python tools/rivals.py
 *Weights* are those that train in the backbone or are added to it, counted in the model that the
 config builds: DINOv2 ViT-L, if *trains* names no other. Mask2Former's head trains with all of them.
 A recipe has iterations, images of a step, and learning rate; *x* is the backbone's factor.
-*Licence* is that of the authors' code; none of their code is used here.
+*Licence* is that of the authors' code; none of their code is used here. A dash means that no
+licence was found, or that there is no such paper or code.
 """
 PUBLISHED_HEAD = """## What papers report
 
