@@ -47,7 +47,7 @@ def build_trained(
     require_file("MODEL.WEIGHTS", weights)
     method = build_tuning_method(cfg)
     with _silent_about_random_weights():  # the checkpoint holds all weights
-        model = build(changed(cfg, WITHOUT_WEIGHTS))
+        model = build(changed(cfg, [*WITHOUT_WEIGHTS, *_without_public_copy(cfg)]))
     remember_run(model, None)
 
     def accept(record: RunRecord) -> None:
@@ -62,6 +62,12 @@ def build_trained(
     except (OSError, ValueError) as error:  # an OSError of an address
         raise ValueError(f"MODEL.WEIGHTS {weights}: {error}") from error
     return model.eval()
+
+
+def _without_public_copy(cfg: CfgNode) -> list:
+    """Options without the copy of the public weights, with which only a training compares."""
+    features = [name for name in cfg.MODEL.VFM.OUT_FEATURES if name != "clip_global_frozen"]
+    return ["MODEL.VFM.OUT_FEATURES", features, "MODEL.TEXT.VISION_WEIGHT", 0.0]
 
 
 def find_weights(cfg: CfgNode, resume: bool) -> str:

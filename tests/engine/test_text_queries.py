@@ -106,6 +106,9 @@ def test_text_queries_train_resume_and_are_built_again(text_cfg, towers, method,
     cfg.MODEL.TEXT.CLASSES = CLASSES
     again = build_trained(cfg, str(whole / "model_final.pth"))
     assert same_states(again.state_dict(), end["model"])
+    assert (
+        "clip_global_frozen" not in again.backbone.output_shape()
+    )  # random weights would be in it
     batch = [{"image": torch.randint(0, 256, (3, 64, 64), generator=torch.manual_seed(1))}]
     expected = trainer.segmentor.eval()(batch)[0]["sem_seg"]
     torch.testing.assert_close(again(batch)[0]["sem_seg"], expected)

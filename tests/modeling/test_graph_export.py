@@ -6,11 +6,16 @@ from torch import nn
 
 from .test_heads import FPN
 from .test_segmentor import build
+from .test_text_query_head import TEXT_HEAD
 
 TINY = (
     "MODEL.BACKBONE.NAME", "VFMBackbone", "MODEL.VFM.NAME", "tiny", "MODEL.VFM.WEIGHTS", "random",
     "MODEL.VFM.IMG_SIZE", [48, 64], "MODEL.MASK_FORMER.DEC_LAYERS", 2, "TEST.CROP_SIZE", [48, 64],
     "TEST.STRIDE", [40, 40],
+)  # fmt: skip
+TEXT = (
+    *(word for pair in TEXT_HEAD.items() for word in pair), "MODEL.TEXT.NAME", "tiny",
+    "MODEL.TEXT.WEIGHTS", "random", "MODEL.TEXT.CLASSES", [f"class {k}" for k in range(4)],
 )  # fmt: skip
 
 
@@ -40,6 +45,7 @@ def _exported(scores, image):
     [
         (_exported, ("TEST.MODE", "whole")),
         (_exported, (*FPN, "TEST.MODE", "slide")),
+        (_exported, (*TEXT, "TEST.MODE", "whole")),
         (torch.jit.trace, ("TEST.MODE", "whole")),
     ],
 )
