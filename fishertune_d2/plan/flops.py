@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .fake_model import WithoutValues
 
-# Families of PyTorch's own operators that multiply matrices, and for which it has no formula.
-_EXPENSIVE = re.compile("linalg|fft|cdist|cholesky|rnn|lstm|gru")
+# Families of PyTorch's own operators that multiply matrices, and for which it has no formula. The
+# norm of a vector multiplies none.
+_EXPENSIVE = re.compile("linalg(?!_vector_norm)|fft|cdist|cholesky|rnn|lstm|gru")
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ def test_an_export_holds_the_encoder_and_the_decoder_with_clips_head(text_cfg, t
 def test_the_plan_counts_no_gradient_of_the_text_tower(text_cfg, method):
     cfg = text_cfg(TUNING__METHOD=method, MODEL__TEXT__WEIGHTS="no such file")
     plan = make_plan(cfg)
+    assert not any(stage.uncounted for stage in plan.stages)
     model = build_empty(cfg, build_model)
     frozen = frozen_parameters(model)
     trained = sum(p.numel() for p in model.parameters() if p not in frozen)
