@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from safetensors.torch import save_file
+from torch.multiprocessing import spawn
 
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.parameter_counts import build_empty
@@ -18,7 +20,7 @@ from fishertune_d2.modeling.vfm import BLOCKS, CLIP, VFMBackbone
 from fishertune_d2.plan.costs import make_plan
 from fishertune_d2.run import Run
 
-from .conftest import CLASSES, final_state, same_end, same_states, train
+from .conftest import CLASSES, _register, final_state, same_end, same_states, train
 
 TOWER = "sem_seg_head.prompts.tower."
 
@@ -153,3 +155,24 @@ def test_a_run_needs_the_names_of_its_classes(text_cfg):
 def test_methods_that_replace_learned_queries_refuse_this_head(text_cfg):
     with pytest.raises(ValueError, match="TextQueryHead has no learned queries"):
         Trainer(text_cfg(TUNING__METHOD="rein"))
+
+
+def _one_of_two(rank: int, root: Path, folder: Path, cfg) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    comm.create_local_process_group(2)
+    _register(root)
+    model = train(cfg).segmentor
+    torch.save(model.state_dict(), folder / f"{rank}.pth")
+
+
+@pytest.mark.parametrize("method", ["fishertune", "full"])
+def test_two_processes_stay_equal_and_wait_for_no_unused_weight(
+    text_cfg, tiny_data, tmp_path, method
+):
+    cfg = text_cfg(TUNING__METHOD=method, DATASETS__TEST=(), SOLVER__MAX_ITER=5)
+    spawn(_one_of_two, (tiny_data, tmp_path, cfg), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
+    assert same_states(one, other)
