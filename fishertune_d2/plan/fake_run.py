@@ -26,6 +26,7 @@ from fishertune_d2.fisher import (
     find_candidates,
     keeping_activations,
 )
+from fishertune_d2.modeling.heads import in_eval_mode
 from fishertune_d2.modeling.segmentor import VFMSegmentor
 from fishertune_d2.tuning import SelectedWeights, TuningMethod
 
@@ -87,6 +88,10 @@ class FakeRun:
         """Whether the stage averages the weights that it trains."""
         return name == "tuning" and self._cfg.SOLVER.EMA > 0
 
+    def self_trains(self, name: str) -> bool:
+        """Whether a teacher labels images in the stage."""
+        return name == "tuning" and bool(self._cfg.SELF_TRAINING.IMAGES)
+
     def selection(self, model: VFMSegmentor) -> Selection:
         """The units that are selected at the end of tuning, by a method that selects."""
         base = sum(p.numel() for p in model.backbone.parameters())
@@ -117,9 +122,16 @@ class FakeRun:
         if name == "tuning" and self._cfg.TUNING.FEATURE_PERTURBATION:
             shift = build_perturbation(self._cfg, model.backbone).drawing()
 
+        ratio = self._cfg.SELF_TRAINING.RATIO if self.self_trains(name) else 0
+        unlabelled = round(images * ratio / (1 + ratio))  # SAM is not counted
+
         def loss() -> Tensor:
-            with shift, autocast:
-                return torch.stack(list(model(batch).values())).sum()
+            with autocast:
+                with in_eval_mode(model), torch.no_grad():
+                    for item in batch[:unlabelled]:
+                        model.scores(item["image"])
+                with shift:
+                    return torch.stack(list(model(batch).values())).sum()
 
         return Pass(loss, [p for p in model.parameters() if p.requires_grad], images)
 

@@ -26,7 +26,7 @@ class Memory:
         activations: the tensors that autograd keeps for the backward pass, each storage once.
         fisher: the sums in which the estimator gathers F(x) and F(x').
         selection: the selected indices, and the vectors that make their weights trainable.
-        averages: the averages of the trained tensors, with SOLVER.EMA.
+        averages: the averages of the trained tensors, with SOLVER.EMA, and the teacher's head.
     """
 
     weights: int = 0

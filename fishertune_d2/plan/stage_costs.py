@@ -62,6 +62,9 @@ def held_memory(run: FakeRun, name: str) -> Memory:
     weights = weight_bytes(model)
     selected = run.enter(name, model)
     averages = held_bytes(trained_tensors(model, selected)) if run.averages(name) else 0
+    if run.self_trains(name):  # the teacher
+        head = model.sem_seg_head.parameters()
+        averages += held_bytes([p.data for p in head if p.requires_grad])
     memory = Memory(weights, averages=averages, **optimizer_bytes(run.optimizer(model)))
     if selected is not None:
         vectors = weight_bytes(model) - weights

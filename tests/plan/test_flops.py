@@ -17,7 +17,7 @@ from fishertune_d2.modeling.vfm import VFMS
 from fishertune_d2.plan.fake_model import fake_selection, match_in_order
 from fishertune_d2.plan.fake_run import FakeRun
 from fishertune_d2.plan.flops import count_flops
-from fishertune_d2.plan.stage_costs import step_flops
+from fishertune_d2.plan.stage_costs import held_memory, step_flops
 from fishertune_d2.tuning import SelectedWeights, build_tuning_method
 
 N, A, B, C = 5, 7, 11, 13  # samples, and the features before, between and after two layers
@@ -172,3 +172,22 @@ def test_operators_from_outside_pytorch_are_named():
     offset = torch.empty(1, 18, 6, 6, device="meta")
     flops = count_flops(lambda: deform_conv2d(images, offset, weight))
     assert flops.uncounted == {"torchvision.deform_conv2d": 1}
+
+
+def test_a_teacher_costs_a_forward_pass_over_each_unlabelled_image(small_cfg):
+    """Two of three images are labelled by the teacher, on the backbone and the head."""
+    keys = {"TUNING__METHOD": "freeze", "SOLVER__IMS_PER_BATCH": 6}
+    plain, taught = (
+        FakeRun(cfg, build_tuning_method(cfg), (64, 64))
+        for images in ("", "folder")
+        for cfg in [small_cfg(**keys, SELF_TRAINING__IMAGES=images)]
+    )
+    model = plain.model("tuning")
+    with torch.no_grad():
+        one = count_flops(lambda: model.eval().scores(torch.empty(3, 64, 64, device="meta")))
+    steps = [step_flops(run, "tuning")[0] for run in (plain, taught)]
+    assert steps[1] - steps[0] == 4 * one.forward > 0
+    memory = [held_memory(run, "tuning").averages for run in (plain, taught)]
+    head = sum(p.numel() for p in model.sem_seg_head.parameters())
+    assert memory == [0, 4 * head]
+    assert step_flops(taught, "warmup") == step_flops(plain, "warmup")
