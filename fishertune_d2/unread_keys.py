@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Heads that read the keys of MODEL.MASK_FORMER, and the one of them that has norms to choose.
 _MASK_HEADS = ("Mask2FormerHead", "MaskTextHead", "TextQueryHead")
 _NORMED_HEAD = "TextQueryHead"
+_TEXT_HEADS = ("MaskTextHead", "TextQueryHead")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,26 @@ UNREAD = (
         "MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV",
         "Mask2Former's heads have no such part; MODEL.MASK_FORMER has its keys",
         _other_head,
+    ),
+    Unread(
+        "MODEL.TEXT.NAME MODEL.TEXT.WEIGHTS MODEL.TEXT.CLASSES",
+        f"the heads {' and '.join(_TEXT_HEADS)} read it",
+        lambda cfg: _other_head(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME in _TEXT_HEADS,
+    ),
+    Unread(
+        "MODEL.TEXT.CONTEXT_TOKENS MODEL.TEXT.*_WEIGHT",
+        "the head TextQueryHead reads it",
+        lambda cfg: _other_head(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME == "TextQueryHead",
+    ),
+    Unread(
+        "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES",
+        "TextQueryHead has one query for each class",
+        lambda cfg: cfg.MODEL.SEM_SEG_HEAD.NAME != "TextQueryHead",
+    ),
+    Unread(
+        "SELF_TRAINING.RATIO SELF_TRAINING.EMA SELF_TRAINING.PERIOD SELF_TRAINING.SAM",
+        "SELF_TRAINING.IMAGES names no folder",
+        lambda cfg: bool(cfg.SELF_TRAINING.IMAGES),
     ),
     Unread(
         "MODEL.SEM_SEG_HEAD.NORM",

@@ -4,6 +4,7 @@ Shapes: B images, C classes, (h, w) the map at the head's stride.
 """
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -46,7 +47,7 @@ class SegmentationLoss:
         log_probabilities = head.log_probabilities(_predict(model, features))
         losses = []
         for image, seed in enumerate(image_seeds(len(batch))):
-            height, width = (-(-side // head.stride) for side in batch[image]["image"].shape[-2:])
+            height, width = (ceil(side / head.stride) for side in batch[image]["image"].shape[-2:])
             unpadded = log_probabilities[image : image + 1, :, :height, :width]
             losses.append(sampled_nll(unpadded, [seed]))
         return torch.cat(losses)

@@ -6,7 +6,7 @@ A record travels with everything that a run leaves to other runs: its checkpoint
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from fishertune_d2.config import changed
 from fishertune_d2.data.labels import same_class
+from fishertune_d2.modeling.frozen import fixed_parts
 
 from .run_keys import Result, as_words, defining_keys, differing_keys
 
@@ -27,7 +28,7 @@ _UNUSUAL = ("SOLVER.ACCUMULATE", "SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER")
 NOTE = "run"
 
 # The attributes that are stored. A checkpoint has its iteration beside the record.
-_STORED = ("config", "images", "names", "classes", "start", "unlabelled")
+_STORED = ("config", "images", "names", "classes", "start", "unlabelled", "fixed", "texts")
 
 # A fingerprint reads at least this many values of a tensor that has as many.
 _SAMPLED = 64
@@ -45,6 +46,8 @@ class RunRecord:
         iterations: how many iterations were done when it was written; None if unknown.
         start: a fingerprint of the weights that the run started from; None if unknown.
         unlabelled: a digest of the names of the images of self-training; None without them.
+        fixed: a fingerprint of the parts that no stage trains, such as a text tower; None without.
+        texts: the names of the classes that the head reads as text; None if it reads none.
     """
 
     config: Mapping[str, Any]
@@ -54,6 +57,8 @@ class RunRecord:
     iterations: int | None = None
     start: str | None = None
     unlabelled: str | None = None
+    fixed: str | None = None
+    texts: tuple[str, ...] | None = None
 
     @classmethod
     def of_run(
@@ -63,11 +68,17 @@ class RunRecord:
         classes: tuple[str, ...] | None,
         start: str | None = None,
         unlabelled: Sequence[str] = (),
+        model: nn.Module | None = None,
     ) -> "RunRecord":
-        """Records a run that begins with these training images, classes and start weights."""
+        """Records a run that begins with these training images, classes, weights and model."""
         images, names = (None, None) if files is None else (len(files), _digest(files))
         others = _digest(unlabelled) if unlabelled else None
-        return cls(defining_keys(cfg), images, names, classes, start=start, unlabelled=others)
+        record = cls(defining_keys(cfg), images, names, classes, start=start, unlabelled=others)
+        if model is None:
+            return record
+        parts = fixed_parts(model)
+        fixed = fingerprint(nn.ModuleList(parts)) if parts else None
+        return replace(record, fixed=fixed, texts=texts_of(model))
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "RunRecord | None":
@@ -82,8 +93,9 @@ class RunRecord:
     def of_state(cls, state: Mapping[str, Any], iterations: int | None = None) -> "RunRecord":
         """The record that :meth:`state_dict` gave; older records lack some of its entries."""
         known: dict[str, Any] = {key: state.get(key) for key in _STORED}
-        if known["classes"] is not None:
-            known["classes"] = tuple(known["classes"])  # JSON makes lists of tuples
+        for key in ("classes", "texts"):  # JSON makes lists of tuples
+            if known[key] is not None:
+                known[key] = tuple(known[key])
         return cls(**known, iterations=iterations)
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,17 +117,31 @@ class RunRecord:
         troubles = [*as_words(differing_keys(then.config, self.config)), *then._other_data(self)]
         if then.unlabelled != self.unlabelled:
             troubles.append("the images of SELF_TRAINING.IMAGES are others, or there were none")
+        troubles += then._other_fixed(self)
         if troubles:
             raise ValueError("; ".join(troubles))
 
     def require_same_predictions(
-        self, cfg: CfgNode, classes: Mapping[str, Sequence[str]] | None = None
+        self,
+        cfg: CfgNode,
+        classes: Mapping[str, Sequence[str]] | None = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
-        """Refuses a config, or classes of scored data sets, that the trained model does not fit."""
+        """Refuses a config, or classes of scored data sets, that the trained model does not fit.
+
+        Args:
+            cfg: of the model that the weights are loaded into.
+            classes: of each scored data set.
+            texts: the names that this model's head reads as text.
+
+        Raises:
+            ValueError: names the differences and the remedy.
+        """
         differing = differing_keys(self.config, defining_keys(cfg), Result.PREDICTIONS)
         troubles = as_words(differing)
         for name, own in (classes or {}).items():
             troubles += _other_classes(self.classes, own, name)
+        troubles += _other_texts(self.texts, texts)
         if troubles:
             raise ValueError(
                 f"the config does not fit the trained model: {'; '.join(troubles)}. Take the "
@@ -143,12 +169,22 @@ class RunRecord:
             troubles.append(
                 "it started from other weights than MODEL.VFM.WEIGHTS and MODEL.WEIGHTS give now"
             )
+        troubles += then._other_fixed(self)
         if troubles:
             raise ValueError(
                 f"{name} is of a run with other settings: {'; '.join(troubles)}. Set these back, "
                 "or leave the key empty, so that this run makes its own"
             )
         return as_words(unusual)
+
+    def _other_fixed(self, now: "RunRecord") -> Iterator[str]:
+        """Yields how the parts that no stage trains, and the names of classes, differ."""
+        if None not in (self.fixed, now.fixed) and self.fixed != now.fixed:
+            yield (
+                "the text tower, or the public copy of the backbone, had other weights than "
+                "MODEL.TEXT.WEIGHTS and MODEL.VFM.WEIGHTS give now"
+            )
+        yield from _other_texts(self.texts, now.texts)
 
     def _other_data(self, now: "RunRecord") -> Iterator[str]:
         """Yields how the training data of a later run differ from this one's."""
@@ -183,6 +219,22 @@ def fingerprint(module: nn.Module) -> str:
 def _digest(files: Sequence[str]) -> str:
     """Identifies files by their names in order, without folders."""
     return hashlib.sha256("\n".join(Path(file).name for file in files).encode()).hexdigest()
+
+
+def texts_of(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the classes that a model's head reads as text; None if it reads none."""
+    return getattr(getattr(model, "sem_seg_head", None), "class_texts", None) or None
+
+
+def _other_texts(then: Sequence[str] | None, now: Sequence[str] | None) -> Iterator[str]:
+    """Yields the first difference between the names that a head read and reads."""
+    for before, after in zip(then or (), now or (), strict=False):
+        if before != after:
+            yield (
+                f"the head read the class {before!r} and reads {after!r} (MODEL.TEXT.CLASSES, or "
+                "the names of the first data set in DATASETS.TRAIN)"
+            )
+            return
 
 
 def _other_classes(

@@ -19,7 +19,7 @@ from fishertune_d2.tuning import build_tuning_method
 
 from .checkpoint import WholeCheckpointer
 from .parameter_counts import WITHOUT_WEIGHTS
-from .run_record import RunRecord, remember_run
+from .run_record import RunRecord, remember_run, texts_of
 from .start_check import require_device, require_file
 
 
@@ -53,7 +53,7 @@ def build_trained(
     def accept(record: RunRecord) -> None:
         registered = [name for name in cfg.DATASETS.TEST if name in DatasetCatalog]
         classes = {name: dataset_metadata(name).classes for name in registered}
-        record.require_same_predictions(cfg, classes)
+        record.require_same_predictions(cfg, classes, texts_of(model))
         remember_run(model, record)
 
     checkpointer = WholeCheckpointer(model, method=method, accept=accept, complete=True)

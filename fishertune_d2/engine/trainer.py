@@ -97,7 +97,7 @@ class Trainer(DefaultTrainer):
         require_fillable(cfg, self.method, self.backbone)
         start = fingerprint(self.backbone)
         files, others = file_names(loader), unlabelled_names(loader)
-        record = RunRecord.of_run(cfg, files, class_names(cfg), start, others)
+        record = RunRecord.of_run(cfg, files, class_names(cfg), start, others, model)
         self._run = OwnRun(record, cfg.OUTPUT_DIR)
         self._resumes = False
         self._average = build_average(cfg, lambda: self._selected)

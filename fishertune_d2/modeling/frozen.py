@@ -14,6 +14,16 @@ class Frozen(nn.Module):
         return super().train(False)
 
 
+def fixed_parts(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules that no stage trains and files fill: ``Frozen`` ones and public copies.
+
+    A module may have ``public_copy``, a module that is no part of its state dict.
+    """
+    copies = [getattr(module, "public_copy", None) for module in model.modules()]
+    frozen = [module for module in model.modules() if isinstance(module, Frozen)]
+    return frozen + [copy for copy in copies if copy is not None]
+
+
 def frozen_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Returns the parameters in the ``Frozen`` modules of a model."""
     frozen = (module for module in model.modules() if isinstance(module, Frozen))

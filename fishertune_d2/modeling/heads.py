@@ -31,12 +31,15 @@ class SegmentationHead(Protocol):
     Attributes:
         num_classes: C.
         ignore_value: the label of a pixel without a class.
-        stride: pixels between the cells of `log_probabilities`.
     """
 
     num_classes: int
     ignore_value: int
-    stride: int
+
+    @property
+    def stride(self) -> float:
+        """Pixels between the cells of `log_probabilities`."""
+        ...
 
     def __call__(
         self,

@@ -43,7 +43,7 @@ class Mask2FormerHead(nn.Module):
     It reads four maps at strides 4, 8, 16 and 32, with any number of channels.
     """
 
-    stride = FEATURE_STRIDES[0]  # of the masks, in pixels
+    stride: float = FEATURE_STRIDES[0]  # of the masks, in pixels
 
     @configurable
     def __init__(

@@ -96,7 +96,7 @@ class Mask2FormerCriterion(Mask2FormerLoss):
         # A sum of finite terms is finite, and reads each term once.
         sums = torch.stack([logits.sum() for pair in predictions.values() for logits in pair])
         downloaded = torch.cat([sums, *(cost.flatten() for cost in costs)]).cpu()  # the one wait
-        _require_finite(list(predictions), downloaded[: len(sums)])
+        require_finite(list(predictions), downloaded[: len(sums)])
         parts = downloaded[len(sums) :].split([cost.numel() for cost in costs])
         by_image = [part.view(cost.shape) for part, cost in zip(parts, costs, strict=True)]
         pairs = [
@@ -172,7 +172,7 @@ def _upload(pairs: list[list[tuple]], device: torch.device) -> list[Matches]:
     return [[(pair[0], pair[1]) for pair in islice(parts, len(images))] for images in pairs]
 
 
-def _require_finite(names: Sequence[str], sums: Tensor) -> None:
+def require_finite(names: Sequence[str], sums: Tensor) -> None:
     """Refuses NaN and infinity; ``sums`` are those of each prediction's class and mask logits."""
     # transformers' matcher replaces such values by a large cost, so the run would diverge silently.
     if sums.isfinite().all():

@@ -23,6 +23,7 @@ from transformers import Mask2FormerConfig
 
 from fishertune_d2.compat import without_autocast
 
+from .frozen import Frozen
 from .mask2former import Mask2FormerHead
 from .text_tower import TextTower, class_names
 
@@ -56,6 +57,7 @@ class MaskTextHead(Mask2FormerHead):
         config: Mask2FormerConfig,
         texts: Sequence[Tensor],
         loss_weight: float = 1.0,
+        class_texts: Sequence[str] = (),
     ):
         """Builds the head; see `Mask2FormerHead` for the other arguments.
 
@@ -64,6 +66,7 @@ class MaskTextHead(Mask2FormerHead):
             config: transformers' configuration.
             texts: for each class the embeddings of its names, (n, E) of any length.
             loss_weight: a factor of all losses.
+            class_texts: the C names that ``texts`` embeds, which a run records.
 
         Raises:
             ValueError: if there are not C classes.
@@ -74,6 +77,7 @@ class MaskTextHead(Mask2FormerHead):
                 f"there are texts of {len(texts)} classes, and MODEL.SEM_SEG_HEAD.NUM_CLASSES is "
                 f"{self.num_classes}: give as many"
             )
+        self.class_texts = tuple(class_texts)
         width, channels = config.hidden_dim, config.mask_feature_size
         self.class_predictor = MaskTextClassifier(texts, width, channels)
 
@@ -85,11 +89,21 @@ class MaskTextHead(Mask2FormerHead):
         names = class_names(text.CLASSES, dataset, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
         tower = TextTower(text.NAME, text.WEIGHTS)
         texts = encode_classes(tower, names)
-        return {**super().from_config(cfg, input_shape), "texts": texts}
+        return {**super().from_config(cfg, input_shape), "texts": texts, "class_texts": names}
 
     def class_logits(self, queries: Tensor, masks: Tensor, mask_features: Tensor) -> Tensor:
         """See `MaskTextClassifier.forward`."""
         return self.class_predictor(queries, masks, mask_features)
+
+
+class TextEmbeddings(Frozen):
+    """The embeddings of all names, (S, E), of length 1."""
+
+    embeddings: Tensor
+
+    def __init__(self, embeddings: Tensor):
+        super().__init__()
+        self.register_buffer("embeddings", embeddings)
 
 
 class MaskTextClassifier(nn.Module):
@@ -105,18 +119,16 @@ class MaskTextClassifier(nn.Module):
         channels: M.
 
     Attributes:
-        texts: (S, E), of length 1, a constant.
+        texts: the embeddings of the names, which are constants.
         counts: the number of names of each class.
         log_scale: s, a scalar; exp(s) is at most 100.
     """
 
-    texts: Tensor
-
     def __init__(self, texts: Sequence[Tensor], width: int, channels: int):
         super().__init__()
         self.counts = [len(names) for names in texts]
-        self.register_buffer("texts", F.normalize(torch.cat(list(texts)).detach(), dim=-1))
-        dim = self.texts.shape[1]
+        self.texts = TextEmbeddings(F.normalize(torch.cat(list(texts)).detach(), dim=-1))
+        dim = self.texts.embeddings.shape[1]
         self.pooled = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
         self.embed = MLP(width, [width, width, dim])
         self.no_object = nn.Embedding(1, dim)
@@ -137,7 +149,7 @@ class MaskTextClassifier(nn.Module):
         embedded = self.embed(self.pooled(inside) + queries)
         with without_autocast(embedded.device):  # bfloat16 cannot tell logits of 100 apart
             embedded = F.normalize(embedded.float(), dim=-1)
-            cosines = embedded @ self.texts.float().mT
+            cosines = embedded @ self.texts.embeddings.float().mT
             best = [names.amax(-1) for names in cosines.split(self.counts, dim=-1)]
             nothing = embedded @ F.normalize(self.no_object.weight.float(), dim=-1).mT
             scale = self.log_scale.float().exp().clamp(max=MAX_SCALE)
@@ -150,9 +162,11 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
     Returns:
         (B, Q, M); zeros for a mask without such a pixel.
     """
-    inside = (masks > 0).to(features.dtype)
-    count = inside.sum((-2, -1)).clamp(min=1)
-    return torch.einsum("bqhw,bmhw->bqm", inside, features) / count[..., None]
+    with without_autocast(features.device):  # a sum over pixels overflows in half precision
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))
+        inside = (masks > 0).to(wide.dtype)
+        count = inside.sum((-2, -1)).clamp(min=1)
+        return torch.einsum("bqhw,bmhw->bqm", inside, wide) / count[..., None]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from fishertune_d2.compat import without_autocast
 
 from .class_prompts import ClassPrompts
 from .mask2former import FEATURE_STRIDES, Mask2FormerHead, decoder_config
-from .mask2former_criterion import Mask2FormerCriterion, Matches, Prediction
+from .mask2former_criterion import Mask2FormerCriterion, Matches, Prediction, require_finite
 from .mask2former_init import init_pixel_decoder, init_transformer
 from .patch_neck import PatchNeck
 from .targets import SegmentationTargets
@@ -61,7 +61,12 @@ class FixedMatching(Mask2FormerCriterion):
         masks: Sequence[Tensor],
         labels: Sequence[Tensor],
     ) -> list[Matches]:
-        """Returns the pairs of queries and masks, the same for each prediction."""
+        """Returns the pairs of queries and masks, the same for each prediction.
+
+        A prediction that is not finite raises a FloatingPointError that names it.
+        """
+        sums = torch.stack([logits.sum() for pair in predictions.values() for logits in pair])
+        require_finite(list(predictions), sums)
         matches = [(label, torch.arange(len(label), device=label.device)) for label in labels]
         return [matches for _ in predictions]
 
@@ -71,6 +76,7 @@ class TextQueryHead(Mask2FormerHead):
     """Mask2Former whose queries are the names of the classes, and whose cells attend to them.
 
     Attributes:
+        class_texts: the names of the classes, which a run records.
         prompts: learned tokens and the class names before a frozen text tower.
         gamma: the factor of each channel of the refinement, (E,).
         regularisation: the weights of "loss_language", "loss_vision" and "loss_vision_language".
@@ -110,13 +116,15 @@ class TextQueryHead(Mask2FormerHead):
         # Detectron2 and transformers annotate these as optional.
         assert channels is not None and config.num_labels is not None
         config.num_queries = config.num_labels
-        # The strides of the neck's maps, for patches of 16 pixels. With others they are nominal:
-        # no part of the head computes with them.
+        # The strides of the neck's maps, for patches of 16 pixels. With others they are nominal,
+        # and the finest map has a quarter of a patch.
         pyramid = {
             name: ShapeSpec(channels=channels, stride=stride)
             for name, stride in zip(maps, FEATURE_STRIDES, strict=True)
         }
         super().__init__(pyramid, config, loss_weight)
+        self.stride = input_shape[maps[0]].stride / 4  # type: ignore[operator]  # of the masks
+        self.class_texts = tuple(classes)
         self.loss_weight, self.regularisation = loss_weight, dict(regularisation)
         dim = tower.dim
         self.prompts = ClassPrompts(tower, classes, context_tokens)

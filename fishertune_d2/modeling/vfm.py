@@ -154,10 +154,15 @@ class VFMBackbone(Backbone):
             features["clip_global_frozen"] = self._public_global(images)
         return {name: features[name] for name in self.out_features if name in features}
 
+    @property
+    def public_copy(self) -> nn.Module | None:
+        """The model with the public weights, if "clip_global_frozen" is computed."""
+        return next(iter(self._public), None)
+
     @torch.no_grad()
     def _public_global(self, images: Tensor) -> Tensor:
         """CLIP's embedding (B, E) of padded images by the public weights."""
-        (vit,) = self._public
+        vit = cast(PlainViT, self.public_copy)
         return vit.head(vit.forward_features(images)[:, 0])
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "VFMBackbone":

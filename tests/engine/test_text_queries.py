@@ -10,7 +10,8 @@ from detectron2.utils import comm
 from safetensors.torch import save_file
 from torch.multiprocessing import spawn
 
-from fishertune_d2.engine import Trainer
+from fishertune_d2.config import changed
+from fishertune_d2.engine import Trainer, image_losses
 from fishertune_d2.engine.parameter_counts import build_empty
 from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.export.tuned_models import delta_of_run, read_tuned
@@ -176,3 +177,41 @@ def test_two_processes_stay_equal_and_wait_for_no_unused_weight(
     spawn(_one_of_two, (tiny_data, tmp_path, cfg), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
     assert same_states(one, other)
+
+
+def test_other_names_or_other_public_weights_are_refused(text_cfg, towers, tmp_path):
+    """Both would change predictions, or what the losses pull towards, without a word."""
+    names = {"MODEL__TEXT__CLASSES": ["ground", "wall", "sky"]}
+    cfg = text_cfg(TUNING__METHOD="full", TUNING__WARMUP_ITERS=2, SOLVER__MAX_ITER=3, **names)
+    train(cfg)
+    weights = str(Run(Path(cfg.OUTPUT_DIR)).checkpoint)
+    other = changed(cfg, ["MODEL.TEXT.CLASSES", ["wall", "ground", "sky"]])
+    with pytest.raises(ValueError, match="read the class 'ground' and reads 'wall' .MODEL.TEXT"):
+        build_trained(other, weights)
+
+    words = "text tower, or the public copy of the backbone, had other weights"
+    for key in ("MODEL.TEXT.WEIGHTS", "MODEL.VFM.WEIGHTS"):
+        with pytest.raises(ValueError, match=words):
+            Trainer(changed(cfg, [key, "random"])).resume_or_load(resume=True)
+    warmup = f"{cfg.OUTPUT_DIR}/model_warmup.pth"
+    options = ["OUTPUT_DIR", str(tmp_path / "b"), "TUNING.WARMUP_CHECKPOINT", warmup]
+    with pytest.raises(ValueError, match=words):
+        random_tower = changed(cfg, [*options, "MODEL.TEXT.WEIGHTS", "random"])
+        Trainer(random_tower).resume_or_load(resume=False)
+    Trainer(changed(cfg, options)).resume_or_load(resume=False)  # the same weights are taken over
+
+
+def test_drawn_labels_cover_the_image_for_patches_of_14_pixels(text_cfg, monkeypatch):
+    """A cell has 3.5 pixels, so 64 pixels are 19 cells of the 20 that cover 70 padded pixels."""
+    cfg = text_cfg(MODEL__VFM__PATCH_SIZE=14, MODEL__VFM__IMG_SIZE=[70, 70])
+    model, seen = build_model(cfg).train(), []
+    draw = image_losses.sampled_nll
+
+    def look(log_probabilities, seeds):
+        seen.append(tuple(log_probabilities.shape[-2:]))
+        return draw(log_probabilities, seeds)
+
+    monkeypatch.setattr(image_losses, "sampled_nll", look)
+    image = {"image": torch.zeros(3, 64, 64), "sem_seg": torch.zeros(64, 64, dtype=torch.int64)}
+    image_losses.SegmentationLoss().sampled(model, [image])
+    assert seen == [(19, 19)]

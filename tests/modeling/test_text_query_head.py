@@ -242,6 +242,20 @@ def test_query_c_predicts_class_c_or_nothing(head):
     ] * 2
 
 
+def test_predictions_that_are_not_finite_are_named(head):
+    predictions = head.predict(features())
+    predictions[1] = (predictions[1][0] * float("nan"), predictions[1][1])
+    with raises(FloatingPointError, match="class logits_1"):
+        head.losses(predictions, labels())
+
+
+def test_a_mask_has_a_quarter_of_a_patch(head, model):
+    """The stride says which cells cover the image, when labels are drawn from the model."""
+    assert head.stride == model.backbone.patch_size / 4
+    _, masks = head.predict(features(side=4))[-1]
+    assert masks.shape[-2:] == (16, 16)
+
+
 def test_a_mask_is_compared_with_that_of_its_own_class(head):
     """The mask loss of query 2 does not depend on the mask of query 0."""
     targets = SegmentationTargets(labels(1) * 0 + 2, [torch.tensor([2])])
