@@ -17,7 +17,13 @@ warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
 
 
 # The oldest versions that work, as in pyproject.toml, which gives the reasons.
-OLDEST = {"torch": "2.6", "timm": "1.0.31", "transformers": "5.0", "peft": "0.21"}
+OLDEST = {
+    "torch": "2.6",
+    "timm": "1.0.31",
+    "transformers": "5.0",
+    "peft": "0.21",
+    "open_clip_torch": "3.0",
+}
 
 
 def require_versions(*packages: str) -> None:

@@ -42,10 +42,14 @@ class ConvNeXts:
         """Those of the pyramid."""
         return list(STRIDES)
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of all stages."""
+        stages = model.get_submodule("stages").children()
+        return [block for stage in stages for block in stage.get_submodule("blocks").children()]
+
     def perturbation_points(self, model: nn.Module) -> list[nn.Module]:
         """The stem, and the blocks at 1/3, 1/2 and 2/3 of the depth, which runs over all stages."""
-        stages = model.get_submodule("stages").children()
-        blocks = [block for stage in stages for block in stage.get_submodule("blocks").children()]
+        blocks = self.blocks(model)
         return [model.get_submodule("stem"), *(blocks[i] for i in thirds_of_depth(len(blocks)))]
 
     def require_size(self, model: nn.Module, size: Sequence[int]) -> None:

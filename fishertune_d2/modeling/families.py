@@ -43,6 +43,10 @@ class Family(Protocol):
         """Returns the pixels between the cells of the four outputs as they are."""
         ...
 
+    def blocks(self, model: Any) -> list[nn.Module]:
+        """Returns the blocks, from shallow to deep."""
+        ...
+
     def perturbation_points(self, model: Any) -> list[nn.Module]:
         """Returns the four modules whose output Eq. 6 perturbs."""
         ...

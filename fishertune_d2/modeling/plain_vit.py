@@ -59,6 +59,10 @@ class PlainViTs:
         """One patch, for all maps."""
         return [patch_size] * len(STRIDES)
 
+    def blocks(self, model: PlainViT) -> list[nn.Module]:
+        """All blocks."""
+        return list(model.blocks)
+
     def perturbation_points(self, model: PlainViT) -> list[nn.Module]:
         """The patch embedding, and the blocks at 1/3, 1/2 and 2/3 of the depth."""
         return [model.patch_embed, *(model.blocks[i] for i in thirds_of_depth(len(model.blocks)))]

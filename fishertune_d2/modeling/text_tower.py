@@ -14,6 +14,7 @@ from detectron2.data import MetadataCatalog
 from huggingface_hub import HfApi, try_to_load_from_cache
 from torch import Tensor
 
+from fishertune_d2.compat import require_versions
 from fishertune_d2.files import first_names
 
 from .frozen import Frozen
@@ -232,6 +233,7 @@ def _import_open_clip() -> ModuleType:
         raise ImportError(
             "MODEL.TEXT needs open_clip: pip install 'fishertune-d2[text]'"
         ) from error
+    require_versions("open_clip_torch")
     return open_clip
 
 

@@ -16,6 +16,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from fishertune_d2.fisher.perturb import thirds_of_depth
+
 from .plain_vit import PlainViT
 from .public_weights import load_vfm_weights
 from .pyramid import STRIDES
@@ -192,6 +194,11 @@ class VFMBackbone(Backbone):
     def num_prefix_tokens(self) -> int:
         """The number of tokens (class, registers) before the patches; 0 for SAM and ConvNeXts."""
         return getattr(self.vit, "num_prefix_tokens", 0)
+
+    @property
+    def thirds(self) -> list[int]:
+        """The indices of the blocks at 1/3, 1/2 and 2/3 of the depth, from 0."""
+        return list(thirds_of_depth(len(self.family.blocks(self.vit))))
 
     @property
     def channels_first(self) -> bool:

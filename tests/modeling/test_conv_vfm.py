@@ -231,3 +231,12 @@ def test_peft_tunes_the_pointwise_layers_and_merges(backbone):
     assert sorted(backbone.state_dict()) == sorted(names)
     for name, features in backbone(images).items():
         torch.testing.assert_close(features, expected[name], rtol=1e-3, atol=1e-3)
+
+
+@mark.parametrize(("name", "depth"), [("tiny", 6), ("tiny_convnext", 9)])
+def test_thirds_are_the_blocks_that_eq_6_perturbs(name, depth):
+    backbone = VFMBackbone(name=name, weights="random", img_size=(64, 64), patch_size=0)
+    blocks = backbone.family.blocks(backbone.vit)
+    assert len(blocks) == depth
+    assert backbone.thirds == [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1]
+    assert backbone.perturbation_points()[1:] == [blocks[i] for i in backbone.thirds]
