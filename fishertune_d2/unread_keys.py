@@ -18,10 +18,8 @@ from .config_slips import dotted_items
 
 logger = logging.getLogger(__name__)
 
-# Heads that read the keys of MODEL.MASK_FORMER, and the one of them that has norms to choose.
+# Heads that read the keys of MODEL.MASK_FORMER.
 _MASK_HEADS = ("Mask2FormerHead", "MaskTextHead", "TextQueryHead")
-_NORMED_HEAD = "TextQueryHead"
-_TEXT_HEADS = ("MaskTextHead", "TextQueryHead")
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ def _other_head(cfg: CfgNode) -> bool:
     return _other_model(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME not in _MASK_HEADS
 
 
-def _normed_head(cfg: CfgNode) -> bool:
-    return _other_head(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME == _NORMED_HEAD
+def _of_heads(*names: str) -> Callable[[CfgNode], bool]:
+    return lambda cfg: _other_head(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME in names
 
 
 def _clips_norms(cfg: CfgNode) -> bool:
@@ -144,13 +142,13 @@ UNREAD = (
     ),
     Unread(
         "MODEL.TEXT.NAME MODEL.TEXT.WEIGHTS MODEL.TEXT.CLASSES",
-        f"the heads {' and '.join(_TEXT_HEADS)} read it",
-        lambda cfg: _other_head(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME in _TEXT_HEADS,
+        "the heads MaskTextHead and TextQueryHead read it",
+        _of_heads("MaskTextHead", "TextQueryHead"),
     ),
     Unread(
         "MODEL.TEXT.CONTEXT_TOKENS MODEL.TEXT.*_WEIGHT",
         "the head TextQueryHead reads it",
-        lambda cfg: _other_head(cfg) or cfg.MODEL.SEM_SEG_HEAD.NAME == "TextQueryHead",
+        _of_heads("TextQueryHead"),
     ),
     Unread(
         "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES",
@@ -165,7 +163,7 @@ UNREAD = (
     Unread(
         "MODEL.SEM_SEG_HEAD.NORM",
         "the head has no such part; MODEL.MASK_FORMER has its keys",
-        _normed_head,
+        _of_heads("TextQueryHead"),
     ),
 )
 

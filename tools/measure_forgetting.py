@@ -22,7 +22,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fishertune_d2.analysis.features import patch_features, read_images  # noqa: E402
+from fishertune_d2.analysis.features import (  # noqa: E402
+    blocks_of,
+    features_of_modules,
+    patch_features,
+    read_images,
+)
 from fishertune_d2.analysis.forgetting import (  # noqa: E402 - it need not be installed
     IGNORED,
     draw_forgetting,
@@ -56,11 +61,8 @@ def read_models(runs: Sequence[Path]) -> Iterator[tuple[str, dict, VFMSegmentor]
 
 def block_features(model: VFMSegmentor, images: Sequence[dict]) -> list[torch.Tensor]:
     """The features (n, D) of all patches of the images after each block."""
-    blocks = model.backbone.vit.blocks
-    return [
-        torch.cat([each.flatten(0, 1) for each in patch_features(model, images, block)])
-        for block in blocks
-    ]
+    of_blocks = features_of_modules(model, images, blocks_of(model.backbone))
+    return [torch.cat([each.flatten(0, 1) for each in maps]) for maps in of_blocks]
 
 
 def labelled_features(

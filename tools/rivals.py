@@ -18,7 +18,7 @@ from fishertune_d2.analysis.statistics import (  # noqa: E402
     format_weights,
     markdown_table,
 )
-from fishertune_d2.analysis.study import find_runs  # noqa: E402
+from fishertune_d2.analysis.study import read_table  # noqa: E402
 from fishertune_d2.bench.result_table import AVERAGE, paper_numbers  # noqa: E402
 from fishertune_d2.config import get_config_file, read_config  # noqa: E402
 from fishertune_d2.engine.parameter_counts import count_parameters  # noqa: E402
@@ -324,9 +324,10 @@ def measured_tables() -> Iterator[str]:
     """Yields a heading and a table for each study in ``MEASURED``."""
     for study, title in MEASURED.items():
         scores: dict[str, list[Mapping[str, float]]] = {}
-        for run, results in find_runs(ROOT / f"docs/results/{study}.jsonl", test=True).items():
-            entry = Path(run).name.rpartition("_")[0].partition("@")[0]
-            scores.setdefault(entry, []).append(results.scores)
+        table = ROOT / f"docs/results/{study}.jsonl"
+        for run in read_table(table):
+            if run.tested:
+                scores.setdefault(run.entry, []).append(run.results(table).scores)
         lines = [
             [r.name, *(format_mean([s[name] for s in scores[r.method]]) for name in MEASURED_SETS)]
             for r in RIVALS

@@ -49,7 +49,6 @@ def blocks_of(backbone: VFMBackbone) -> nn.ModuleList:
     return backbone.vit.blocks
 
 
-@torch.no_grad()
 def patch_features(
     model: VFMSegmentor, images: Sequence[dict], module: nn.Module | None = None
 ) -> list[Tensor]:
@@ -63,20 +62,33 @@ def patch_features(
     Returns:
         Features of each image, (h, w, D), without class token and registers.
     """
+    module = blocks_of(model.backbone)[-1] if module is None else module
+    return features_of_modules(model, images, [module])[0]
+
+
+@torch.no_grad()
+def features_of_modules(
+    model: VFMSegmentor, images: Sequence[dict], modules: Sequence[nn.Module]
+) -> list[list[Tensor]]:
+    """The result of :func:`patch_features` for each module, with one pass for each image."""
     backbone = model.backbone
-    kept: list[Tensor] = []
-    module = blocks_of(backbone)[-1] if module is None else module
-    hook = module.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    maps = []
+    outputs: dict[int, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output, k=k: outputs.update({k: output}))
+        for k, module in enumerate(modules)
+    ]
+    maps: list[list[Tensor]] = [[] for _ in modules]
     try:
         for image in (item["image"].to(model.device) for item in images):
             backbone(((image - model.pixel_mean) / model.pixel_std)[None])
             height, width = (ceil(side / backbone.patch_size) for side in image.shape[-2:])
-            tokens = kept.pop()[0]  # (N, D) with prefix tokens first, or the patch embedding's map
-            tokens = tokens.flatten(0, -2)[-height * width :]
-            maps.append(tokens.reshape(height, width, -1))
+            for k, of_module in enumerate(maps):
+                tokens = outputs.pop(k)[0]  # (N, D), prefix tokens first, or the embedding's map
+                tokens = tokens.flatten(0, -2)[-height * width :]
+                of_module.append(tokens.reshape(height, width, -1))
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return maps
 
 
