@@ -195,6 +195,11 @@ class Run:
         return self.folder / "model_final.pth"
 
     @property
+    def best_checkpoint(self) -> Path:
+        """The checkpoint with the highest mIoU on TEST.BEST_ON, if that key names a data set."""
+        return self.folder / "model_best.pth"
+
+    @property
     def config_file(self) -> Path:
         """The file with the run's whole config."""
         return self.folder / "config.yaml"
@@ -282,6 +287,19 @@ class Run:
     def series(self, key: str) -> list[tuple[int, float]]:
         """The iterations and values of one number that training logged."""
         return [(i, numbers[key]) for i, numbers in self.metrics.items() if key in numbers]
+
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Reads the scores along the training, which TEST.EVAL_PERIOD asks for.
+
+        Returns:
+            The iterations done and the mIoU in percent of each evaluation, by data set.
+        """
+        end = "/sem_seg/mIoU"
+        keys = {key for numbers in self.metrics.values() for key in numbers if key.endswith(end)}
+        return {
+            key.removesuffix(end): [(i + 1, value) for i, value in self.series(key)]
+            for key in sorted(keys)
+        }
 
     @cached_property
     def results(self) -> Results | None:

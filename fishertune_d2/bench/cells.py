@@ -67,6 +67,7 @@ class Cell:
     shared: Mapping[Shared, Path] = field(default_factory=dict)
     makes: frozenset[Shared] = frozenset()  # of the shared files; the cell takes the others
     protocol: str = ""  # TEST.PROTOCOL
+    best_on: str = ""  # TEST.BEST_ON
 
     @property
     def takes(self) -> dict[Shared, Path]:
@@ -81,8 +82,14 @@ class Cell:
         return [*self._start(self.folder, sets, "--resume"), *taken]
 
     def score_arguments(self, sets: Sequence[str], folder: Path) -> list[str]:
-        """Returns the arguments that score the trained cell, for results in ``folder``."""
-        return [*self._start(folder, sets, "--eval-only"), "MODEL.WEIGHTS", str(self.weights)]
+        """Returns the arguments that score the trained cell, for results in ``folder``.
+
+        The test sets see the best checkpoint, if the config keeps it; dev sets chose it.
+        """
+        best = self.best_on and folder.name == TEST
+        weights = Run(self.folder).best_checkpoint if best else self.weights
+        start = self._start(folder, sets, "--eval-only")
+        return [*start, "MODEL.WEIGHTS", str(weights), *(["TEST.BEST_ON", ""] if best else [])]
 
     def _start(self, folder: Path, sets: Sequence[str], flag: str) -> list[str]:
         start = ["--config-file", get_config_file(self.config), flag, *self.options]
@@ -184,7 +191,7 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
         paths = {what: what.path(place, recipe) for what in shared}
         folder, of_seed = place / f"{name}_{seed}", (*options, "SEED", str(seed))
         parts = entry, vfm, seed, rate, folder, config, of_seed, recipe, paths
-        cells.append(Cell(*parts, protocol=cfg.TEST.PROTOCOL))
+        cells.append(Cell(*parts, protocol=cfg.TEST.PROTOCOL, best_on=cfg.TEST.BEST_ON))
     return cells
 
 

@@ -16,6 +16,7 @@ from fishertune_d2.files import whole_file
 from fishertune_d2.run import Results
 
 from .cells import DEV, Cell
+from .request import SEARCH
 from .tables import find_entry
 
 
@@ -39,10 +40,13 @@ def read_choices(place: Path) -> dict[str, Choice]:
 
 def _choices_of_table(table: Path, below: str) -> dict[str, Choice]:
     """Derives the choices from runs: a search tried several rates with one of the seeds."""
+    trained = [run for run in read_table(table) if run.rate is not None and not run.tested]
+    searched, all_cells = (
+        [run for run in trained if Path(run.run).is_relative_to(place)]
+        for place in (Path(SEARCH, below), Path(below))
+    )
     tried: dict[str, dict[int, dict[float, Results]]] = {}
-    for run in read_table(table):
-        if run.rate is None or run.tested or not Path(run.run).is_relative_to(below):
-            continue
+    for run in searched or all_cells:
         name = find_entry(run.entry.partition("@")[0]).rate_of
         of_seed = tried.setdefault(name, {}).setdefault(run.seed, {})
         if run.entry == name or run.rate not in of_seed:  # a variant has the rate of its method

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from .tables import PROFILES, RATE, Entry, Profile, Table
 
+SEARCH = "search"  # the folder of a search's cells that train in another way than the table's
+
 
 @dataclass(frozen=True)
 class Request:
@@ -49,12 +51,15 @@ class Request:
         return self.profile.dev or self._held_out[1]
 
     def of_search(self) -> "Request":
-        """Returns the request of the search's cells: one seed, and no held-out images."""
+        """Returns the request of the search's cells: one seed, and no held-out images.
+
+        Cells that train in another way than those of the table have a folder of their own.
+        """
         train, _ = self._held_out
-        if not train:
-            return replace(self, seeds=self.seeds[:1])
-        options = (*self.options, "DATASETS.TRAIN", f"('{train}',)")
-        return replace(self, seeds=self.seeds[:1], options=options, output=self.output / "search")
+        own = [*self.profile.search, *(["DATASETS.TRAIN", f"('{train}',)"] if train else [])]
+        output = self.output / SEARCH if own else self.output
+        options = (*self.options, *own)
+        return replace(self, seeds=self.seeds[:1], options=options, output=output)
 
     @property
     def _held_out(self) -> tuple[str, tuple[str, ...]]:

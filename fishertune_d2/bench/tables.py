@@ -29,6 +29,8 @@ class Profile:
         test: Final test sets, keyed by the suffix of their table's name; each table averages its
             own unseen sets. Empty uses those of the table.
         rates: The values of SOLVER.BACKBONE_MULTIPLIER to search.
+        search: Keys and values in turn for the cells of a search alone, such as those of a shorter
+            training.
         held_out: For a profile without ``dev``, by the folder of configs: what a search trains on,
             and its dev sets. Without a search, such a profile uses the rates of its configs.
     """
@@ -39,6 +41,7 @@ class Profile:
     dev: tuple[str, ...] = ()
     test: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
+    search: tuple[str, ...] = ()
     held_out: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
@@ -56,6 +59,19 @@ _CAMVID = Profile(
     test={"test": _CAMVID_TEST},
     rates=(0.3, 1.0, 3.0),
 )
+
+
+def _long(source: str) -> Profile:
+    """A training of 5,000 iterations, scored every 250; a search has a quarter of the length."""
+    quarter = ("SOLVER.MAX_ITER", "1250", "TUNING.WARMUP_ITERS", "250")
+    return replace(
+        _CAMVID,
+        config=f"long/{source}_{{method}}.yaml",
+        base=f"long/{source}.yaml",
+        search=(*quarter, "TEST.EVAL_PERIOD", "0", "TEST.BEST_ON", ""),
+    )
+
+
 PROFILES: dict[str, Profile] = {
     "paper": Profile(
         config="{source}{method}_{vfm}.yaml",
@@ -77,6 +93,8 @@ PROFILES: dict[str, Profile] = {
             ),
         },
     ),
+    "camvid_long": _long("camvid"),
+    "streets_long": _long("streets"),
 }
 
 
@@ -285,6 +303,15 @@ TABLES: dict[str, Table] = {
             *("shift_embedding", "shift_blocks"),
         ),
         search=False,
+    ),
+    # For docs/results/when.md, with the profiles of long training.
+    "curves": Table(
+        "Long training",
+        entries=(
+            *(FREEZE, "full", "lora", "soma", "childtune", "fishertune", "fishertune_20"),
+            *("fishertune_neuron_rho1", "fishertune_neuron_20_rho1"),
+        ),
+        vfms=("dinov2_vitl",),
     ),
     # For docs/results/selection.md. Each row has a learning rate of its own.
     "units": Table(

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from fishertune_d2.analysis.study import TEST, StudyRun, save_runs, split_place
 from fishertune_d2.command_line import import_arguments
 from fishertune_d2.data import DatasetError, load_datasets
-from fishertune_d2.run import Results
+from fishertune_d2.run import Results, Run
 
 from .cells import DEV, Cell, digest, make_cells, needs_rate
 from .learning_rates import describe, read_choices, write_choices
@@ -140,7 +141,7 @@ class Train:
                     rate=cell.rate,
                     config=digest(known["recipe"]) if known else None,
                     seconds=known.get("seconds"),
-                    content=json.loads(file.read_text()),
+                    content=json.loads(file.read_text()) | _curves(file.parent),
                 )
             )
         save_runs(table, runs)
@@ -166,6 +167,12 @@ class Train:
 
     def _arguments(self, cell: Cell) -> list[str]:
         return cell.arguments(self.sets)
+
+
+def _curves(folder: Path) -> dict[str, Any]:
+    """Returns the scores along a training, if it was scored before its end."""
+    curves = Run(folder).curves()
+    return {"curves": curves} if any(len(curve) > 1 for curve in curves.values()) else {}
 
 
 class Search(Train):

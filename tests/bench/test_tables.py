@@ -45,8 +45,9 @@ def test_every_table_has_its_configs(name, profile, tmp_path):
     for cell in cells:
         assert cell.recipe["MODEL.VFM.NAME"] == cell.vfm and cell.recipe["SEED"] == 1
         assert cell.recipe["TUNING.METHOD"] == cell.entry.method
-        trained = {"camvid": "camvid_day_train", "streets": "streets_day_train"}.get(profile)
-        trained = trained or ("cityscapes_train" if table.source else "gtav_train")
+        trained = f"{profile.removesuffix('_long')}_day_train"
+        if profile == "paper":
+            trained = "cityscapes_train" if table.source else "gtav_train"
         assert list(cell.recipe["DATASETS.TRAIN"]) == [trained]
     # Each file is made once, by a cell that stands before those who take it.
     made = [cell.shared[what] for cell in cells for what in cell.makes]
