@@ -272,7 +272,7 @@ mIoU in percent on test sets, mean and sample standard deviation over seeds 43, 
 alone if there is no deviation). The protocol is `native`, the backbone DINOv2 ViT-S, the training
 300 + 300 iterations. Each method has the learning rate that its search on the dev sets chose.
 """
-# The runs of heads that know the classes by name: their config below configs/camvid/, and their head.
+# The runs of heads that know the classes by name, by their config below configs/camvid/.
 HEADS = {
     "text_queries": "tqdm's, with FisherTune on a small backbone of random weights",
     "mask_text": "CLOUDS's, on the frozen DINOv2 ViT-S",

@@ -55,9 +55,22 @@ def file_names(loader: object) -> list[str] | None:
     return None if dicts is None else [item["file_name"] for item in dicts]
 
 
-def unlabelled_names(loader: object) -> list[str]:
-    """The images of self-training, in order."""
+def unlabelled_names(cfg: CfgNode, loader: object) -> list[str]:
+    """Lists the images of self-training.
+
+    Returns:
+        Their files, in order.
+
+    Raises:
+        ValueError: SELF_TRAINING.IMAGES is set, and the loader of the user's own trainer has none.
+    """
     dicts = getattr(getattr(loader, "dataset", None), "unlabelled", ())
+    if cfg.SELF_TRAINING.IMAGES and not dicts:
+        raise ValueError(
+            f"SELF_TRAINING.IMAGES is {cfg.SELF_TRAINING.IMAGES!r}, but the loader of "
+            "build_train_loader has no images without labels: build it with "
+            "fishertune_d2.engine.loaders.training_loader, or set the key to ''"
+        )
     return [item["file_name"] for item in dicts]
 
 

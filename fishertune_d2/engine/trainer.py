@@ -96,7 +96,7 @@ class Trainer(DefaultTrainer):
         self._trainer = StepTrainer(model, loader, dtype=dtype, parts=cfg.SOLVER.ACCUMULATE)
         require_fillable(cfg, self.method, self.backbone)
         start = fingerprint(self.backbone)
-        files, others = file_names(loader), unlabelled_names(loader)
+        files, others = file_names(loader), unlabelled_names(cfg, loader)
         record = RunRecord.of_run(cfg, files, class_names(cfg), start, others, model)
         self._run = OwnRun(record, cfg.OUTPUT_DIR)
         self._resumes = False
@@ -333,6 +333,7 @@ class Trainer(DefaultTrainer):
             scaled.defrost()
             scaled.TUNING.WARMUP_ITERS = round(cfg.TUNING.WARMUP_ITERS / scale)
             scaled.SOLVER.EMA_START = round(cfg.SOLVER.EMA_START / scale)
+            scaled.SELF_TRAINING.PERIOD = max(1, round(cfg.SELF_TRAINING.PERIOD / scale))
             if cfg.is_frozen():
                 scaled.freeze()
         return scaled

@@ -9,8 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from PIL import Image
 
+from fishertune_d2.config import changed
 from fishertune_d2.data import register_sem_seg
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.loaders import training_loader
 from fishertune_d2.engine.self_training import SelfTraining
 from fishertune_d2.modeling.heads import in_eval_mode
 from fishertune_d2.streets import render_scene
@@ -147,6 +149,17 @@ def test_refuses_what_cannot_work(tiny_cfg, folder):
     ):
         with pytest.raises(ValueError, match=message):
             train(tiny_cfg(**keys | change))
+
+
+def test_refuses_a_trainers_own_loader_without_the_images(tiny_cfg, folder):
+    class OwnLoader(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return training_loader(changed(cfg, ["SELF_TRAINING.IMAGES", ""]))
+
+    cfg = tiny_cfg(**LEAN, TUNING__METHOD="freeze", SELF_TRAINING__IMAGES=folder)
+    with pytest.raises(ValueError, match="has no images without labels"):
+        OwnLoader(cfg)
 
 
 @pytest.fixture

@@ -319,8 +319,9 @@ def test_an_estimate_of_another_model_is_refused_by_its_file(tiny_cfg, tmp_path)
 
 def test_another_number_of_processes_scales_warmup_with_the_rest(tiny_cfg):
     per_process = {"SOLVER__IMS_PER_BATCH": 4, "SOLVER__REFERENCE_WORLD_SIZE": 2}
-    cfg = Trainer(tiny_cfg(**per_process, SOLVER__EMA_START=5)).cfg  # one process, half as many
-    assert cfg.SOLVER.EMA_START == 10
+    cfg = Trainer(tiny_cfg(**per_process, SOLVER__EMA_START=5, SELF_TRAINING__PERIOD=3)).cfg
+    # one process, half as many
+    assert (cfg.SOLVER.EMA_START, cfg.SELF_TRAINING.PERIOD) == (10, 6)
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (2, 5e-4)
     assert (cfg.SOLVER.MAX_ITER, cfg.TUNING.WARMUP_ITERS) == (14, 6)
 
