@@ -219,6 +219,9 @@ def _add_fisher(cfg: CN) -> None:
     cfg.FISHER.EPS = 1e-8
 
     cfg.FISHER.PERTURB = CN()
+    # How x' is made in the estimate: "features" (Eq. 6), or by a shift of each image (ours):
+    # "night", "fog", "blur", or "mixed", one of them at random. See data/image_shifts.py.
+    cfg.FISHER.PERTURB.KIND = "features"
     # Points of Eq. 6: 0 is the patch embedding; 1, 2, 3 are the blocks at 1/3, 1/2, 2/3 (ours).
     cfg.FISHER.PERTURB.POINTS = [0, 1, 2, 3]
     # Factor on eps_mu and eps_sigma of Eq. 6; 0 switches the simulated shift off.

@@ -95,6 +95,11 @@ UNREAD = (
         "DATALOADER.SAMPLER_TRAIN RareClassSampler reads it",
         lambda cfg: cfg.DATALOADER.SAMPLER_TRAIN == "RareClassSampler",
     ),
+    Unread(
+        "FISHER.PERTURB.POINTS FISHER.PERTURB.STRENGTH FISHER.PERTURB.EPS_MODE",
+        'Eq. 6 reads it, with FISHER.PERTURB.KIND "features"',
+        lambda cfg: cfg.FISHER.PERTURB.KIND == "features" or cfg.TUNING.FEATURE_PERTURBATION,
+    ),
     Unread("DATASETS.PROPOSAL_FILES_* DATASETS.PRECOMPUTED_*", "nothing here has proposals"),
     _of_schedules("SOLVER.STEPS SOLVER.RESCALE_INTERVAL", "WarmupMultiStepLR"),
     _of_schedules("SOLVER.GAMMA", "WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"),

@@ -40,13 +40,12 @@ def read_choices(place: Path) -> dict[str, Choice]:
 
 def _choices_of_table(table: Path, below: str) -> dict[str, Choice]:
     """Derives the choices from runs: a search tried several rates with one of the seeds."""
-    trained = [run for run in read_table(table) if run.rate is not None and not run.tested]
-    searched, all_cells = (
-        [run for run in trained if Path(run.run).is_relative_to(place)]
-        for place in (Path(SEARCH, below), Path(below))
-    )
+    runs = read_table(table)
+    own = [run for run in runs if Path(run.run).is_relative_to(Path(SEARCH, below))]
     tried: dict[str, dict[int, dict[float, Results]]] = {}
-    for run in searched or all_cells:
+    for run in own or [run for run in runs if Path(run.run).is_relative_to(below)]:
+        if run.rate is None or run.tested:
+            continue
         name = find_entry(run.entry.partition("@")[0]).rate_of
         of_seed = tried.setdefault(name, {}).setdefault(run.seed, {})
         if run.entry == name or run.rate not in of_seed:  # a variant has the rate of its method

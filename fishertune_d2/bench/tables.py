@@ -174,6 +174,7 @@ def _of_units(name: str) -> Entry:
     return Entry(name, method, "fishertune", name, options)
 
 
+_KIND = "FISHER.PERTURB.KIND"
 _PERTURBED = ("adaptformer", "vpt", "rein", "fishertune")  # Table 5
 
 ENTRIES: dict[str, Entry] = {
@@ -198,6 +199,7 @@ ENTRIES: dict[str, Entry] = {
         _variant("sampled_labels", "fishertune", "FISHER.LABELS", "sampled"),
         _variant("shift_embedding", "fishertune", "FISHER.PERTURB.POINTS", "[0]"),
         _variant("shift_blocks", "fishertune", "FISHER.PERTURB.POINTS", "[1, 2, 3]"),
+        *(_variant(f"shift_{kind}", "fishertune", _KIND, kind) for kind in ("night", "mixed")),
     )
 }
 

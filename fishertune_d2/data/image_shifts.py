@@ -47,6 +47,11 @@ def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 SHIFTS: dict[str, Shift] = {"fog": fog, "night": night, "blur": blur}
 
 
+def mixed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shifts an image in one of the ways of `SHIFTS`, drawn at random."""
+    return SHIFTS[rng.choice(list(SHIFTS))](image, rng)
+
+
 def shift_image(image: np.ndarray, name: str, file_name: str) -> np.ndarray:
     """Shifts an image, the same way at every call for the same file.
 

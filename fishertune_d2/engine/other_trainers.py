@@ -32,6 +32,7 @@ from fishertune_d2.config import require_choice
 from fishertune_d2.fisher import (
     ESTIMATORS,
     FisherEstimate,
+    Perturbation,
     Selection,
     StatisticsPerturbation,
     Units,
@@ -67,7 +68,7 @@ def apply_fishertune(
     batches: int = 500,
     loss_fn: Callable[[nn.Module, Sequence], Tensor] | None = None,
     estimator: str = "diagonal_loop",
-    perturb: StatisticsPerturbation | None = None,
+    perturb: Perturbation | None = None,
     seed: int = 0,
 ) -> FisherEstimation:
     """Restricts a trainer to the weights of a ViT that FisherTune selects (Algorithm 1).
@@ -154,7 +155,7 @@ class _ViT:
         batches: int,
         loss_fn: Callable[[nn.Module, Sequence], Tensor] | None,
         estimator: str,
-        perturb: StatisticsPerturbation | None,
+        perturb: Perturbation | None,
         seed: int,
     ) -> Callable[[], FisherEstimate]:
         """The function that measures F(x) and F(x') on the first batches of a loader."""

@@ -1,13 +1,18 @@
-"""Eq. 6 as a config sets it: in the estimate, and on the features of training."""
+"""The simulated shift as a config sets it: in the estimate, and on the features of training."""
 
 from typing import cast
 
 from detectron2.config import CfgNode
 from torch import nn
 
-from fishertune_d2.fisher import StatisticsPerturbation
+from fishertune_d2.data.image_shifts import SHIFTS, mixed
+from fishertune_d2.fisher import ImageShift, Perturbation, StatisticsPerturbation
 from fishertune_d2.modeling.vfm import VFMBackbone
 
+FEATURES = "features"
+# FISHER.PERTURB.KIND
+_IMAGE_SHIFTS = {**SHIFTS, "mixed": mixed}
+KINDS_OF_SHIFT = (FEATURES, *_IMAGE_SHIFTS)
 # TUNING.FEATURE_PERTURBATION: the share of batches that are perturbed, as in DSU.
 PERTURBED = 0.5
 
@@ -25,6 +30,14 @@ def build_perturbation(cfg: CfgNode, backbone: nn.Module, p: float = 1.0) -> Sta
         eps_mode=perturb.EPS_MODE,
         p=p,
     )
+
+
+def build_shift(cfg: CfgNode, backbone: nn.Module) -> Perturbation:
+    """What makes x' in the estimate, as FISHER.PERTURB.KIND says."""
+    kind = cfg.FISHER.PERTURB.KIND
+    if kind == FEATURES:
+        return build_perturbation(cfg, backbone)
+    return ImageShift(_IMAGE_SHIFTS[kind], kind, bgr=cfg.INPUT.FORMAT == "BGR")
 
 
 def perturbation_of_training(

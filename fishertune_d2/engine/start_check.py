@@ -23,6 +23,7 @@ from fishertune_d2.tuning import SelectiveMethod, TuningMethod, build_tuning_met
 
 from .optimizer import OPTIMIZERS
 from .parameter_counts import build_empty
+from .perturbation import FEATURES, KINDS_OF_SHIFT
 from .precision import ESTIMATE_DTYPES
 from .self_training import self_training_troubles
 from .stages import attach, planned_share, units_of
@@ -36,6 +37,7 @@ _TRAINING_CHOICES: dict[str, Iterable[str]] = {
     "FISHER.LABELS": LABELS,
     "FISHER.PRECISION": ESTIMATE_DTYPES,
     "FISHER.PERTURB.EPS_MODE": EPS_MODES,
+    "FISHER.PERTURB.KIND": KINDS_OF_SHIFT,
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     # Detectron2's, and its DeepLab project's.
     "SOLVER.LR_SCHEDULER_NAME": (
@@ -233,18 +235,19 @@ def _shift(cfg: CfgNode, method: TuningMethod) -> Iterator[str]:
     fisher = cfg.FISHER
     if fisher.ESTIMATE or not method.estimates:
         return
+    by_features = method.compares_domains and fisher.PERTURB.KIND == FEATURES
     if fisher.BATCHES < 1 or fisher.IMS_PER_BATCH < 1:
         yield (
             f"FISHER.BATCHES is {fisher.BATCHES} and FISHER.IMS_PER_BATCH {fisher.IMS_PER_BATCH}: "
             "choose at least 1"
         )
-    elif method.compares_domains and fisher.IMS_PER_BATCH < 2:
+    elif by_features and fisher.IMS_PER_BATCH < 2:
         yield (
             f"FISHER.IMS_PER_BATCH is {fisher.IMS_PER_BATCH}: Eq. 6 takes its statistics over the "
             "images of a batch, so with one image nothing shifts and F(x') = F(x): choose at least "
             "2"
         )
-    if method.compares_domains and fisher.PERTURB.STRENGTH == 0:
+    if by_features and fisher.PERTURB.STRENGTH == 0:
         yield (
             f"FISHER.PERTURB.STRENGTH is 0, so F(x') = F(x), and TUNING.METHOD "
             f"{cfg.TUNING.METHOD} compares the two: choose a strength above 0, or TUNING.METHOD "

@@ -38,7 +38,7 @@ from .image_losses import SegmentationLoss
 from .loaders import class_names, file_names, scoring_loader, training_loader, unlabelled_names
 from .optimizer import build_optimizer, carry_state, is_backbone
 from .output_dir import require_unused, require_writable
-from .perturbation import build_perturbation, perturbation_of_training
+from .perturbation import build_shift, perturbation_of_training
 from .precision import ESTIMATE_DTYPES, autocast_dtype, set_matmul_precision
 from .preemption import Preemption
 from .run_record import NOTE, RunRecord, fingerprint, remember_run
@@ -204,7 +204,7 @@ class Trainer(DefaultTrainer):
             find_candidates(backbone),
             estimator=fisher.ESTIMATOR,
             labels=fisher.LABELS,
-            perturb=build_perturbation(self.cfg, backbone),
+            perturb=build_shift(self.cfg, backbone),
             seed=self.cfg.SEED,
             progress=comm.is_main_process(),
             autocast=ESTIMATE_DTYPES[fisher.PRECISION],

@@ -24,8 +24,9 @@ from .estimators import (
 from .estimators.estimator import Cost, Estimator
 from .estimators.free_energy import FreeEnergy
 from .fisher_estimate import FisherEstimate
+from .image_shift import ImageShift
 from .likelihood import SoftmaxLikelihood, sampled_nll
-from .perturb import StatisticsPerturbation
+from .perturb import Perturbation, StatisticsPerturbation
 from .schedule import tuned_share
 from .score import domain_related_fisher, relative_change
 from .select import select
@@ -55,6 +56,8 @@ __all__ = [
     "Smoothed",
     "Slices",
     "SoftmaxLikelihood",
+    "ImageShift",
+    "Perturbation",
     "StatisticsPerturbation",
     "Units",
     "Variational",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .perturb import StatisticsPerturbation
+from .perturb import Perturbation
 
 LossFn = Callable[[nn.Module, Sequence], Tensor]
 
@@ -40,7 +40,7 @@ class BatchLosses:
     model: nn.Module
     batch: Sequence
     loss_fn: LossFn
-    perturb: StatisticsPerturbation | None
+    perturb: Perturbation | None
     seed: int
     name: str
     autocast: torch.dtype | None
@@ -79,6 +79,8 @@ class BatchLosses:
         return f"{domain}image {image} of {self.name}" + (f" ({file})" if file else "")
 
     def _losses(self, batch: Sequence, images: Sequence[int]) -> Tensor:
+        if self.perturb is not None:
+            batch = self.perturb.shifted(batch, images, self.seed)
         enabled = self.autocast is not None
         token = _measured.set((self.seed, images))
         try:

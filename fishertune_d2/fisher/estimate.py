@@ -24,7 +24,7 @@ from .candidates import Candidate
 from .estimators import ESTIMATORS
 from .estimators.estimator import Estimator
 from .fisher_estimate import FisherEstimate
-from .perturb import StatisticsPerturbation
+from .perturb import Perturbation
 from .processes import rank_and_size, sum_over_processes
 
 LABELS = ("ground_truth", "sampled")
@@ -38,7 +38,7 @@ def estimate_fisher(
     *,
     estimator: str | Callable[[Sequence[Candidate]], Estimator] = "diagonal",
     labels: str = "ground_truth",
-    perturb: StatisticsPerturbation | None = None,
+    perturb: Perturbation | None = None,
     seed: int = 0,
     progress: bool = True,
     autocast: torch.dtype | None = None,
@@ -60,7 +60,7 @@ def estimate_fisher(
         labels: ``"ground_truth"``, those in the batch (the empirical Fisher), or ``"sampled"``,
             drawn from the model (Eq. 4's expectation): ``loss_fn.sampled(model, batch)`` draws them
             and returns their negative log-likelihood, (B,); see :class:`.SoftmaxLikelihood`.
-        perturb: Eq. 6 with the points to perturb.
+        perturb: makes x': Eq. 6 with the points to perturb, or an :class:`.ImageShift`.
         seed: seed of the random numbers of the perturbation and the loss.
         progress: show a bar, on a terminal.
         autocast: ``torch.bfloat16`` to compute losses and gradients under autocast; None not to.
@@ -74,9 +74,9 @@ def estimate_fisher(
     notes = {"estimator": name, "labels": labels, "seed": str(seed)}
     if on_x.version > 1:
         notes["version"] = str(on_x.version)
-    domains: list[tuple[StatisticsPerturbation | None, Estimator]] = [(None, on_x)]
+    domains: list[tuple[Perturbation | None, Estimator]] = [(None, on_x)]
     if perturb is not None:
-        notes |= {"strength": str(perturb.strength), "eps_mode": perturb.eps_mode}
+        notes |= perturb.notes()
         domains.append((perturb, on_x.fresh()))
     batch_losses = partial(
         BatchLosses, model=model, loss_fn=_with_labels(loss_fn, labels), autocast=autocast
@@ -91,7 +91,7 @@ def estimate_fisher(
 
 def _pass_all(
     batches: Iterable[Sequence],
-    domains: Sequence[tuple[StatisticsPerturbation | None, Estimator]],
+    domains: Sequence[tuple[Perturbation | None, Estimator]],
     batch_losses: Callable[..., BatchLosses],
     seed: int,
     progress: bool,

@@ -9,8 +9,9 @@ Shapes in this module:
     spread: (1, 1, C), standard deviation over the B images of mu or of sigma.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,7 +36,40 @@ class _Shift:
         return _Shift(self.eps_mu[one], self.eps_sigma[one], self.spread_mu, self.spread_sigma)
 
 
-class StatisticsPerturbation:
+class Perturbation(ABC):
+    """Makes x' of a batch: by other images, or by hooks in the model's forward pass."""
+
+    @abstractmethod
+    def notes(self) -> dict[str, str]:
+        """How x' is made, for the estimate's notes."""
+
+    def shifted(self, batch: Sequence, images: Sequence[int], seed: int) -> Sequence:
+        """The images that the model sees.
+
+        Args:
+            batch: the images.
+            images: their indices in the whole batch.
+            seed: the seed of the whole batch.
+
+        Returns:
+            As many images; by default the batch itself.
+        """
+        return batch
+
+    @abstractmethod
+    def drawing(self, generator: torch.Generator | None = None) -> AbstractContextManager[None]:
+        """Perturbs a forward pass over a batch in a ``with`` block, by new random numbers."""
+
+    @abstractmethod
+    def replaying(self, image: int) -> AbstractContextManager[None]:
+        """Perturbs a forward pass over one image, given by index, as the last batch was."""
+
+    @abstractmethod
+    def weights(self) -> Tensor:
+        """The weight in DRF of each image of the last batch (Eq. 7), (B,), in (0, 1]."""
+
+
+class StatisticsPerturbation(Perturbation):
     """Eq. 6 at chosen points of a model, active inside a ``with`` block.
 
     alpha = mu + eps_mu * Sigma_mu, beta = sigma + eps_sigma * Sigma_sigma, with eps from N(0, 1),
@@ -110,6 +144,10 @@ class StatisticsPerturbation:
         blocks = list(vit.get_submodule("blocks").children())
         thirds = [blocks[i] for i in thirds_of_depth(len(blocks))]
         return cls([vit.get_submodule("patch_embed"), *thirds], **options)
+
+    def notes(self) -> dict[str, str]:
+        """The strength and how eps is drawn."""
+        return {"strength": str(self.strength), "eps_mode": self.eps_mode}
 
     @contextmanager
     def drawing(self, generator: torch.Generator | None = None) -> Iterator[None]:

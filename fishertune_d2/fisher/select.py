@@ -8,7 +8,7 @@ from .batch_losses import LossFn
 from .candidates import Candidate, find_candidates
 from .estimate import estimate_fisher
 from .estimators.estimator import Estimator
-from .perturb import StatisticsPerturbation
+from .perturb import Perturbation, StatisticsPerturbation
 from .score import domain_related_fisher
 from .selection import Selection
 from .unit_steps import STEPS, steps_of_units
@@ -24,7 +24,7 @@ def select(
     base: int | None = None,
     labels: str = "ground_truth",
     estimator: str | Callable[[Sequence[Candidate]], Estimator] = "diagonal",
-    perturb: StatisticsPerturbation | None = None,
+    perturb: Perturbation | None = None,
     unit: str = "weight",
     allocation: str = "global",
     steps: str = "equal",

@@ -332,3 +332,14 @@ def test_another_number_of_processes_scales_warmup_with_the_rest(tiny_cfg):
     assert scaled.is_frozen()
     assert scaled.SOLVER.MAX_ITER == scaled.TUNING.WARMUP_ITERS == 4  # rounded alike
     assert cfg.TUNING.WARMUP_ITERS == 7
+
+
+@pytest.mark.parametrize("kind", ["night", "mixed"])
+def test_the_estimate_can_shift_images_in_place_of_features(tiny_cfg, kind):
+    """The run's notes say so; and Eq. 6 gives another F(x'), but the same F(x)."""
+    cfg = tiny_cfg(FISHER__PERTURB__KIND=kind, FISHER__IMS_PER_BATCH=1, DATASETS__TEST=())
+    train(cfg)
+    found = FisherEstimate.load(Path(cfg.OUTPUT_DIR) / "fisher.safetensors")
+    assert found.notes["shift"] == kind
+    name = next(iter(found))
+    assert not torch.equal(found.shifted[name], found[name])
