@@ -114,7 +114,7 @@ class Setting:
         self.cfg.FISHER.BATCHES = (skip + images) // batch
         return islice(stream(), skip // batch, None)
 
-    def estimate(self, batches, estimator, strength: float = 1.0) -> FisherEstimate:
+    def estimate(self, batches, estimator, strength: float = 1.0, seed: int = 0) -> FisherEstimate:
         """Estimates F(x) and F(x')."""
         perturb = StatisticsPerturbation(
             self.backbone.perturbation_points(),
@@ -122,7 +122,13 @@ class Setting:
             strength=strength,
         )
         return estimate_fisher(
-            self.model, batches, self.loss_fn, self.candidates, estimator=estimator, perturb=perturb
+            self.model,
+            batches,
+            self.loss_fn,
+            self.candidates,
+            estimator=estimator,
+            perturb=perturb,
+            seed=seed,
         )
 
     def selection(self, scores: dict[str, Tensor]) -> Selection:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prints the measurements of fisher.py and selection_stability.py as Markdown tables.
+"""Prints the measurements of fisher.py, selection_stability.py and score_noise.py as tables.
 
 python benchmarks/fisher_tables.py [FOLDER]
 """
@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,8 @@ def tables(folder: Path) -> None:
     )
     if "stability" in read:
         _stability(read["stability"])
+    if "score_noise" in read:
+        _noise(read["score_noise"])
 
 
 KEYS = ("spearman", "overlap", "drf_spearman", "drf_overlap")
@@ -81,6 +84,81 @@ def _stability(measured: dict) -> None:
         ],
         ["estimator", "unit", "allocation", "score", *map(str, measured["rows"][0]["images"])],
     )
+
+
+def _noise(measured: dict) -> None:
+    """Prints how well DRF selects if changes within their noise count less, mean over seeds."""
+    errors = _mean_over_seeds(measured["noise"], ("unit", "images"))
+    names = ("paired", "between", "above_0.5", "above_1", "above_2")
+    _show(
+        [[*key, *(f"{row[name]:.2f}" for name in names)] for key, row in errors.items()],
+        ["seeds", "unit", "images", "SE, paired / unpaired", "|d - d*| / SE, median"]
+        + [f"changes above {z} SE" for z in ("0.5", "1", "2")],
+    )
+    flat = [{**row, **row["with_truth"]} for row in measured["rows"]]
+    keys = ("unit", "truth_images", "images", "score", "rho", "z")
+    rows = _mean_over_seeds(flat, keys)
+    marks = sorted({images for _, _, _, images, *_ in rows})
+    _show(
+        [
+            ["-" if cell is None else cell for cell in key]
+            + [f"{found[mark]['halves']:.3f}" if mark in found else "-" for mark in marks]
+            + [f"{found[64][name]:.3f}" for name in ("with_f", "0.01", "0.1", "1.0")]
+            for key, found in _by_images(rows).items()
+        ],
+        [
+            "seeds",
+            "unit",
+            "all images",
+            "score",
+            "rho",
+            "z",
+            *(f"halves of {mark}" for mark in marks),
+        ]
+        + ["64: own F", *(f"64: other half, rho {rho}" for rho in ("0.01", "0.1", "1.0"))],
+    )
+    lines = []
+    for (*place, _, rho, z), row in rows.items():
+        if rho == 0.01 and z:
+            # The line of a larger rho, which ends at F itself.
+            line = [
+                each
+                for (*own, score, _, other_z), each in rows.items()
+                if own == place and (other_z == 0 or score == "F")
+            ]
+            line.sort(key=lambda each: each["with_f"])
+            cells = [f"{row['with_f']:.3f}"]
+            for name in ("halves", "0.01"):
+                points = ([each[key] for each in line] for key in ("with_f", name))
+                cells += [f"{row[name]:.3f}", f"{np.interp(row['with_f'], *points):.3f}"]
+            lines.append([*place, z, *cells])
+    _show(
+        lines,
+        ["seeds", "unit", "all images", "images", "z", "own F", "halves", "by a larger rho"]
+        + ["other half, rho 0.01", "by a larger rho"],
+    )
+
+
+def _by_images(rows: dict[tuple, dict]) -> dict[tuple, dict[int, dict]]:
+    """Groups rows that differ only in the number of images."""
+    found: dict[tuple, dict[int, dict]] = {}
+    for (seeds, unit, largest, images, *key), row in rows.items():
+        found.setdefault((seeds, unit, largest, *key), {})[images] = row
+    return found
+
+
+def _mean_over_seeds(rows: list[dict], keys: tuple[str, ...]) -> dict[tuple, dict[str, float]]:
+    """The mean of the numbers of rows that agree in some entries, by seeds and these entries."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    means = {}
+    for key, group in found.items():
+        seeds = ", ".join(str(row["seed"]) for row in group)
+        numbers = (name for name, value in group[0].items() if isinstance(value, float))
+        own = [name for name in numbers if name not in keys]
+        means[(seeds, *key)] = {name: sum(r[name] for r in group) / len(group) for name in own}
+    return means
 
 
 def _cost(cost: dict) -> None:
