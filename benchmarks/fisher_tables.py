@@ -92,35 +92,21 @@ def _noise(measured: dict) -> None:
     names = ("paired", "between", "above_0.5", "above_1", "above_2")
     _show(
         [[*key, *(f"{row[name]:.2f}" for name in names)] for key, row in errors.items()],
-        ["seeds", "unit", "images", "SE, paired / unpaired", "|d - d*| / SE, median"]
+        ["seeds", "unit", "images", "SE, paired / unpaired", "difference of halves / SE"]
         + [f"changes above {z} SE" for z in ("0.5", "1", "2")],
     )
     flat = [{**row, **row["with_truth"]} for row in measured["rows"]]
-    keys = ("unit", "truth_images", "images", "score", "rho", "z")
-    rows = _mean_over_seeds(flat, keys)
-    marks = sorted({images for _, _, _, images, *_ in rows})
-    _show(
-        [
-            ["-" if cell is None else cell for cell in key]
-            + [f"{found[mark]['halves']:.3f}" if mark in found else "-" for mark in marks]
-            + [f"{found[64][name]:.3f}" for name in ("with_f", "0.01", "0.1", "1.0")]
-            for key, found in _by_images(rows).items()
-        ],
-        [
-            "seeds",
-            "unit",
-            "all images",
-            "score",
-            "rho",
-            "z",
-            *(f"halves of {mark}" for mark in marks),
-        ]
-        + ["64: own F", *(f"64: other half, rho {rho}" for rho in ("0.01", "0.1", "1.0"))],
-    )
+    rows = _mean_over_seeds(flat, ("unit", "truth_images", "images", "score", "rho", "z"))
+    _larger_rho(rows)
+    _scores(rows)
+
+
+def _larger_rho(rows: dict[tuple, dict]) -> None:
+    """Prints DRF with each z, beside the rho that has as much in common with F."""
     lines = []
     for (*place, _, rho, z), row in rows.items():
-        if rho == 0.01 and z:
-            # The line of a larger rho, which ends at F itself.
+        if rho == 0.01:
+            # The line of z 0 ends at F itself.
             line = [
                 each
                 for (*own, score, _, other_z), each in rows.items()
@@ -135,15 +121,32 @@ def _noise(measured: dict) -> None:
     _show(
         lines,
         ["seeds", "unit", "all images", "images", "z", "own F", "halves", "by a larger rho"]
-        + ["other half, rho 0.01", "by a larger rho"],
+        + ["other half", "by a larger rho"],
+    )
+
+
+def _scores(rows: dict[tuple, dict]) -> None:
+    """Prints all scores, of the seeds whose halves have the most images."""
+    most = max(largest for _, _, largest, *_ in rows)
+    rows = {key: row for key, row in rows.items() if key[2] == most}
+    marks = sorted({images for _, _, _, images, *_ in rows})
+    _show(
+        [
+            ["-" if cell is None else cell for cell in key]
+            + [f"{found[mark]['halves']:.3f}" for mark in marks]
+            + [f"{found[64][name]:.3f}" for name in ("with_f", "0.01", "0.1", "1.0")]
+            for key, found in _by_images(rows).items()
+        ],
+        ["seeds", "unit", "score", "rho", "z", *(f"halves, {mark}" for mark in marks), "own F, 64"]
+        + [f"other half by rho {rho}, 64" for rho in ("0.01", "0.1", "1.0")],
     )
 
 
 def _by_images(rows: dict[tuple, dict]) -> dict[tuple, dict[int, dict]]:
     """Groups rows that differ only in the number of images."""
     found: dict[tuple, dict[int, dict]] = {}
-    for (seeds, unit, largest, images, *key), row in rows.items():
-        found.setdefault((seeds, unit, largest, *key), {})[images] = row
+    for (seeds, unit, _, images, *key), row in rows.items():
+        found.setdefault((seeds, unit, *key), {})[images] = row
     return found
 
 

@@ -260,7 +260,7 @@ def test_the_tables_have_means_over_seeds_and_a_larger_rho_at_the_same_overlap(b
         for line in capsys.readouterr().out.splitlines()
     ]
     seeds = "43, 44"
-    assert [seeds, "neuron", "128", "DRF", "0.01", "0.5", "0.700", "0.550", *["0.500"] * 3] in lines
+    assert [seeds, "neuron", "DRF", "0.01", "0.5", "0.700", "0.550", *["0.500"] * 3] in lines
     # Between rho 0.01 and 0.1, a quarter of the way: 0.5 + 0.2 / 4 and 0.3 + 0.1 / 4.
     assert [
         seeds,
@@ -288,3 +288,13 @@ def test_the_tables_have_means_over_seeds_and_a_larger_rho_at_the_same_overlap(b
         "0.300",
     ] in lines
     assert [seeds, "neuron", "64", "0.90", "0.80", "0.60", "0.50", "0.40"] in lines
+
+
+def test_the_page_has_the_committed_numbers(benchmark, capsys):
+    tables = importlib.import_module("fisher_tables")
+    measured = json.loads((ROOT / "docs/results/fisher/score_noise.json").read_text())
+    tables._noise(measured)
+    page = (ROOT / "docs/results/fisher.md").read_text()
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in page
+    assert {row["z"] for row in measured["rows"]} == {None, *benchmark.ZS}
