@@ -185,7 +185,8 @@ def test_the_rows_compare_halves_f_and_the_truth(benchmark, tmp_path, monkeypatc
             for n, f in estimate.f.items()
         }
         drf = domain_related_fisher(
-            FisherEstimate(estimate.f, nearer, benchmark.SHIFT_WEIGHT, 64), rho=0.1
+            FisherEstimate(estimate.f, nearer, importlib.import_module("fisher").SHIFT_WEIGHT, 64),
+            rho=0.1,
         )
         for scores, places in ((drf, chosen), (estimate.f, by_f)):
             flat = torch.cat([each.flatten() for each in scores.values()])
