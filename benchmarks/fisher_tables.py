@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prints the measurements of fisher.py, selection_stability.py and score_noise.py as tables.
+"""Prints the measurements of the benchmarks of the Fisher estimate as tables.
 
 python benchmarks/fisher_tables.py [FOLDER]
 """
@@ -30,6 +30,8 @@ def tables(folder: Path) -> None:
         _stability(read["stability"])
     if "score_noise" in read:
         _noise(read["score_noise"])
+    if "real_shift" in read:
+        _real_shift(read["real_shift"])
 
 
 KEYS = ("spearman", "overlap", "drf_spearman", "drf_overlap")
@@ -162,6 +164,37 @@ def _mean_over_seeds(rows: list[dict], keys: tuple[str, ...]) -> dict[tuple, dic
         own = [name for name in numbers if name not in keys]
         means[(seeds, *key)] = {name: sum(r[name] for r in group) / len(group) for name in own}
     return means
+
+
+
+
+def _real_shift(measured: dict) -> None:
+    """Prints what simulated shifts have in common with the real one, mean over seeds."""
+    rows = measured["rows"]
+    for key, words in (("overlap", "in common"), ("spearman", "Spearman")):
+        found: dict[tuple, dict[str, list[float]]] = {}
+        for row in rows:
+            if key == "overlap" or row["score"] == "dF":
+                cells = found.setdefault((row["x"], row["shift"]), {})
+                column = f"{row['unit']}s, {row['score']} {row['rho']}"
+                cells.setdefault(column, []).append(row[key])
+        columns = list(next(iter(found.values())))
+        _show(
+            [
+                [shift, x, *(f"{sum(c[name]) / len(c[name]):.3f}" for name in columns)]
+                for (x, shift), c in sorted(found.items(), key=lambda item: item[0][0] != "same")
+            ],
+            [f"{words} with the real shift", "F(x)", *columns],
+        )
+    means = measured["means"]
+    _show(
+        [
+            [domain, *(f"{seed[domain] / seed['day']:.2f}" for seed in means)]
+            for domain in means[0]
+            if domain not in ("seed", "day")
+        ],
+        ["mean F, ratio to F(x) by day", *(f"seed {seed['seed']}" for seed in means)],
+    )
 
 
 def _cost(cost: dict) -> None:
