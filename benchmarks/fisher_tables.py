@@ -170,10 +170,9 @@ def _mean_over_seeds(rows: list[dict], keys: tuple[str, ...]) -> dict[tuple, dic
 
 def _real_shift(measured: dict) -> None:
     """Prints what simulated shifts have in common with the real one, mean over seeds."""
-    rows = measured["rows"]
     for key, words in (("overlap", "in common"), ("spearman", "Spearman")):
         found: dict[tuple, dict[str, list[float]]] = {}
-        for row in rows:
+        for row in measured["rows"]:
             if key == "overlap" or row["score"] == "dF":
                 cells = found.setdefault((row["x"], row["shift"]), {})
                 column = f"{row['unit']}s, {row['score']} {row['rho']}"
@@ -181,19 +180,21 @@ def _real_shift(measured: dict) -> None:
         columns = list(next(iter(found.values())))
         _show(
             [
-                [shift, x, *(f"{sum(c[name]) / len(c[name]):.3f}" for name in columns)]
-                for (x, shift), c in sorted(found.items(), key=lambda item: item[0][0] != "same")
+                [shift, x, len(cells[columns[0]])]
+                + [f"{sum(cells[name]) / len(cells[name]):.3f}" for name in columns]
+                for (x, shift), cells in sorted(found.items(), key=lambda item: -ord(item[0][0][0]))
             ],
-            [f"{words} with the real shift", "F(x)", *columns],
+            [f"shift: {words} with the real one", "F(x) of the real one", "seeds", *columns],
         )
     means = measured["means"]
+    domains = dict.fromkeys(domain for seed in means for domain in seed)
     _show(
         [
-            [domain, *(f"{seed[domain] / seed['day']:.2f}" for seed in means)]
-            for domain in means[0]
-            if domain not in ("seed", "day")
+            [name, *(f"{seed[name] / seed['day']:.2f}" if name in seed else "-" for seed in means)]
+            for name in domains
+            if name not in ("seed", "day")
         ],
-        ["mean F, ratio to F(x) by day", *(f"seed {seed['seed']}" for seed in means)],
+        ["mean F / mean F by day", *(f"seed {seed['seed']}" for seed in means)],
     )
 
 

@@ -9,15 +9,15 @@
     python benchmarks/fisher_tables.py            # the tables of docs/results/fisher.md
 
 It needs CamVid in $DETECTRON2_DATASETS, and writes outputs/fisher/real_shift.json. It keeps F of
-each domain in a file until all domains are compared, so you can stop it and start it again. With
+each domain in outputs/fisher/real_shift (78 MB each), so you can stop it and start it again. With
+--domains it measures and compares only these, and a later start can add others. With
 --save-estimates FOLDER it writes files for FISHER.ESTIMATE and compares nothing.
 """
 
 import argparse
 import json
-import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -158,19 +158,27 @@ def measured(setting: Setting, names: Sequence[str], folder: Path) -> dict[str, 
 
 
 Pair = tuple[str, str]  # the domains of x and x'
+Ranked = tuple[Selection, np.ndarray]  # and a sample of the scores
 
 
-def cases() -> Iterator[tuple[str, str, Pair, Pair]]:
+def cases(measured: Collection[str]) -> Iterator[tuple[str, str, Pair, Pair]]:
     """Yields whose x the real shift has, a name, the real shift, and the shift to compare.
+
+    Only pairs of measured domains are compared.
 
     A training compares x' with one F(x), and its noise is then in the real shift's dF too. With an
     F(x) from other images, only the two shifts can be alike.
     """
     for x, real_x, no_shift in (("same", "day", "other day"), ("other", "other day", "third day")):
-        for name in (*(f"Eq. 6, {strength:g}" for strength in STRENGTHS), *PHOTOMETRIC):
-            yield x, name, (real_x, "dusk"), ("day", name)
-        yield x, "no shift", (real_x, "dusk"), ("day", no_shift)
-        yield x, "real, other half", (real_x, "dusk, half 1"), ("day", "dusk, half 0")
+        pairs = {
+            **{f"Eq. 6, {s:g}": ("dusk", f"Eq. 6, {s:g}") for s in STRENGTHS},
+            **{name: ("dusk", name) for name in PHOTOMETRIC},
+            "no shift": ("dusk", no_shift),
+            "real, other half": ("dusk, half 1", "dusk, half 0"),
+        }
+        for name, (real, shifted) in pairs.items():
+            if {real_x, real, shifted} <= set(measured):
+                yield x, name, (real_x, real), ("day", shifted)
 
 
 def shift_scores(
@@ -183,40 +191,55 @@ def shift_scores(
     return domain_related_fisher(FisherEstimate(x, shifted, SHIFT_WEIGHT, IMAGES), rho=rho)
 
 
+def ranked(setting: Setting, scores: Mapping[str, Tensor], units: Units) -> Ranked:
+    """Selects the best 5 % by a score, and samples the score for a rank correlation."""
+    return selection(setting, scores, units, "global"), sampled_values(scores)
+
+
 def compare(setting: Setting, f: Mapping[str, Mapping[str, Tensor]]) -> list[dict]:
     """Compares what each shift selects with what the real shift selects, one row for each."""
     rows = []
+    generator = torch.Generator().manual_seed(setting.cfg.SEED)
     for unit in UNITS:
         units = Units(unit, {name: tuple(value.shape) for name, value in f["day"].items()})
         means = {name: units.mean(each) for name, each in f.items()}
-        generator = torch.Generator().manual_seed(setting.cfg.SEED)
-        chance = {
-            name: torch.rand(value.shape, generator=generator)
-            for name, value in means["day"].items()
-        }
-
-        def ranked(scores: Mapping[str, Tensor], units=units) -> tuple[Selection, np.ndarray]:
-            return selection(setting, scores, units, "global"), sampled_values(scores)
-
-        alone = {"F alone": ranked(means["day"]), "random": ranked(chance)}
+        day = means["day"]
+        chance = {name: torch.rand(each.shape, generator=generator) for name, each in day.items()}
+        alone = {"F alone": ranked(setting, day, units), "random": ranked(setting, chance, units)}
         for score, rho in SCORES:
-
-            @cache
-            def of_shift(pair: Pair, means=means, score=score, rho=rho, ranked=ranked):
-                return ranked(shift_scores(*(means[name] for name in pair), score, rho))
-
-            found = [(x, name, of_shift(real), of_shift(pair)) for x, name, real, pair in cases()]
-            for x, real_x in (("same", "day"), ("other", "other day")):
-                found += [
-                    (x, name, of_shift((real_x, "dusk")), each) for name, each in alone.items()
-                ]
-            for x, name, (real, values), (own, own_values) in found:
-                row = {"unit": unit, "score": score, "rho": rho, "x": x, "shift": name}
-                row["overlap"] = overlap(real, own)
-                row["spearman"] = float(scipy.stats.spearmanr(values, own_values).statistic)
-                rows.append(row)
+            for row in compare_by(setting, means, units, alone, score, rho):
+                rows.append({"unit": unit, "score": score, "rho": rho, **row})
             print(f"compared the {unit}s by {score}, rho {rho}", flush=True)
     return rows
+
+
+def compare_by(
+    setting: Setting,
+    means: Mapping[str, Mapping[str, Tensor]],
+    units: Units,
+    alone: Mapping[str, Ranked],
+    score: str,
+    rho: float,
+) -> list[dict]:
+    """Compares the shifts by one score, and with them what needs no shift, ``alone``."""
+
+    @cache
+    def of_shift(x: str, shifted: str) -> Ranked:
+        return ranked(setting, shift_scores(means[x], means[shifted], score, rho), units)
+
+    found = [(x, k, of_shift(*real), of_shift(*pair)) for x, k, real, pair in cases(means)]
+    for x, real_x in (("same", "day"), ("other", "other day")):
+        if real_x in means:
+            found += [(x, k, of_shift(real_x, "dusk"), each) for k, each in alone.items()]
+    return [
+        {
+            "x": x,
+            "shift": name,
+            "overlap": overlap(real, own),
+            "spearman": float(scipy.stats.spearmanr(values, own_values).statistic),
+        }
+        for x, name, (real, values), (own, own_values) in found
+    ]
 
 
 def save_estimates(
@@ -236,21 +259,18 @@ def save_estimates(
         estimate.save(folder / f"{name}_{seed}.safetensors")
 
 
-def real_shift(setting: Setting, output: Path) -> None:
-    """Measures and compares all domains with one seed, and adds them to the numbers of others."""
+def real_shift(setting: Setting, names: Sequence[str], output: Path) -> None:
+    """Measures and compares domains with one seed, and adds them to the numbers of others."""
     path, seed = output / "real_shift.json", setting.cfg.SEED
     facts = {"commit": commit(), "torch": torch.__version__, "share": SHARE}
     facts |= {"batch": BATCH, "images": IMAGES, "shift_weight": SHIFT_WEIGHT}
-    result = json.loads(path.read_text()) if path.is_file() else {**facts, "means": [], "rows": []}
-    if any(row["seed"] == seed for row in result["rows"]):
-        return
-    folder = output / "real_shift" / str(seed)
-    f = measured(setting, list(DOMAINS), folder)
+    result = json.loads(path.read_text()) if path.is_file() else {"means": [], "rows": []}
+    f = measured(setting, names, output / "real_shift" / str(seed))
     means = {name: mean_over_candidates(each) for name, each in f.items()}
-    result["means"].append({"seed": seed, **means})
-    result["rows"] += [{"seed": seed, **row} for row in compare(setting, f)]
-    path.write_text(json.dumps(result, indent=1))
-    shutil.rmtree(folder)
+    for key, new in (("means", [means]), ("rows", compare(setting, f))):
+        others = [each for each in result[key] if each["seed"] != seed]
+        result[key] = others + [{"seed": seed, **each} for each in new]
+    path.write_text(json.dumps({**result, **facts}, indent=1))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -259,6 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warmup", type=Path, required=True, help="the checkpoint of a warm-up")
     parser.add_argument("--seed", type=int, default=43, help="the seed of that warm-up")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/fisher")
+    parser.add_argument(
+        "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="default: all"
+    )
     parser.add_argument(
         "--save-estimates", type=Path, metavar="FOLDER", help="write files for FISHER.ESTIMATE"
     )
@@ -271,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options += ["FISHER.IMS_PER_BATCH", BATCH, "SEED", args.seed]
     setting = Setting("camvid/fishertune.yaml", options, args.output)
     if args.save_estimates is None:
-        real_shift(setting, args.output)
+        names = [name for name in DOMAINS if name in {"day", "dusk", *args.domains}]
+        real_shift(setting, names, args.output)
         return
     folder = args.output / "real_shift" / str(args.seed)
     f = measured(setting, ["day", "dusk", args.photometric], folder)
