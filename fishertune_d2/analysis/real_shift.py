@@ -12,23 +12,28 @@ from matplotlib.figure import Figure
 
 from fishertune_d2.analysis.figures import draw_json_file
 
-# The shifts that are drawn as lines, because simulations lie between them.
-LINES = {"real, other half": "--", "no shift": "-.", "random": ":"}
+# Drawn as lines, because every simulation is to be compared with them.
+LINES = {
+    "real, other half": ("black", "--"),
+    "no shift": ("tab:red", "-"),
+    "F alone": ("tab:orange", "-"),
+    "random": ("black", ":"),
+}
 
 
 def draw_real_shift(measured: Mapping[str, Any], path: Path) -> None:
-    """Draws bars for the simulated shifts, and lines for the ceiling, the control and chance.
+    """Draws bars for the simulated shifts, and lines for the ceiling, the controls and chance.
 
     Args:
         measured: ``rows``, each with a ``seed``, the ``unit``, the ``score`` and its ``rho``, the
             images ``x`` that the real shift's F(x) is from (``"same"`` or ``"other"``), the name of
             the ``shift``, and the ``overlap``: the share in [0, 1] of the real shift's selection
-            that this one selects too. Only the rows with other images are drawn.
+            that this one selects too. Only the rows with the same images are drawn.
         path: the PNG to write.
     """
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in measured["rows"]:
-        if row["x"] == "other":
+        if row["x"] == "same":
             panel = found.setdefault((row["unit"], f"{row['score']}, rho {row['rho']}"), {})
             panel.setdefault(row["shift"], []).append(100 * row["overlap"])
     units = list(dict.fromkeys(unit for unit, _ in found))
@@ -39,8 +44,10 @@ def draw_real_shift(measured: Mapping[str, Any], path: Path) -> None:
         axes.bar(bars, [np.mean(shifts[name]) for name in bars], color="tab:blue", alpha=0.6)
         for place, name in enumerate(bars):  # a point for each seed
             axes.plot([place] * len(shifts[name]), shifts[name], "k.", markersize=4)
-        for name, style in LINES.items():
-            axes.axhline(np.mean(shifts[name]), color="black", linestyle=style, label=name)
+        for name, (color, style) in LINES.items():
+            if name not in shifts:
+                continue
+            axes.axhline(np.mean(shifts[name]), color=color, linestyle=style, label=name)
         axes.set_title(f"{unit}s, {score}", fontsize=9)
         axes.tick_params(axis="x", rotation=90, labelsize=8)
         axes.set_ylim(0, 100)

@@ -7,7 +7,8 @@ from PIL import Image
 
 from fishertune_d2.analysis import real_shift
 
-SHIFTS = {"Eq. 6, 1": 0.2, "night": 0.4, "no shift": 0.3, "real, other half": 0.6, "random": 0.05}
+LINES = {"no shift": 0.3, "real, other half": 0.6, "F alone": 0.15, "random": 0.05}
+SHIFTS = {"Eq. 6, 1": 0.2, "night": 0.4, **LINES}
 MEASURED = {
     "rows": [
         {
@@ -17,8 +18,8 @@ MEASURED = {
             "rho": rho,
             "x": x,
             "shift": shift,
-            # The two seeds differ by 0.1, and the rows with the same x are never drawn.
-            "overlap": share + rho + (seed - 43.5) / 10 if x == "other" else 1.0,
+            # The two seeds differ by 0.1, and the rows with the other x are never drawn.
+            "overlap": share + rho + (seed - 43.5) / 10 if x == "same" else 1.0,
         }
         for seed in (43, 44)
         for unit in ("weight", "neuron")
@@ -48,5 +49,5 @@ def test_draws_simulations_as_bars_between_the_lines_of_the_others(tmp_path, dra
         heights = [bar.get_height() for bar in axes.patches]
         np.testing.assert_allclose(heights, [20 + 100 * rho, 40 + 100 * rho])
         lines = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
-        for name in ("no shift", "real, other half", "random"):
-            np.testing.assert_allclose(lines[name], 100 * (SHIFTS[name] + rho))
+        for name, share in LINES.items():
+            np.testing.assert_allclose(lines[name], 100 * (share + rho))
