@@ -1,6 +1,7 @@
 """The benchmark of the simulated shift against the real one, on a tiny model and a fake CamVid."""
 
 import importlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -143,3 +144,12 @@ def test_a_training_takes_the_estimate_of_the_real_shift(benchmark, setting, tra
         training("FISHER.ESTIMATE", str(file), "SEED", "44")
     with pytest.raises(ValueError, match="FISHER.BATCHES was 2 and is 3"):
         training("FISHER.ESTIMATE", str(file), "FISHER.BATCHES", "3")
+
+
+def test_the_page_has_the_committed_numbers(benchmark, capsys):
+    tables = importlib.import_module("fisher_tables")
+    measured = json.loads((ROOT / "docs/results/fisher/real_shift.json").read_text())
+    tables._real_shift(measured)
+    page = (ROOT / "docs/results/fisher.md").read_text()
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in page
