@@ -166,8 +166,6 @@ def _mean_over_seeds(rows: list[dict], keys: tuple[str, ...]) -> dict[tuple, dic
     return means
 
 
-
-
 def _real_shift(measured: dict) -> None:
     """Prints what simulated shifts have in common with the real one, mean over seeds."""
     for key, words in (("overlap", "in common"), ("spearman", "Spearman")):
