@@ -269,7 +269,8 @@ def real_shift(setting: Setting, names: Sequence[str], output: Path) -> None:
     means = {name: mean_over_candidates(each) for name, each in f.items()}
     for key, new in (("means", [means]), ("rows", compare(setting, f))):
         others = [each for each in result[key] if each["seed"] != seed]
-        result[key] = others + [{"seed": seed, **each} for each in new]
+        found = others + [{"seed": seed, **each} for each in new]
+        result[key] = sorted(found, key=lambda each: each["seed"])
     path.write_text(json.dumps({**result, **facts}, indent=1))
 
 
