@@ -37,6 +37,10 @@ STUDIES = {
         "tables.md#do-adamws-moments-of-late-weights-matter",
     ),
     "constant_schedule": ("All weights from the start", "tables.md#does-the-growing-share-matter"),
+    "shifts": (
+        "x' by darker images",
+        "selection.md#does-a-better-simulation-of-the-shift-train-better",
+    ),
     "share_20": ("20 % of the backbone", "tables.md#does-a-larger-share-close-the-gap"),
     "iterations_900": (
         "900 iterations of tuning",
