@@ -306,7 +306,7 @@ TABLES: dict[str, Table] = {
         ),
         search=False,
     ),
-    # For docs/results/when.md, with the profiles of long training.
+    # For the profiles of long training.
     "curves": Table(
         "Long training",
         entries=(
