@@ -36,6 +36,8 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from both_estimators import keeping_both  # noqa: E402
+
 from fishertune_d2.fisher import (  # noqa: E402 - the package need not be installed
     ESTIMATORS,
     KINDS,
@@ -165,13 +167,8 @@ def watched(
     setting: Setting, make: Callable, batches, marks: Sequence[int]
 ) -> list[tuple[int, float, FisherEstimate]]:
     """Runs an estimator over batches; returns images, seconds and the estimate at each mark."""
-    made, seen = [], []
-
-    def making(candidates):
-        made.append(make(candidates))
-        fresh = made[0].fresh
-        made[0].fresh = lambda: made.append(fresh()) or made[1]
-        return made[0]
+    seen = []
+    made, making = keeping_both(make)
 
     def watching():
         images, seconds = 0, 0.0

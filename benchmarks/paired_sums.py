@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from both_estimators import keeping_both
 from fisher import SHIFT_WEIGHT
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -112,13 +113,7 @@ def gather(
         The sums by unit, and the estimate, of which only the shift's weight is right.
     """
     gathered = {unit: PairedSums() for unit in UNITS}
-    made: list[Diagonal] = []
-
-    def making(candidates):
-        made.append(Diagonal(candidates))
-        fresh = made[0].fresh
-        made[0].fresh = lambda: made.append(fresh()) or made[1]
-        return made[0]
+    made, making = keeping_both(Diagonal)
 
     def watching() -> Iterator[list[dict]]:
         for batch in batches:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from fisher import SHARE, SHIFT_WEIGHT, Setting, sampled_values  # noqa: E402 - see fisher.py
-from selection_stability import BATCH, RHOS, register_half, selection  # noqa: E402
+from selection_stability import BATCH, RHOS, after_warmup, register_half, selection  # noqa: E402
 
 from fishertune_d2.config import changed  # noqa: E402
 from fishertune_d2.data.metadata import registered_dataset  # noqa: E402
@@ -291,9 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
-    options = ["TUNING.WARMUP_CHECKPOINT", str(args.warmup.resolve())]
-    options += ["FISHER.IMS_PER_BATCH", BATCH, "SEED", args.seed]
-    setting = Setting("camvid/fishertune.yaml", options, args.output)
+    setting = after_warmup(args.warmup, args.seed, args.output)
     if args.save_estimates is None:
         names = [name for name in DOMAINS if name in {"day", "dusk", *args.domains}]
         real_shift(setting, names, args.output)

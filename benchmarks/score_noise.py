@@ -30,9 +30,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from fisher import SHARE, Setting  # noqa: E402 - the package need not be installed
+from fisher import SHARE  # noqa: E402 - the package need not be installed
 from paired_sums import PairedSums, Scores, gather, load, save  # noqa: E402
-from selection_stability import BATCH, HALVES, RHOS, register_half  # noqa: E402
+from selection_stability import BATCH, HALVES, RHOS, after_warmup, register_half  # noqa: E402
 
 from fishertune_d2.fisher import (  # noqa: E402
     UNITS,
@@ -60,9 +60,7 @@ def part_file(output: Path, seed: int, half: int, images: int) -> Path:
 
 def measure(output: Path, warmup: Path, seed: int, images: int) -> None:
     """Gathers the sums of both halves, part by part, up to a number of images."""
-    options = ["TUNING.WARMUP_CHECKPOINT", str(warmup.resolve())]
-    options += ["FISHER.IMS_PER_BATCH", BATCH, "SEED", seed]
-    setting = Setting("camvid/fishertune.yaml", options, output)
+    setting = after_warmup(warmup, seed, output)
     (whole,) = setting.cfg.DATASETS.TRAIN
     names = [register_half(whole, half, seed) for half in HALVES]
     for start, end in zip((0, *MARKS), MARKS, strict=False):

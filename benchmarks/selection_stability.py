@@ -25,6 +25,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from both_estimators import keeping_both  # noqa: E402
 from fisher import SHARE, SHIFT_WEIGHT, Setting  # noqa: E402 - the package need not be installed
 
 from fishertune_d2.data.metadata import registered_dataset  # noqa: E402
@@ -64,6 +65,13 @@ PASSES: dict[str, tuple[Callable, dict[str, Read]]] = {
 }
 
 
+def after_warmup(warmup: Path, seed: int, output: Path) -> Setting:
+    """Builds the setting of configs/camvid after a warm-up, with crops in batches of ``BATCH``."""
+    options = ["TUNING.WARMUP_CHECKPOINT", str(warmup.resolve())]
+    options += ["FISHER.IMS_PER_BATCH", BATCH, "SEED", seed]
+    return Setting("camvid/fishertune.yaml", options, output)
+
+
 def register_half(name: str, half: int, seed: int) -> str:
     """Registers a random half of a data set's images; returns its name."""
     whole = registered_dataset(name)
@@ -82,13 +90,7 @@ def measure(setting: Setting, name: str, half: str, folder: Path) -> None:
     make, reads = PASSES[name]
     setting.cfg.defrost()
     setting.cfg.DATASETS.TRAIN = (half,)
-    made = []
-
-    def making(candidates):
-        made.append(make(candidates))
-        fresh = made[0].fresh
-        made[0].fresh = lambda: made.append(fresh()) or made[1]
-        return made[0]
+    made, making = keeping_both(make)
 
     def watching() -> Iterator[list[dict]]:
         images = 0
@@ -160,9 +162,7 @@ def stability(output: Path, warmup: Path, seed: int) -> None:
     result = {"share": SHARE, "batch": BATCH, "rows": []}
     if path.is_file():
         result = json.loads(path.read_text())
-    options = ["TUNING.WARMUP_CHECKPOINT", str(warmup.resolve())]
-    options += ["FISHER.IMS_PER_BATCH", BATCH, "SEED", seed]
-    setting = Setting("camvid/fishertune.yaml", options, output)
+    setting = after_warmup(warmup, seed, output)
     (whole,) = setting.cfg.DATASETS.TRAIN
     for name, (_, reads) in PASSES.items():
         done = {row["estimator"] for row in result["rows"] if row["seed"] == seed}

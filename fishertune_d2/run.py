@@ -288,18 +288,11 @@ class Run:
         """The iterations and values of one number that training logged."""
         return [(i, numbers[key]) for i, numbers in self.metrics.items() if key in numbers]
 
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Reads the scores along the training, which TEST.EVAL_PERIOD asks for.
-
-        Returns:
-            The iterations done and the mIoU in percent of each evaluation, by data set.
-        """
+    def score_series(self) -> dict[str, list[tuple[int, float]]]:
+        """The iteration and the mIoU in percent of each evaluation in training, by data set."""
         end = "/sem_seg/mIoU"
-        keys = {key for numbers in self.metrics.values() for key in numbers if key.endswith(end)}
-        return {
-            key.removesuffix(end): [(i + 1, value) for i, value in self.series(key)]
-            for key in sorted(keys)
-        }
+        names = dict.fromkeys(key for numbers in self.metrics.values() for key in numbers)
+        return {key.removesuffix(end): self.series(key) for key in names if key.endswith(end)}
 
     @cached_property
     def results(self) -> Results | None:

@@ -34,9 +34,7 @@ def draw_curves(run: Run) -> dict[str, str]:
     }
     rates = {"decoder": run.series("lr"), "backbone": run.series("lr_backbone")}
     share = [(i, 100 * value) for i, value in run.series("fisher/tuned_share")]
-    names = dict.fromkeys(key for numbers in run.metrics.values() for key in numbers)
-    ending = "/sem_seg/mIoU"
-    scores = {key.removesuffix(ending): run.series(key) for key in names if key.endswith(ending)}
+    scores = run.score_series()
     charts = [
         ("Loss, and its parts for the final prediction", losses, True),
         ("Learning rate", rates, False),

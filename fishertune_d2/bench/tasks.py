@@ -170,9 +170,11 @@ class Train:
 
 
 def _curves(folder: Path) -> dict[str, Any]:
-    """Returns the scores along a training, if it was scored before its end."""
-    curves = Run(folder).curves()
-    return {"curves": curves} if any(len(curve) > 1 for curve in curves.values()) else {}
+    """Returns the scores by iterations done, if a training was scored before its end."""
+    series = Run(folder).score_series()
+    if all(len(each) < 2 for each in series.values()):
+        return {}
+    return {"curves": {name: [(i + 1, s) for i, s in each] for name, each in series.items()}}
 
 
 class Search(Train):

@@ -9,8 +9,8 @@ from fishertune_d2.data.image_shifts import SHIFTS, mixed
 from fishertune_d2.fisher import ImageShift, Perturbation, StatisticsPerturbation
 from fishertune_d2.modeling.vfm import VFMBackbone
 
+# The values of FISHER.PERTURB.KIND: Eq. 6, and shifts of the images.
 FEATURES = "features"
-# FISHER.PERTURB.KIND
 _IMAGE_SHIFTS = {**SHIFTS, "mixed": mixed}
 KINDS_OF_SHIFT = (FEATURES, *_IMAGE_SHIFTS)
 # TUNING.FEATURE_PERTURBATION: the share of batches that are perturbed, as in DSU.

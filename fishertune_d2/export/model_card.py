@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 # The first line of each card, by which a later export knows that it may replace the file.
 _MARK = "<!-- A model card of fishertune_d2.export -->"
-# The metrics of an evaluation in metrics.json end so, after the name of the data set.
-_SCORE = "/sem_seg/mIoU"
 # How to load the weights, by layout. {name} is the file of a delta.
 _LOADING = {
     "delta": """from fishertune_d2.export import tuned_backbone
@@ -171,9 +169,12 @@ def _scores(
     if results is not None:
         source = [(name, "source", score) for name, score in results.source.items()]
         return [*source, *((name, "unseen", score) for name, score in results.targets.items())]
-    logged = run.metrics.get(iterations - 1, {}) if iterations else {}
+    if not iterations:
+        return []
     known = run.results.source if run.results else {}
-    names = {key.removesuffix(_SCORE): key for key in logged if key.endswith(_SCORE)}
     return [
-        (name, "source" if name in known else "unseen", logged[key]) for name, key in names.items()
+        (name, "source" if name in known else "unseen", score)
+        for name, series in run.score_series().items()
+        for i, score in series
+        if i == iterations - 1
     ]
