@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -34,7 +35,7 @@ from detectron2.config import CfgNode
 from evaluation import describe_machine
 from tabulate import tabulate
 from torch import Tensor
-from training import ROOT, Training
+from training import ROOT, WAYS, Training, Tune, fishertune
 
 from fishertune_d2.compat import wrap_for_ranks
 from fishertune_d2.config import default_config
@@ -50,7 +51,7 @@ from fishertune_d2.fisher import (
     tuned_share,
 )
 
-ESTIMATION = "estimation"
+FISHERTUNE, ESTIMATION = "fishertune", "estimation"
 VFMS = ("dinov2_vits", "dinov2_vitl", "mae_vith")  # the backbones whose sent bytes are computed
 FORK = multiprocessing.get_context("fork")  # a process starts with everything imported
 
@@ -60,7 +61,7 @@ class Cell:
     """One measurement of the tables.
 
     Attributes:
-        way: a key of ``training.WAYS``, or :data:`ESTIMATION`.
+        way: "freeze", "full", :data:`FISHERTUNE` with single weights, or :data:`ESTIMATION`.
         vfm: MODEL.VFM.NAME.
         crop: height and width of the image, in pixels.
         share: the share of the backbone that FisherTune tunes.
@@ -70,6 +71,13 @@ class Cell:
     vfm: str = "dinov2_vits"
     crop: tuple[int, int] = (126, 210)
     share: float = 0.05
+
+    @property
+    def tune(self) -> Tune:
+        """Returns the function that attaches what is tuned to a backbone."""
+        if self.way == FISHERTUNE:
+            return partial(fishertune, "weight", self.share)
+        return WAYS[self.way]
 
     def config(self) -> CfgNode:
         """Returns the demo's config, with one image for each step."""
@@ -86,13 +94,13 @@ class Cell:
 CELLS = (
     Cell("freeze"),
     Cell("full"),
-    Cell("fishertune", share=0.01),
-    Cell("fishertune"),
-    Cell("fishertune", share=0.2),
-    Cell("fishertune", crop=(84, 140)),
-    Cell("fishertune", crop=(252, 420)),
+    Cell(FISHERTUNE, share=0.01),
+    Cell(FISHERTUNE),
+    Cell(FISHERTUNE, share=0.2),
+    Cell(FISHERTUNE, crop=(84, 140)),
+    Cell(FISHERTUNE, crop=(252, 420)),
     Cell("full", vfm="dinov2_vitb"),
-    Cell("fishertune", vfm="dinov2_vitb"),
+    Cell(FISHERTUNE, vfm="dinov2_vitb"),
     Cell(ESTIMATION),
 )
 
@@ -101,7 +109,7 @@ class Estimation:
     """Estimates F(x) and F(x') of one batch, and sums them over processes."""
 
     def __init__(self, cfg: CfgNode):
-        training = Training(cfg, "freeze")
+        training = Training(cfg, WAYS["freeze"])
         self.model, self.batch = training.model, training.batch
         self.candidates = find_candidates(self.model.backbone)
 
@@ -130,7 +138,7 @@ def _work(cell: Cell, rank: int | None, folder: str, pipe: Connection) -> None:
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
         )
     cfg = cell.config()
-    work = Estimation(cfg) if cell.way == ESTIMATION else Training(cfg, cell.way)
+    work = Estimation(cfg) if cell.way == ESTIMATION else Training(cfg, cell.tune)
     if cell.way != ESTIMATION:
         work.model = wrap_for_ranks(work.model)
     # Resets the peak: ranking the weights takes more memory than some steps.

@@ -48,6 +48,7 @@ from fishertune_d2.tuning.peft_tuners import lora  # noqa: E402
 from fishertune_d2.tuning.random_choice import RandomChoice  # noqa: E402
 
 PHASES = ("forward", "backward", "optimizer")
+Tune = Callable[[CfgNode, nn.Module], Iterable[nn.Parameter]]
 
 
 def _freeze(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
@@ -73,9 +74,10 @@ def _selection(cfg: CfgNode, backbone: nn.Module, unit: str, share: float) -> Se
     return Selection.from_scores(scores, share, base, units)
 
 
-def _fishertune(
+def fishertune(
     unit: str, share: float, cfg: CfgNode, backbone: nn.Module
 ) -> Iterable[nn.Parameter]:
+    """Attaches a share of a backbone's units, chosen at random; returns their vectors."""
     selected = SelectedWeights(backbone, _selection(cfg, backbone, unit, share))
     selected.grow(share)
     return selected.parameters().values()
@@ -86,14 +88,14 @@ def _candidates(cfg: CfgNode, backbone: nn.Module) -> Iterable[nn.Parameter]:
 
 
 DENSE = "fishertune, dense mask"
-WAYS: dict[str, Callable[[CfgNode, nn.Module], Iterable[nn.Parameter]]] = {
+WAYS: dict[str, Tune] = {
     "freeze": _freeze,
     "full": _full,
     "lora": _lora,
-    "fishertune, weights": partial(_fishertune, "weight", 0.05),
-    "fishertune, weights, 20 %": partial(_fishertune, "weight", 0.2),
-    "fishertune, neurons": partial(_fishertune, "neuron", 0.05),
-    "fishertune, neurons, 20 %": partial(_fishertune, "neuron", 0.2),
+    "fishertune, weights": partial(fishertune, "weight", 0.05),
+    "fishertune, weights, 20 %": partial(fishertune, "weight", 0.2),
+    "fishertune, neurons": partial(fishertune, "neuron", 0.05),
+    "fishertune, neurons, 20 %": partial(fishertune, "neuron", 0.2),
     DENSE: _candidates,
 }
 
@@ -103,20 +105,20 @@ class Training:
 
     Args:
         cfg: the config; MODEL, INPUT.CROP.SIZE, SOLVER and TUNING are used.
-        way: a key of :data:`WAYS`.
+        tune: attaches what is tuned to the backbone and returns it, as the values of :data:`WAYS`.
     """
 
-    def __init__(self, cfg: CfgNode, way: str):
+    def __init__(self, cfg: CfgNode, tune: Tune):
         self.cfg = cfg
         torch.manual_seed(0)
         self.model = Trainer.build_model(cfg).train()
         self.backbone = self.model.backbone
         self.backbone.requires_grad_(False)
-        self.tuned = list(WAYS[way](cfg, self.backbone))
+        self.tuned = list(tune(cfg, self.backbone))
         for parameter in self.tuned:
             parameter.requires_grad_(True)
         self.optimizer = Trainer.build_optimizer(cfg, self.model)
-        if way == DENSE:
+        if tune is WAYS[DENSE]:
             dense = SelectiveMethod().parameters(self.backbone)
             selection = _selection(cfg, self.backbone, "weight", 0.05)
             MaskedUpdate(self.optimizer, dense, selection).grow(0.05)
@@ -183,7 +185,7 @@ class Training:
 
 def measure(cfg: CfgNode, args: argparse.Namespace) -> dict:
     """Times all methods in turn, then measures the peak of each in a process of its own."""
-    cells = {way: Training(cfg, way) for way in args.ways}
+    cells = {way: Training(cfg, WAYS[way]) for way in args.ways}
     seconds = {way: {phase: [] for phase in (*PHASES, "inference")} for way in cells}
     for number in range(args.rounds + 1):
         for way, cell in cells.items():
@@ -229,7 +231,7 @@ def _peak_of(way: str, args: argparse.Namespace) -> int:
 def peak(cfg: CfgNode, way: str) -> int:
     """Measures the peak memory of three steps in this process, in bytes."""
     if way != "nothing":
-        training = Training(cfg, way)
+        training = Training(cfg, WAYS[way])
         for _ in range(3):
             training.step()
     if cfg.MODEL.DEVICE != "cpu":

@@ -135,20 +135,22 @@ def require_same_protocol(
     Raises:
         ValueError: names two runs that differ, and the facts in which they do.
     """
-    facts = [_comparable(run, vary, sets) for run in results]
-    for other, two in zip(results[1:], facts[1:], strict=True):
-        first, one = results[0], facts[0]
-        differing = [key for key in one if key in two and one[key] != two[key]]
-        if "name" in differing:
-            names = f"the protocol's name ({two['name']} and {one['name']})"
-            differing[differing.index("name")] = names
-        if sets is None and list(first.scores) != list(other.scores):
-            differing.append("test sets")
+    known: dict[str, tuple[Any, Results]] = {}  # a value, and the first run that recorded it
+    for run in results:
+        facts = _comparable(run, vary, sets)
+        if sets is None:
+            facts["test sets"] = list(run.scores)
+        differing = [key for key in facts if key in known and known[key][0] != facts[key]]
         if differing:
+            first = known[differing[0]][1]
+            one, two = known.get("name", ("", first))[0], facts.get("name", "")
+            names = {"name": f"the protocol's name ({two} and {one})"}
             raise ValueError(
-                f"{other.place} and {first.place} have different protocols or data: they differ in "
-                f"{', '.join(differing)}. Compare runs that are alike, or score one of them again"
+                f"{run.place} and {first.place} have different protocols or data: they differ in "
+                f"{', '.join(names.get(key, key) for key in differing)}. Compare runs that are "
+                "alike, or score one of them again"
             )
+        known = {key: (value, run) for key, value in facts.items()} | known
 
 
 def _comparable(
@@ -289,10 +291,21 @@ class Run:
         return [(i, numbers[key]) for i, numbers in self.metrics.items() if key in numbers]
 
     def score_series(self) -> dict[str, list[tuple[int, float]]]:
-        """The iteration and the mIoU in percent of each evaluation in training, by data set."""
+        """Reads the scores of all evaluations in training.
+
+        Returns:
+            The iterations done and the mIoU in percent of each evaluation, by data set.
+        """
         end = "/sem_seg/mIoU"
         names = dict.fromkeys(key for numbers in self.metrics.values() for key in numbers)
-        return {key.removesuffix(end): self.series(key) for key in names if key.endswith(end)}
+        # Detectron2 logs the evaluation at the end with MAX_ITER, the others one iteration earlier.
+        return {
+            key.removesuffix(end): [
+                (min(i + 1, self.config["SOLVER.MAX_ITER"]), score) for i, score in self.series(key)
+            ]
+            for key in names
+            if key.endswith(end)
+        }
 
     @cached_property
     def results(self) -> Results | None:

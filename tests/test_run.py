@@ -73,6 +73,13 @@ def test_facts_that_earlier_versions_did_not_record_are_not_compared():
     require_same_protocol([results(), results(vfm=None, halved_labels=None)], vary=ENTRY)
 
 
+def test_runs_behind_one_that_recorded_less_are_compared_with_each_other():
+    maps = [{DAY: "camvid", DUSK: name} for name in ("camvid", "other")]
+    later = [results(label_map=label_map) for label_map in maps]
+    with pytest.raises(ValueError, match=f"differ in label_map of {DUSK}"):
+        require_same_protocol([results(), *later], vary=ENTRY)
+
+
 def test_a_protocol_has_its_recorded_name_or_the_one_that_fits():
     assert results().protocol_name == ""  # without its class rule
     assert results(name="tqdm").protocol_name == "tqdm"

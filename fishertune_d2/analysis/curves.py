@@ -15,12 +15,15 @@ from fishertune_d2.analysis.study import StudyRun, read_table
 from fishertune_d2.command_line import ending_in_a_sentence
 from fishertune_d2.run import RunError
 
-# By entry: the seeds, of each the iterations and the mean mIoU in percent over the unseen sets.
+# By entry with its rate: the seeds, of each the iterations and the mean mIoU in percent over the
+# unseen sets.
 Curves = dict[str, dict[int, list[tuple[int, float]]]]
 
 
 def read_curves(table: Path) -> Curves:
     """Reads the curves of a study's full trainings; a search's shorter trainings have none.
+
+    Each foundation model, entry and learning rate has a curve of its own.
 
     Args:
         table: A table that ``fishertune_d2.bench --save`` wrote from runs with TEST.EVAL_PERIOD.
@@ -31,16 +34,19 @@ def read_curves(table: Path) -> Curves:
     Raises:
         RunError: No run of the table has a curve.
     """
-    found: Curves = {}
+    found: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = {}
+    models = set()
     for run in read_table(table):
         curve = _mean_curve(run)
         if curve:
-            found.setdefault(run.entry, {})[run.seed] = curve
+            name = Path(run.run).name.rpartition("_")[0]  # the entry, and its rate if it has one
+            models.add(run.vfm)
+            found.setdefault((run.vfm, name), {})[run.seed] = curve
     if not found:
         raise RunError(
             f"no run in {table} was scored during its training: train with TEST.EVAL_PERIOD"
         )
-    return found
+    return {f"{vfm}, {n}" if len(models) > 1 else n: seeds for (vfm, n), seeds in found.items()}
 
 
 def _mean_curve(run: StudyRun) -> list[tuple[int, float]]:

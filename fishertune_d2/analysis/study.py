@@ -6,6 +6,7 @@ were the folder of the study: ``docs/results/selection.jsonl/dinov2_vits/freeze_
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -143,5 +144,7 @@ def find_runs(place: str | Path, test: bool = False) -> dict[str, Results]:
     return {
         str(table / run.folder): run.results(table)
         for run in read_table(table)
-        if run.tested == test and Path(run.run).is_relative_to(below)
+        if run.tested == test
+        and re.search(r"_\d+$", run.folder)  # not freeze_43/dev, which scores the run again
+        and Path(run.run).is_relative_to(below)
     }

@@ -13,9 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
+
 from fishertune_d2.analysis.study import TEST, read_results
-from fishertune_d2.config import CONFIGS, get_config_file, read_config
+from fishertune_d2.config import CONFIGS, equal_values, get_config_file, read_config
+from fishertune_d2.data.metadata import registered_dataset
+from fishertune_d2.data.protocols import Protocol
 from fishertune_d2.engine.run_keys import Result, changes, defining_keys
+from fishertune_d2.engine.scoring import score_rules
 from fishertune_d2.fisher import ESTIMATORS
 from fishertune_d2.run import Results, Run, RunError
 from fishertune_d2.tuning import build_tuning_method
@@ -66,7 +71,9 @@ class Cell:
     recipe: Mapping[str, Any]  # the keys that define the training, and their values
     shared: Mapping[Shared, Path] = field(default_factory=dict)
     makes: frozenset[Shared] = frozenset()  # of the shared files; the cell takes the others
-    protocol: str = ""  # TEST.PROTOCOL
+    rules: Mapping[str, Any] = field(default_factory=dict)  # how the config scores
+    # (width, height) by data set; None is the files' size.
+    test_sizes: Mapping[str, Sequence[int] | None] = field(default_factory=dict)
     best_on: str = ""  # TEST.BEST_ON
 
     @property
@@ -118,16 +125,24 @@ class Cell:
             name: The folder below the cell's own for scores that are made after training.
 
         Returns:
-            The scores of the cell's own folder, or of that below it; not those that name another
-            protocol than the config.
+            The scores of the cell's own folder, or of that below it; not those that were made by
+            other rules or at other sizes than the config's.
         """
         for folder in (self.folder, self.folder / name):
             with suppress(RunError):  # there are none, or a kill cut the file off
                 results = read_results(folder)
-                named = results.protocol.get("name", self.protocol)
-                if named == self.protocol and {*sets} <= results.scores.keys():
+                if {*sets} <= results.scores.keys() and self._scored(results, sets):
                     return results
         return None
+
+    def _scored(self, results: Results, sets: Sequence[str]) -> bool:
+        """Whether the config would score so; earlier versions recorded fewer facts."""
+        recorded = {"precision": "float32", **results.protocol}
+        if any(recorded.get(key, value) != value for key, value in self.rules.items()):
+            return False
+        sizes = recorded.get("test_size", {})
+        known = [name for name in sets if name in sizes and name in self.test_sizes]
+        return all(equal_values(sizes[name], self.test_sizes[name]) for name in known)
 
 
 def make_cells(
@@ -185,14 +200,27 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
     shared = [WARMUP] if cfg.TUNING.WARMUP_ITERS else []
     shared += [ESTIMATE] if method.selects and method.estimates else []
     keys = json.loads(json.dumps(defining_keys(cfg)))
+    scoring = {"rules": _rules(cfg), "test_sizes": _test_sizes(cfg, request.test_sets)}
     cells = []
     for seed in request.seeds:
         recipe = keys | {"SEED": seed}
         paths = {what: what.path(place, recipe) for what in shared}
         folder, of_seed = place / f"{name}_{seed}", (*options, "SEED", str(seed))
         parts = entry, vfm, seed, rate, folder, config, of_seed, recipe, paths
-        cells.append(Cell(*parts, protocol=cfg.TEST.PROTOCOL, best_on=cfg.TEST.BEST_ON))
+        cells.append(Cell(*parts, **scoring, best_on=cfg.TEST.BEST_ON))
     return cells
+
+
+def _rules(cfg: CfgNode) -> dict[str, Any]:
+    """How a config scores, with the facts that ``results.json`` leaves out where they are usual."""
+    return {"name": cfg.TEST.PROTOCOL, "precision": "float32", **score_rules(cfg)}
+
+
+def _test_sizes(cfg: CfgNode, names: Sequence[str]) -> dict[str, Sequence[int] | None]:
+    """The sizes at which a config tests those data sets that are registered."""
+    found = {name: registered_dataset(name) for name in names}
+    own = {name: dataset.test_size for name, dataset in found.items() if dataset}
+    return own | Protocol.from_config(cfg).sizes_of(own)
 
 
 def _find_config(request: Request, entry: Entry, vfm: str) -> tuple[str, bool]:

@@ -62,6 +62,8 @@ def _choices_of_table(table: Path, below: str) -> dict[str, Choice]:
 def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> dict[str, Choice]:
     """Chooses for each entry among its finished cells and the rates of earlier searches.
 
+    A search with another seed or other sets than before is refused (:func:`require_same_search`).
+
     Args:
         place: The folder of a foundation model's cells.
         cells: The cells of one seed, with their rates. The choice of an entry stays as it is until
@@ -71,6 +73,7 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
     Returns:
         The choices of the finished entries, by their names.
     """
+    require_same_search(place, cells, sets)
     choices, finished = read_choices(place), []
     for name in dict.fromkeys(cell.entry.name for cell in cells):
         scores = {}
@@ -82,14 +85,36 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
         if len(scores) < len(of_entry):
             continue
         finished.append(name)
-        seed, before = of_entry[0].seed, choices.get(name)
-        if before and (before["seed"], before["sets"]) == (seed, list(sets)):
-            scores = {float(rate): score for rate, score in before["mIoU"].items()} | scores
-        choices[name] = _choose(scores, seed, sets)
+        if name in choices:
+            before = choices[name]["mIoU"]
+            scores = {float(rate): score for rate, score in before.items()} | scores
+        choices[name] = _choose(scores, of_entry[0].seed, sets)
     place.mkdir(parents=True, exist_ok=True)
     with whole_file(place / "choices.json") as temporary:
         temporary.write_text(json.dumps(choices, indent=2) + "\n")
     return {name: choices[name] for name in finished}
+
+
+def require_same_search(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> None:
+    """Refuses to mix a search with an earlier one of other images or random numbers.
+
+    Args:
+        place: The folder of a foundation model's cells.
+        cells: The cells of the search.
+        sets: The dev sets.
+
+    Raises:
+        ValueError: An entry was searched with another seed or on other sets before.
+    """
+    choices = read_choices(place)
+    for cell in cells:
+        before = choices.get(cell.entry.name)
+        if before and (before["seed"], before["sets"]) != (cell.seed, list(sets)):
+            raise ValueError(
+                f"the search of {cell.entry.name} in {place} used seed {before['seed']} and "
+                f"{', '.join(before['sets'])}, and this one uses seed {cell.seed} and "
+                f"{', '.join(sets)}: add --seeds {before['seed']}, or name another --output"
+            )
 
 
 def _choose(scores: Mapping[float, float], seed: int, sets: Sequence[str]) -> Choice:

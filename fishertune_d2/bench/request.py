@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from .tables import PROFILES, RATE, Entry, Profile, Table
@@ -49,6 +50,12 @@ class Request:
     def dev(self) -> tuple[str, ...]:
         """The data sets on which a search chooses."""
         return self.profile.dev or self._held_out[1]
+
+    @property
+    def test_sets(self) -> list[str]:
+        """All data sets on which cells of this table may be scored."""
+        tests = chain(*self.profile.test.values(), self.table.test)
+        return list(dict.fromkeys([*self.dev, *tests]))
 
     def of_search(self) -> "Request":
         """Returns the request of the search's cells: one seed, and no held-out images.

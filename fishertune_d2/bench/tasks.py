@@ -19,7 +19,7 @@ from fishertune_d2.data import DatasetError, load_datasets
 from fishertune_d2.run import Results, Run
 
 from .cells import DEV, Cell, digest, make_cells, needs_rate
-from .learning_rates import describe, read_choices, write_choices
+from .learning_rates import describe, read_choices, require_same_search, write_choices
 from .request import Request
 from .result_table import paper_numbers, read_lines, write_table
 from .runner import require_same_recipe
@@ -174,7 +174,7 @@ def _curves(folder: Path) -> dict[str, Any]:
     series = Run(folder).score_series()
     if all(len(each) < 2 for each in series.values()):
         return {}
-    return {"curves": {name: [(i + 1, s) for i, s in each] for name, each in series.items()}}
+    return {"curves": series}
 
 
 class Search(Train):
@@ -210,12 +210,15 @@ class Search(Train):
         return {self.request.name: self.request.dev}
 
     def require_ready(self) -> None:
-        """Also refuses entries that were scored on the test sets.
+        """Also refuses entries that were scored on the test sets, or searched in another way.
 
         Raises:
             ValueError: Some entries were; the message names them.
         """
         super().require_ready()
+        for vfm in self.request.vfms:
+            of_vfm = [cell for cell in self.cells if cell.vfm == vfm and cell.rate is not None]
+            require_same_search(self.request.place(vfm), of_vfm, self.request.dev)
         searched = list(dict.fromkeys(c.entry.name for c in self.cells if c.rate is not None))
         # Without dev sets of the profile, a run with a chosen rate is scored on test sets at once.
         scored = f"{TEST}/results.json" if self.request.profile.dev else "results.json"

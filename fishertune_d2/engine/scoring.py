@@ -203,22 +203,34 @@ def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping
         results["unseen"] = {"mIoU": summary["target_average"]}
 
 
-def _protocol(cfg: CfgNode, record: RunRecord | None) -> dict:
-    rules = Protocol.from_config(cfg)
-    protocol: dict[str, Any] = {"name": rules.name} if rules.name else {}
-    protocol |= {"mode": cfg.TEST.MODE, "class_rule": rules.class_rule}
-    # Without this entry the precision is float32, as in older results.
+def score_rules(cfg: CfgNode) -> dict[str, Any]:
+    """Returns how a config scores, as the protocol in ``results.json`` records it.
+
+    Args:
+        cfg: TEST and SOLVER's precision are read.
+
+    Returns:
+        ``name`` if the protocol has one, ``mode``, ``class_rule``, ``precision`` if it is not
+        float32, and ``crop`` and ``stride`` of sliding windows.
+    """
+    protocol = Protocol.from_config(cfg)
+    rules: dict[str, Any] = {"name": protocol.name} if protocol.name else {}
+    rules |= {"mode": cfg.TEST.MODE, "class_rule": protocol.class_rule}
     if cfg.SOLVER.AMP.ENABLED:
-        protocol["precision"] = cfg.SOLVER.AMP.PRECISION
+        rules["precision"] = cfg.SOLVER.AMP.PRECISION
     elif cfg.SOLVER.MATMUL_PRECISION != "highest":
-        protocol["precision"] = f"float32, {cfg.SOLVER.MATMUL_PRECISION} matrix products"
+        rules["precision"] = f"float32, {cfg.SOLVER.MATMUL_PRECISION} matrix products"
     if cfg.TEST.MODE == "slide":
-        protocol |= {"crop": list(cfg.TEST.CROP_SIZE), "stride": list(cfg.TEST.STRIDE)}
+        rules |= {"crop": list(cfg.TEST.CROP_SIZE), "stride": list(cfg.TEST.STRIDE)}
+    return rules
+
+
+def _protocol(cfg: CfgNode, record: RunRecord | None) -> dict:
     trained: Mapping[str, Any] = record.config if record else {}
     names = trained.get("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     iterations = record.iterations if record else None
     return {
-        **protocol,
+        **score_rules(cfg),
         "vfm": cfg.MODEL.VFM.NAME,
         "train": list(names),
         "method": trained.get("TUNING.METHOD"),

@@ -176,5 +176,5 @@ def _scores(
         (name, "source" if name in known else "unseen", score)
         for name, series in run.score_series().items()
         for i, score in series
-        if i == iterations - 1
+        if i == iterations
     ]

@@ -199,10 +199,10 @@ def test_a_later_search_adds_values(runs, names, capsys):
     assert names(runs.calls()) == ["full@rate=10_42"]
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "full: 3 of 0.3: 46.20, 1: 47.20, 3: 48.20, 10: 47.20"
-    runs.score({"full": 30.0})
-    assert runs("table4", "--methods", "full", "--search", "1", "--seeds", "43") == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1] == "full: 1 of 1: 35.30"  # of one seed alone
+    said = _refused(capsys, runs, "table4", "--methods", "full", "--search", "1", "--seeds", "43")
+    assert "used seed 42 and camvid_day_val, camvid_dusk_dev, and this one uses seed 43" in said
+    assert runs("table4", "--methods", "full", "--search", "--report") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("full: 3 of")
 
 
 def test_a_report_of_a_search_shows_what_was_tried(runs, capsys):

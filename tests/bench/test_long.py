@@ -15,12 +15,14 @@ SETS = {"camvid_day_val": 30.0, "camvid_dusk_dev": 20.0}
 
 
 def log_scores(folder: Path, gain: float) -> None:
-    """Writes the log of a training that was scored at 250 and 500 iterations."""
+    """Writes the log of a training that was scored at 250, at 500 and at its end, at 600."""
     lines = [{"iteration": 100, "total_loss": 1.0}]
-    for step in (1, 2):
+    # Detectron2 logs the last evaluation after the last iteration.
+    for step, iteration in ((1, 249), (2, 499), (0, 600)):
         scores = {f"{name}/sem_seg/mIoU": start + step * gain for name, start in SETS.items()}
-        lines.append({"iteration": 250 * step - 1, **scores})
+        lines.append({"iteration": iteration, **scores})
     (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "config.yaml").write_text("SOLVER: {MAX_ITER: 600}")
     (folder / "model_best.pth").touch()
 
 
@@ -66,8 +68,8 @@ def test_the_test_sets_see_the_best_checkpoint(study, shared_runs):
 def test_saved_runs_have_their_curves(study):
     runs = {run.run: run for run in read_table(study)}
     curves = runs["dinov2_vits/full@rate=0.3_42"].content["curves"]
-    assert curves == {"camvid_day_val": [[250, 34], [500, 38]],
-                      "camvid_dusk_dev": [[250, 24], [500, 28]]}  # fmt: skip
+    assert curves == {"camvid_day_val": [[250, 34], [500, 38], [600, 30]],
+                      "camvid_dusk_dev": [[250, 24], [500, 28], [600, 20]]}  # fmt: skip
     assert "curves" not in runs["dinov2_vits/full@rate=0.3_42/test"].content
     assert "curves" not in runs["search/dinov2_vits/full@rate=0.1_42"].content
 
@@ -76,13 +78,29 @@ def test_the_table_and_the_figure_show_the_mean_over_the_unseen_sets(study, tmp_
     curves = read_curves(study)
     unseen = ["camvid_dusk_dev"]  # the fake run calls sets by day its source
     expected = sum(SETS[name] for name in unseen) / len(unseen)
-    assert curves["full"] == {42: [(250, expected + 4), (500, expected + 8)]}
-    line = table_of(curves, [250, 5000]).splitlines()[-1]
+    assert curves["full@rate=0.3"] == {
+        42: [(250, expected + 4), (500, expected + 8), (600, expected)]
+    }
+    line = table_of(curves, [250, 600, 5000]).splitlines()[-1]
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
-        "full", "1", "24.00", "-", "28.00", "500"
+        "full@rate=0.3", "1", "24.00", "20.00", "-", "28.00", "500"
     ]  # fmt: skip
     draw_curves(curves, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_each_rate_and_model_has_its_own_curve(study, tmp_path):
+    lines = [json.loads(line) for line in study.read_text().splitlines()]
+    (line,) = [line for line in lines if line["run"] == "dinov2_vits/full@rate=0.3_42"]
+    others = ("dinov2_vits/full@rate=1_42", 1.0), ("dinov2_vits/full@rate=0.3_43", 0.3)
+    lines += [line | {"run": run, "rate": rate, "seed": int(run[-2:])} for run, rate in others]
+    table = tmp_path / "rates.jsonl"
+    table.write_text("\n".join(map(json.dumps, lines)))
+    found = {name: list(seeds) for name, seeds in read_curves(table).items()}
+    assert found == {"freeze": [42], "full@rate=0.3": [42, 43], "full@rate=1": [42]}
+    other = line | {"run": "dinov2_vitb/full@rate=0.3_42", "vfm": "dinov2_vitb"}
+    table.write_text("\n".join(map(json.dumps, [*lines, other])))
+    assert {"dinov2_vitb, full@rate=0.3", "dinov2_vits, freeze"} <= read_curves(table).keys()
 
 
 def test_a_table_without_curves_is_refused(study, tmp_path):

@@ -86,25 +86,53 @@ def test_runs_that_were_scored_otherwise_are_not_compared(cell, key, value):
 
 
 def test_the_table_names_the_protocol_and_refuses_two(cell):
-    cells = [replace(cell(n, 1, 1, 2, 3, name="rein"), protocol="rein") for n in ("full", "freeze")]
+    cells = [
+        replace(cell(n, 1, 1, 2, 3, name="rein"), rules={"name": "rein"})
+        for n in ("full", "freeze")
+    ]
     text = result_table.format_markdown("T", result_table.read_lines(_finished(cells), SETS), {}, 0)
     assert " Protocol: rein.\n" in text
-    cells.append(replace(cell("lora", 1, 1, 2, 3, name="tqdm"), protocol="tqdm"))
+    cells.append(replace(cell("lora", 1, 1, 2, 3, name="tqdm"), rules={"name": "tqdm"}))
     with pytest.raises(ValueError, match=r"differ in the protocol's name \(tqdm and rein\)"):
         result_table.read_lines(_finished(cells), SETS)
 
 
 def test_scores_under_another_protocol_than_the_configs_are_made_again(cell):
     trained = cell("full", 1, 1, 2, 3, name="rein")
-    assert replace(trained, protocol="rein").results(SETS, "dev")
-    tqdm = replace(trained, protocol="tqdm")
+    assert replace(trained, rules={"name": "rein"}).results(SETS, "dev")
+    tqdm = replace(trained, rules={"name": "tqdm"})
     assert tqdm.results(SETS, "dev") is None
     again = json.loads((trained.folder / "results.json").read_text())
     again["protocol"]["name"] = "tqdm"
     (trained.folder / "dev").mkdir()
     (trained.folder / "dev/results.json").write_text(json.dumps(again))
     assert tqdm.results(SETS, "dev").protocol_name == "tqdm"
-    assert replace(cell("lora", 1, 1, 2, 3), protocol="tqdm").results(SETS, "dev")  # not recorded
+    assert replace(cell("lora", 1, 1, 2, 3), rules={"name": "tqdm"}).results(SETS, "dev")
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"mode": "slide", "crop": [512, 512]},
+        {"mode": "slide"},
+        {"class_rule": "union"},
+        {"precision": "bfloat16"},
+    ],
+)
+def test_scores_by_other_rules_are_made_again(cell, rules):
+    trained = cell("full", 1, 1, 2, 3, mode="whole", class_rule="present")
+    usual = {"name": "", "mode": "whole", "class_rule": "present", "precision": "float32"}
+    assert replace(trained, rules=usual).results(SETS, "dev")
+    assert replace(trained, rules=usual | rules).results(SETS, "dev") is None
+
+
+def test_scores_at_another_test_size_are_made_again(cell):
+    sizes = {"day": [320, 240], "dusk": [320, 240], "night": None, "fog": [1, 1]}
+    trained = cell("full", 1, 1, 2, 3, test_size=sizes)
+    assert replace(trained, test_sizes={"day": (320, 240), "night": None}).results(SETS, "dev")
+    for other in ({"dusk": None}, {"night": (320, 240)}):
+        assert replace(trained, test_sizes=other).results(SETS, "dev") is None
+    assert replace(trained, test_sizes={"fog": None}).results(SETS, "dev")  # the table has no fog
 
 
 def test_the_results_of_the_first_selection_runs_are_still_read():

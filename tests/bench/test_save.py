@@ -1,10 +1,11 @@
 """A study's table, which ``--save`` writes, is read as the folder of its runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from fishertune_d2.analysis.study import read_table
+from fishertune_d2.analysis.study import find_runs, read_table
 from fishertune_d2.bench import __main__ as bench
 from fishertune_d2.run import RunError
 
@@ -26,6 +27,16 @@ def table(runs):
     for stage in (["--search"], SEEDS, [*SEEDS, "--test"]):
         assert runs(*ENTRIES, *stage, "--save", str(table)) == 0
     return table
+
+
+def test_scores_beside_those_of_the_training_are_no_run_of_their_own(table, tmp_path):
+    *_, last = table.read_text().splitlines()
+    again = json.dumps(json.loads(last) | {"run": "dinov2_vits/freeze_43/table3"})
+    both = tmp_path / "both.jsonl"
+    both.write_text(table.read_text() + again)
+    for test in (False, True):
+        names = [Path(path).name for path in find_runs(both, test)]
+        assert names == [Path(path).name for path in find_runs(table, test)]
 
 
 @pytest.mark.parametrize("stage", [["--search"], SEEDS, [*SEEDS, "--test"]])
