@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from PIL import Image
 
 from fishertune_d2.data import SegmentationMapper
 from fishertune_d2.engine import WholeCheckpointer
@@ -199,3 +201,17 @@ def test_no_gpu(make_run, town, monkeypatch):
     cfg = make_run()
     with pytest.raises(ValueError, match="add MODEL.DEVICE cpu to the command"):
         Predictor(_read(cfg, "MODEL.DEVICE", "cuda"))
+
+
+def test_the_example_of_getting_started(make_run, town, image, monkeypatch, tmp_path, capsys):
+    (tmp_path / "outputs").mkdir()
+    make_run("outputs/demo", DATASETS__TEST=(town,))
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(image).save("street.jpg")
+    page = (Path(__file__).resolve().parents[2] / "GETTING_STARTED.md").read_text()
+    (example,) = re.findall(r"```python\n([^`]*Predictor\([^`]*)```", page)
+    variables: dict = {}
+    exec(compile(example, "GETTING_STARTED.md", "exec"), variables)
+    prediction, names = variables["prediction"], variables["predictor"].space.classes
+    assert prediction.classes.shape == prediction.confidence.shape == image.shape[:2]
+    assert prediction.classes.max() < len(names) and str(names) in capsys.readouterr().out
