@@ -42,11 +42,14 @@ class BestCheckpoint(HookBase):
 
     def state_dict(self) -> dict:
         """The best score, so that a resumed run knows it."""
-        return {"best": self.best} if self.data_set else {}
+        return {"best": self.best, "data_set": self.data_set} if self.data_set else {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores the best score."""
-        self.best = state["best"]
+        """Restores the best score, if it is of this run and data set."""
+        # A run that takes over another's warm-up also gets the state of that run's hooks.
+        own = Path(self.checkpointer.save_dir, f"{BEST}.pth").is_file()
+        if own and state.get("data_set", self.data_set) == self.data_set:
+            self.best = state["best"]
 
     def _improves(self) -> bool:
         """Whether the last score is above the best one, which it replaces."""

@@ -58,6 +58,24 @@ def test_a_resumed_run_knows_the_best(tiny_cfg, scores, stop):
     assert _best(cfg)["iteration"] == 3
 
 
+@pytest.mark.parametrize("change", [{}, {"TEST__BEST_ON": "tiny_night"}])
+def test_the_best_of_another_run_does_not_count(tiny_cfg, scores, change):
+    scores({2: 99.5, 4: 60.0, 6: 55.0, 7: 58.0})
+    train(tiny_cfg(**ON))
+    warmup = str(Path(tiny_cfg().OUTPUT_DIR, "model_warmup.pth"))
+    cfg = tiny_cfg("other", TUNING__WARMUP_CHECKPOINT=warmup, **ON | change)
+    train(cfg)
+    assert _best(cfg)["iteration"] == 3
+
+
+def test_another_data_set_starts_anew(tiny_cfg, scores):
+    scores({2: 99.5, 4: 60.0, 6: 55.0, 7: 58.0})
+    cfg = tiny_cfg(**ON)
+    train(cfg, stop=3)
+    train(tiny_cfg(**ON | {"TEST__BEST_ON": "tiny_night"}), resume=True)
+    assert _best(cfg)["iteration"] == 3
+
+
 def test_by_default_none_is_kept(tiny_cfg, scores):
     scores({4: 60.0, 7: 60.1})
     cfg = tiny_cfg(TEST__EVAL_PERIOD=4)
