@@ -28,6 +28,18 @@ from .run_record import RunRecord, run_of
 logger = logging.getLogger(__name__)
 
 
+class NotAllScored(DatasetError):
+    """Some test sets could not be scored.
+
+    Attributes:
+        results: what :func:`score_datasets` would return, of the other test sets alone.
+    """
+
+    def __init__(self, trouble: str, results: OrderedDict):
+        super().__init__(trouble)
+        self.results = results
+
+
 def score_datasets(
     cfg: CfgNode,
     model: nn.Module,
@@ -58,7 +70,7 @@ def score_datasets(
         ranks but the first.
 
     Raises:
-        DatasetError: if a test set could not be scored, after all others are.
+        NotAllScored: if a test set could not be scored, after all others are; has their results.
     """
     require_trained(model)
     if comm.is_main_process():
@@ -78,10 +90,12 @@ def score_datasets(
             results[name] = result
     if comm.is_main_process() and results:
         _write(cfg, model, results, failed)
+    if not comm.is_main_process():
+        results = OrderedDict()
     if failed:
         comm.synchronize()  # a process that leaves must not take the first one with it
-        raise DatasetError("\n\n".join(failed.values()))
-    return results if comm.is_main_process() else OrderedDict()
+        raise NotAllScored("\n\n".join(failed.values()), results)
+    return results
 
 
 def _score(
@@ -199,7 +213,8 @@ def _write(cfg: CfgNode, model: nn.Module, results: OrderedDict, failed: Mapping
     logger.info("Results in percent%s, also in %s:\n%s", under, path, format_table(summary))
     if cfg.TEST.PICTURES:
         logger.info("Pictures of image, label and prediction: %s", path.parent / "pictures")
-    if summary["target_average"] is not None:
+    # An average over fewer data sets than at other times would not compare with theirs.
+    if summary["target_average"] is not None and not failed:
         results["unseen"] = {"mIoU": summary["target_average"]}
 
 

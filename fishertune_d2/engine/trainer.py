@@ -42,7 +42,7 @@ from .perturbation import build_shift, perturbation_of_training
 from .precision import ESTIMATE_DTYPES, autocast_dtype, set_matmul_precision
 from .preemption import Preemption
 from .run_record import NOTE, RunRecord, fingerprint, remember_run
-from .scoring import metrics_by_name, score_datasets
+from .scoring import NotAllScored, metrics_by_name, score_datasets
 from .self_training import build_self_training
 from .sharing import OwnRun, check_estimate, load_warmup
 from .stages import (
@@ -393,7 +393,7 @@ class Trainer(DefaultTrainer):
             if done == self.max_iter:
                 raise
             logger.error("Training goes on after a test set could not be scored: %s", error)
-            return {}
+            results = error.results if isinstance(error, NotAllScored) else {}
         # DefaultTrainer compares the attribute of this name with TEST.EXPECTED_RESULTS.
         self._last_eval_results = metrics_by_name(results)
         return results

@@ -13,6 +13,7 @@ from fishertune_d2.data import SegmentationMapper, load_datasets
 from fishertune_d2.data.image_files import DatasetError
 from fishertune_d2.engine import Trainer
 from fishertune_d2.evaluation import DomainGeneralizationEvaluator
+from fishertune_d2.run import Run
 
 # A training that only has to come to its test.
 SHORT = {"TUNING__METHOD": "freeze", "TUNING__WARMUP_ITERS": 1, "SOLVER__MAX_ITER": 1}
@@ -134,8 +135,8 @@ def test_a_test_set_that_fails_does_not_lose_the_scores_of_the_others(tiny_cfg, 
             kind = Broken if dataset_name == "tiny_day" else DomainGeneralizationEvaluator
             return kind(cfg, dataset_name, output_dir=cfg.OUTPUT_DIR)
 
-    # The tests on the way do not stop the training.
-    cfg = tiny_cfg(TUNING__METHOD="freeze", TEST__EVAL_PERIOD=3)
+    # The tests on the way do not stop the training, and the other test set's scores count.
+    cfg = tiny_cfg(TUNING__METHOD="freeze", TEST__EVAL_PERIOD=3, TEST__BEST_ON="tiny_night")
     with pytest.raises(DatasetError, match="image 3 is gone"):
         _train(Mine(cfg))
     assert caplog.text.count("Training goes on after a test set could not be scored") == 2
@@ -143,3 +144,7 @@ def test_a_test_set_that_fails_does_not_lose_the_scores_of_the_others(tiny_cfg, 
     results = json.loads(Path(cfg.OUTPUT_DIR, "results.json").read_text())
     assert list(results["targets"]) == ["tiny_night"] and not results["source"]
     assert results["failed"] == {"tiny_day": "image 3 is gone"}
+    scores = Run(Path(cfg.OUTPUT_DIR)).score_series()
+    assert [at for at, _ in scores["tiny_night"]] == [5]
+    assert not {"tiny_day", "unseen"} & scores.keys()
+    assert Path(cfg.OUTPUT_DIR, "model_best.pth").is_file()
