@@ -78,6 +78,14 @@ def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
                 new.state[parameter] = old.state[parameter]
 
 
+def set_iteration(scheduler: torch.optim.lr_scheduler.LRScheduler, iteration: int) -> None:
+    """Sets the learning rates of an iteration; Detectron2's schedules are functions of it."""
+    scheduler.last_epoch = iteration  # a new schedule starts at 0
+    rates = scheduler.get_lr()
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
 def _split(group: dict, undecayed: set, decay: float) -> list[dict]:
     """Moves the undecayed parameters of a group into a group of their own, with ``decay``."""
     plain = [p for p in group["params"] if p not in undecayed]

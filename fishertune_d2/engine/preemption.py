@@ -2,8 +2,9 @@
 
 The run finishes its iteration, writes ``model_preempted.pth``, and exits with ``EXIT_CODE``, which
 differs from 143 and 130, the codes of a process that a signal killed without a checkpoint. The
-estimation and an evaluation stop at once with the same code, and the last checkpoint stays as it
-was; there the signal must reach every process, as schedulers send it.
+estimation and an evaluation stop at once with the same code; there the signal must reach every
+process, as schedulers send it. An evaluation leaves a checkpoint, too, and the resumed run makes up
+for it. In the estimation the last checkpoint stays as it was.
 
 SLURM requeues the jobs that it preempts; a script recognises the others by the code:
 

@@ -31,12 +31,12 @@ from fishertune_d2.fisher import FisherEstimate, estimate_fisher, find_candidate
 from fishertune_d2.tuning import build_tuning_method, require_same_shapes
 from fishertune_d2.unread_keys import warn_of_unread_keys
 
-from .best_checkpoint import BestCheckpoint
 from .checkpoint import WholeCheckpointer
+from .evaluation_hook import Evaluation
 from .hooks import LearningRates, WarmupFreeze
 from .image_losses import SegmentationLoss
 from .loaders import class_names, file_names, scoring_loader, training_loader, unlabelled_names
-from .optimizer import build_optimizer, carry_state, is_backbone
+from .optimizer import build_optimizer, carry_state, is_backbone, set_iteration
 from .output_dir import require_unused, require_writable
 from .perturbation import build_shift, perturbation_of_training
 from .precision import ESTIMATE_DTYPES, autocast_dtype, set_matmul_precision
@@ -142,7 +142,7 @@ class Trainer(DefaultTrainer):
         if old is not None:
             carry_state(old, self.optimizer)
         self.scheduler = self.build_lr_scheduler(self.cfg, self.optimizer)
-        self._set_learning_rates(self.iter)
+        set_iteration(self.scheduler, self.iter)
         self.model = wrap_for_ranks(model)
         self.stage = stage
         decoder = [p for name, p in model.named_parameters() if not is_backbone(name)]
@@ -179,9 +179,8 @@ class Trainer(DefaultTrainer):
             ret.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         ret.append(self._preemption)
         # After the checkpointer, so that the checkpoint is there if evaluation fails.
-        evaluate = self._preemption.at_once(self._evaluate)
-        ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
-        ret.append(BestCheckpoint(self.checkpointer, cfg.TEST.BEST_ON))
+        test = cfg.TEST
+        ret.append(Evaluation(test.EVAL_PERIOD, self._evaluate, self.checkpointer, test.BEST_ON))
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
@@ -262,18 +261,14 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores a checkpoint's state, in the stage it was written in."""
+        states = state_dict.get("hooks", {})
+        if "BestCheckpoint" in states:  # the former name
+            states["Evaluation"] = states.pop("BestCheckpoint")
         TrainerBase.load_state_dict(self, state_dict)  # iteration and hooks, so the selection too
         tuning = self.iter >= self.cfg.TUNING.WARMUP_ITERS
         self.start_stage("tuning" if tuning else "warmup")
         self._trainer.load_state_dict(state_dict["_trainer"])
-        self._set_learning_rates(self.iter + 1)  # the checkpoint's iteration is done
-
-    def _set_learning_rates(self, iteration: int) -> None:
-        # Detectron2's schedules are functions of the iteration; a new one starts at 0.
-        self.scheduler.last_epoch = iteration
-        rates = self.scheduler.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        set_iteration(self.scheduler, self.iter + 1)  # the checkpoint's iteration is done
 
     def train(self) -> dict | None:
         """Trains from ``start_iter`` to the end; returns the test results if they are checked."""
@@ -386,9 +381,11 @@ class Trainer(DefaultTrainer):
     def _evaluate(self) -> dict:
         done = min(self.iter + 1, self.max_iter)
         remember_run(self.segmentor, replace(self._run.record, iterations=done))
+        # Not all of this method: a signal must not stop the exchange of weights and averages.
+        test = self._preemption.at_once(lambda: self.test(self.cfg, self.segmentor))
         try:
             with self._average.applied():
-                results = self.test(self.cfg, self.segmentor)
+                results = test()
         except DatasetError as error:
             if done == self.max_iter:
                 raise

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fishertune_d2.engine.best_checkpoint import BEST
+from fishertune_d2.engine.evaluation_hook import BEST
 from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.files import whole_file
 from fishertune_d2.modeling import VFMS

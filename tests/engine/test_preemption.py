@@ -14,8 +14,9 @@ from detectron2.utils import comm
 
 from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.preemption import EXIT_CODE, SIGNALS, forwarding
+from fishertune_d2.run import Run
 
-from .conftest import EXACT, same_end, train
+from .conftest import EXACT, same_end, same_states, train
 
 
 class _Signal(HookBase):
@@ -95,6 +96,37 @@ def test_an_evaluation_is_left_to_the_resumed_run(parts, finished_run, when, mon
     if EXACT:
         assert results.read_text() == (finished_run / "results.json").read_text()
     assert results.exists()
+
+
+@pytest.mark.parametrize("when", ["in the iteration", "in the evaluation"])
+def test_the_resumed_run_makes_up_for_an_evaluation_on_the_way(tiny_cfg, when, monkeypatch):
+    options = {"SOLVER__EMA": 0.9, "TEST__EVAL_PERIOD": 5, "TEST__BEST_ON": "tiny_day"}
+    whole, parts = (
+        tiny_cfg(name, SOLVER__CHECKPOINT_PERIOD=100, **options) for name in ("whole", "parts")
+    )
+    train(whole)
+
+    def interrupted(cfg, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(Trainer, "test", staticmethod(interrupted))
+        train(parts, *([_Signal(4)] if when == "in the iteration" else []))
+    assert left.value.code == EXIT_CODE
+    assert _last(parts) == ("model_preempted.pth", 4)
+    train(parts, resume=True)
+    assert same_end(whole.OUTPUT_DIR, parts.OUTPUT_DIR)
+    series = [Run(Path(cfg.OUTPUT_DIR)).score_series()["tiny_day"] for cfg in (whole, parts)]
+    assert [[at for at, _ in each] for each in series] == [[4, 7]] * 2
+    best = [
+        torch.load(Path(cfg.OUTPUT_DIR, "model_best.pth"), weights_only=True)
+        for cfg in (whole, parts)
+    ]
+    if EXACT:
+        assert series[0] == series[1]
+        assert best[0]["iteration"] == best[1]["iteration"]
+        assert same_states(best[0]["model"], best[1]["model"])
 
 
 def _rank(rank: int, rendezvous: Path, cfg: CfgNode, iteration: int) -> None:

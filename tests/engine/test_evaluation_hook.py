@@ -58,6 +58,19 @@ def test_a_resumed_run_knows_the_best(tiny_cfg, scores, stop):
     assert _best(cfg)["iteration"] == 3
 
 
+def test_a_checkpoint_names_the_hook_as_it_was_called(tiny_cfg, scores):
+    scores({2: 50.0, 4: 60.0, 6: 55.0, 7: 58.0})
+    cfg = tiny_cfg(**ON)
+    train(cfg, stop=5)
+    last = Path(cfg.OUTPUT_DIR, Path(cfg.OUTPUT_DIR, "last_checkpoint").read_text())
+    state = torch.load(last, weights_only=True)
+    states = state["trainer"]["hooks"]
+    states["BestCheckpoint"] = {"best": states.pop("Evaluation")["best"]}
+    torch.save(state, last)
+    train(cfg, resume=True)
+    assert _best(cfg)["iteration"] == 3
+
+
 @pytest.mark.parametrize("change", [{}, {"TEST__BEST_ON": "tiny_night"}])
 def test_the_best_of_another_run_does_not_count(tiny_cfg, scores, change):
     scores({2: 99.5, 4: 60.0, 6: 55.0, 7: 58.0})
