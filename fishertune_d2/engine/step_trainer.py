@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -131,9 +132,10 @@ def largest_part(images: int, parts: int) -> int:
 
 
 def _split(batch: list, parts: int) -> list[list]:
-    """Cuts a batch into parts of nearly one size, none of them empty."""
-    size = largest_part(len(batch), parts)
-    return [batch[k : k + size] for k in range(0, len(batch), size)]
+    """Cuts a batch into parts whose sizes differ by at most one, the largest first, none empty."""
+    images, parts = len(batch), min(parts, len(batch))
+    ends = [largest_part(images * k, parts) for k in range(parts + 1)]
+    return [batch[start:end] for start, end in pairwise(ends)]
 
 
 def _as_shares(losses: dict, own: dict, whole: dict) -> dict:

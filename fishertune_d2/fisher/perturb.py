@@ -58,7 +58,7 @@ class Perturbation(ABC):
 
     @abstractmethod
     def drawing(self, generator: torch.Generator | None = None) -> AbstractContextManager[None]:
-        """Perturbs a forward pass over a batch in a ``with`` block, by new random numbers."""
+        """Perturbs forward passes over a batch, or its parts, in a ``with`` block, at random."""
 
     @abstractmethod
     def replaying(self, image: int) -> AbstractContextManager[None]:
@@ -159,7 +159,9 @@ class StatisticsPerturbation(Perturbation):
         def hook(module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
             tokens = self._patches(x)
             mu, sigma = token_statistics(tokens)
-            if self.eps_mode == "channel" or not shared:
+            # Several batches, the parts of a larger one, may pass through the points in turn.
+            first = len(self._drawn) % len(self.points) == 0
+            if self.eps_mode == "channel" or first:
                 shape = mu.shape if self.eps_mode == "channel" else (len(mu), 1, 1)
                 scale = self.strength if apply else 0.0
                 drawn = (torch.randn(shape, generator=generator) for _ in range(2))

@@ -67,6 +67,11 @@ def test_about_half_of_the_batches_are_perturbed(fp_cfg):
     assert abs(perturbed - 100) < 5 * 50**0.5  # five standard deviations
 
 
+def test_parts_of_different_sizes_are_perturbed(fp_cfg):
+    options = {"TUNING__METHOD": "full", "SOLVER__IMS_PER_BATCH": 5, "SOLVER__ACCUMULATE": 2}
+    _run(fp_cfg("parts", **options, SOLVER__MAX_ITER=8))
+
+
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(fp_cfg):
     _, expected = _run(fp_cfg("whole", TUNING__METHOD="full"))
     parts = fp_cfg("parts", TUNING__METHOD="full")
@@ -94,6 +99,7 @@ def test_evaluation_is_not_perturbed(fp_cfg):
     [
         ({"SOLVER__IMS_PER_BATCH": 1}, "IMS_PER_BATCH 1 over 1 processes, in 1 parts"),
         ({"SOLVER__ACCUMULATE": 2}, "in 2 parts .SOLVER.ACCUMULATE., is 1 images"),
+        ({"SOLVER__IMS_PER_BATCH": 6, "SOLVER__ACCUMULATE": 4}, "in 4 parts .*, is 1 images"),
         ({"MODEL__VFM__CHECKPOINT_BLOCKS": True}, "set MODEL.VFM.CHECKPOINT_BLOCKS to False"),
     ],
 )

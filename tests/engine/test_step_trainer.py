@@ -9,7 +9,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 
 from fishertune_d2.engine import Trainer
-from fishertune_d2.engine.step_trainer import _as_shares
+from fishertune_d2.engine.step_trainer import _as_shares, _split, largest_part
 
 from .conftest import same_states, train
 
@@ -65,6 +65,15 @@ def test_parts_add_up_to_the_whole_batch(tiny_cfg, points_of_the_losses_stay, pa
         compared += 1
     assert compared > 100
     assert _losses(summed_cfg) == pytest.approx(_losses(cfg), rel=1e-5)
+
+
+def test_parts_differ_by_one_image_at_most():
+    for images, parts, sizes in ((5, 2, [3, 2]), (6, 4, [2, 1, 2, 1]), (7, 3, [3, 2, 2])):
+        found = _split(list(range(images)), parts)
+        assert [len(part) for part in found] == sizes
+        assert sum(found, []) == list(range(images))
+        assert largest_part(images, parts) == max(sizes)
+    assert _split([1, 2], 5) == [[1], [2]]
 
 
 def test_checkpointed_blocks_change_no_number(tiny_cfg):

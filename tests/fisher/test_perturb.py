@@ -56,6 +56,18 @@ def test_one_image_replays_what_the_batch_drew():
     torch.testing.assert_close(model(x), nn.Sequential(*model)(x))  # off outside the block
 
 
+def test_each_part_of_a_batch_draws_its_own_numbers():
+    model = nn.Sequential(nn.Identity(), nn.Linear(5, 5), nn.Identity())
+    perturb = StatisticsPerturbation([model[0], model[2]])
+    parts = torch.randn(5, 6, 5).split([3, 2])
+    with perturb.drawing():
+        for part in parts:
+            model(part)
+    eps = [shift.eps_mu.flatten().tolist() for shift in perturb._drawn]
+    assert eps[0] == eps[1] and eps[2] == eps[3]  # at both points
+    assert len({*eps[0], *eps[2]}) == 5
+
+
 @pytest.mark.parametrize("options", [{"strength": 0.0}, {"p": 0.0}])
 def test_switched_off_is_the_identity_to_the_bit(options):
     model, x = _Tokens(), torch.randn(4, 6, 5)
