@@ -18,6 +18,9 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 # The head's embeddings, by parts of their names. Tuning methods name their own (``undecayed``).
 _HEAD_EMBEDDINGS = ("queries_embedder", "queries_features", "level_embed", "predictor.no_object")
 
+# The end of the name of the values that SelectedWeights trains of a bias.
+_SELECTED_BIAS = ".parametrizations.bias.0.values"
+
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Builds SOLVER.OPTIMIZER for the parameters that require a gradient now.
@@ -48,6 +51,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     undecayed = {p for name, p in model.named_parameters() if any(part in name for part in parts)}
     decay = solver.WEIGHT_DECAY_EMBED
     groups = [part for group in groups for part in _split(group, undecayed, decay)]
+    if solver.WEIGHT_DECAY_BIAS is not None:  # Detectron2 does not see selected biases
+        biases = {p for name, p in model.named_parameters() if name.endswith(_SELECTED_BIAS)}
+        decay = solver.WEIGHT_DECAY_BIAS
+        groups = [part for group in groups for part in _split(group, biases, decay)]
     optimizer_class = OPTIMIZERS[solver.OPTIMIZER]
     # Not False, with which torch would step one tensor at a time, on GPUs too.
     options: dict[str, Any] = {"fused": True if solver.FUSED else None}
@@ -67,7 +74,7 @@ def is_backbone(name: str) -> bool:
 def _rate(name: str, solver: CfgNode) -> float:
     """A parameter's learning rate as a multiple of BASE_LR."""
     rate = solver.BACKBONE_MULTIPLIER if is_backbone(name) else 1.0
-    return rate * solver.BIAS_LR_FACTOR if name.endswith(".bias") else rate
+    return rate * solver.BIAS_LR_FACTOR if name.endswith((".bias", _SELECTED_BIAS)) else rate
 
 
 def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
@@ -86,10 +93,10 @@ def set_iteration(scheduler: torch.optim.lr_scheduler.LRScheduler, iteration: in
         group["lr"] = rate
 
 
-def _split(group: dict, undecayed: set, decay: float) -> list[dict]:
-    """Moves the undecayed parameters of a group into a group of their own, with ``decay``."""
-    plain = [p for p in group["params"] if p not in undecayed]
-    rest = [p for p in group["params"] if p in undecayed]
+def _split(group: dict, others: set, decay: float) -> list[dict]:
+    """Moves the other parameters of a group into a group of their own, with ``decay``."""
+    plain = [p for p in group["params"] if p not in others]
+    rest = [p for p in group["params"] if p in others]
     parts = [{**group, "params": plain}, {**group, "params": rest, "weight_decay": decay}]
     return [part for part in parts if part["params"]]
 

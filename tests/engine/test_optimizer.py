@@ -4,6 +4,8 @@ from torch import nn
 
 from fishertune_d2.config import default_config
 from fishertune_d2.engine.optimizer import build_optimizer, carry_state
+from fishertune_d2.fisher import Selection
+from fishertune_d2.tuning import SelectedWeights
 
 
 def _cfg(**solver):
@@ -85,6 +87,17 @@ def test_biases_have_their_own_rate_and_decay():
     biases = {"backbone.bias": 0.1, "head.linear.bias": 0.2, "head.norm.bias": 0.2}
     assert after == before | {name: (rate, 0.01) for name, rate in biases.items()}
     assert _rates_and_decays(_cfg(BIAS_LR_FACTOR=1.0), model) == before
+
+
+def test_selected_biases_have_the_rate_and_decay_of_biases():
+    model = _model()
+    scores = {name: torch.rand(p.shape) for name, p in model.backbone.named_parameters()}
+    SelectedWeights(model.backbone, Selection.from_scores(scores, 1.0, 6))
+    before = _rates_and_decays(_cfg(), model)
+    after = _rates_and_decays(_cfg(BIAS_LR_FACTOR=2.0, WEIGHT_DECAY_BIAS=0.01), model)
+    weight, bias = (f"backbone.parametrizations.{name}.0.values" for name in ("weight", "bias"))
+    assert before[weight] == before[bias] == after[weight] == (0.05, 0.05)
+    assert after[bias] == (0.1, 0.01)
 
 
 def test_sgd_takes_nesterovs_momentum():
