@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 
 from fishertune_d2.config import read_config
-from fishertune_d2.engine.best_checkpoint import BEST
+from fishertune_d2.engine.evaluation_hook import BEST
 from fishertune_d2.engine.parameter_counts import count_parameters
 from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.engine.trained_model import build_trained
