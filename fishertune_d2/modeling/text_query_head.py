@@ -230,7 +230,12 @@ class TextQueryHead(Mask2FormerHead):
         }
 
     def of_image(self, predictions: list[Prediction], image: int) -> TextPredictions:
-        """Returns the predictions for one image, as a batch of its own."""
+        """Returns the predictions for one image, as a batch of its own, without ``public``.
+
+        The Fisher information is measured on them. Eq. 6 shifts the backbone's features and not
+        those of its public copy, so with ``public`` "loss_vision" would add this difference to the
+        information about the labels of x', and nothing to that of x after a warm-up.
+        """
         assert isinstance(predictions, TextPredictions)
         one = slice(image, image + 1)
         return TextPredictions(
@@ -238,7 +243,7 @@ class TextQueryHead(Mask2FormerHead):
             predictions.text[one],
             predictions.image[one],
             predictions.patches[one],
-            None if predictions.public is None else predictions.public[one],
+            public=None,
         )
 
 

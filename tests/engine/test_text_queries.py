@@ -13,8 +13,10 @@ from torch.multiprocessing import spawn
 from fishertune_d2.config import changed
 from fishertune_d2.engine import Trainer, image_losses
 from fishertune_d2.engine.parameter_counts import build_empty
+from fishertune_d2.engine.perturbation import build_shift
 from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.export.tuned_models import delta_of_run, read_tuned
+from fishertune_d2.fisher import estimate_fisher, find_candidates
 from fishertune_d2.modeling.frozen import frozen_parameters
 from fishertune_d2.modeling.text_tower import TextTower
 from fishertune_d2.modeling.vfm import BLOCKS, CLIP, VFMBackbone
@@ -199,6 +201,33 @@ def test_other_names_or_other_public_weights_are_refused(text_cfg, towers, tmp_p
         random_tower = changed(cfg, [*options, "MODEL.TEXT.WEIGHTS", "random"])
         Trainer(random_tower).resume_or_load(resume=False)
     Trainer(changed(cfg, options)).resume_or_load(resume=False)  # the same weights are taken over
+
+
+def test_the_estimate_does_not_measure_the_distance_to_the_public_weights(text_cfg):
+    """Eq. 6 shifts the backbone and not its public copy, so x' alone would have this loss."""
+
+    def estimate(weight: float):
+        cfg = text_cfg(MODEL__TEXT__VISION_WEIGHT=weight)
+        torch.manual_seed(0)
+        model = build_model(cfg).train()
+        generator = torch.manual_seed(1)
+        batch = [
+            {
+                "image": torch.randint(0, 256, (3, 64, 64), generator=generator),
+                "sem_seg": torch.randint(0, 3, (64, 64), generator=generator),
+            }
+            for _ in range(2)
+        ]
+        return estimate_fisher(
+            model,
+            [batch],
+            image_losses.SegmentationLoss(),
+            find_candidates(model.backbone),
+            perturb=build_shift(cfg, model.backbone),
+        )
+
+    without, much = estimate(0.0), estimate(1000.0)
+    assert same_states(without.f, much.f) and same_states(without.shifted, much.shifted)
 
 
 def test_drawn_labels_cover_the_image_for_patches_of_14_pixels(text_cfg, monkeypatch):

@@ -298,17 +298,18 @@ def test_losses_of_parts_add_up_to_those_of_the_batch(head):
     names = ["loss_language", "loss_vision", "loss_vision_language"]
     assert {*names, "loss_ce", "loss_ce_0", "loss_dice_1"} < {*whole} and len(whole) == 12
     divisors = head.loss_divisors(list(labels()))
+    images = [{name: value[k : k + 1] for name, value in features().items()} for k in range(2)]
     for name in [*names, "loss_ce"]:
         total = 0.0
-        for image in range(2):
-            own = head.losses(head.of_image(predictions, image), targets.of_image(image))
+        for image, alone in enumerate(images):
+            own = head.losses(head.predict(alone), targets.of_image(image))
             total += own[name] * head.loss_divisors([labels()[image]])[name] / divisors[name]
         torch.testing.assert_close(total, whole[name])
     torch.manual_seed(4)
     one = head.loss_of_image(predictions, targets, 1)
-    alone = head.predict({name: value[1:] for name, value in features().items()})
     torch.manual_seed(4)
-    own = head.losses(alone, targets.of_image(1))
+    own = head.losses(head.predict(images[1]), targets.of_image(1))
+    del own["loss_vision"]  # which says nothing about the labels
     torch.testing.assert_close(one, sum(own.values()))
 
 
