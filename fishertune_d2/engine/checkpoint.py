@@ -15,7 +15,7 @@ from fishertune_d2.modeling.weight_files import read_with_notes
 from fishertune_d2.tuning import TuningMethod
 
 from .optimizer import is_backbone
-from .run_record import RunRecord
+from .run_record import RunRecord, other_texts, texts_of
 from .stages import attach
 from .weight_average import WeightAverage
 
@@ -101,6 +101,8 @@ class WholeCheckpointer(DetectionCheckpointer):
         record = RunRecord.of_checkpoint(checkpoint)
         if self.accept is not None and record is not None:
             self.accept(record)
+        if record is not None:
+            _require_same_texts(self.model, record, checkpoint["model"])
         incompatible = self._load_weights(checkpoint)
         if self.complete:
             _require_complete(incompatible)
@@ -168,6 +170,17 @@ def _lacking(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """Names in a state dict, below the backbone, that the model does not have."""
     own = model.state_dict()
     return [name for name in state if is_backbone(name) and name not in own]
+
+
+def _require_same_texts(model: nn.Module, record: RunRecord, state: Mapping[str, Any]) -> None:
+    """Refuses weights that would replace the embeddings of the model's class names by others."""
+    stored = next((name for name in state if name.endswith(".texts.embeddings")), None)
+    for trouble in other_texts(record.texts, texts_of(model)) if stored else ():
+        raise ValueError(
+            f"the weights hold the embeddings of other names of classes: {trouble}. Set "
+            f"MODEL.TEXT.CLASSES to {list(record.texts or ())}, or delete the tensor {stored} from "
+            "the weights to train with the names that the config has now"
+        )
 
 
 def _left(incompatible: Any) -> set[str]:

@@ -141,7 +141,7 @@ class RunRecord:
         troubles = as_words(differing)
         for name, own in (classes or {}).items():
             troubles += _other_classes(self.classes, own, name)
-        troubles += _other_texts(self.texts, texts)
+        troubles += other_texts(self.texts, texts)
         if troubles:
             raise ValueError(
                 f"the config does not fit the trained model: {'; '.join(troubles)}. Take the "
@@ -184,7 +184,7 @@ class RunRecord:
                 "the text tower, or the public copy of the backbone, had other weights than "
                 "MODEL.TEXT.WEIGHTS and MODEL.VFM.WEIGHTS give now"
             )
-        yield from _other_texts(self.texts, now.texts)
+        yield from other_texts(self.texts, now.texts)
 
     def _other_data(self, now: "RunRecord") -> Iterator[str]:
         """Yields how the training data of a later run differ from this one's."""
@@ -226,8 +226,8 @@ def texts_of(model: nn.Module) -> tuple[str, ...] | None:
     return getattr(getattr(model, "sem_seg_head", None), "class_texts", None) or None
 
 
-def _other_texts(then: Sequence[str] | None, now: Sequence[str] | None) -> Iterator[str]:
-    """Yields the first difference between the names that a head read and reads."""
+def other_texts(then: Sequence[str] | None, now: Sequence[str] | None) -> Iterator[str]:
+    """Yields the first difference between the names that a head read and reads; None fits all."""
     for before, after in zip(then or (), now or (), strict=False):
         if before != after:
             yield (

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fishertune_d2.config import get_config_file, read_config
-from fishertune_d2.engine import self_training
+from fishertune_d2.engine import Trainer, self_training
 from fishertune_d2.engine.trained_model import build_trained
 
 from .conftest import TINY, train
@@ -38,7 +38,7 @@ def stage(tmp_path, tiny_data, tiny_head, device):
         keys |= {key.replace("__", "."): value for key, value in overrides.items()}
         options = [x for pair in keys.items() for x in pair]
         cfg = read_config(get_config_file(f"{name}.yaml"), options)
-        Path(cfg.OUTPUT_DIR).mkdir()
+        Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
         return cfg
 
     return read
@@ -60,6 +60,10 @@ def test_a_trained_head_labels_for_the_second_stage(stage, sam_folder, tmp_path)
     with torch.no_grad():
         expected = trainer.segmentor.eval().scores(image)
         assert torch.equal(model.scores(image), expected)
+    others = {"MODEL__WEIGHTS": weights, "MODEL__TEXT__CLASSES": ["night sky", "tower", "street"]}
+    words = "the class 'ground, road' and reads 'night sky' .* Set MODEL.TEXT.CLASSES to .'ground"
+    with pytest.raises(ValueError, match=words):
+        Trainer(stage("clouds_convnext", **others)).resume_or_load(resume=False)
     second = stage(
         "clouds_convnext_self_training", MODEL__WEIGHTS=weights, SELF_TRAINING__SAM=sam_folder,
         SELF_TRAINING__IMAGES=str(tmp_path / "unlabelled"), SELF_TRAINING__PERIOD=1,
