@@ -25,7 +25,8 @@ from .targets import SegmentationTargets
 from .text_decoders import TextPixelDecoder, TextQueryTransformer
 from .text_losses import language_loss, vision_language_loss, vision_loss
 from .text_refinement import TextRefinement
-from .text_tower import TextTower, class_names
+from .text_tower import TEXT_TOWERS, TextTower, class_names
+from .vfm_table import VFMS
 
 NEEDED = ("clip_global", "clip_dense")
 
@@ -97,8 +98,7 @@ class TextQueryHead(Mask2FormerHead):
     ):
         """Builds the head.
 
-        A feature that the backbone lacks, or embeddings that do not fit the tower's, raise a
-        ValueError.
+        A feature that the backbone lacks raises a ValueError.
 
         Args:
             input_shape: channels and stride of the backbone's four raw maps, and of ``NEEDED``.
@@ -111,7 +111,7 @@ class TextQueryHead(Mask2FormerHead):
             norm: the norm in the neck, a name of Detectron2's ``get_norm``.
         """
         maps = [name for name in input_shape if not name.startswith("clip_")]
-        _check(input_shape, maps, tower, regularisation)
+        _check(input_shape, maps, regularisation)
         channels = input_shape[maps[0]].channels
         # Detectron2 and transformers annotate these as optional.
         assert channels is not None and config.num_labels is not None
@@ -140,8 +140,9 @@ class TextQueryHead(Mask2FormerHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        """Reads MODEL.TEXT, and the keys that `Mask2FormerHead` reads."""
+        """Reads MODEL.TEXT, and the keys that `Mask2FormerHead` reads; refuses two CLIP models."""
         text, head = cfg.MODEL.TEXT, cfg.MODEL.SEM_SEG_HEAD
+        _require_one_clip(cfg.MODEL.VFM.NAME, text.NAME)
         dataset = next(iter(cfg.DATASETS.TRAIN), "")
         arguments = super().from_config(cfg, input_shape)
         clip = {name: s for name, s in input_shape.items() if name.startswith("clip_")}
@@ -248,10 +249,7 @@ class TextQueryHead(Mask2FormerHead):
 
 
 def _check(
-    shapes: Mapping[str, ShapeSpec],
-    maps: Sequence[str],
-    tower: TextTower,
-    regularisation: Mapping[str, float],
+    shapes: Mapping[str, ShapeSpec], maps: Sequence[str], regularisation: Mapping[str, float]
 ) -> None:
     needed = [*NEEDED, *(["clip_global_frozen"] if regularisation["loss_vision"] else [])]
     missing = [name for name in needed if name not in shapes]
@@ -261,9 +259,13 @@ def _check(
             f"gets {', '.join(shapes)}: set MODEL.SEM_SEG_HEAD.IN_FEATURES to ['block2', 'block3', "
             "'block4', 'block5'], and MODEL.VFM.OUT_FEATURES to these and the embeddings"
         )
-    if shapes["clip_dense"].channels != tower.dim:
+
+
+def _require_one_clip(vfm: str, text: str) -> None:
+    # Towers of two models may have embeddings of one width, which mean different things.
+    if vfm != text:
+        both = [name for name in TEXT_TOWERS if name in VFMS and VFMS[name].clip_dim]
         raise ValueError(
-            f"the backbone's embeddings have {shapes['clip_dense'].channels} channels, and those "
-            f"of the text tower {tower.dim}: MODEL.VFM.NAME and MODEL.TEXT.NAME must be the two "
-            "towers of one CLIP model"
+            f"MODEL.VFM.NAME {vfm} and MODEL.TEXT.NAME {text} are not the towers of one CLIP "
+            f"model, so their embeddings cannot be compared: set both to one of {', '.join(both)}"
         )

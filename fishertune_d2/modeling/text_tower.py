@@ -56,7 +56,14 @@ class TextModel:
 
 HUGGING_FACE = "https://huggingface.co"
 TEXT_TOWERS: dict[str, TextModel] = {
-    # The file of the authors holds the image tower too, the VFM of the same name.
+    # A tower has the name of the VFM that is the image tower of the same CLIP model. The files of
+    # EVA-CLIP's authors hold both.
+    "eva02_clip_vitl": TextModel(
+        "EVA02-L-14",
+        tag="merged2b_s4b_b131k",
+        licence="MIT",
+        source=f"{HUGGING_FACE}/QuanSun/EVA-CLIP/resolve/main/EVA02_CLIP_L_psz14_s4B.pt",
+    ),
     "eva02_clip_vitl_336": TextModel(
         "EVA02-L-14-336",
         tag="merged2b_s6b_b61k",

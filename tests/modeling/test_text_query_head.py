@@ -372,9 +372,10 @@ def test_counts_of_tqdm():
             "needs four maps with one cell a patch",
         ),
         ({"MODEL.TEXT.CLASSES": ["sky"]}, "MODEL.TEXT.CLASSES has 1 names"),
-        (
-            {"MODEL.VFM.NAME": "eva02_clip_vitl_336"},
-            "embeddings have 768 channels, and those of the text tower 64",
+        (  # whose embeddings have as many channels
+            {"MODEL.VFM.NAME": "eva02_clip_vitl", "MODEL.TEXT.NAME": "eva02_clip_vitl_336"},
+            "VFM.NAME eva02_clip_vitl and MODEL.TEXT.NAME eva02_clip_vitl_336 are not the towers "
+            "of one CLIP model, .* set both to one of eva02_clip_vitl, eva02_clip_vitl_336, tiny$",
         ),
     ],
 )
