@@ -39,7 +39,7 @@ def refine(
 
     A region is a connected part of a class with more than ``least_pixels``. SAM gets five random
     points of each, and its mask of the best predicted IoU counts. Pixels in no mask, or in more
-    than one, are ignored.
+    than one, are ignored. A label without such a region stays as it is.
 
     Args:
         label: (H, W) uint8, the class of each pixel.
@@ -58,15 +58,15 @@ def refine(
         for part in range(1, count + 1):
             if sizes[part] > least_pixels:
                 rows, columns = np.nonzero(parts == part)
-                chosen = generator.choice(len(rows), POINTS)
+                chosen = generator.choice(len(rows), POINTS, replace=False)
                 points.append(np.stack([columns[chosen], rows[chosen]], axis=-1))
                 classes.append(number)
-    refined = np.full_like(label, ignore_value)
     if not points:
-        return refined
+        return label
     proposals = predict(np.stack(points))
     best = proposals.quality.argmax(1)
     masks = proposals.masks[np.arange(len(best)), best]  # (P, H, W)
+    refined = np.full_like(label, ignore_value)
     for number, mask in zip(classes, masks, strict=True):
         refined[mask] = number
     refined[masks.sum(0) > 1] = ignore_value

@@ -56,16 +56,21 @@ def test_regions_are_replaced_by_the_best_masks_and_overlaps_ignored():
     assert np.array_equal(got, again)
 
 
-def test_small_regions_are_not_asked_about():
+def test_no_point_is_drawn_twice():
+    sam = FakeSam((2, 3))
+    refine(np.zeros((2, 3), np.uint8), sam, np.random.default_rng(0), least_pixels=5)
+    assert len(np.unique(sam.points[0], axis=0)) == POINTS
+
+
+def test_a_label_of_small_regions_stays():
     def never(points):
         raise AssertionError
 
-    got = refine(picture(), never, np.random.default_rng(0))
-    assert (got == 255).all()
+    assert np.array_equal(refine(picture(), never, np.random.default_rng(0)), picture())
     label = np.zeros((100, 51), np.uint8)
     label[:, 50] = 1  # 5000 pixels of class 0 are not above the limit
     assert LEAST_PIXELS == 5000
-    assert (refine(label, never, np.random.default_rng(0)) == 255).all()
+    assert np.array_equal(refine(label, never, np.random.default_rng(0)), label)
 
 
 def test_a_sam_of_transformers_is_loaded_and_asked(sam_folder):
