@@ -83,7 +83,7 @@ def test_the_sums_are_those_of_each_batch_of_an_estimate(
 
     def estimate(some, estimator):
         perturb = StatisticsPerturbation(
-            [model.patch_embed, model.blocks[0]], num_prefix_tokens=1, eps_mode="channel"
+            [model.patch_embed, model.blocks[0]], num_prefix_tokens=[0, 1], eps_mode="channel"
         )
         candidates = find_candidates(model)
         return estimate_fisher(

@@ -1,16 +1,17 @@
 """The simulated unseen domain: randomly shifted feature statistics (Eq. 6, after DSU).
 
 Shapes in this module:
-    B images, N patch tokens, C channels.
-    x: token maps of shape (B, N, C), or (B, H, W, C) before timm flattens them. Prefix tokens (cls,
-    registers) come first in a flattened map. They belong to no place, so they stay unchanged. Maps
-    of a convolutional network have the shape (B, C, H, W), and their N tokens are its H * W places.
+    B images, N patch tokens, P prefix tokens, C channels.
+    x: token maps of shape (B, P + N, C), or (B, H, W, C) before they are flattened. Prefix tokens
+    (cls, registers) join after the patch embedding. They belong to no place, so they stay
+    unchanged. Maps of a convolutional network have the shape (B, C, H, W), and their N tokens are
+    its H * W places.
     mu, sigma: (B, 1, C), mean and standard deviation over the N patch tokens.
     spread: (1, 1, C), standard deviation over the B images of mu or of sigma.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,7 +81,8 @@ class StatisticsPerturbation(Perturbation):
 
     Args:
         points: modules whose output is a token map to perturb.
-        num_prefix_tokens: number of tokens before the patches in a flattened map.
+        num_prefix_tokens: number of tokens before the patches in a flattened map, one number for
+            all points or one for each. A patch embedding's output has none.
         channels_first: whether maps with four dimensions have the shape (B, C, H, W).
         strength: factor on both eps.
         eps_mode: ``"image"``, one pair of numbers per image, shared by channels and points, so
@@ -96,7 +98,7 @@ class StatisticsPerturbation(Perturbation):
         self,
         points: Sequence[nn.Module],
         *,
-        num_prefix_tokens: int = 0,
+        num_prefix_tokens: int | Sequence[int] = 0,
         channels_first: bool = False,
         strength: float = 1.0,
         eps_mode: str = "image",
@@ -109,7 +111,14 @@ class StatisticsPerturbation(Perturbation):
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"p must be in [0, 1]: got {p}")
         self.points = list(points)
-        self.num_prefix_tokens = num_prefix_tokens
+        if isinstance(num_prefix_tokens, int):
+            num_prefix_tokens = [num_prefix_tokens] * len(self.points)
+        if len(num_prefix_tokens) != len(self.points):
+            raise ValueError(
+                f"num_prefix_tokens has {len(num_prefix_tokens)} numbers for {len(self.points)} "
+                "points: give one number, or one for each point"
+            )
+        self.num_prefix_tokens = list(num_prefix_tokens)
         self.channels_first = channels_first
         self.strength = strength
         self.eps_mode = eps_mode
@@ -117,12 +126,16 @@ class StatisticsPerturbation(Perturbation):
         self._drawn: list[_Shift] = []
 
     @classmethod
-    def of_vit(cls, vit: nn.Module, **options) -> "StatisticsPerturbation":
+    def of_vit(
+        cls, vit: nn.Module, *, num_prefix_tokens: int | None = None, **options
+    ) -> "StatisticsPerturbation":
         """Eq. 6 at the patch embedding and the blocks at 1/3, 1/2 and 2/3 of the depth (ours).
 
         Args:
             vit: a module with ``patch_embed`` and ``blocks``, such as timm's and Detectron2's
                 ViTs, or a model that contains one.
+            num_prefix_tokens: number of tokens before the patches in the blocks' outputs; by
+                default the ViT's ``num_prefix_tokens``, or 0 if it has no such attribute.
             options: the other arguments of the class.
 
         Returns:
@@ -139,11 +152,16 @@ class StatisticsPerturbation(Perturbation):
                 "StatisticsPerturbation([modules, ...])"
             )
         vit = found[0]
-        # timm's name; Detectron2's ViT has no such tokens.
-        options.setdefault("num_prefix_tokens", getattr(vit, "num_prefix_tokens", 0))
+        if num_prefix_tokens is None:
+            # timm's name; Detectron2's ViT has no such tokens.
+            num_prefix_tokens = getattr(vit, "num_prefix_tokens", 0)
         blocks = list(vit.get_submodule("blocks").children())
         thirds = [blocks[i] for i in thirds_of_depth(len(blocks))]
-        return cls([vit.get_submodule("patch_embed"), *thirds], **options)
+        points = [vit.get_submodule("patch_embed"), *thirds]
+        # timm flattens the patches in patch_embed, unless dynamic_img_size is set, and adds the
+        # prefix tokens after it.
+        prefix = [0] + [num_prefix_tokens] * len(thirds)
+        return cls(points, num_prefix_tokens=prefix, **options)
 
     def notes(self) -> dict[str, str]:
         """The strength and how eps is drawn."""
@@ -156,8 +174,7 @@ class StatisticsPerturbation(Perturbation):
         apply = bool(torch.rand((), generator=generator) < self.p)
         shared: list[Tensor] = []  # eps_mu and eps_sigma
 
-        def hook(module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
-            tokens = self._patches(x)
+        def draw(tokens: Tensor) -> Tensor:
             mu, sigma = token_statistics(tokens)
             # Several batches, the parts of a larger one, may pass through the points in turn.
             first = len(self._drawn) % len(self.points) == 0
@@ -169,9 +186,9 @@ class StatisticsPerturbation(Perturbation):
             eps_mu, eps_sigma = shared
             shift = _Shift(eps_mu, eps_sigma, _spread(mu), _spread(sigma))
             self._drawn.append(shift)
-            return self._replace(x, shift_statistics(tokens, mu, sigma, shift))
+            return shift_statistics(tokens, mu, sigma, shift)
 
-        with self._hooked([hook] * len(self.points)):
+        with self._changing([draw] * len(self.points)):
             yield
 
     @contextmanager
@@ -183,11 +200,10 @@ class StatisticsPerturbation(Perturbation):
                 "under drawing(); run the model on the whole batch there first"
             )
 
-        def hook(shift: _Shift, module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
-            tokens = self._patches(x)
-            return self._replace(x, shift_statistics(tokens, *token_statistics(tokens), shift))
+        def replay(shift: _Shift, tokens: Tensor) -> Tensor:
+            return shift_statistics(tokens, *token_statistics(tokens), shift)
 
-        with self._hooked([partial(hook, shift.of_image(image)) for shift in self._drawn]):
+        with self._changing([partial(replay, shift.of_image(image)) for shift in self._drawn]):
             yield
 
     def weights(self) -> Tensor:
@@ -197,29 +213,33 @@ class StatisticsPerturbation(Perturbation):
         return torch.exp(-torch.stack(magnitudes).mean(dim=0))
 
     @contextmanager
-    def _hooked(self, hooks: list) -> Iterator[None]:
+    def _changing(self, changes: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Applies a function (B, N, C) -> (B, N, C) to the patch tokens of each point."""
+
+        def hook(
+            change: Callable[[Tensor], Tensor],
+            prefix: int,
+            module: nn.Module,
+            inputs: tuple,
+            x: Tensor,
+        ) -> Tensor:
+            if x.dim() == 4 and self.channels_first:
+                return change(x.flatten(2).mT).mT.reshape(x.shape)
+            if x.dim() == 4:  # a map before the prefix tokens join it
+                return change(x.flatten(1, 2)).reshape(x.shape)
+            return torch.cat([x[:, :prefix], change(x[:, prefix:])], dim=1)
+
         handles = [
-            point.register_forward_hook(hook)
-            for point, hook in zip(self.points, hooks, strict=True)
+            point.register_forward_hook(partial(hook, change, prefix))
+            for point, change, prefix in zip(
+                self.points, changes, self.num_prefix_tokens, strict=True
+            )
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _patches(self, x: Tensor) -> Tensor:
-        if x.dim() == 4 and self.channels_first:
-            return x.flatten(2).mT
-        # A four-dimensional map is a patch embedding, before the prefix tokens join it.
-        return x.flatten(1, 2) if x.dim() == 4 else x[:, self.num_prefix_tokens :]
-
-    def _replace(self, x: Tensor, tokens: Tensor) -> Tensor:
-        if x.dim() == 4 and self.channels_first:
-            return tokens.mT.reshape(x.shape)
-        if x.dim() == 4:
-            return tokens.reshape(x.shape)
-        return torch.cat([x[:, : self.num_prefix_tokens], tokens], dim=1)
 
 
 def thirds_of_depth(depth: int) -> list[int]:

@@ -22,7 +22,7 @@ from fishertune_d2.fisher import (
 
 
 def _estimate(model, images, loss, **options):
-    shift = StatisticsPerturbation([model.patch_embed, model.blocks[0]], num_prefix_tokens=1)
+    shift = StatisticsPerturbation([model.patch_embed, model.blocks[0]], num_prefix_tokens=[0, 1])
     candidates = find_candidates(model)
     return estimate_fisher(model, [images(3)], loss, candidates, perturb=shift, **options)
 
@@ -92,7 +92,7 @@ def test_checkpoints_that_cannot_be_switched_off_are_refused(
 ):
     model, kind = vit(), CheckpointImpl[kind]
     candidates = find_candidates(model)
-    shift = StatisticsPerturbation([model.patch_embed, model.blocks[0]], num_prefix_tokens=1)
+    shift = StatisticsPerturbation([model.patch_embed, model.blocks[0]], num_prefix_tokens=[0, 1])
     for i, block in enumerate(model.blocks):
         model.blocks[i] = checkpoint_wrapper(block, checkpoint_impl=kind)
     with pytest.raises(ValueError, match=message):

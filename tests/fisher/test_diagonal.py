@@ -50,7 +50,7 @@ def test_both_ways_agree_whatever_the_layout(family, vit, images, loss):
     make = partial(estimate_fisher, model, batches, loss, find_candidates(model))
     points = [model.patch_embed, model.blocks[0]]
     prefix = getattr(model, "num_prefix_tokens", 0)
-    shift = StatisticsPerturbation(points, num_prefix_tokens=prefix)
+    shift = StatisticsPerturbation(points, num_prefix_tokens=[0, prefix])
     fast, slow = (make(estimator=way, perturb=shift) for way in WAYS)
     assert set(fast) == {c.name for c in find_candidates(model)}
     assert fast.shift_weight == slow.shift_weight

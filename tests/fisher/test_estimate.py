@@ -26,7 +26,7 @@ def estimator(request) -> str:
 
 def _perturbation(model: nn.Module, **options) -> StatisticsPerturbation:
     points = [model.patch_embed, model.blocks[0]]
-    return StatisticsPerturbation(points, num_prefix_tokens=1, **options)
+    return StatisticsPerturbation(points, num_prefix_tokens=[0, 1], **options)
 
 
 def _batches(images):

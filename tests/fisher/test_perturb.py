@@ -111,6 +111,8 @@ def test_refuses():
         StatisticsPerturbation([], eps_mode="pixel")
     with pytest.raises(ValueError, match="strength must not be negative: got -1"):
         StatisticsPerturbation([], strength=-1)
+    with pytest.raises(ValueError, match="has 2 numbers for 1 points: give one number, or one"):
+        StatisticsPerturbation([nn.Identity()], num_prefix_tokens=[0, 1])
     with pytest.raises(RuntimeError, match="nothing to replay"):
         with StatisticsPerturbation([nn.Identity()]).replaying(0):
             pass
@@ -120,10 +122,26 @@ def test_of_a_vit_the_patch_embedding_and_three_blocks_without_the_prefix():
     vit = timm.create_model("test_vit", reg_tokens=2, num_classes=0)
     perturb = StatisticsPerturbation.of_vit(vit, strength=0.5)
     assert perturb.points == [vit.patch_embed, vit.blocks[1], vit.blocks[2], vit.blocks[3]]
-    assert (perturb.num_prefix_tokens, perturb.strength) == (3, 0.5)
+    assert (perturb.num_prefix_tokens, perturb.strength) == ([0, 3, 3, 3], 0.5)
     inside = StatisticsPerturbation.of_vit(nn.Sequential(nn.Identity(), vit))
-    assert (inside.points, inside.num_prefix_tokens) == (perturb.points, 3)
+    assert (inside.points, inside.num_prefix_tokens) == (perturb.points, [0, 3, 3, 3])
+    given = StatisticsPerturbation.of_vit(vit, num_prefix_tokens=1)
+    assert given.num_prefix_tokens == [0, 1, 1, 1]
     with pytest.raises(ValueError, match="ModuleList holds 2 ViTs: say where to perturb"):
         StatisticsPerturbation.of_vit(nn.ModuleList([vit, copy.deepcopy(vit)]))
     with pytest.raises(ValueError, match="Linear has no patch_embed or no blocks: say where"):
         StatisticsPerturbation.of_vit(nn.Linear(2, 2))
+
+
+def test_a_patch_embedding_that_flattens_is_shifted_as_one_that_does_not(one_thread):
+    shifted = []
+    for dynamic in (False, True):
+        torch.manual_seed(0)
+        vit = timm.create_model(
+            "test_vit", img_size=64, reg_tokens=2, dynamic_img_size=dynamic, num_classes=0
+        ).double()
+        x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+        with StatisticsPerturbation.of_vit(vit).drawing(torch.Generator().manual_seed(0)):
+            shifted.append(vit(x))
+        assert vit.patch_embed(x).dim() == (4 if dynamic else 3)
+    torch.testing.assert_close(*shifted)
