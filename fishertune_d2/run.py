@@ -20,6 +20,7 @@ from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.data.protocols import fitting_protocol
 from fishertune_d2.evaluation.label_pictures import find_pictures
 from fishertune_d2.fisher import FisherEstimate, Selection
+from fishertune_d2.fisher.score import OPTIONS
 
 # Facts of a protocol that say which entry of a comparison a run is.
 ENTRY = ("method", "feature_perturbation", "ema", "commit")
@@ -228,6 +229,14 @@ class Run:
     def load_selection(self) -> Selection:
         """Loads the ranked choice of weights. A run that selected nothing raises a RunError."""
         return Selection.load(self._require(self.selection_file, "selected"))
+
+    @property
+    def score_options(self) -> dict[str, Any]:
+        """The options of DRF with which the run selected, for ``domain_related_fisher``."""
+        try:
+            return {name: self.config[f"FISHER.{name.upper()}"] for name in OPTIONS}
+        except RunError:
+            return {}  # apply_fishertune, which scores with the defaults, writes no config
 
     @cached_property
     def config_text(self) -> str:

@@ -130,17 +130,18 @@ def draw_heads(selection: Selection, num_heads: int, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def most_sensitive(estimate: FisherEstimate, count: int = 10) -> list[Neuron]:
+def most_sensitive(estimate: FisherEstimate, count: int = 10, **options) -> list[Neuron]:
     """The neurons with the highest DRF of means, best first.
 
     Args:
         estimate: F(x) and F(x') by parameter name.
         count: the number of neurons.
+        options: those of :func:`domain_related_fisher`, such as ``Run.score_options``.
 
     Returns:
         The neurons, with DRF over the mean DRF of all neurons.
     """
-    drf = domain_related_fisher(estimate.by_unit(Units("neuron", estimate.shapes)))
+    drf = domain_related_fisher(estimate.by_unit(Units("neuron", estimate.shapes)), **options)
     mean = torch.cat(list(drf.values())).double().mean().item()
     neurons = [
         Neuron(group, index, score / mean)

@@ -89,8 +89,11 @@ def _maps(run: Run) -> list[dict[str, str]]:
             "candidate weights, so that 1 is average. F is measured on the source images; DRF "
             "also counts how much F changes under a simulated shift."
         )
-        drawn = _draw(lambda path: draw_sensitivity_map([(run.name, run.load_estimate())], path))
-        maps.append({"title": "Sensitivity", "text": text, **drawn})
+
+        def draw(path: Path) -> None:
+            draw_sensitivity_map([(run.name, run.load_estimate())], path, [run.score_options])
+
+        maps.append({"title": "Sensitivity", "text": text, **_draw(draw)})
     if run.selection_file.is_file():
         text = "The percentage of each group's weights that trains at the end of the training."
         drawn = _draw(lambda path: draw_selection_map(run.load_selection(), path))

@@ -6,6 +6,7 @@ python -m fishertune_d2.analysis.sensitivity_map outputs/demo [outputs/another .
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,25 +52,32 @@ def mean_by_group(scores: Mapping[str, torch.Tensor]) -> np.ndarray:
     return group_array({group: sums[group] / counts[group] / average for group in sums})
 
 
-def draw_sensitivity_map(estimates: Sequence[tuple[str, FisherEstimate]], path: Path) -> None:
+def draw_sensitivity_map(
+    estimates: Sequence[tuple[str, FisherEstimate]],
+    path: Path,
+    options: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
     """Draws :func:`mean_by_group` of F(x) and of DRF, two panels for each estimate.
 
     Args:
         estimates: estimates, each after the name to print above its panels.
         path: the PNG to write.
+        options: for each estimate the options of :func:`domain_related_fisher`, such as
+            ``Run.score_options``; by default none.
 
     Raises:
         ValueError: if an estimate has no F(x'), which DRF needs.
     """
     panels = []
-    for name, estimate in estimates:
+    for (name, estimate), score in zip(estimates, options or [{}] * len(estimates), strict=True):
         if not estimate.shifted:
             raise ValueError(f"{name} has no F(x') to compute DRF from: estimate with `perturb`")
-        drf = domain_related_fisher(estimate)
+        drf = domain_related_fisher(estimate, **score)
         known = {key: estimate.notes.get(key, "unknown") for key in ("estimator", "labels")}
         made = f"{known['estimator']}, {known['labels']} labels, {estimate.images} images"
         panels.append((f"{name}, F(x): {made}", mean_by_group(estimate.f)))
-        panels.append((f"{name}, DRF: {made}", mean_by_group(drf)))
+        form = f" ({score['form']})" if "form" in score else ""
+        panels.append((f"{name}, DRF{form}: {made}", mean_by_group(drf)))
     positive = np.concatenate([means[means > 0] for _, means in panels])
     norm = LogNorm(positive.min(), positive.max())
     blocks = max(means.shape[1] for _, means in panels)
@@ -101,5 +109,6 @@ if __name__ == "__main__":
     picture = args.output or args.output_dirs[0] / "sensitivity.png"
     with ending_in_a_sentence():
         runs = [Run(folder) for folder in args.output_dirs]
-        draw_sensitivity_map([(run.name, run.load_estimate()) for run in runs], picture)
+        estimates = [(run.name, run.load_estimate()) for run in runs]
+        draw_sensitivity_map(estimates, picture, [run.score_options for run in runs])
     print(picture)

@@ -13,6 +13,8 @@ from torch import Tensor
 from .fisher_estimate import FisherEstimate
 
 FORMS = ("balanced", "eq7", "eq15", "rank")
+# The options of DRF; a config has them in capitals below FISHER.
+OPTIONS = ("form", "gamma", "tau", "eps", "rho")
 # The number of entries that are sorted at a time, of 20 bytes each.
 RANKED_AT_ONCE = 2**24
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from fishertune_d2.fisher import FisherEstimate, Units, domain_related_fisher
+from fishertune_d2.fisher.score import OPTIONS
 
 from .registry import TUNING_REGISTRY, SelectiveMethod, TuningMethod
 
@@ -38,5 +39,4 @@ class FisherTune(SelectiveMethod):
 @TUNING_REGISTRY.register()
 def fishertune(cfg: CfgNode) -> TuningMethod:
     """``TUNING.METHOD fishertune``, with the constants in ``cfg.FISHER``."""
-    keys = ("FORM", "GAMMA", "TAU", "EPS", "RHO")
-    return FisherTune(**{key.lower(): cfg.FISHER[key] for key in keys})
+    return FisherTune(**{name: cfg.FISHER[name.upper()] for name in OPTIONS})

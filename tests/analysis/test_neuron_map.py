@@ -171,6 +171,12 @@ def test_the_most_sensitive_have_the_highest_drf_of_means(vit):
     best = sorted(drf, key=drf.__getitem__, reverse=True)[:6]
     assert [(neuron.group, neuron.index) for neuron in found] == best
     assert [n.score for n in found] == pytest.approx([drf[key] / average for key in best], rel=1e-4)
+    ratios = {
+        k: value + 0.4 * abs(value - o) / (min(value, o) + 0.1) for k, (value, o) in means.items()
+    }
+    first = max(ratios, key=ratios.__getitem__)
+    (found,) = most_sensitive(FisherEstimate(f, shifted, 0.4, 7), count=1, form="eq7", eps=0.1)
+    assert (found.group, found.index) == first != best[0]
 
 
 def _assert_is_the_picture(path, figure: Figure, dpi: int) -> None:

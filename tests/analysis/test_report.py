@@ -140,6 +140,14 @@ def test_a_finished_run(tmp_path):
     assert page.tags["img"] == 2 * 3 * 3 + 2 + 2  # panels of the pictures, curves, maps
 
 
+def test_the_map_shows_the_drf_that_selected(tmp_path, drawn):
+    folder = _write_run(tmp_path / "run", **{"FISHER.FORM": "rank"})
+    _add_fisher(folder)
+    _report(folder)
+    titles = [axes.get_title() for figure in drawn for axes in figure.axes]
+    assert any(title.startswith("run, DRF (rank): ") for title in titles)
+
+
 def test_the_page_needs_no_other_file(tmp_path):
     folder = _write_run(tmp_path / "run")
     _add_fisher(folder)

@@ -71,6 +71,21 @@ def test_the_command_draws_two_panels_for_each_run(tmp_path, monkeypatch, capsys
     assert heights[1] > 1.8 * heights[0]
 
 
+def test_the_command_draws_the_drf_that_the_run_selected_by(tmp_path, monkeypatch):
+    estimate = _estimate(shift_weight=0.5, images=2)
+    estimate.shifted[FC1] *= 4
+    estimate.save(tmp_path / "fisher.safetensors")
+    (tmp_path / "config.yaml").write_text("FISHER: {FORM: eq15, GAMMA: 0.5, TAU: 2.0}")
+    _run(monkeypatch, tmp_path)
+    options = {"form": "eq15", "gamma": 0.5, "tau": 2.0}
+    for name, score in (("expected", options), ("default", {"form": "eq15"})):
+        one = (tmp_path.name, estimate)
+        sensitivity_map.draw_sensitivity_map([one], tmp_path / f"{name}.png", [score])
+    drawn = (tmp_path / "sensitivity.png").read_bytes()
+    assert drawn == (tmp_path / "expected.png").read_bytes()
+    assert drawn != (tmp_path / "default.png").read_bytes()
+
+
 def test_the_command_names_a_folder_without_estimate(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         _run(monkeypatch, tmp_path)
