@@ -114,7 +114,7 @@ class Trainer(DefaultTrainer):
         estimate = self._preemption.at_once(self._estimate)
         self._estimation = build_estimation(cfg, self.method, self.backbone, estimate)
         self._perturbation = perturbation_of_training(cfg, self.backbone, comm.get_world_size())
-        self.stage = ""
+        self.stage, self._attached = "", False
         self.start_stage("warmup")
         self.register_hooks(self.build_hooks())
 
@@ -129,8 +129,9 @@ class Trainer(DefaultTrainer):
         return self.segmentor.get_submodule("backbone")
 
     def start_stage(self, stage: str) -> None:
-        """Starts ``"warmup"`` or ``"tuning"``, unless it has begun already."""
-        if stage == self.stage:
+        """Starts ``"warmup"`` or ``"tuning"``, unless it has begun already with all weights."""
+        # A load attaches the weights that the method adds, if a checkpoint holds them.
+        if (stage, getattr(self.backbone, "attached", False)) == (self.stage, self._attached):
             return
         model, old = self.segmentor, self._trainer.optimizer
         found = self._estimation
@@ -144,7 +145,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(self.cfg, self.optimizer)
         set_iteration(self.scheduler, self.iter)
         self.model = wrap_for_ranks(model)
-        self.stage = stage
+        self.stage, self._attached = stage, getattr(self.backbone, "attached", False)
         decoder = [p for name, p in model.named_parameters() if not is_backbone(name)]
         logger.info(
             "Stage %s: %s parameters of the decoder and %s of the backbone are in the optimizer",
@@ -252,6 +253,7 @@ class Trainer(DefaultTrainer):
         else:
             require_file("MODEL.WEIGHTS", self.cfg.MODEL.WEIGHTS)
             super().resume_or_load(resume)
+            self.start_stage(self.stage)
             if self.cfg.MODEL.WEIGHTS:
                 start = fingerprint(self.segmentor)
                 self._run.record = replace(self._run.record, start=start)

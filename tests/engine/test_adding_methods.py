@@ -157,6 +157,29 @@ def test_resumes_to_the_bit_and_shares_a_warmup(whole, adding_cfg, warmup):
     _assert_same(_state(shared), _state(cfg))
 
 
+def test_a_warm_up_from_a_tuned_model_trains_the_decoder_alone(whole, adding_cfg):
+    weights = str(Path(whole[0].OUTPUT_DIR, "model_final.pth"))
+    trainer = Trainer(adding_cfg("next", MODEL__WEIGHTS=weights))
+    trainer.resume_or_load(resume=False)
+    trained = {name for name, p in trainer.segmentor.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("backbone.") for name in trained)
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    own = {name for name, p in trainer.segmentor.named_parameters() if id(p) in held}
+    assert own == trained
+
+
+def test_a_warm_up_from_a_tuned_model_resumes(tiny_cfg):
+    first = _adding_cfg(tiny_cfg, "rein", SOLVER__MAX_ITER=2)
+    _train(first)
+    weights = str(Path(first.OUTPUT_DIR, "model_final.pth"))
+    options = {"MODEL__WEIGHTS": weights, "TUNING__WARMUP_ITERS": 2}
+    whole, parts = (_adding_cfg(tiny_cfg, "rein", name, **options) for name in ("whole", "parts"))
+    _train(whole)
+    _train(parts, stop=1)
+    _train(parts, resume=True)
+    _assert_same(_state(parts), _state(whole))
+
+
 def _one_of_two(rank: int, cfg: CfgNode, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
