@@ -145,9 +145,10 @@ class WholeCheckpointer(DetectionCheckpointer):
                 path,
             )
             return str(path)
-        raise RuntimeError(
+        raise ValueError(
             f"cannot resume: the last checkpoint, {last}, is damaged or gone, and so are all "
-            f"others in {self.save_dir} ({len(others)}); start again without --resume"
+            f"others in {self.save_dir} ({len(others)}); start anew with --overwrite in place of "
+            "--resume"
         )
 
     def _others(self, pattern: str = "model_*.pth") -> list[Path]:

@@ -167,7 +167,12 @@ class RunRecord:
         troubles = [*as_words(differing), *then._other_data(self)]
         if None not in (then.start, self.start) and then.start != self.start:
             troubles.append(
-                "it started from other weights than MODEL.VFM.WEIGHTS and MODEL.WEIGHTS give now"
+                "it started from other weights than MODEL.VFM.WEIGHTS gives now, or from "
+                "MODEL.WEIGHTS (such a warm-up cannot be shared: to start from its end, name it in "
+                "MODEL.WEIGHTS, with TUNING.WARMUP_ITERS 0)"
+                if result is Result.WARMUP
+                else "it started from other weights than MODEL.VFM.WEIGHTS and MODEL.WEIGHTS give "
+                "now"
             )
         troubles += then._other_fixed(self)
         if troubles:

@@ -87,11 +87,15 @@ def load_warmup(
         require_end(then.iterations)
         _require_shareable(record, then, Result.WARMUP, name)
 
-    checkpointer = WholeCheckpointer(
-        model, method=method, accept=accept, complete=True, trainer=trainer
-    )
+    checkpointer = WholeCheckpointer(model, method=method, accept=accept, complete=True)
     try:
-        checkpointer.load(file)
+        state = checkpointer.load(file)
+        if "trainer" not in state:
+            raise ValueError(
+                "it holds weights alone, and no state of a training: name a checkpoint that a run "
+                "wrote, or start from the weights by MODEL.WEIGHTS"
+            )
+        trainer.load_state_dict(state["trainer"])
         require_end(trainer.iter + 1)
     except ValueError as error:
         if name in str(error):

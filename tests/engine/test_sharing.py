@@ -60,15 +60,19 @@ def test_an_estimate_of_other_settings_is_refused_before_the_warm_up(tiny_cfg, r
 
 
 @pytest.mark.parametrize(
-    ("key", "name"),
-    [("TUNING__WARMUP_CHECKPOINT", "model_warmup.pth"), ("FISHER__ESTIMATE", "fisher.safetensors")],
+    ("key", "name", "remedy"),
+    [
+        ("TUNING__WARMUP_CHECKPOINT", "model_warmup.pth", ".*MODEL.WEIGHTS, with .*WARMUP_ITERS 0"),
+        ("FISHER__ESTIMATE", "fisher.safetensors", ""),
+    ],
 )
-def test_what_started_from_other_public_weights_is_refused(tiny_cfg, run, tmp_path, key, name):
+def test_what_started_from_other_weights_is_refused(tiny_cfg, run, tmp_path, key, name, remedy):
     torch.manual_seed(5)
     public = tmp_path / "public.safetensors"
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), public)
     cfg = tiny_cfg("other", MODEL__VFM__WEIGHTS=str(public), **{key: str(run / name)})
-    with pytest.raises(ValueError, match="it started from other weights than MODEL.VFM.WEIGHTS"):
+    message = f"it started from other weights than MODEL.VFM.WEIGHTS{remedy}"
+    with pytest.raises(ValueError, match=message):
         Trainer(cfg).resume_or_load(resume=False)
 
 
@@ -86,6 +90,14 @@ def test_weights_that_are_no_warm_up_do_not_fill_the_model(tiny_cfg, run):
     cfg = tiny_cfg("other", TUNING__WARMUP_CHECKPOINT=str(run / "part.pth"))
     with pytest.raises(ValueError, match=r"CHECKPOINT .*part.pth: .* do not fill the model"):
         Trainer(cfg).resume_or_load(resume=False)
+
+
+def test_weights_without_a_trainers_state_are_no_warm_up(tiny_cfg, run):
+    state = torch.load(run / "model_warmup.pth", weights_only=True)
+    torch.save({"model": state["model"]}, run / "weights.pth")
+    options = {"TUNING__WARMUP_CHECKPOINT": str(run / "weights.pth"), "TUNING__WARMUP_ITERS": 1}
+    with pytest.raises(ValueError, match="weights.pth: it holds weights alone"):
+        Trainer(tiny_cfg("other", **options)).resume_or_load(resume=False)
 
 
 @pytest.mark.parametrize("key", ["TUNING.WARMUP_CHECKPOINT", "FISHER.ESTIMATE", "MODEL.WEIGHTS"])
