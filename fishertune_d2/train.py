@@ -88,6 +88,8 @@ def _score(cfg: CfgNode, args: argparse.Namespace) -> dict:
 
 def _train(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
     """Trains a model, and scores it."""
+    # Here, so that the plan and config.yaml also say what this number of processes trains.
+    cfg = Trainer.auto_scale_workers(cfg, comm.get_world_size())
     log_plan(cfg)
     _check_data(cfg)
     trainer = Trainer(cfg)
@@ -153,12 +155,13 @@ def _check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it: choose one")
     processes = int(os.environ.get("WORLD_SIZE", max(1, args.num_gpus * args.num_machines)))
-    require_possible(Trainer.auto_scale_workers(cfg, processes), processes)
+    scaled = Trainer.auto_scale_workers(cfg, processes)
+    require_possible(scaled, processes)
     # Only the first process of the first machine goes on, because the others start at any time.
     if int(os.environ.get("RANK", args.machine_rank)) > 0:
         return
     if args.resume:
-        require_resumable(cfg)
+        require_resumable(scaled)
         return
     if args.overwrite and files_of_run(cfg.OUTPUT_DIR):
         _require_startable(cfg)

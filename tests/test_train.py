@@ -1,12 +1,13 @@
 """What the train command refuses before any process starts, in this process."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from fishertune_d2 import train
-from fishertune_d2.config import default_config
+from fishertune_d2.config import default_config, read_config
 
 CONFIG = "camvid/freeze.yaml"
 
@@ -85,6 +86,19 @@ def test_a_used_folder_is_refused_and_a_new_one_is_taken(command, used, tmp_path
     assert "SOLVER.BASE_LR was 0.0001 and is 0.5" in command(
         "--resume", *_options(used), "SOLVER.BASE_LR", "0.5"
     )
+
+
+def test_the_config_of_a_run_says_what_its_number_of_processes_trains(command, used, monkeypatch):
+    options = [*_options(used), "SOLVER.REFERENCE_WORLD_SIZE", "2"]
+    cfg = read_config(CONFIG, options)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_check_data", lambda cfg: None)
+        for name in ("__init__", "resume_or_load", "train"):
+            patch.setattr(train.Trainer, name, lambda *args, **kwargs: None)
+        train._train(cfg, Namespace(resume=True))
+    written = read_config(str(used / "config.yaml"), [])
+    assert written.SOLVER.MAX_ITER == 2 * cfg.SOLVER.MAX_ITER  # in one process
+    assert command("--resume", *options) == ""
 
 
 @pytest.mark.parametrize(
