@@ -78,7 +78,7 @@ class ModelCard:
         images = "" if record.images is None else f" ({record.images:,} images)"
         facts: dict[str, Any] = {
             "tuning method": config.get("TUNING.METHOD"),
-            "tuned weights of the backbone": _share(results),
+            "tuned weights of the backbone": _share(results) if scored else None,
             "training data": ", ".join(config.get("DATASETS.TRAIN", ())) + images,
             "iterations": record.iterations,
             "of these, warm-up of the decoder": config.get("TUNING.WARMUP_ITERS"),
