@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
 from pytest import approx, mark
 
 from fishertune_d2.config import default_config
+from fishertune_d2.engine import Trainer
 from fishertune_d2.engine.parameter_counts import count_parameters
 from fishertune_d2.modeling.vfm import VFMS
 
@@ -123,3 +125,20 @@ def test_configs_with_text_queries_differ_in_the_method_alone(name):
         own.MODEL.TEXT.VISION_WEIGHT = 0.0
         own.MODEL.VFM.OUT_FEATURES = own.MODEL.VFM.OUT_FEATURES[:-1]
     assert cfg == own
+
+
+@mark.parametrize("name", ["clouds_convnext", "clouds_convnext_self_training"])
+def test_clouds_has_its_authors_recipe(name):
+    cfg, text = read(f"{name}.yaml"), (CONFIGS / f"{name}.yaml").read_text()
+    assert _stated_tuned(text) == _tuned(cfg)
+    solver, clip, crop = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS, cfg.INPUT.CROP
+    assert (solver.MAX_ITER, solver.IMS_PER_BATCH, solver.WEIGHT_DECAY) == (40000, 8, 0.05)
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 0.01)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], solver.BASE_LR)
+    schedule = Trainer.build_lr_scheduler(cfg, optimizer)
+    schedule.last_epoch = 39999
+    assert schedule.get_lr() == [1e-5]
+    # 0.5 to 2 times 1052 x 1914; any crop of it
+    assert (cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.INPUT.MIN_SIZE_TRAIN[-1]) == (526, 2104)
+    assert (crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA) == ([768, 768], 1.0)
+    assert (cfg.TEST.MODE, cfg.TEST.PROTOCOL) == ("whole", "rein")
