@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
+from fishertune_d2.engine.best_checkpoint import BEST
 from fishertune_d2.engine.checkpoint import PERIODIC
 from fishertune_d2.engine.parameter_counts import count_parameters, count_tuned
 from fishertune_d2.engine.start_check import require_possible
@@ -98,7 +99,7 @@ def make_plan(cfg: CfgNode) -> Plan:
         stages=stages,
         inference=plan_inference(cfg, trained, unknown=size),
         evaluations=len(_periods(cfg, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.MAX_ITER - 1)) + 1,
-        files=_files(run, stages, trained, kept),
+        files=_files(cfg, run, stages, trained, kept),
         kept=len(kept),
     )
 
@@ -135,22 +136,25 @@ def _kept_checkpoints(cfg: CfgNode) -> list[str]:
 
 
 def _files(
-    run: FakeRun, stages: list[Stage], trained: VFMSegmentor, kept: list[str]
+    cfg: CfgNode, run: FakeRun, stages: list[Stage], trained: VFMSegmentor, kept: list[str]
 ) -> dict[str, int]:
     """Bytes of the files in OUTPUT_DIR; ``trained`` is the model with all weights of its method."""
     memory, files = {stage.name: stage.memory for stage in stages}, {}
     if "warmup" in memory:  # a checkpoint includes the optimizer's state
         weights = held_bytes(run.model("warmup").state_dict())
         files["model_warmup.pth"] = weights + memory["warmup"].optimizer
-    if "estimation" in memory:
-        files["fisher.safetensors"] = estimator_bytes(Cost(), find_candidates(trained.backbone))
     if "tuning" in memory and run.method.selects:
-        indices = run.selection(trained).indices.values()
-        # An index and a rank of each unit, of 8 bytes each.
-        files["selection.safetensors"] = 16 * sum(len(each) for each in indices)
+        if run.method.estimates:  # FISHER.ESTIMATE is copied
+            sums = estimator_bytes(Cost(), find_candidates(trained.backbone))
+            files["fisher.safetensors"] = sums
+        selection = run.selection(trained)
+        parts = (selection.indices, selection.ranks, selection.steps or {})
+        files["selection.safetensors"] = held_bytes(parts)
     last = stages[-1].memory
     weights = held_bytes(trained.state_dict()) + last.averages
     files["model_final.pth"] = weights + last.optimizer
+    if cfg.TEST.BEST_ON:
+        files[f"{BEST}.pth"] = files["model_final.pth"]
     sizes = {"warmup": files.get("model_warmup.pth", 0), "tuning": files["model_final.pth"]}
     if kept:
         files[PERIODIC] = sum(sizes[stage] for stage in kept)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.engine import HookBase
+from safetensors.torch import load_file
 
 from fishertune_d2.config import default_config
 from fishertune_d2.engine import Trainer, log_plan
@@ -58,16 +59,22 @@ class _Weigh(HookBase):
         self.selection = max(self.selection, sum(each.nbytes for each in tensors))
 
 
-@pytest.mark.parametrize(
-    ("method", "keep", "period", "expected"), [("fishertune", 2, 3, 3), ("full", 0, 7, 1)]
-)
-def test_a_run_holds_and_writes_what_was_planned(
-    tiny_cfg, method, keep, period, expected, monkeypatch
-):
-    own = {"SOLVER__KEEP_CHECKPOINTS": keep, "TEST__EVAL_PERIOD": period}
-    cfg = tiny_cfg(TUNING__METHOD=method, **own)
-    evaluations = []
-    monkeypatch.setattr(Trainer, "test", lambda *_: evaluations.append(1) or {})
+FISHERTUNE = {
+    "TUNING__METHOD": "fishertune",
+    "TUNING__STEPS": "fisher",
+    "TEST__BEST_ON": "tiny_day",
+    "SOLVER__KEEP_CHECKPOINTS": 2,
+    "TEST__EVAL_PERIOD": 3,
+}
+FULL = {"TUNING__METHOD": "full", "SOLVER__KEEP_CHECKPOINTS": 0, "TEST__EVAL_PERIOD": 7}
+
+
+@pytest.mark.parametrize(("options", "expected"), [(FISHERTUNE, 3), (FULL, 1)])
+def test_a_run_holds_and_writes_what_was_planned(tiny_cfg, options, expected, monkeypatch):
+    cfg = tiny_cfg(**options)
+    method, keep = cfg.TUNING.METHOD, cfg.SOLVER.KEEP_CHECKPOINTS
+    evaluations, scores = [], {"tiny_day": {"sem_seg": {"mIoU": 30.0}}}
+    monkeypatch.setattr(Trainer, "test", lambda *_: evaluations.append(1) or scores)
     plan = make_plan(cfg)
     planned = {stage.name: stage.memory for stage in plan.stages}["tuning"]
     trainer, weighed = Trainer(cfg), _Weigh()
@@ -83,10 +90,12 @@ def test_a_run_holds_and_writes_what_was_planned(
     assert plan.evaluations == len(evaluations) == expected
     files = {"model_final.pth", "model_warmup.pth", PERIODIC}
     if method == "fishertune":
-        files |= {"fisher.safetensors", "selection.safetensors"}
+        files |= {"fisher.safetensors", "selection.safetensors", "model_best.pth"}
     assert plan.files.keys() == files
     out = Path(cfg.OUTPUT_DIR)
-    assert {path.name for path in out.glob("*.safetensors")} <= files
+    for path in out.glob("*.safetensors"):
+        assert sum(each.nbytes for each in load_file(path).values()) == plan.files[path.name]
+    assert (out / "model_best.pth").exists() == ("model_best.pth" in files)
     tensors = 4 * len(list(trainer.segmentor.parameters()))  # two moments, and a count of steps
     assert plan.kept == len(list(out.glob(PERIODIC))) == (keep or cfg.SOLVER.MAX_ITER)
     for name, size in plan.files.items():

@@ -82,6 +82,11 @@ def test_a_method_that_computes_with_values_is_refused_by_name(small_cfg):
         make_plan(small_cfg(**own))
 
 
+def test_an_estimate_of_another_run_is_copied(small_cfg, plan):
+    files = make_plan(small_cfg(FISHER__ESTIMATE="another.safetensors")).files
+    assert files["fisher.safetensors"] == plan.files["fisher.safetensors"] > 0
+
+
 def test_estimation_begins_as_warmup_leaves_the_decoder(small_cfg):
     def held(**overrides) -> dict[str, Memory]:
         cfg = small_cfg(**overrides)
