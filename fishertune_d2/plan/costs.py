@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
-from fishertune_d2.engine.evaluation_hook import BEST
 from fishertune_d2.engine.checkpoint import PERIODIC
+from fishertune_d2.engine.evaluation_hook import BEST
 from fishertune_d2.engine.parameter_counts import count_parameters, count_tuned
 from fishertune_d2.engine.start_check import require_possible
 from fishertune_d2.fisher import KINDS, Cost, find_candidates
