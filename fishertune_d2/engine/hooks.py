@@ -56,8 +56,10 @@ class LearningRates(HookBase):
             backbone = [is_backbone(name.removeprefix("module.")) for name in firsts]
             self._scalars = ["lr_backbone" if each else "lr" for each in backbone]
             self._optimizer = optimizer
-        rates = [group["lr"] for group in optimizer.param_groups]
-        scalars = dict(zip(self._scalars, rates, strict=True))
+        scalars: dict[str, float] = {}
+        for name, group in zip(self._scalars, optimizer.param_groups, strict=True):
+            # A part's first group is that of its weights; its biases may have another rate.
+            scalars.setdefault(name, group["lr"])
         self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
         self.trainer.scheduler.step()
 

@@ -1,8 +1,13 @@
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from fishertune_d2.config import default_config
+from fishertune_d2.engine import LearningRates
 from fishertune_d2.engine.optimizer import build_optimizer, carry_state
 from fishertune_d2.fisher import Selection
 from fishertune_d2.tuning import SelectedWeights
@@ -98,6 +103,21 @@ def test_selected_biases_have_the_rate_and_decay_of_biases():
     weight, bias = (f"backbone.parametrizations.{name}.0.values" for name in ("weight", "bias"))
     assert before[weight] == before[bias] == after[weight] == (0.05, 0.05)
     assert after[bias] == (0.1, 0.01)
+
+
+def test_the_logged_rates_are_those_of_the_weights():
+    model, hook = _model(), LearningRates()
+    model.backbone.bias.requires_grad_(True)
+    optimizer = build_optimizer(_cfg(BIAS_LR_FACTOR=2.0), model)
+    with EventStorage() as storage:
+        hook.trainer = SimpleNamespace(
+            model=model, optimizer=optimizer, storage=storage, scheduler=Mock()
+        )
+        hook.after_step()
+        assert {name: rate for name, (rate, _) in storage.latest().items()} == {
+            "lr": 0.1,
+            "lr_backbone": 0.05,
+        }
 
 
 def test_sgd_takes_nesterovs_momentum():
