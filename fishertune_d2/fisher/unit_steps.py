@@ -3,6 +3,10 @@
 Adam moves every weight by about its learning rate, however much the loss depends on the weight. A
 step in proportion to F^(-1/2) changes the loss about equally through every unit: to second order,
 a step s of a weight changes it by F s^2 / 2.
+
+The first steps of a weight that joins a growing share are about three times the learning rate, and
+up to six times, because its moments start at 0 when Adam's correction for that is over
+(docs/results/tables.md measures that this matters little).
 """
 
 from collections.abc import Mapping
