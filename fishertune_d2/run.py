@@ -24,6 +24,13 @@ from fishertune_d2.fisher.score import OPTIONS
 
 # Facts of a protocol that say which entry of a comparison a run is.
 ENTRY = ("method", "feature_perturbation", "ema", "commit")
+# Keys that say what a method selects and how that moves, by their names in labels.
+_VARIANTS = {
+    "unit": "TUNING.UNIT",
+    "allocation": "TUNING.ALLOCATION",
+    "steps": "TUNING.STEPS",
+    "shift": "FISHER.PERTURB.KIND",
+}
 # Facts of a protocol that say how long a run trained.
 LENGTH = ("iterations", "warmup_iterations", "batch_size")
 # Facts of a protocol that are recorded for each data set.
@@ -351,6 +358,21 @@ class Run:
         if not file.is_file():
             raise RunError(f"there is no {file.name} in {self.folder}: its run {did} nothing")
         return file
+
+
+def variant(config: Mapping[str, Any]) -> str:
+    """What tells a run from others of its method, to append to its label; "" for the defaults.
+
+    Args:
+        config: the run's keys by name with dots, not necessarily all.
+
+    Returns:
+        A text such as ", unit neuron, shift night".
+    """
+    defaults = _defaults()
+    values = {name: config.get(key, defaults[key]) for name, key in _VARIANTS.items()}
+    changed = {name: v for name, v in values.items() if v != defaults[_VARIANTS[name]]}
+    return "".join(f", {name} {value}" for name, value in changed.items())
 
 
 @cache

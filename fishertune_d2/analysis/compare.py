@@ -14,7 +14,7 @@ from pathlib import Path
 from fishertune_d2.analysis.statistics import format_weights, markdown_table
 from fishertune_d2.analysis.study import read_results
 from fishertune_d2.command_line import ending_in_a_sentence
-from fishertune_d2.run import ENTRY, Results, require_same_protocol
+from fishertune_d2.run import ENTRY, Results, Run, require_same_protocol, variant
 
 _VARY = (*ENTRY, "vfm")
 
@@ -31,7 +31,8 @@ def compare(output_dirs: Sequence[str | Path]) -> str:
     """
     runs = _read(output_dirs)
     columns = [*runs[0].scores, "average over unseen"]
-    return _format(runs, columns, [[*run.scores.values(), run.target_average] for run in runs])
+    scores = [[*run.scores.values(), run.target_average] for run in runs]
+    return _format(output_dirs, runs, columns, scores)
 
 
 def compare_classes(output_dirs: Sequence[str | Path], name: str) -> str:
@@ -57,7 +58,7 @@ def compare_classes(output_dirs: Sequence[str | Path], name: str) -> str:
     scores = [
         [*(run.per_class[name].get(label) for label in classes), run.scores[name]] for run in runs
     ]
-    return _format(runs, [*classes, f"mIoU of {name}"], scores)
+    return _format(output_dirs, runs, [*classes, f"mIoU of {name}"], scores)
 
 
 def _read(output_dirs: Sequence[str | Path]) -> list[Results]:
@@ -66,21 +67,31 @@ def _read(output_dirs: Sequence[str | Path]) -> list[Results]:
     return runs
 
 
+def _label(output_dir: str | Path, results: Results) -> str:
+    """The method, and what tells the run from others of it; a study's table holds no config."""
+    run, label = Run(Path(output_dir)), results.protocol["method"]
+    if run.config_file.is_file():
+        label += variant(run.config)
+    return label + (", perturbed" if results.protocol.get("feature_perturbation") else "")
+
+
 def _format(
-    runs: Sequence[Results], columns: Sequence[str], scores: Sequence[Sequence[float | None]]
+    output_dirs: Sequence[str | Path],
+    runs: Sequence[Results],
+    columns: Sequence[str],
+    scores: Sequence[Sequence[float | None]],
 ) -> str:
     """Formats a line for each run: its method, its scores and its commit."""
     headers = ["foundation model", "method", "backbone weights tuned", *columns, "commit"]
     lines = [
         [
             run.protocol.get("vfm", "-"),  # runs of the first commits did not record it
-            run.protocol["method"]
-            + (", perturbed" if run.protocol.get("feature_perturbation") else ""),
+            _label(folder, run),
             "-" if run.tuned_parameters is None else format_weights([run.tuned_parameters]),
             *("-" if score is None else f"{score:.2f}" for score in of_run),
             run.commit,
         ]
-        for run, of_run in zip(runs, scores, strict=True)
+        for folder, run, of_run in zip(output_dirs, runs, scores, strict=True)
     ]
     hidden = {*_VARY, "name", "test_size", "classes", "label_map"}
     shared = [runs[0].protocol_name] if runs[0].protocol_name else []

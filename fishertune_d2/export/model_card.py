@@ -13,7 +13,7 @@ from fishertune_d2.engine.evaluation_hook import BEST
 from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.files import whole_file
 from fishertune_d2.modeling import VFMS
-from fishertune_d2.run import Results, Run
+from fishertune_d2.run import Results, Run, variant
 
 from .delta import Architecture
 
@@ -71,13 +71,14 @@ class ModelCard:
         if record is None:
             return cls()
         config, results = record.config, run.results
+        method = config.get("TUNING.METHOD")
         scored = results is not None and (results.protocol.get("iterations"), results.seed) == (
             record.iterations,
             config.get("SEED"),
         )
         images = "" if record.images is None else f" ({record.images:,} images)"
         facts: dict[str, Any] = {
-            "tuning method": config.get("TUNING.METHOD"),
+            "tuning method": method and f"{method}{variant(config)}",
             "tuned weights of the backbone": _share(results) if scored else None,
             "training data": ", ".join(config.get("DATASETS.TRAIN", ())) + images,
             "iterations": record.iterations,

@@ -63,6 +63,22 @@ def test_perturbed_features_are_named(tmp_path):
     assert (_cells(plain)[1], _cells(perturbed)[1]) == ("vpt", "vpt, perturbed")
 
 
+def test_runs_of_one_method_are_told_apart(tmp_path):
+    configs = (
+        "TUNING: {UNIT: weight}",
+        "TUNING: {UNIT: neuron, ALLOCATION: layer, STEPS: fisher}",
+        "FISHER: {PERTURB: {KIND: night}}",
+    )
+    runs = [_write(tmp_path / str(i), "fishertune") for i in range(len(configs))]
+    for run, config in zip(runs, configs, strict=True):
+        (run / "config.yaml").write_text(config)
+    assert [_cells(line)[1] for line in compare(runs).splitlines()[2:5]] == [
+        "fishertune",
+        "fishertune, unit neuron, allocation layer, steps fisher",
+        "fishertune, shift night",
+    ]
+
+
 def test_runs_without_unseen_domains_have_no_average(tmp_path):
     text = compare([_write(tmp_path / "a", "full", average=None)])
     assert _cells(text.splitlines()[2])[6] == "-"

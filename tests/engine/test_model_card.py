@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.export.__main__ import main
+from fishertune_d2.export.model_card import ModelCard
 from fishertune_d2.run import Run
 
 from .conftest import train
@@ -68,6 +70,13 @@ def test_a_card_has_the_facts_and_the_scores_of_the_run(run, public):
     exec(code.replace("local-dir:.", f"local-dir:{of_delta.parent}"), names)
     weights = load_file(of_delta.with_name("model.safetensors"))
     assert all(torch.equal(t, weights[n]) for n, t in names["backbone"].state_dict().items())
+
+
+def test_the_method_is_named_with_what_it_selects(tiny_cfg, tmp_path):
+    cfg = tiny_cfg(TUNING__UNIT="neuron", FISHER__PERTURB__KIND="night")
+    record = RunRecord.of_run(cfg, None, None)
+    card = ModelCard.of_run(Run(tmp_path), tmp_path / "model_final.pth", record)
+    assert card.facts["tuning method"] == "fishertune, unit neuron, shift night"
 
 
 def test_the_card_of_the_best_has_its_own_scores(run):
