@@ -161,7 +161,8 @@ RIVALS = (
         "ECCV 2024",
         "MIT",
         "all weights of EVA-02-CLIP-L; the head has queries made of class names",
-        "20 k, 8 images, 1e-5 x 0.1; rare classes and crops are drawn",
+        "20 k, 8 images (the authors: 8 a GPU, number of GPUs unknown), 1e-5 x 0.1; rare classes and "
+        "crops are drawn",
         "tqdm_eva02_clip.yaml",
         "full",
     ),
