@@ -78,7 +78,9 @@ class SegmentationMapper:
             image_format: "RGB" or "BGR".
             pad_to: (height, width) up to which smaller crops are padded on the right and at the
                 bottom, so that a batch stacks; None pads nothing.
-            pad_value: Colour of the padding, 0..255: the pixel mean, which the model sees as 0.
+            pad_value: Colour of the padding, 0..255: MODEL.PIXEL_MEAN. The model sees it rounded,
+                as about 0; under MODEL.VFM.PIXELS authors it subtracts the authors' mean, and sees
+                the difference.
             ignore_label: Label of the padding.
             test_sizes: (width, height) that replaces a data set's own ``test_size``, keyed by the
                 data set's name; None tests at the file's size.
