@@ -294,7 +294,7 @@ cp outputs/camvid/text_queries/results.json docs/results/heads/text_queries.json
 cp outputs/camvid/mask_text/results.json docs/results/heads/mask_text.json
 ```
 """
-TAIL = """## Methods without a row here
+TAIL = """## Methods without an entry here
 
 The means are those that the papers report for GTAV to Cityscapes, BDD100K and Mapillary. The test
 sizes are not known here, so these means compare neither with each other nor with the tables above.
