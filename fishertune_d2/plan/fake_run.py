@@ -40,6 +40,7 @@ class Pass(NamedTuple):
     wanted: Sequence[Tensor]  # the tensors whose gradients the backward pass computes
     images: int  # how many images the pass covers
     repeats: int = 1  # how often a step covers each of its images
+    forwards: int = 0  # further forward passes over each image, without gradients
 
 
 class FakeRun:
@@ -150,7 +151,7 @@ class FakeRun:
                 return loss_fn(model, batch)
 
         # On the images, and on their shift.
-        return Pass(loss, wanted, images, repeats=2 * self.cost.passes)
+        return Pass(loss, wanted, images, 2 * self.cost.passes, self.cost.draws)
 
 
 def stage_lengths(cfg: CfgNode, method: TuningMethod) -> dict[str, tuple[int, int]]:

@@ -52,7 +52,7 @@ def step_flops(run: FakeRun, name: str) -> tuple[int, Counter[str]]:
     run.enter_end(name, model)
     step = run.one_pass(name, model, torch.device("meta"))
     flops = count_flops(step.loss, step.wanted)
-    passes = step.repeats * (flops.forward + flops.backward)
+    passes = step.repeats * (flops.forward + flops.backward) + step.forwards * flops.forward
     return passes * run.stages[name][1] // step.images, flops.uncounted
 
 

@@ -160,6 +160,19 @@ def test_the_estimate_needs_no_gradients_of_the_decoders_weights(small_cfg, real
     assert _planned(cfg, "estimation") == 2 * measured  # on x and on x'
 
 
+def test_one_image_at_a_time_needs_one_more_forward_pass(small_cfg):
+    runs = []
+    for estimator in ("diagonal", "diagonal_loop"):
+        cfg = small_cfg(FISHER__ESTIMATOR=estimator)
+        runs.append(FakeRun(cfg, build_tuning_method(cfg), (48, 64)))
+    batch, loop = (step_flops(run, "estimation")[0] for run in runs)
+    model = runs[0].model("estimation")
+    runs[0].enter_end("estimation", model)
+    step = runs[0].one_pass("estimation", model, torch.device("meta"))
+    forward = count_flops(step.loss, step.wanted).forward
+    assert loop - batch == pytest.approx(forward, rel=0.01)
+
+
 def test_expensive_operators_without_a_formula_are_named():
     layer, x = nn.Linear(3, 3).to("meta"), torch.empty(3, 3, device="meta")
     flops = count_flops(lambda: torch.linalg.matrix_exp(layer(x)).add(1))

@@ -34,7 +34,8 @@ class DiagonalLoop(Estimator):
     Works for any loss and any model. Memory: the gradients of one image and one number per weight.
     """
 
-    cost = Cost(extra=1, images=1)  # the gradients of the image before
+    # The gradients of the image before; Eq. 6 takes statistics over the whole batch.
+    cost = Cost(extra=1, images=1, draws=1)
 
     def reset(self) -> None:
         """Sets the sums of squares to 0."""

@@ -25,12 +25,14 @@ class Cost:
         extra: further numbers that exist at the end of a forward pass.
         passes: forward and backward passes over each batch.
         images: number of images in a pass; None for the whole batch.
+        draws: forward passes without gradients over each batch on x', which draw its shift.
     """
 
     kept: int = 1
     extra: int = 0
     passes: int = 1
     images: int | None = None
+    draws: int = 0
 
 
 class Estimator(ABC):
