@@ -1,6 +1,6 @@
 """The short way to a selection: estimate, score and rank in one call."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -37,7 +37,8 @@ def select(
 
     Args:
         model: its weights stay the same.
-        batches: see :func:`estimate_fisher`; at least two images each.
+        batches: see :func:`estimate_fisher`; at least two images each, or Eq. 6 shifts nothing. Only
+            a last one may have one.
         loss_fn: ``(model, batch) -> (B,)``, see :func:`estimate_fisher`.
         share: share of ``base`` to select, in [0, 1].
         base: a number of weights; by default all of the model. (Paper: the backbone alone.)
@@ -52,20 +53,21 @@ def select(
         The selection, by the parameter names of ``model``.
 
     Raises:
-        ValueError: if there is no such ``steps``.
+        ValueError: if there is no such ``steps``, or the first batch has too few images for Eq. 6.
     """
     if steps not in STEPS:
         raise ValueError(f"unknown steps {steps!r}: choose from {', '.join(STEPS)}")
     candidates = find_candidates(model)
     units = Units(unit, {c.name: tuple(c.parameter.shape) for c in candidates})
+    perturb = perturb or StatisticsPerturbation.of_vit(model)
     estimate = estimate_fisher(
         model,
-        batches,
+        _with_spread(batches) if isinstance(perturb, StatisticsPerturbation) else batches,
         loss_fn,
         candidates,
         estimator=estimator,
         labels=labels,
-        perturb=perturb or StatisticsPerturbation.of_vit(model),
+        perturb=perturb,
     )
     if base is None:
         base = sum(parameter.numel() for parameter in model.parameters())
@@ -75,3 +77,14 @@ def select(
         selection.steps = steps_of_units(estimate.f, selection)
     selection.notes |= estimate.notes | {"images": str(estimate.images)}
     return selection
+
+
+def _with_spread(batches: Iterable[Sequence]) -> Iterator[Sequence]:
+    """Yields the batches, and refuses a first one without the spread that Eq. 6 needs."""
+    for step, batch in enumerate(batches):
+        if step == 0 and len(batch) < 2:  # a DataLoader's last one may have a single image left
+            raise ValueError(
+                "the batches have one image, so Eq. 6 shifts nothing, and F alone would select: "
+                "pass batches of two or more, such as DataLoader(..., batch_size=4)"
+            )
+        yield batch

@@ -7,6 +7,7 @@ from fishertune_d2.fisher import (
     ALLOCATIONS,
     UNITS,
     FisherEstimate,
+    ImageShift,
     Selection,
     StatisticsPerturbation,
     Units,
@@ -64,3 +65,16 @@ def test_passes_its_options_on(vit, images, loss):
 def test_refuses_unknown_steps(vit, images, loss):
     with pytest.raises(ValueError, match="unknown steps 'natural': choose from equal, fisher"):
         select(vit(), [images(2)], loss, steps="natural")
+
+
+def test_batches_of_one_image_have_no_shift_by_eq6(vit, images, loss):
+    with pytest.raises(ValueError, match="have one image, so Eq. 6 shifts nothing.*batch_size=4"):
+        select(vit(), (images(1) for _ in range(4)), loss)
+    select(vit(), iter([images(3), images(1)]), loss)  # what a loader has left
+    batch = [{"image": 50 * image + 128, "label": label} for image, label in images(1)]
+    select(
+        vit(),
+        [batch],
+        lambda model, batch: loss(model, [(item["image"], item["label"]) for item in batch]),
+        perturb=ImageShift(lambda image, random: image // 2, "darker"),
+    )
