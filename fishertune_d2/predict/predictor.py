@@ -170,10 +170,11 @@ def read_run(config_file: str | Path, options: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: if the weights do not exist.
-        ValueError: if no weights are named.
+        ValueError: if no weights are named, or only those from which an unfinished run started.
     """
-    own = Run(Path(config_file).parent).checkpoint
-    if "MODEL.WEIGHTS" not in options[::2] and own.is_file():
+    folder = Path(config_file).parent
+    own, named = Run(folder).checkpoint, "MODEL.WEIGHTS" in options[::2]
+    if not named and own.is_file():
         options = [*options, "MODEL.WEIGHTS", str(own)]
     cfg = read_config(str(config_file), options)
     weights = cfg.MODEL.WEIGHTS
@@ -181,6 +182,13 @@ def read_run(config_file: str | Path, options: Sequence[str] = ()) -> CfgNode:
         raise ValueError(
             f"{config_file} names no weights, and there is no {own.name} beside it: add "
             "--opts MODEL.WEIGHTS FILE with a checkpoint of a run"
+        )
+    # Only a training writes metrics.json; the config of an evaluation names what it has scored.
+    if not named and not own.is_file() and (folder / "metrics.json").is_file():
+        raise ValueError(
+            f"there is no {own.name} of the training in {folder} yet, and {config_file} names the "
+            f"weights from which it started, {weights}: add --opts MODEL.WEIGHTS FILE with one of "
+            "its checkpoints"
         )
     if "://" not in weights and not Path(weights).is_file():
         raise FileNotFoundError(f"MODEL.WEIGHTS is {weights}, and there is no such file")

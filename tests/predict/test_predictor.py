@@ -119,6 +119,18 @@ def test_no_weights(make_run, town):
         _read(cfg, "MODEL.WEIGHTS", "away.pth")
 
 
+def test_an_unfinished_run_does_not_predict_with_the_weights_from_which_it_started(make_run, town):
+    start = f"{make_run('start').OUTPUT_DIR}/model_final.pth"
+    cfg = make_run(MODEL__WEIGHTS=start)
+    folder = Path(cfg.OUTPUT_DIR)
+    own = (folder / "model_final.pth").rename(folder / "model_0000009.pth")
+    assert _read(cfg).MODEL.WEIGHTS == start  # the folder of an evaluation
+    (folder / "metrics.json").touch()
+    with pytest.raises(ValueError, match=f"no model_final.pth of .* yet, .* started, {start}: add"):
+        _read(cfg)
+    assert _read(cfg, "MODEL.WEIGHTS", str(own)).MODEL.WEIGHTS == str(own)
+
+
 def test_weights_of_another_number_of_classes(make_run, town):
     cfg, other = make_run(), make_run("other", MODEL__SEM_SEG_HEAD__NUM_CLASSES=5)
     weights = f"{other.OUTPUT_DIR}/model_final.pth"
