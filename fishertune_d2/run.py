@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Results:
         protocol: how the run was trained and scored; earlier versions recorded fewer facts.
         backbone_parameters: the number of weights of the backbone.
         tuned_parameters: how many of them were tuned, or added to it; None if that is not known.
+        failed: why a test set could not be scored, by its name.
     """
 
     place: str
@@ -70,6 +71,7 @@ class Results:
     protocol: Mapping[str, Any]
     backbone_parameters: int
     tuned_parameters: int | None
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: str | Path) -> "Results":
@@ -86,9 +88,10 @@ class Results:
     @classmethod
     def of(cls, content: Mapping[str, Any], place: str) -> "Results":
         """Checks the content of a ``results.json``; a RunError names ``place`` if it is damaged."""
-        names = [each.name for each in fields(cls) if each.name != "place"]
+        names = [each.name for each in fields(cls) if each.name not in ("place", "failed")]
         try:
-            results = cls(place, **{name: content[name] for name in names})
+            found = {name: content[name] for name in names}
+            results = cls(place, **found, failed={**content.get("failed", {})})
             numbers = [*results.scores.values(), results.backbone_parameters]
             numbers += [
                 n for n in (results.tuned_parameters, results.target_average) if n is not None

@@ -63,13 +63,14 @@ def _scores(run: Run) -> dict[str, Any] | None:
         return None
     scores, per_class = results.scores, results.per_class
     classes = dict.fromkeys(label for name in scores for label in results.protocol["classes"][name])
-    source = list(results.source.values())
+    source = [] if results.failed else list(results.source.values())
     return {
         "columns": [(name, name in results.source) for name in scores],
         "miou": list(scores.values()),
         "classes": [(label, [per_class[name].get(label) for name in scores]) for label in classes],
         "source": sum(source) / len(source) if source else None,
-        "unseen": results.target_average,
+        # An average over fewer data sets than in other runs would not compare with theirs.
+        "unseen": None if results.failed else results.target_average,
         "unseen_count": len(results.targets),
     }
 

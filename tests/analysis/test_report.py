@@ -236,6 +236,14 @@ def test_scores_of_an_unfinished_run_are_marked(tmp_path):
     assert "20 of 40 iterations, and the scores are from an evaluation during training" in text
 
 
+def test_a_test_set_that_could_not_be_scored_is_named_and_no_average_is_shown(tmp_path):
+    failed = {"town_fog": "fog/1.png: cannot be read. Copy it again."}
+    text = _report(_write_run(tmp_path / "run", {**RESULTS, "failed": failed})).text
+    assert "fishertune on dinov2_vitl; 1.50 M weights tuned" in text
+    assert f"town_fog is not scored, so no average is shown: {failed['town_fog']}" in text
+    assert "source town_day unseen town_night mIoU 61.23 40.50" in text
+
+
 def test_a_run_that_has_logged_nothing(tmp_path):
     folder = _write_run(tmp_path / "run", None)
     for name in ("metrics.json", "log.txt"):
