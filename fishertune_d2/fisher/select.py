@@ -37,8 +37,8 @@ def select(
 
     Args:
         model: its weights stay the same.
-        batches: see :func:`estimate_fisher`; at least two images each, or Eq. 6 shifts nothing. Only
-            a last one may have one.
+        batches: see :func:`estimate_fisher`; at least two images each, or Eq. 6 shifts nothing. A
+            later one may have one image.
         loss_fn: ``(model, batch) -> (B,)``, see :func:`estimate_fisher`.
         share: share of ``base`` to select, in [0, 1].
         base: a number of weights; by default all of the model. (Paper: the backbone alone.)
