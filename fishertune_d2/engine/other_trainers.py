@@ -162,6 +162,12 @@ class _ViT:
         if batches < 1:
             raise ValueError(f"batches is {batches}: choose at least 1 to measure on")
         require_choice("estimator", estimator, ESTIMATORS)
+        if loss_fn is None and ESTIMATORS[estimator].cost.images != 1:  # now, not after the warm-up
+            raise ValueError(
+                f"the estimator {estimator!r} passes whole batches, of which a Detectron2 model "
+                "gives one loss: pass a loss_fn that gives the loss of each image, or choose "
+                "'diagonal_loop'"
+            )
         shift = StatisticsPerturbation.of_vit(self.module) if perturb is None else perturb
 
         def estimate() -> FisherEstimate:

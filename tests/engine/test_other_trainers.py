@@ -346,6 +346,7 @@ def test_two_processes_select_together_and_stay_equal(start_process, tmp_path):
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"batches": 0}, "batches is 0: choose at least 1"),
         ({"estimator": "diagnoal"}, "estimator is 'diagnoal': choose from diagonal, diagonal_loop"),
+        ({"estimator": "closed_form"}, "'closed_form' passes whole batches, .* pass a loss_fn"),
         ({"d_max": 1.0}, r"and only 19,584 can be selected: choose at most 0\.\d+"),
         ({"d_max": 1.0, "unit": "neuron"}, "and only 19,512 can be selected"),  # no bias of fc2
         ({"unit": "row"}, "unknown unit 'row': choose from weight, neuron"),
@@ -383,7 +384,7 @@ def test_refuses_a_frozen_backbone_and_a_second_time(tmp_path):
     ("options", "start", "error", "message"),
     [
         ({"data_loader": [[{}]]}, 0, ValueError, "batches of one image"),
-        ({"estimator": "diagonal"}, 0, ValueError, "one number for 4 images"),
+        ({"estimator": "diagonal", "loss_fn": loss_of_one_image}, 0, ValueError, "number for 4"),
         ({}, WARMUP + 1, RuntimeError, "call apply_fishertune before a checkpoint is loaded"),
     ],
 )
@@ -408,8 +409,7 @@ def _vit() -> nn.Module:
 
 
 def test_candidates_of_detectron2s_vit():
-    vit, width = _vit(), 24
-    candidates = find_candidates(vit)
+    width, candidates = 24, find_candidates(_vit())
     assert {(c.kind, c.block) for c in candidates} == {(k, b) for k in KINDS for b in range(3)}
     numbers = {"Q": width * width + width, "FFN": 8 * width * width + 5 * width}
     for kind in ("Q", "K", "V", "FFN"):
