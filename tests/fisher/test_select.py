@@ -62,9 +62,18 @@ def test_passes_its_options_on(vit, images, loss):
     assert selection.notes["strength"] == "0.25"
 
 
-def test_refuses_unknown_steps(vit, images, loss):
-    with pytest.raises(ValueError, match="unknown steps 'natural': choose from equal, fisher"):
-        select(vit(), [images(2)], loss, steps="natural")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": "natural"}, "unknown steps 'natural': choose from equal, fisher"),
+        ({"allocation": "block"}, "unknown allocation 'block': choose from global, layer"),
+        ({"share": 5}, r"share of 5 of .* choose from 0 to at most 0\.\d+, since"),
+        ({"share": 0.95}, r"share of 0.95 of .* choose from 0 to at most 0\.\d+, since"),
+    ],
+)
+def test_refuses_before_the_estimate_what_cannot_be_selected(options, message, vit, images):
+    with pytest.raises(ValueError, match=message):
+        select(vit(), [images(2)], lambda model, batch: pytest.fail("measured"), **options)
 
 
 def test_batches_of_one_image_have_no_shift_by_eq6(vit, images, loss):
