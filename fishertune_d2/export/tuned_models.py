@@ -221,11 +221,12 @@ def _architecture(cfg: CfgNode) -> Architecture:
     vfm = cfg.MODEL.VFM
     configured = Pixels(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     mean, std = pixel_statistics(vfm.NAME, vfm.PIXELS, configured)
+    of_table = VFMS[vfm.NAME]
     return Architecture(
         vfm=vfm.NAME,
-        timm_name=VFMS[vfm.NAME].timm_name,
+        timm_name=of_table.timm_name,
         img_size=tuple(vfm.IMG_SIZE),
-        patch_size=vfm.PATCH_SIZE or VFMS[vfm.NAME].patch_size,
+        patch_size=of_table.family.patch_size(vfm.PATCH_SIZE, of_table.patch_size),
         pixel_mean=(mean[0], mean[1], mean[2]),
         pixel_std=(std[0], std[1], std[2]),
     )

@@ -196,6 +196,8 @@ def main() -> None:
         help="images in each split and domain (default: 240 to train on, 40 for each test set)",
     )
     arguments = parser.parse_args()
+    if arguments.images is not None and arguments.images < 1:
+        parser.error(f"--images is {arguments.images}: choose at least 1")
     counts = None if arguments.images is None else dict.fromkeys(COUNTS, arguments.images)
     root = ensure_streets(arguments.output, counts)
     print(f"Street scenes (generator version {GENERATOR_VERSION}) are in {root.resolve()}")

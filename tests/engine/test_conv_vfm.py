@@ -72,6 +72,7 @@ def test_a_run_is_exported_reported_and_built_again(tiny_cfg, tmp_path, caplog):
     trainer = train(cfg)
     (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
     delta = delta_of_run(cfg.OUTPUT_DIR)
+    assert delta.architecture.patch_size == 32  # the stride of the last stage
     assert 0 < delta.changed <= 0.05 * sum(t.numel() for t in public.values())
     exported = tuned_backbone(delta, str(tmp_path / "public.safetensors")).vit.state_dict()
     trained = trainer.backbone.vit.state_dict()

@@ -344,6 +344,14 @@ def test_one_worker_is_this_process(tmp_path, monkeypatch):
     assert cv2.getNumThreads() == threads
 
 
+def test_the_command_refuses_a_data_set_without_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["streets", "--output", str(tmp_path / "s"), "--images", "0"])
+    with pytest.raises(SystemExit):
+        streets.main()
+    assert "--images is 0: choose at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_command_refuses_a_data_set_of_another_size(tmp_path, monkeypatch):
     root = tmp_path / "streets"
     monkeypatch.setattr(sys, "argv", ["streets", "--output", str(root), "--images", "3"])
