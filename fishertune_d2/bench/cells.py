@@ -200,14 +200,14 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
     shared = [WARMUP] if cfg.TUNING.WARMUP_ITERS else []
     shared += [ESTIMATE] if method.selects and method.estimates else []
     keys = json.loads(json.dumps(defining_keys(cfg)))
-    scoring = {"rules": _rules(cfg), "test_sizes": _test_sizes(cfg, request.test_sets)}
+    rules, sizes = _rules(cfg), _test_sizes(cfg, request.test_sets)
     cells = []
     for seed in request.seeds:
         recipe = keys | {"SEED": seed}
         paths = {what: what.path(place, recipe) for what in shared}
         folder, of_seed = place / f"{name}_{seed}", (*options, "SEED", str(seed))
         parts = entry, vfm, seed, rate, folder, config, of_seed, recipe, paths
-        cells.append(Cell(*parts, **scoring, best_on=cfg.TEST.BEST_ON))
+        cells.append(Cell(*parts, rules=rules, test_sizes=sizes, best_on=cfg.TEST.BEST_ON))
     return cells
 
 
@@ -216,7 +216,7 @@ def _rules(cfg: CfgNode) -> dict[str, Any]:
     return {"name": cfg.TEST.PROTOCOL, "precision": "float32", **score_rules(cfg)}
 
 
-def _test_sizes(cfg: CfgNode, names: Sequence[str]) -> dict[str, Sequence[int] | None]:
+def _test_sizes(cfg: CfgNode, names: Sequence[str]) -> Mapping[str, Sequence[int] | None]:
     """The sizes at which a config tests those data sets that are registered."""
     found = {name: registered_dataset(name) for name in names}
     own = {name: dataset.test_size for name, dataset in found.items() if dataset}
