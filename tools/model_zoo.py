@@ -95,7 +95,8 @@ class Model:
     def setting(self) -> tuple[str, tuple[str, ...], tuple[str, ...], str]:
         """The foundation model, the training data, the test sets and the protocol's name."""
         run, results = self.runs[0], self.results[0]
-        return run.vfm, run.train, tuple(results.scores), results.protocol_name
+        # In one order, because a run records its own.
+        return run.vfm, run.train, tuple(sorted(results.scores)), results.protocol_name
 
     @property
     def line(self) -> list[str]:
@@ -110,7 +111,7 @@ class Model:
             f"{warmup} + {results.protocol['iterations'] - warmup}",
             str(len(self.runs)),
             "-" if tuned is None else format_weights([tuned]),
-            *(format_mean([r.scores[name] for r in self.results]) for name in results.scores),
+            *(format_mean([r.scores[name] for r in self.results]) for name in self.setting[2]),
         ]
 
 
@@ -148,7 +149,7 @@ def section(models: Sequence[Model]) -> str:
     """Returns the heading and the table of models with the same setting."""
     vfm, train, sets, protocol = models[0].setting
     every = [results for model in models for results in model.results]
-    require_same_protocol(every, vary=(*ENTRY, *LENGTH, "seed"))
+    require_same_protocol(every, vary=(*ENTRY, *LENGTH, "seed"), sets=sets)
     headers = ["setting", "method", "rate", "steps", "seeds", "weights tuned", *sets]
     lines = [model.line for model in models]
     table = markdown_table(lines, headers)
