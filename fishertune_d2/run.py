@@ -6,6 +6,7 @@ Reports, tables, exports and predictions read a run through :class:`Run`, and it
 
 import json
 import re
+import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -315,13 +316,13 @@ class Run:
         Returns:
             The iterations done and the mIoU in percent of each evaluation, by data set.
         """
-        end = "/sem_seg/mIoU"
+        end, last = "/sem_seg/mIoU", sys.maxsize
+        if self.config_file.is_file():  # only train_net.py writes it
+            last = self.config["SOLVER.MAX_ITER"]
         names = dict.fromkeys(key for numbers in self.metrics.values() for key in numbers)
         # Detectron2 logs the evaluation at the end with MAX_ITER, the others one iteration earlier.
         return {
-            key.removesuffix(end): [
-                (min(i + 1, self.config["SOLVER.MAX_ITER"]), score) for i, score in self.series(key)
-            ]
+            key.removesuffix(end): [(min(i + 1, last), score) for i, score in self.series(key)]
             for key in names
             if key.endswith(end)
         }

@@ -117,8 +117,10 @@ def test_the_resumed_run_makes_up_for_an_evaluation_on_the_way(tiny_cfg, when, m
     assert _last(parts) == ("model_preempted.pth", 4)
     train(parts, resume=True)
     assert same_end(whole.OUTPUT_DIR, parts.OUTPUT_DIR)
+    for cfg in (whole, parts):
+        Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())  # as train_net.py does
     series = [Run(Path(cfg.OUTPUT_DIR)).score_series()["tiny_day"] for cfg in (whole, parts)]
-    assert [[at for at, _ in each] for each in series] == [[4, 7]] * 2
+    assert [[at for at, _ in each] for each in series] == [[5, 7]] * 2
     best = [
         torch.load(Path(cfg.OUTPUT_DIR, "model_best.pth"), weights_only=True)
         for cfg in (whole, parts)
