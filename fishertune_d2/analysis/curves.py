@@ -35,17 +35,16 @@ def read_curves(table: Path) -> Curves:
         RunError: No run of the table has a curve.
     """
     found: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = {}
-    models = set()
     for run in read_table(table):
         curve = _mean_curve(run)
         if curve:
             name = Path(run.run).name.rpartition("_")[0]  # the entry, and its rate if it has one
-            models.add(run.vfm)
             found.setdefault((run.vfm, name), {})[run.seed] = curve
     if not found:
         raise RunError(
             f"no run in {table} was scored during its training: train with TEST.EVAL_PERIOD"
         )
+    models = {vfm for vfm, _ in found}
     return {f"{vfm}, {n}" if len(models) > 1 else n: seeds for (vfm, n), seeds in found.items()}
 
 

@@ -217,8 +217,7 @@ class Search(Train):
         """
         super().require_ready()
         for vfm in self.request.vfms:
-            of_vfm = [cell for cell in self.cells if cell.vfm == vfm and cell.rate is not None]
-            require_same_search(self.request.place(vfm), of_vfm, self.request.dev)
+            require_same_search(self.request.place(vfm), self._tried(vfm), self.request.dev)
         searched = list(dict.fromkeys(c.entry.name for c in self.cells if c.rate is not None))
         # Without dev sets of the profile, a run with a chosen rate is scored on test sets at once.
         scored = f"{TEST}/results.json" if self.request.profile.dev else "results.json"
@@ -233,15 +232,18 @@ class Search(Train):
     def conclude(self) -> None:
         """Chooses the learning rates, and prints them."""
         for vfm in self.request.vfms:
-            place = self.request.place(vfm)
-            of_vfm = [cell for cell in self.cells if cell.vfm == vfm and cell.rate is not None]
+            place, tried = self.request.place(vfm), self._tried(vfm)
             if split_place(place) is None:
-                choices = write_choices(place, of_vfm, self.request.dev)
+                choices = write_choices(place, tried, self.request.dev)
                 print(place / "choices.json")
             else:
                 choices = read_choices(place)
-            for name in dict.fromkeys(cell.entry.name for cell in of_vfm):
+            for name in dict.fromkeys(cell.entry.name for cell in tried):
                 print(describe(name, choices[name]) if name in choices else f"{name}: still open")
+
+    def _tried(self, vfm: str) -> list[Cell]:
+        """The cells of a foundation model with the rates to try, without the frozen one."""
+        return [cell for cell in self.cells if cell.vfm == vfm and cell.rate is not None]
 
 
 class Test(Train):

@@ -78,8 +78,8 @@ def test_in_the_estimation_it_leaves_at_once(parts, finished_run):
     assert same_end(finished_run, parts.OUTPUT_DIR)
 
 
-@pytest.mark.parametrize("when", ["in the last iteration", "in the evaluation"])
-def test_an_evaluation_is_left_to_the_resumed_run(parts, finished_run, when, monkeypatch):
+def _stop(cfg, monkeypatch, iteration: int | None) -> None:
+    """Trains until SIGTERM, in an iteration or, with None, in the first evaluation."""
 
     def interrupted(cfg, model):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -87,8 +87,13 @@ def test_an_evaluation_is_left_to_the_resumed_run(parts, finished_run, when, mon
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
         patch.setattr(Trainer, "test", staticmethod(interrupted))
-        train(parts, *([_Signal(6)] if when == "in the last iteration" else []))
+        train(cfg, *([] if iteration is None else [_Signal(iteration)]))
     assert left.value.code == EXIT_CODE
+
+
+@pytest.mark.parametrize("when", ["in the last iteration", "in the evaluation"])
+def test_an_evaluation_is_left_to_the_resumed_run(parts, finished_run, when, monkeypatch):
+    _stop(parts, monkeypatch, 6 if when == "in the last iteration" else None)
     results = Path(parts.OUTPUT_DIR) / "results.json"
     assert not results.exists()
     train(parts, resume=True)
@@ -105,15 +110,7 @@ def test_the_resumed_run_makes_up_for_an_evaluation_on_the_way(tiny_cfg, when, m
         tiny_cfg(name, SOLVER__CHECKPOINT_PERIOD=100, **options) for name in ("whole", "parts")
     )
     train(whole)
-
-    def interrupted(cfg, model):
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("went on")
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr(Trainer, "test", staticmethod(interrupted))
-        train(parts, *([_Signal(4)] if when == "in the iteration" else []))
-    assert left.value.code == EXIT_CODE
+    _stop(parts, monkeypatch, 4 if when == "in the iteration" else None)
     assert _last(parts) == ("model_preempted.pth", 4)
     train(parts, resume=True)
     assert same_end(whole.OUTPUT_DIR, parts.OUTPUT_DIR)
