@@ -1,6 +1,7 @@
 """Writes docs/results/gpu.md from docs/results/gpu.json."""
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from gpu_check.demo import ROOT
 
 DATA, PAGE = ROOT / "docs/results/gpu.json", ROOT / "docs/results/gpu.md"
 HEAD = Path(__file__).with_name("page.md")
+WIDTH = 120  # of a line of text in the documents
 NOT_YET = "Not measured yet. The commands below measure it."
 
 
@@ -95,7 +97,7 @@ def parts_table(parts: dict[str, dict]) -> str:
 def entries_table(text: str, columns: dict[str, tuple[str, str]], entries: list[dict]) -> str:
     """Formats a line for each entry, with a dash for a missing number."""
     lines = [[number(entry.get(key), form) for key, form in columns.values()] for entry in entries]
-    return (f"{text}\n\n" if text else "") + table(columns, lines)
+    return (f"{textwrap.fill(text, WIDTH)}\n\n" if text else "") + table(columns, lines)
 
 
 def demo_table(found: dict) -> str:
