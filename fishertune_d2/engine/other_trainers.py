@@ -169,13 +169,16 @@ class _ViT:
                 "'diagonal_loop'"
             )
         shift = StatisticsPerturbation.of_vit(self.module) if perturb is None else perturb
+        # A shift of the images alone needs no other image.
+        by_features = isinstance(shift, StatisticsPerturbation)
+        loaded = _with_spread(data_loader) if by_features else data_loader
 
         def estimate() -> FisherEstimate:
             # Models write into the storage on top; the run's metrics must not show these passes.
             with EventStorage(get_event_storage().iter):
                 return estimate_fisher(
                     self.model,
-                    islice(_with_spread(data_loader), batches),
+                    islice(loaded, batches),
                     loss_fn or loss_of_one_image,
                     self.candidates,
                     estimator=estimator,

@@ -20,6 +20,7 @@ from fishertune_d2.engine.other_trainers import loss_of_one_image
 from fishertune_d2.fisher import (
     KINDS,
     FisherEstimate,
+    ImageShift,
     Selection,
     StatisticsPerturbation,
     domain_related_fisher,
@@ -393,6 +394,16 @@ def test_says_at_the_estimation_what_is_wrong(options, start, error, message, tm
     _apply(trainer, tmp_path, **options)
     with pytest.raises(error, match=message):
         trainer.train(start, STEPS)
+
+
+def test_a_shift_of_images_takes_batches_of_one_image(tmp_path):
+    model = _Model()
+    model.neck = nn.Identity()  # a batch norm has no statistics of one image
+    trainer, darker = _trainer(model), ImageShift(lambda image, random: image // 2, "darker")
+    image = {"image": torch.randint(256, (3, 32, 32)).float(), "label": 0}
+    estimation = _apply(trainer, tmp_path, data_loader=[[image]] * 2, perturb=darker)
+    trainer.train(0, STEPS)
+    assert estimation.selection.count(0.05) == int(0.05 * estimation.selection.base)
 
 
 def test_a_model_may_give_its_losses_already_summed():
