@@ -164,8 +164,8 @@ def _add_solver(cfg: CN) -> None:
     # "highest" keeps float32, "high" takes TF32 (10 bits of mantissa, several times as fast), see
     # torch.set_float32_matmul_precision.
     cfg.SOLVER.MATMUL_PRECISION = "highest"
-    # Let one kernel update all weights (torch's fused AdamW and SGD): for GPUs, on which the
-    # default launches a dozen kernels for each group of tensors.
+    # Let one kernel update all weights (torch's fused AdamW and SGD). The default launches a dozen
+    # kernels for each group of tensors on a GPU, and passes over the memory as often on a CPU.
     cfg.SOLVER.FUSED = False
     # The decay of an exponential moving average of the trained weights over the tuning stage, such
     # as 0.999, from 0.5 to below 1. The average is scored and exported. 0 averages nothing.
