@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Measures what tuning does to a backbone's features, for runs with one foundation model.
 
-python tools/measure_forgetting.py OUTPUT_DIR [OUTPUT_DIR ...] --data NAME --output FILE.json
+python tools/measure_forgetting.py OUTPUT_DIR [...] --data NAME [...] --output FILE.json
 
-Each run's features are compared with those of the public backbone: their similarity by block, and
-how well a linear probe and the nearest patches find classes. Both learn from every second image of
-the data set and are tested on the others, so no class label of the run's training is used. The file
-gets the numbers, and a picture stands beside it.
+Each run's features are compared with those of the public backbone: their similarity by block on the
+first data set, and how well a linear probe and the nearest patches find classes on each data set.
+Both learn from the first half of the images and are tested on the second, so no class label of the
+run's training is used, and no frame of a film is learned that the test shows a moment later. The
+file gets the numbers, and a picture stands beside it.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from fishertune_d2.analysis.forgetting import (  # noqa: E402 - it need not be i
     neighbour_accuracy,
     patch_classes,
     probe_accuracy,
+    table_of,
 )
 from fishertune_d2.command_line import ending_in_a_sentence  # noqa: E402
 from fishertune_d2.config import read_config  # noqa: E402
@@ -79,32 +81,38 @@ def labelled_features(
     return torch.cat(features), torch.cat(classes)
 
 
-def measure(runs: Sequence[Path], data: str, count: int) -> list[dict]:
-    """Returns the numbers of the public backbone and of each run, see ``draw_forgetting``."""
-    images = read_images(read_config(str(Run(runs[0]).config_file)), data, count)
+def measure(runs: Sequence[Path], data: Sequence[str], count: int) -> list[dict]:
+    """Returns the numbers of the public backbone and of each run, see ``table_of``."""
+    cfg = read_config(str(Run(runs[0]).config_file))
+    images = {name: read_images(cfg, name, count) for name in data}
     measured, public = [], None
     for name, facts, model in tqdm(read_models(runs), total=len(runs) + 1, unit="model"):
-        blocks = block_features(model, images[::4])
+        blocks = block_features(model, images[data[0]][::4])
         public = public or blocks
-        train, test = (labelled_features(model, images[k::2]) for k in (0, 1))
-        measured.append(
-            {
-                "name": name,
-                **facts,
-                "cka": [linear_cka(a, b) for a, b in zip(blocks, public, strict=True)],
-                "probe": probe_accuracy(train, test),
-                "neighbours": neighbour_accuracy(train, test),
-            }
-        )
+        cka = [linear_cka(a, b) for a, b in zip(blocks, public, strict=True)]
+        accuracy = {each: accuracies(model, images[each]) for each in data}
+        measured.append({"name": name, **facts, "cka": cka, "accuracy": accuracy})
     return measured
+
+
+def accuracies(model: VFMSegmentor, images: Sequence[dict]) -> dict[str, float]:
+    """How well a probe and the nearest patches find the classes of the second half of images."""
+    middle = len(images) // 2
+    train, test = (labelled_features(model, half) for half in (images[:middle], images[middle:]))
+    return {
+        "probe": probe_accuracy(train, test),
+        "neighbours": neighbour_accuracy(train, test),
+    }
 
 
 def main() -> None:
     """Measures, writes the file and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
-    parser.add_argument("--data", required=True, help="a registered data set, unseen in training")
-    parser.add_argument("--images", type=int, default=64, help="how many images (64)")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="registered data sets, unseen in training"
+    )
+    parser.add_argument("--images", type=int, default=64, help="how many of each data set (64)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     args = parser.parse_args()
     with ending_in_a_sentence():
@@ -112,11 +120,7 @@ def main() -> None:
         result = {"data": args.data, "images": args.images, "models": measured}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
         draw_forgetting(measured, args.output.with_suffix(".png"))
-        for each in measured:
-            print(
-                f"{each['name']}: probe {100 * each['probe']:.1f} %, neighbours "
-                f"{100 * each['neighbours']:.1f} %, CKA of the last block {each['cka'][-1]:.3f}"
-            )
+        print(table_of(measured))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from fishertune_d2.analysis.statistics import markdown_table
+
 IGNORED = -1
 
 
@@ -123,23 +125,50 @@ def _mean_over_classes(found: Tensor, classes: Tensor) -> float:
     )
 
 
+def table_of(measured: Sequence[Mapping]) -> str:
+    """Formats a Markdown table of what ``tools/measure_forgetting.py`` measured.
+
+    Args:
+        measured: for each model its ``name``, ``cka`` by block, and ``accuracy``: by data set the
+            shares ``probe`` and ``neighbours``.
+
+    Returns:
+        A line for each model, in percent, with the similarity in the middle and the last block.
+    """
+    headers = ["backbone", "CKA, middle", "CKA, last"]
+    for name in measured[0]["accuracy"]:
+        headers += [f"{name}, probe", f"{name}, neighbours"]
+    lines = []
+    for each in measured:
+        shares = [share for found in each["accuracy"].values() for share in found.values()]
+        similar = (each["cka"][len(each["cka"]) // 2 - 1], each["cka"][-1])
+        numbers = [f"{value:.3f}" for value in similar] + [f"{100 * s:.1f}" for s in shares]
+        lines.append([each["name"], *numbers])
+    return markdown_table(lines, headers)
+
+
 def draw_forgetting(measured: Sequence[Mapping], path: Path) -> None:
     """Draws what ``tools/measure_forgetting.py`` measured.
 
     Args:
-        measured: for each model its ``name``, ``cka`` by block, and ``probe`` and ``neighbours``.
+        measured: see :func:`table_of`.
         path: the PNG to write.
     """
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    similarity, accuracy = figure.subplots(1, 2, width_ratios=[3, 2])
-    for each in measured:
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    similarity, accuracy = figure.subplots(1, 2)
+    names = list(measured[0]["accuracy"])
+    for number, each in enumerate(measured):
         (line,) = similarity.plot(each["cka"], marker=".", label=each["name"])
-        accuracy.scatter(
-            100 * each["probe"], 100 * each["neighbours"], color=line.get_color(), s=30
-        )
+        places = np.arange(len(names)) + (number - (len(measured) - 1) / 2) * 0.6 / len(measured)
+        for kind, face in (("probe", line.get_color()), ("neighbours", "none")):
+            shares = [100 * found[kind] for found in each["accuracy"].values()]
+            style = {"edgecolor": line.get_color(), "facecolor": face}
+            accuracy.scatter(places, shares, s=30, **style)
     similarity.set(
         xlabel="block", ylabel="similarity to the public backbone (CKA)", ylim=(None, 1.01)
     )
-    similarity.legend(fontsize=7)
-    accuracy.set(xlabel="linear probe, accuracy in %", ylabel="nearest neighbours, accuracy in %")
-    figure.savefig(path, dpi=100)
+    accuracy.set(xticks=range(len(names)), ylabel="accuracy of the features in %")
+    accuracy.set_xticklabels(names, fontsize=8)
+    accuracy.set_title("filled: linear probe; hollow: nearest neighbours", fontsize=9)
+    figure.legend(*similarity.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=120)

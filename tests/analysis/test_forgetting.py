@@ -14,6 +14,7 @@ from fishertune_d2.analysis.forgetting import (
     neighbour_accuracy,
     patch_classes,
     probe_accuracy,
+    table_of,
 )
 
 
@@ -93,10 +94,23 @@ def test_features_without_a_class_are_at_chance():
     assert probe_accuracy(*noise) == pytest.approx(1 / 3, abs=0.08)
 
 
-def test_the_figure_has_a_line_and_a_point_for_each_model(tmp_path):
-    measured = [
-        {"name": "full", "cka": [1.0, 0.8], "probe": 0.7, "neighbours": 0.6},
-        {"name": "fishertune", "cka": [1.0, 0.9], "probe": 0.72, "neighbours": 0.62},
+MEASURED = [
+    {"name": name, "cka": cka, "accuracy": {"day": {"probe": probe, "neighbours": probe / 2}}}
+    for name, cka, probe in (("full", [1.0, 0.5, 0.4, 0.2], 0.7), ("freeze", [1.0] * 4, 0.62))
+]
+
+
+def test_the_table_has_the_middle_and_the_last_block():
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in table_of(MEASURED).split("\n")
     ]
-    draw_forgetting(measured, tmp_path / "forgetting.png")
+    assert cells[0] == ["backbone", "CKA, middle", "CKA, last", "day, probe", "day, neighbours"]
+    assert cells[2:] == [
+        ["full", "0.500", "0.200", "70.0", "35.0"],
+        ["freeze", "1.000", "1.000", "62.0", "31.0"],
+    ]
+
+
+def test_the_figure_is_written(tmp_path):
+    draw_forgetting(MEASURED, tmp_path / "forgetting.png")
     assert (tmp_path / "forgetting.png").stat().st_size > 5000
