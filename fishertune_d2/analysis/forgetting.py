@@ -82,11 +82,12 @@ def probe_accuracy(
         0 .. 1. The solution has a closed form, so it has no learning rate and no seed.
     """
     features, classes = train
-    mean = features.double().mean(0)
-    x = features.double() - mean
     values, y = classes.unique(return_inverse=True)
-    # Every class weighs the same, as in the accuracy.
+    # Every class weighs the same, as in the accuracy; so it does in the mean, or the intercept
+    # would depend on how many patches each class has.
     weight = (1 / y.bincount().double())[y]
+    mean = (weight[:, None] * features.double()).sum(0) / weight.sum()
+    x = features.double() - mean
     hot = F.one_hot(y).double()
     offset = (weight[:, None] * hot).sum(0) / weight.sum()
     gram = x.T @ (weight[:, None] * x)

@@ -195,7 +195,6 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
     if missing:
         options += missing
         cfg = read_config(get_config_file(config), options)
-    name = file_name(entry.name if rate is None else f"{entry.name}@rate={rate:g}")
     place = request.place(vfm)
     shared = [WARMUP] if cfg.TUNING.WARMUP_ITERS else []
     shared += [ESTIMATE] if method.selects and method.estimates else []
@@ -205,7 +204,7 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
     for seed in request.seeds:
         recipe = keys | {"SEED": seed}
         paths = {what: what.path(place, recipe) for what in shared}
-        folder, of_seed = place / f"{name}_{seed}", (*options, "SEED", str(seed))
+        folder, of_seed = place / folder_name(entry, rate, seed), (*options, "SEED", str(seed))
         parts = entry, vfm, seed, rate, folder, config, of_seed, recipe, paths
         cells.append(Cell(*parts, rules=rules, test_sizes=sizes, best_on=cfg.TEST.BEST_ON))
     return cells
@@ -277,6 +276,18 @@ def sweep_entries(request: Request, key: str, values: Sequence[str]) -> list[Ent
             name, options = f"{entry.name}@{key}={value}", (*entry.options, key, value)
             swept.append(entry if same else replace(entry, name=name, options=options))
     return swept
+
+
+def folder_name(entry: Entry, rate: float | None, seed: int) -> str:
+    """The name of a cell's folder."""
+    name = entry.name if rate is None else f"{entry.name}@rate={rate:g}"
+    return f"{file_name(name)}_{seed}"
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe of the cell that was run in a folder; empty if none was."""
+    path = folder / "cell.json"
+    return json.loads(path.read_text())["recipe"] if path.is_file() else {}
 
 
 def file_name(text: str) -> str:

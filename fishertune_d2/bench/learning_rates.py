@@ -12,12 +12,13 @@ from typing import TypedDict
 import numpy as np
 
 from fishertune_d2.analysis.study import read_table, split_place
+from fishertune_d2.engine.run_keys import as_words, differing_keys
 from fishertune_d2.files import whole_file
 from fishertune_d2.run import Results
 
-from .cells import DEV, Cell
+from .cells import DEV, Cell, folder_name, recipe_of
 from .request import SEARCH
-from .tables import find_entry
+from .tables import RATE, find_entry
 
 
 class Choice(TypedDict):
@@ -96,7 +97,7 @@ def write_choices(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> di
 
 
 def require_same_search(place: Path, cells: Sequence[Cell], sets: Sequence[str]) -> None:
-    """Refuses to mix a search with an earlier one of other images or random numbers.
+    """Refuses to mix a search with an earlier one of other images, random numbers or settings.
 
     Args:
         place: The folder of a foundation model's cells.
@@ -104,7 +105,8 @@ def require_same_search(place: Path, cells: Sequence[Cell], sets: Sequence[str])
         sets: The dev sets.
 
     Raises:
-        ValueError: An entry was searched with another seed or on other sets before.
+        ValueError: An entry was searched with another seed, on other sets, or with other values of
+            keys that define the training.
     """
     choices = read_choices(place)
     for cell in cells:
@@ -115,6 +117,16 @@ def require_same_search(place: Path, cells: Sequence[Cell], sets: Sequence[str])
                 f"{', '.join(before['sets'])}, and this one uses seed {cell.seed} and "
                 f"{', '.join(sets)}: add --seeds {before['seed']}, or name another --output"
             )
+        for rate in before["mIoU"] if before else ():
+            path = cell.folder.with_name(folder_name(cell.entry, float(rate), cell.seed))
+            differing = differing_keys(recipe_of(path), cell.recipe)
+            differing.pop(RATE, None)
+            if differing:
+                raise ValueError(
+                    f"{path} was a part of the search with other settings, so its score does not "
+                    "compare; restore them, or name another --output:\n  "
+                    + "\n  ".join(as_words(differing))
+                )
 
 
 def _choose(scores: Mapping[float, float], seed: int, sets: Sequence[str]) -> Choice:

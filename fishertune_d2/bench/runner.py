@@ -21,7 +21,7 @@ from fishertune_d2.engine.run_keys import as_words, differing_keys
 from fishertune_d2.files import whole_file
 from fishertune_d2.version import commit
 
-from .cells import Cell, makers
+from .cells import Cell, makers, recipe_of
 from .launch import Attempt, Local, Submitit
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
@@ -227,11 +227,8 @@ def require_same_recipe(cells: Sequence[Cell]) -> None:
     """
     troubles = []
     for cell in cells:
-        path = cell.folder / "cell.json"
-        then = json.loads(path.read_text())["recipe"] if path.is_file() else {}
-        troubles += [
-            f"  {cell.folder}: {words}" for words in as_words(differing_keys(then, cell.recipe))
-        ]
+        differing = differing_keys(recipe_of(cell.folder), cell.recipe)
+        troubles += [f"  {cell.folder}: {words}" for words in as_words(differing)]
     if troubles:
         raise ValueError(
             "cells were run with another recipe; restore it, or name another --output:\n"

@@ -68,16 +68,21 @@ def test_the_probe_is_weighted_ridge_regression():
     train, test = clusters(400, 1), clusters(300, 2)
     x, y = train[0].double().numpy(), train[1].numpy()
     weight = 1 / np.bincount(y)[y]
-    centred = x - x.mean(0)
+    centred = x - np.average(x, 0, weight)
     penalty = 1e-3 * (weight[:, None] * centred**2).sum(0).mean()
     hot = np.stack([y == c for c in (1, 3, 5)], 1).astype(float)
-    offset = (weight[:, None] * hot).sum(0) / weight.sum()
-    ridge = Ridge(alpha=penalty, fit_intercept=False).fit(centred, hot - offset, weight)
-    scores = ridge.predict(test[0].double().numpy() - x.mean(0)) + offset
-    found = np.array([1, 3, 5])[scores.argmax(1)]
+    ridge = Ridge(alpha=penalty).fit(x, hot, weight)
+    found = np.array([1, 3, 5])[ridge.predict(test[0].double().numpy()).argmax(1)]
     expected = balanced_accuracy_score(test[1].numpy(), found)
     assert probe_accuracy(train, test) == pytest.approx(expected)
     assert 0.5 < expected < 0.95
+
+
+def test_the_probe_does_not_depend_on_how_often_a_class_occurs():
+    (features, classes), test = clusters(400, 1), clusters(300, 2)
+    often = torch.cat([torch.arange(400), (classes == 1).nonzero()[:, 0].repeat(50)])
+    expected = probe_accuracy((features, classes), test)
+    assert probe_accuracy((features[often], classes[often]), test) == pytest.approx(expected)
 
 
 def test_the_vote_is_scikit_learns():

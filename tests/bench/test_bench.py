@@ -201,6 +201,10 @@ def test_a_later_search_adds_values(runs, names, capsys):
     assert said[-1] == "full: 3 of 0.3: 46.20, 1: 47.20, 3: 48.20, 10: 47.20"
     said = _refused(capsys, runs, "table4", "--methods", "full", "--search", "1", "--seeds", "43")
     assert "used seed 42 and camvid_day_val, camvid_dusk_dev, and this one uses seed 43" in said
+    longer = "--set", "SOLVER.MAX_ITER", "1200"
+    said = _refused(capsys, runs, "table4", "--methods", "full", "--search", "30", *longer)
+    assert "full@rate=0.3_42 was a part of the search with other settings" in said
+    assert "SOLVER.MAX_ITER was 600 and is 1200" in said and runs.calls() == []
     assert runs("table4", "--methods", "full", "--search", "--report") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("full: 3 of")
 
