@@ -5,6 +5,7 @@ python -m fishertune_d2.analysis.curves docs/results/curves_streets.jsonl --outp
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ Curves = dict[str, dict[int, list[tuple[int, float]]]]
 def read_curves(table: Path) -> Curves:
     """Reads the curves of a study's full trainings; a search's shorter trainings have none.
 
-    Each foundation model, entry and learning rate has a curve of its own.
+    Each foundation model, source, entry and learning rate has a curve of its own.
 
     Args:
         table: A table that ``fishertune_d2.bench --save`` wrote from runs with TEST.EVAL_PERIOD.
@@ -34,18 +35,20 @@ def read_curves(table: Path) -> Curves:
     Raises:
         RunError: No run of the table has a curve.
     """
-    found: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = {}
+    found: dict[tuple[str, str, str], dict[int, list[tuple[int, float]]]] = {}
     for run in read_table(table):
-        curve = _mean_curve(run)
+        curve = [] if run.searched else _mean_curve(run)
         if curve:
             name = Path(run.run).name.rpartition("_")[0]  # the entry, and its rate if it has one
-            found.setdefault((run.vfm, name), {})[run.seed] = curve
+            found.setdefault((run.vfm, " + ".join(run.train), name), {})[run.seed] = curve
     if not found:
         raise RunError(
             f"no run in {table} was scored during its training: train with TEST.EVAL_PERIOD"
         )
-    models = {vfm for vfm, _ in found}
-    return {f"{vfm}, {n}" if len(models) > 1 else n: seeds for (vfm, n), seeds in found.items()}
+    # A name has the parts in which the curves differ, and always the entry.
+    several = [len(set(parts)) > 1 for parts in zip(*found, strict=True)]
+    several[-1] = True
+    return {", ".join(compress(parts, several)): seeds for parts, seeds in found.items()}
 
 
 def _mean_curve(run: StudyRun) -> list[tuple[int, float]]:

@@ -17,6 +17,7 @@ from fishertune_d2.files import whole_file
 from fishertune_d2.run import Results, Run, RunError
 
 TEST = "test"  # the folder below a run's own for its scores on the test sets
+SEARCH = "search"  # the folder of a search's runs that train in another way than the study's
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class StudyRun:
     def tested(self) -> bool:
         """Whether the scores are those on the test sets, made after the training."""
         return Path(self.run).name == TEST
+
+    @property
+    def searched(self) -> bool:
+        """Whether a search trained the run in another way than the study's other runs."""
+        return Path(self.run).parts[0] == SEARCH
 
     @property
     def folder(self) -> str:

@@ -11,13 +11,12 @@ from typing import TypedDict
 
 import numpy as np
 
-from fishertune_d2.analysis.study import read_table, split_place
+from fishertune_d2.analysis.study import SEARCH, read_table, split_place
 from fishertune_d2.engine.run_keys import as_words, differing_keys
 from fishertune_d2.files import whole_file
 from fishertune_d2.run import Results
 
 from .cells import DEV, Cell, folder_name, recipe_of
-from .request import SEARCH
 from .tables import RATE, find_entry
 
 

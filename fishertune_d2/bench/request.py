@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from .tables import PROFILES, RATE, Entry, Profile, Table
+from fishertune_d2.analysis.study import SEARCH
 
-SEARCH = "search"  # the folder of a search's cells that train in another way than the table's
+from .tables import PROFILES, RATE, Entry, Profile, Table
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,14 @@ def test_each_rate_and_model_has_its_own_curve(study, tmp_path):
     other = line | {"run": "dinov2_vitb/full@rate=0.3_42", "vfm": "dinov2_vitb"}
     table.write_text("\n".join(map(json.dumps, [*lines, other])))
     assert {"dinov2_vitb, full@rate=0.3", "dinov2_vits, freeze"} <= read_curves(table).keys()
+    # A search has curves too if its config is scored in between; a table may have two sources.
+    searched = line | {"run": f"search/{line['run']}", "curves": {"camvid_dusk_dev": [[250, 99]]}}
+    source = line | {"run": f"other/{line['run']}", "train": ["camvid_day_train"]}
+    table.write_text("\n".join(map(json.dumps, [line, searched, source])))
+    assert {name: seeds[42][0] for name, seeds in read_curves(table).items()} == {
+        "streets_day_train, full@rate=0.3": (250, 24),
+        "camvid_day_train, full@rate=0.3": (250, 24),
+    }
 
 
 def test_a_table_without_curves_is_refused(study, tmp_path):
