@@ -64,10 +64,11 @@ def fisher(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> N
         for estimator in ("diagonal", "diagonal_loop"):
             seconds = []
             for _ in range(REPEATS):
+                estimates.pop(estimator, None)  # that of the repeat before is no part of the peak
                 release()
                 reset_peak(cuda)
                 start = now(cuda)
-                estimate = estimate_fisher(
+                estimates[estimator] = estimate_fisher(
                     model,
                     [batch],
                     SegmentationLoss(),
@@ -79,7 +80,7 @@ def fisher(args: argparse.Namespace, root: Path, save: Callable[..., None]) -> N
                 seconds.append(now(cuda) - start)
             entry = {"estimator": estimator, "precision": precision}
             entries.append({**entry, "seconds": median(seconds[1:]), "peak_gib": peak_gib(cuda)})
-            estimates[estimator] = estimate
+            estimates[estimator] = estimates[estimator].to("cpu")  # nor is it of the next ones
         batched, loop = (each.f for each in estimates.values())
         some = list(loop)[::8]  # to rank all tensors would take as long as the estimates
         agreeing = selected_overlap(*({n: f[n] for n in some} for f in (batched, loop)))
