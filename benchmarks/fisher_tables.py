@@ -167,22 +167,34 @@ def _mean_over_seeds(rows: list[dict], keys: tuple[str, ...]) -> dict[tuple, dic
 
 
 def _real_shift(measured: dict) -> None:
-    """Prints what simulated shifts have in common with the real one, mean over seeds."""
+    """Prints what simulated shifts have in common with the real one, mean over seeds.
+
+    Each shift has a line for the seeds that all shifts have, because only such lines compare, and
+    another one for all of its seeds if it has more.
+    """
+    rows = measured["rows"]
+    seeds_of: dict[str, list[int]] = {}
+    for row in rows:
+        if row["x"] == "same":
+            seeds_of.setdefault(row["shift"], []).append(row["seed"])
+    shared = set.intersection(*map(set, seeds_of.values()))
     for key, words in (("overlap", "in common"), ("spearman", "Spearman")):
-        found: dict[tuple, dict[str, list[float]]] = {}
-        for row in measured["rows"]:
+        found: dict[tuple, dict[str, dict[int, float]]] = {}
+        for row in rows:
             if key == "overlap" or row["score"] == "dF":
                 cells = found.setdefault((row["x"], row["shift"]), {})
                 column = f"{row['unit']}s, {row['score']} {row['rho']}"
-                cells.setdefault(column, []).append(row[key])
+                cells.setdefault(column, {})[row["seed"]] = row[key]
         columns = list(next(iter(found.values())))
+        lines = []
+        for (x, shift), cells in sorted(found.items(), key=lambda item: -ord(item[0][0][0])):
+            own = set(cells[columns[0]])
+            for seeds in dict.fromkeys([tuple(sorted(own & shared)), tuple(sorted(own))]):
+                means = (sum(cells[c][seed] for seed in seeds) / len(seeds) for c in columns)
+                numbers = [f"{mean:.3f}" for mean in means]
+                lines.append([shift, x, ", ".join(map(str, seeds)), *numbers])
         _show(
-            [
-                [shift, x, len(cells[columns[0]])]
-                + [f"{sum(cells[name]) / len(cells[name]):.3f}" for name in columns]
-                for (x, shift), cells in sorted(found.items(), key=lambda item: -ord(item[0][0][0]))
-            ],
-            [f"shift: {words} with the real one", "F(x) of the real one", "seeds", *columns],
+            lines, [f"shift: {words} with the real one", "F(x) of the real one", "seeds", *columns]
         )
     means = measured["means"]
     domains = dict.fromkeys(domain for seed in means for domain in seed)

@@ -50,6 +50,13 @@ def test_how_far_other_kernels_move_a_number(monkeypatch):
     assert f"moved by {sum(sizes) / len(sizes):.1f} points, at most by {largest:.1f} (" in page
 
 
+def test_how_far_fishertune_is_ahead_with_each_seed(monkeypatch, capsys):
+    monkeypatch.chdir(DOCS.parent)
+    _run_example("results/selection.md", "without 42")
+    page = (DOCS / "results/selection.md").read_text()
+    assert capsys.readouterr().out in page
+
+
 def test_how_far_fishertune_is_from_full_fine_tuning(monkeypatch, capsys):
     monkeypatch.chdir(DOCS.parent)
     _run_example("results/tables.md", "paired_difference")

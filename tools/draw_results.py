@@ -31,6 +31,7 @@ OURS = "fishertune"
 # The methods with three seeds, and the parts of the backbone that each trains.
 METHODS = {
     "freeze": "nothing",
+    "soma": "minor singular components",
     "rein": "added tokens",
     "lora": "added low-rank matrices",
     "childtune": "its weights with the highest F",

@@ -28,12 +28,18 @@ def draw_real_shift(measured: Mapping[str, Any], path: Path) -> None:
         measured: ``rows``, each with a ``seed``, the ``unit``, the ``score`` and its ``rho``, the
             images ``x`` that the real shift's F(x) is from (``"same"`` or ``"other"``), the name of
             the ``shift``, and the ``overlap``: the share in [0, 1] of the real shift's selection
-            that this one selects too. Only the rows with the same images are drawn.
+            that this one selects too. Only the rows with the same images are drawn, and only the
+            seeds that all shifts have, because means over other seeds do not compare.
         path: the PNG to write.
     """
+    rows = [row for row in measured["rows"] if row["x"] == "same"]
+    seeds_of: dict[str, set[int]] = {}
+    for row in rows:
+        seeds_of.setdefault(row["shift"], set()).add(row["seed"])
+    shared = set.intersection(*seeds_of.values())
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in measured["rows"]:
-        if row["x"] == "same":
+    for row in rows:
+        if row["seed"] in shared:
             panel = found.setdefault((row["unit"], f"{row['score']}, rho {row['rho']}"), {})
             panel.setdefault(row["shift"], []).append(100 * row["overlap"])
     units = list(dict.fromkeys(unit for unit, _ in found))

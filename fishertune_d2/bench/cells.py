@@ -74,6 +74,7 @@ class Cell:
     rules: Mapping[str, Any] = field(default_factory=dict)  # how the config scores
     # (width, height) by data set; None is the files' size.
     test_sizes: Mapping[str, Sequence[int] | None] = field(default_factory=dict)
+    halved: frozenset[str] = frozenset()  # the data sets that are scored on halved labels
     best_on: str = ""  # TEST.BEST_ON
 
     @property
@@ -140,6 +141,8 @@ class Cell:
         recorded = {"precision": "float32", **results.protocol}
         if any(recorded.get(key, value) != value for key, value in self.rules.items()):
             return False
+        if {*recorded.get("halved_labels", self.halved)} & {*sets} != self.halved & {*sets}:
+            return False
         sizes = recorded.get("test_size", {})
         known = [name for name in sets if name in sizes and name in self.test_sizes]
         return all(equal_values(sizes[name], self.test_sizes[name]) for name in known)
@@ -199,14 +202,16 @@ def _make(request: Request, entry: Entry, vfm: str, rate: float | None) -> list[
     shared = [WARMUP] if cfg.TUNING.WARMUP_ITERS else []
     shared += [ESTIMATE] if method.selects and method.estimates else []
     keys = json.loads(json.dumps(defining_keys(cfg)))
-    rules, sizes = _rules(cfg), _test_sizes(cfg, request.test_sets)
+    rules, sets = _rules(cfg), request.test_sets
+    sizes, halved, best_on = _test_sizes(cfg, sets), _halved(cfg, sets), cfg.TEST.BEST_ON
     cells = []
     for seed in request.seeds:
         recipe = keys | {"SEED": seed}
         paths = {what: what.path(place, recipe) for what in shared}
         folder, of_seed = place / folder_name(entry, rate, seed), (*options, "SEED", str(seed))
         parts = entry, vfm, seed, rate, folder, config, of_seed, recipe, paths
-        cells.append(Cell(*parts, rules=rules, test_sizes=sizes, best_on=cfg.TEST.BEST_ON))
+        cell = Cell(*parts, rules=rules, test_sizes=sizes, halved=halved, best_on=best_on)
+        cells.append(cell)
     return cells
 
 
@@ -220,6 +225,15 @@ def _test_sizes(cfg: CfgNode, names: Sequence[str]) -> Mapping[str, Sequence[int
     found = {name: registered_dataset(name) for name in names}
     own = {name: dataset.test_size for name, dataset in found.items() if dataset}
     return own | Protocol.from_config(cfg).sizes_of(own)
+
+
+def _halved(cfg: CfgNode, names: Sequence[str]) -> frozenset[str]:
+    """Those data sets whose labels a config scores at half of the files' size."""
+    found = {name: registered_dataset(name) for name in names}
+    native = Protocol.from_config(cfg).native_labels
+    return frozenset(
+        name for name, each in found.items() if each and each.halve_labels and not native
+    )
 
 
 def _find_config(request: Request, entry: Entry, vfm: str) -> tuple[str, bool]:

@@ -126,6 +126,14 @@ def test_scores_by_other_rules_are_made_again(cell, rules):
     assert replace(trained, rules=usual | rules).results(SETS, "dev") is None
 
 
+def test_scores_on_labels_of_another_size_are_made_again(cell):
+    trained = cell("full", 1, 1, 2, 3, halved_labels=["night"])
+    assert replace(trained, halved=frozenset({"night"})).results(SETS, "dev")
+    assert replace(trained, halved=frozenset()).results(SETS, "dev") is None
+    older = cell("lora", 1, 1, 2, 3)  # did not record it
+    assert replace(older, halved=frozenset({"night"})).results(SETS, "dev")
+
+
 def test_scores_at_another_test_size_are_made_again(cell):
     sizes = {"day": [320, 240], "dusk": [320, 240], "night": None, "fog": [1, 1]}
     trained = cell("full", 1, 1, 2, 3, test_size=sizes)
