@@ -44,7 +44,7 @@ from fishertune_d2.data.image_files import read_label  # noqa: E402
 from fishertune_d2.engine import Trainer  # noqa: E402
 from fishertune_d2.engine.trained_model import build_trained  # noqa: E402
 from fishertune_d2.modeling import VFMSegmentor  # noqa: E402
-from fishertune_d2.run import Run  # noqa: E402
+from fishertune_d2.run import Results, Run  # noqa: E402
 
 PUBLIC = "public backbone"
 
@@ -56,7 +56,7 @@ def read_models(runs: Sequence[Path]) -> Iterator[tuple[str, dict, VFMSegmentor]
     for folder in runs:
         run = Run(folder)
         model = build_trained(read_config(str(run.config_file)), str(run.checkpoint))
-        record = run.results.protocol
+        record = Results.read(run.results_file).protocol
         facts = {key: record[key] for key in ("method", "seed", "iterations", "commit")}
         yield folder.name, facts, cast(VFMSegmentor, model)
 
