@@ -16,7 +16,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "SGD": torch.optim.SGD,
 }
 # The head's embeddings, by parts of their names. Tuning methods name their own (``undecayed``).
-_HEAD_EMBEDDINGS = ("queries_embedder", "queries_features", "level_embed", "predictor.no_object")
+_HEAD_EMBEDDINGS = (
+    *("queries_embedder", "queries_features", "level_embed"),
+    *("predictor.no_object", "prompts.context"),
+)
 
 # The end of the name of the values that SelectedWeights trains of a bias.
 _SELECTED_BIAS = ".parametrizations.bias.0.values"

@@ -215,6 +215,8 @@ def _first_bytes(path: Path) -> bytes:
     """Returns a file's first 64 bytes; refuses an empty file and files of other known kinds."""
     with open(path, "rb") as file:
         start = file.read(64)
+    if start[5:9] == b"\0\0\0{":  # of safetensors, whose first byte may be any, such as "<"
+        return start
     if not start.strip():
         raise ValueError(f"cannot read weights from {path}: it is empty: download it again")
     for first, words in _NO_WEIGHTS.items():

@@ -77,40 +77,45 @@ class PeftTuner(TuningMethod):
         vit.requires_grad_(False)
         needs_values = self.name in _READ_VALUES and next(vit.parameters()).is_meta
         try:
-            config = self._config(**self._options, target_modules=targets)
+            options = dict(self._options)
+            if "feedforward_modules" in options:  # peft wants them among the targets
+                ends = options["feedforward_modules"]
+                options["feedforward_modules"] = [n for n in targets if _last_part(n) in ends]
+            config = self._config(**options, target_modules=targets)
             with _values(vit, targets) if needs_values else nullcontext():
                 self._tuner(vit, config, "default")
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"peft cannot put {self.name} around {', '.join(targets)}: {error}"
+                f"peft cannot put {self.name} around {', '.join(self.targets)}: {error}"
             ) from error
         # peft marks trained parameters by these flags, which other stages overwrite.
         tuned = [name for name, p in backbone.named_parameters() if p.requires_grad]
         setattr(backbone, _TUNED_NAMES, tuned)
 
     def find_targets(self, vit: nn.Module) -> list[str]:
-        """Finds the layers to tune, and splits fused layers if a target needs it.
+        """Finds the linear layers to tune, and splits fused layers if a target needs it.
 
         Args:
             vit: the ViT, without the tuner's layers.
 
         Returns:
-            The layers' names in ``vit``, or the ends of these names.
+            The layers' names in ``vit``. Their ends alone would not do: "proj" is the end of the
+            patch embedding's convolution, too.
 
         Raises:
             ValueError: if the ViT lacks a target.
         """
         if not set(self.targets).isdisjoint(PROJECTIONS):
             split_qkv(vit)
-        modules = [(name.rpartition(".")[2], module) for name, module in vit.named_modules()]
-        missing = [target for target in self.targets if target not in dict(modules)]
+        linear = [name for name, module in vit.named_modules() if isinstance(module, nn.Linear)]
+        ends = {_last_part(name) for name in linear}
+        missing = [target for target in self.targets if target not in ends]
         if missing:
-            linear = {name for name, module in modules if isinstance(module, nn.Linear)}
             raise ValueError(
                 f"TUNING.PEFT.TARGETS names {', '.join(missing)}: this backbone has "
-                f"{', '.join(sorted(linear))}"
+                f"{', '.join(sorted(ends))}"
             )
-        return self.targets
+        return [name for name in linear if _last_part(name) in self.targets]
 
     def parameters(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that the tuner added and trains."""
@@ -136,11 +141,15 @@ class PeftTuner(TuningMethod):
         join_qkv(vit)
 
 
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 @contextmanager
 def _values(vit: nn.Module, targets: Sequence[str]) -> Iterator[None]:
     """Gives the targets of a model on the meta device random weights on the CPU for a while."""
     for name, module in list(vit.named_modules()):
-        if name.rpartition(".")[2] in targets:
+        if name in targets:
             for parameter in module.to_empty(device="cpu").parameters():
                 parameter.data.normal_()  # decompositions need full rank
     with torch.device("cpu"):

@@ -12,7 +12,8 @@ projection of the summary to every place. Therefore each of the four maps of the
 
     map + W mean(query outputs of the blocks after the previous tapped one, up to this one)
 
-with one W for all maps, without bias, and 0 at first. The mean over the tokens of a block is an
+with one W for all maps, without bias, and 0 at first. If the decoder reads fewer maps, each gets
+the blocks after the map before it. The mean over the tokens of a block is an
 option of the authors. The mean over blocks, W and its place are ours. So is the number of queries:
 no number of queries alone makes the paper's 3.01 M (122 make 3.00 M, 123 make 3.02 M); 80 queries
 and W make 3.01 M on a ViT-L.
@@ -26,7 +27,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from fishertune_d2.modeling.vfm import VFMBackbone
+from fishertune_d2.modeling.vfm import BLOCKS, PYRAMID, VFMBackbone
 
 from .registry import TUNING_REGISTRY
 from .vpt import VPT, Prompts
@@ -70,13 +71,17 @@ class Queries(Prompts):
     def add(
         self, backbone: nn.Module, args: tuple, maps: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Adds the summaries to the pyramid's maps, (B, D, h, w) each."""
-        enriched, first = {}, 0
-        for (name, features), tap in zip(maps.items(), self.taps, strict=True):
-            layers = range(first, tap + 1)
-            summary = torch.stack([self._summaries.pop(layer) for layer in layers]).mean(dim=0)
-            enriched[name] = features + (summary @ self.weight.T)[:, :, None, None]
+        """Adds the summaries to the maps of blocks, (B, D, h, w) each, and to no others."""
+        enriched, first = dict(maps), 0
+        for names, tap in zip(zip(PYRAMID, BLOCKS, strict=True), self.taps, strict=True):
+            read = [name for name in names if name in maps]
+            if not read:
+                continue
+            layers = [self._summaries[layer] for layer in range(first, tap + 1)]
+            added = (torch.stack(layers).mean(dim=0) @ self.weight.T)[:, :, None, None]
+            enriched |= {name: maps[name] + added for name in read}
             first = tap + 1
+        self._summaries.clear()
         return enriched
 
 

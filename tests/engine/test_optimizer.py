@@ -43,6 +43,16 @@ def _rates_and_decays(cfg, model: nn.Module) -> dict[str, tuple[float, float]]:
     }
 
 
+@pytest.mark.parametrize("method", ["fishertune", "lora", "peft", "vpt"])
+def test_the_context_of_prompts_decays_alike_with_every_method(method):
+    """A warm-up is shared by methods, so it must not depend on them."""
+    cfg, model = _cfg(), _model()
+    cfg.TUNING.METHOD = method
+    model.head["prompts"] = nn.Module()
+    model.head["prompts"].context = nn.Parameter(torch.ones(2))
+    assert _rates_and_decays(cfg, model)["head.prompts.context"] == (0.1, 0.0)
+
+
 @pytest.mark.parametrize(
     ("method", "added"),
     [

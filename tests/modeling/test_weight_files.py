@@ -118,6 +118,18 @@ def test_an_address_is_to_be_downloaded_first(place, command, state):
     assert command in str(error.value)
 
 
+def test_a_header_of_safetensors_may_begin_like_a_text(state, tmp_path):
+    """A file begins with the header's length, whose bytes may be those of " <" or " {"."""
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    for start in (b" <", b" {"):
+        length = int.from_bytes(start, "little")
+        without = int.from_bytes(save(state, {"note": ""})[:8], "little")
+        path = tmp_path / "model.safetensors"
+        save_file(state, path, {"note": (length - without) * "x"})
+        assert path.read_bytes()[:2] == start
+        assert_loads(path, state)
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 

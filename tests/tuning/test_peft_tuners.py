@@ -189,6 +189,13 @@ def test_the_papers_count_on_vit_l():
     assert counts == {"tuned_parameters": 786_432, "backbone_parameters": 304_199_680 - 1024}
 
 
+def test_the_output_of_attention_is_tuned_without_the_patch_embedding(backbone):
+    added = _attach(_method("IA3", PEFT__TARGETS=["proj", "fc1"]), tuned := backbone())
+    blocks = range(len(tuned.vit.blocks))
+    layers = {name.partition(".ia3_l")[0] for name in added}
+    assert layers == {f"vit.blocks.{i}.{n}" for i in blocks for n in ("attn.proj", "mlp.fc1")}
+
+
 @pytest.mark.parametrize("name", VITS)
 def test_works_on_every_foundation_model(name):
     with torch.device("meta"):

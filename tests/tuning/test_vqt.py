@@ -51,6 +51,27 @@ def test_queries_ask_and_are_not_asked(family, attached, walk, attention_by_hand
         torch.testing.assert_close(got[name], value)
 
 
+def test_a_decoder_may_read_fewer_maps_in_any_order(small, build_method):
+    """Each map gets the blocks after the one before it, whatever the order of OUT_FEATURES."""
+    backbone = small("dinov2_vitl", out_features=["res5", "block3"])
+    method = build_method("vqt", TUNING__VQT__NUM_TOKENS=3)
+    method.attach(backbone)
+    plain = {name: value.detach() for name, value in backbone(IMAGES).items()}
+    backbone.vqt.weight.data += 0.1 * torch.randn_like(backbone.vqt.weight)
+    outputs, places = [], slice(backbone.vqt.start, backbone.vqt.start + 3)
+    for block in backbone.vit.blocks:  # before the queries are removed
+        note = lambda block, args, x: outputs.append(x[:, places].mean(dim=1))  # noqa: E731
+        block.register_forward_hook(note, prepend=True)
+    maps = backbone(IMAGES)
+    assert list(maps) == ["res5", "block3"]
+    for name, layers in (("block3", (0, 1, 2)), ("res5", (3, 4, 5))):
+        summary = sum(outputs[layer] for layer in layers) / 3
+        added = (summary @ backbone.vqt.weight.T)[:, :, None, None]
+        torch.testing.assert_close(maps[name], plain[name] + added)
+    sum(value.sum() for value in maps.values()).backward()
+    assert all(p.grad is not None for p in method.parameters(backbone).values())
+
+
 def test_nothing_is_added_at_first(small_family, small, attached):
     if small_family == "sam_vith":
         with pytest.raises(ValueError, match="METHOD vqt adds tokens .* see windows"):
