@@ -246,6 +246,10 @@ class _ViT:
 class FrozenWeights(HookBase):
     """Keeps parameters as they are up to an iteration, while an optimizer holds and steps them.
 
+    Then the optimizer forgets them: AdamW also counts steps with gradients of 0. Its moments would
+    grow from 0 without the correction for that start, and the first steps would be up to 3 times
+    the learning rate.
+
     Args:
         optimizer: any ``torch.optim.Optimizer``.
         parameters: by name.
@@ -262,6 +266,9 @@ class FrozenWeights(HookBase):
         """Freezes them at the first step, because a checkpoint may be loaded before it."""
         if self.trainer.iter >= self.until:
             self.after_train()
+            if self.trainer.iter == self.until:  # a run that resumes later goes on with its state
+                for parameter in self.parameters.values():
+                    self.optimizer.state.pop(parameter, None)
         elif self._update is None:
             nothing = dict.fromkeys(self.parameters, torch.empty(0, dtype=torch.int64))
             shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}

@@ -8,7 +8,6 @@ import timm
 import torch
 from detectron2.config import get_cfg
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
-from detectron2.modeling import ViT
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
@@ -18,13 +17,10 @@ from fishertune_d2 import apply_fishertune
 from fishertune_d2.engine import FisherEstimation
 from fishertune_d2.engine.other_trainers import loss_of_one_image
 from fishertune_d2.fisher import (
-    KINDS,
     FisherEstimate,
     ImageShift,
     Selection,
-    StatisticsPerturbation,
     domain_related_fisher,
-    estimate_fisher,
     find_candidates,
 )
 
@@ -61,6 +57,10 @@ def _data(seed: int = 0) -> list[list[dict]]:
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
 
 
 def _trainer(model: nn.Module | None = None) -> SimpleTrainer:
@@ -154,6 +154,18 @@ def test_steps_of_sensitive_neurons_are_smaller(tmp_path):
     )
     assert plain.abs().max() > 0
     torch.testing.assert_close(scaled, factors[:, None] * plain, rtol=1e-2, atol=1e-8)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 20])
+def test_the_first_step_of_adamw_is_the_learning_rate_after_any_warmup(warmup, tmp_path):
+    model = _Model()
+    trainer = SimpleTrainer(model, cycle(_data()), _adamw(model))
+    weights = model.backbone.state_dict()
+    start = {name: weight.clone() for name, weight in weights.items()}
+    _apply(trainer, tmp_path, warmup=warmup, max_iter=warmup + 1)
+    trainer.train(0, warmup + 1)
+    largest = max(float((weights[name] - start[name]).abs().max()) for name in start)
+    assert largest == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_another_unit_than_the_checkpoints_is_refused(tmp_path):
@@ -262,7 +274,7 @@ class _DefaultTrainer(DefaultTrainer):
     """Detectron2's, with its checkpoints, schedule and writers, on the model above."""
 
     build_model = classmethod(lambda cls, cfg: _Model())
-    build_optimizer = classmethod(lambda cls, cfg, model: _optimizer(model))
+    build_optimizer = classmethod(lambda cls, cfg, model: _adamw(model))
     build_train_loader = classmethod(lambda cls, cfg: _data()[:1] * STEPS)
 
 
@@ -408,53 +420,3 @@ def test_a_shift_of_images_takes_batches_of_one_image(tmp_path):
 
 def test_a_model_may_give_its_losses_already_summed():
     assert loss_of_one_image(lambda batch: torch.tensor(3.0), [{}]).tolist() == [3.0]
-
-
-def _vit() -> nn.Module:
-    """Detectron2's, on maps of 4 x 4 with windows of 3 x 3: padded, and folded into the batch."""
-    torch.manual_seed(0)
-    return ViT(
-        img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, use_rel_pos=True,
-        window_size=3, window_block_indexes=[0, 1], pretrain_img_size=32,
-    )  # fmt: skip
-
-
-def test_candidates_of_detectron2s_vit():
-    width, candidates = 24, find_candidates(_vit())
-    assert {(c.kind, c.block) for c in candidates} == {(k, b) for k in KINDS for b in range(3)}
-    numbers = {"Q": width * width + width, "FFN": 8 * width * width + 5 * width}
-    for kind in ("Q", "K", "V", "FFN"):
-        count = sum(c.numel for c in candidates if c.kind == kind)
-        assert count == 3 * numbers.get(kind, numbers["Q"])
-
-
-def test_eq6_on_detectron2s_vit_is_replayed_for_each_image():
-    vit, images = _vit(), torch.randn(4, 3, 32, 32)
-    shift = StatisticsPerturbation.of_vit(vit)
-    assert shift.points == [vit.patch_embed, vit.blocks[0], vit.blocks[0], vit.blocks[1]]
-    plain = vit(images)["last_feat"]
-    with shift.drawing(torch.Generator().manual_seed(0)):
-        together = vit(images)["last_feat"]
-    assert not torch.allclose(together, plain, atol=1e-2)
-    for i in range(4):
-        with shift.replaying(i):
-            alone = vit(images[i : i + 1])["last_feat"]
-        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
-
-
-def test_a_batch_gives_the_fisher_information_of_detectron2s_vit_as_the_loop_does():
-    vit = _vit()
-    batches = torch.randn(2, 3, 3, 32, 32)
-
-    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        return model(batch)["last_feat"].square().mean((1, 2, 3))
-
-    found = [
-        estimate_fisher(
-            vit, batches, loss, find_candidates(vit), estimator=estimator,
-            perturb=StatisticsPerturbation.of_vit(vit),
-        )
-        for estimator in ("diagonal", "diagonal_loop")
-    ]  # fmt: skip
-    torch.testing.assert_close(found[0].f, found[1].f, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(found[0].shifted, found[1].shifted, rtol=1e-3, atol=1e-7)
