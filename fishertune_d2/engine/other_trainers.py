@@ -15,7 +15,7 @@ batch. All processes must be able to read ``output_dir``.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,6 +42,7 @@ from fishertune_d2.fisher import (
     find_candidates,
     tuned_share,
 )
+from fishertune_d2.fisher.perturb import with_spread
 from fishertune_d2.tuning import MaskedUpdate
 
 from .hooks import FisherEstimation, ParameterMask
@@ -77,7 +78,8 @@ def apply_fishertune(
 
     Args:
         trainer: a ``SimpleTrainer``, ``AMPTrainer``, ``DefaultTrainer`` or a subclass.
-        data_loader: batches of two or more images, as lists; not the trainer's own loader.
+        data_loader: batches of two or more images, as lists; a last one may have one. Not the
+            trainer's own loader.
         max_iter: T1 + T3, the iteration where training ends.
         output_dir: folder of ``fisher.safetensors`` and ``selection.safetensors``.
         backbone: name of the submodule that is or holds the ViT; by default ``backbone``.
@@ -169,9 +171,7 @@ class _ViT:
                 "'diagonal_loop'"
             )
         shift = StatisticsPerturbation.of_vit(self.module) if perturb is None else perturb
-        # A shift of the images alone needs no other image.
-        by_features = isinstance(shift, StatisticsPerturbation)
-        loaded = _with_spread(data_loader) if by_features else data_loader
+        loaded = with_spread(data_loader, shift)
 
         def estimate() -> FisherEstimate:
             # Models write into the storage on top; the run's metrics must not show these passes.
@@ -317,14 +317,3 @@ def _require_trained(parameters: Mapping[str, nn.Parameter], optimizer: Optimize
                 f"{name} of the backbone is frozen or not in the trainer's optimizer, so it could "
                 "not move if it were selected: build both with the whole backbone trainable"
             )
-
-
-def _with_spread(data_loader: Iterable[Sequence]) -> Iterator[Sequence]:
-    """Yields the batches, and refuses one without the spread that Eq. 6 needs."""
-    for batch in data_loader:
-        if len(batch) < 2:
-            raise ValueError(
-                "the data loader of apply_fishertune yields batches of one image, whose statistics "
-                "have no spread, so that Eq. 6 shifts nothing: pass one with two or more"
-            )
-        yield batch

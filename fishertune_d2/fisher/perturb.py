@@ -11,7 +11,7 @@ Shapes in this module:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -240,6 +240,18 @@ class StatisticsPerturbation(Perturbation):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def with_spread(batches: Iterable[Sequence], perturb: Perturbation) -> Iterator[Sequence]:
+    """Yields the batches; refuses a first one without the spread that Eq. 6 needs."""
+    for step, batch in enumerate(batches):
+        # A loader's last one may have a single image left; a shift of images needs no other image.
+        if step == 0 and len(batch) < 2 and isinstance(perturb, StatisticsPerturbation):
+            raise ValueError(
+                "the batches have one image, so Eq. 6 shifts nothing, and F alone would select: "
+                "pass batches of two or more, such as DataLoader(..., batch_size=4)"
+            )
+        yield batch
 
 
 def thirds_of_depth(depth: int) -> list[int]:

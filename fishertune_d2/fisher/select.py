@@ -1,6 +1,6 @@
 """The short way to a selection: estimate, score and rank in one call."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from .batch_losses import LossFn
 from .candidates import Candidate, find_candidates
 from .estimate import estimate_fisher
 from .estimators.estimator import Estimator
-from .perturb import Perturbation, StatisticsPerturbation
+from .perturb import Perturbation, StatisticsPerturbation, with_spread
 from .score import domain_related_fisher
 from .selection import Selection
 from .unit_steps import STEPS, steps_of_units
@@ -62,7 +62,7 @@ def select(
     perturb = perturb or StatisticsPerturbation.of_vit(model)
     estimate = estimate_fisher(
         model,
-        _with_spread(batches) if isinstance(perturb, StatisticsPerturbation) else batches,
+        with_spread(batches, perturb),
         loss_fn,
         candidates,
         estimator=estimator,
@@ -88,14 +88,3 @@ def _require_possible(share: float, base: int, units: Units, allocation: str, st
             f"a share of {share} of {base:,} weights cannot be selected: choose from 0 to at most "
             f"{int(1000 * min(1.0, most / base)) / 1000}, since {most:,} are candidates"
         )
-
-
-def _with_spread(batches: Iterable[Sequence]) -> Iterator[Sequence]:
-    """Yields the batches, and refuses a first one without the spread that Eq. 6 needs."""
-    for step, batch in enumerate(batches):
-        if step == 0 and len(batch) < 2:  # a DataLoader's last one may have a single image left
-            raise ValueError(
-                "the batches have one image, so Eq. 6 shifts nothing, and F alone would select: "
-                "pass batches of two or more, such as DataLoader(..., batch_size=4)"
-            )
-        yield batch

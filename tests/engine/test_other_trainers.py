@@ -396,7 +396,7 @@ def test_refuses_a_frozen_backbone_and_a_second_time(tmp_path):
 @pytest.mark.parametrize(
     ("options", "start", "error", "message"),
     [
-        ({"data_loader": [[{}]]}, 0, ValueError, "batches of one image"),
+        ({"data_loader": [[{}]]}, 0, ValueError, "have one image, so Eq. 6 shifts nothing"),
         ({"estimator": "diagonal", "loss_fn": loss_of_one_image}, 0, ValueError, "number for 4"),
         ({}, WARMUP + 1, RuntimeError, "call apply_fishertune before a checkpoint is loaded"),
     ],
@@ -406,6 +406,14 @@ def test_says_at_the_estimation_what_is_wrong(options, start, error, message, tm
     _apply(trainer, tmp_path, **options)
     with pytest.raises(error, match=message):
         trainer.train(start, STEPS)
+
+
+def test_the_data_may_end_with_a_batch_of_one_image(tmp_path):
+    first, second, _ = _data(seed=1)
+    trainer = _trainer()
+    _apply(trainer, tmp_path, data_loader=[first, second, first[:1]], batches=5)
+    trainer.train(0, STEPS)
+    assert FisherEstimate.load(tmp_path / "fisher.safetensors").images == 9
 
 
 def test_a_shift_of_images_takes_batches_of_one_image(tmp_path):
