@@ -171,14 +171,14 @@ class _ViT:
                 "'diagonal_loop'"
             )
         shift = StatisticsPerturbation.of_vit(self.module) if perturb is None else perturb
-        loaded = with_spread(data_loader, shift)
 
         def estimate() -> FisherEstimate:
             # Models write into the storage on top; the run's metrics must not show these passes.
             with EventStorage(get_event_storage().iter):
                 return estimate_fisher(
                     self.model,
-                    islice(loaded, batches),
+                    # Made here, so that a DataLoader's workers end with the estimate.
+                    islice(with_spread(data_loader, shift), batches),
                     loss_fn or loss_of_one_image,
                     self.candidates,
                     estimator=estimator,

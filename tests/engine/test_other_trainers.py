@@ -1,5 +1,6 @@
 """FisherTune on trainers and models that are not ours."""
 
+import weakref
 from itertools import cycle
 from pathlib import Path
 
@@ -414,6 +415,19 @@ def test_the_data_may_end_with_a_batch_of_one_image(tmp_path):
     _apply(trainer, tmp_path, data_loader=[first, second, first[:1]], batches=5)
     trainer.train(0, STEPS)
     assert FisherEstimate.load(tmp_path / "fisher.safetensors").images == 9
+
+
+def test_the_data_loaders_iterator_ends_with_the_estimate(tmp_path):
+    class Loader:
+        def __iter__(self):
+            batches = (batch for batch in _data(seed=1))
+            self.iterator = weakref.ref(batches)
+            return batches
+
+    loader, trainer = Loader(), _trainer()
+    _apply(trainer, tmp_path, data_loader=loader)
+    trainer.train(0, WARMUP + 1)
+    assert loader.iterator() is None
 
 
 def test_a_shift_of_images_takes_batches_of_one_image(tmp_path):
