@@ -1,6 +1,7 @@
 """Fixtures of several rooms: real data, small ViTs of every layout, images, a loss."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -42,6 +43,21 @@ def shared_dir() -> Path:
     if not (folder / "datasets").is_dir():
         pytest.skip(f"needs real data and weights: no such folder {folder} (FISHERTUNE_SHARED)")
     return folder
+
+
+@pytest.fixture
+def run_card(monkeypatch) -> Callable[[Path], dict]:
+    """Returns a function that runs the code of a folder's model card there; it gives the names."""
+
+    def run(folder: Path) -> dict:
+        (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+        names: dict = {}
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            exec(code, names)
+        return names
+
+    return run
 
 
 @pytest.fixture

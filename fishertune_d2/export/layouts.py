@@ -4,7 +4,6 @@ Each function writes a folder. It refuses a model that does not fit the layout b
 """
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,6 @@ from .model_card import ModelCard
 
 # The prefix of the ViT's tensors in a checkpoint.
 BACKBONE = "backbone.vit."
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,7 +57,8 @@ def write_timm(model: TunedModel, folder: Path) -> None:
     """Writes ``model.safetensors`` and ``config.json``, the files of timm's models on the Hub.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads them, and so does
-    ``AutoModel.from_pretrained`` of transformers, through timm.
+    ``AutoModel.from_pretrained`` of transformers, through timm. Neither reads a backbone without
+    some parts of timm's model (``VFM.without``); the model card shows how to load that.
     """
     backbone = empty_backbone(model.architecture)
     architecture, _, tag = model.architecture.timm_name.partition(".")
@@ -87,11 +85,6 @@ def write_timm(model: TunedModel, folder: Path) -> None:
     }
     _write_weights(model.vit, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for part in VFMS[model.architecture.vfm].without:
-        logger.warning(
-            f"timm's {architecture} has a {part}, and this backbone has none: set model.{part} = "
-            "nn.Identity() before you load the weights"
-        )
 
 
 def write_transformers(model: TunedModel, folder: Path) -> None:
@@ -111,7 +104,7 @@ def write_transformers(model: TunedModel, folder: Path) -> None:
         able = [name for name, vfm in VFMS.items() if _is_dinov2(vfm.timm_name)]
         raise ValueError(
             f"the layout transformers is for {', '.join(able)}, not {architecture.vfm}: write "
-            "the layout timm, which transformers' AutoModel reads too"
+            "the layout timm"
         )
     vit = empty_backbone(architecture).vit
     assert vit.patch_embed.grid_size is not None

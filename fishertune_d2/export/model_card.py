@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 # The first line of each card, by which a later export knows that it may replace the file.
 _MARK = "<!-- A model card of fishertune_d2.export -->"
-# How to load the weights, by layout. {name} is the file of a delta.
+# How to load the weights, by layout. {name} is the file of a delta, {removals} a line for each part
+# that the backbone is without.
 _LOADING = {
     "delta": """from fishertune_d2.export import tuned_backbone
 
@@ -30,6 +31,18 @@ backbone = tuned_backbone("{name}")""",
     "timm": """import timm
 
 backbone = timm.create_model("local-dir:.", pretrained=True)  # in this folder""",
+    # For a backbone without some parts of timm's model, whose weights timm would ask for.
+    "timm without parts": """import json
+from pathlib import Path
+
+import timm
+from safetensors.torch import load_file
+from torch import nn
+
+config = json.loads(Path("config.json").read_text())  # in this folder
+backbone = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+{removals}
+backbone.load_state_dict(load_file("model.safetensors"))""",
     "transformers": """from transformers import AutoModel
 
 backbone = AutoModel.from_pretrained(".")  # in this folder""",
@@ -145,7 +158,9 @@ class ModelCard:
         if self.scores:
             columns = ["data set", "domain", "mIoU in percent"]
             parts += ["## Scores", tabulate(self.scores, columns, "pipe", floatfmt=".2f")]
-        code = _LOADING[layout].format(name=name)
+        removals = "\n".join(f"backbone.{part} = nn.Identity()" for part in vfm.without)
+        key = "timm without parts" if layout == "timm" and removals else layout
+        code = _LOADING[key].format(name=name, removals=removals)
         parts += ["## How to load it", f"```python\n{code}\n```"]
         with whole_file(path) as temporary:
             temporary.write_text("\n\n".join(parts) + "\n")

@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from fishertune_d2.engine.trained_model import build_trained
-from fishertune_d2.export import LAYOUTS, delta_of_run, read_tuned, tuned_backbone
+from fishertune_d2.export import delta_of_run, tuned_backbone
+from fishertune_d2.export.__main__ import main as export
 from fishertune_d2.fisher import Selection
 from fishertune_d2.plan import make_plan, summary
 from fishertune_d2.report import Run, write_report
@@ -64,7 +64,7 @@ def test_methods_train_what_they_say(tiny_cfg, name):
     assert "tuning" in summary(make_plan(cfg))
 
 
-def test_a_run_is_exported_reported_and_built_again(tiny_cfg, tmp_path, caplog):
+def test_a_run_is_exported_reported_and_built_again(tiny_cfg, tmp_path, run_card):
     torch.manual_seed(1)
     public = timm.create_model("test_convnext", num_classes=0).state_dict()
     save_file(public, tmp_path / "public.safetensors")
@@ -79,12 +79,8 @@ def test_a_run_is_exported_reported_and_built_again(tiny_cfg, tmp_path, caplog):
     assert all(torch.equal(exported[name], tensor.cpu()) for name, tensor in trained.items())
     model = build_trained(cfg, str(Path(cfg.OUTPUT_DIR) / "model_final.pth"))
     assert not model.untrained
-    (tmp_path / "timm").mkdir()
-    LAYOUTS["timm"](read_tuned(cfg.OUTPUT_DIR), tmp_path / "timm")
-    assert "has a head, and this backbone has none" in caplog.text
-    got = timm.create_model("test_convnext", num_classes=0)
-    got.head = nn.Identity()
-    timm.models.load_checkpoint(got, str(tmp_path / "timm/model.safetensors"))
+    export(["plain", cfg.OUTPUT_DIR, "--output", str(tmp_path / "timm")])
+    got = run_card(tmp_path / "timm")["backbone"]
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = trainer.backbone.vit.cpu().forward_features(image)

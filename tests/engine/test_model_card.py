@@ -1,7 +1,6 @@
 """The model cards that the export command writes of a real run."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def _table(card: Path) -> dict[str, list[str]]:
     return {first: rest for first, *rest in rows}
 
 
-def test_a_card_has_the_facts_and_the_scores_of_the_run(run, public):
+def test_a_card_has_the_facts_and_the_scores_of_the_run(run, public, run_card):
     main(["delta", str(run)])
     results, card = json.loads((run / "results.json").read_text()), _table(run / "README.md")
     tuned, whole = results["tuned_parameters"], results["backbone_parameters"]
@@ -65,11 +64,9 @@ def test_a_card_has_the_facts_and_the_scores_of_the_run(run, public):
     main(["plain", str(run / "delta.safetensors"), "--base", public])
     of_delta = run / "timm/README.md"
     assert _table(of_delta) == card
-    (code,) = re.findall(r"```python\n(.*?)```", of_delta.read_text(), flags=re.DOTALL)
-    names: dict = {}
-    exec(code.replace("local-dir:.", f"local-dir:{of_delta.parent}"), names)
+    loaded = run_card(of_delta.parent)["backbone"].state_dict()
     weights = load_file(of_delta.with_name("model.safetensors"))
-    assert all(torch.equal(t, weights[n]) for n, t in names["backbone"].state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.items())
 
 
 def test_the_method_is_named_with_what_it_selects(tiny_cfg, tmp_path):
