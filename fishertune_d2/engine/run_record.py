@@ -15,10 +15,11 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fishertune_d2.config import changed
+from fishertune_d2.config_slips import dotted_items
 from fishertune_d2.data.labels import same_class
 from fishertune_d2.modeling.frozen import fixed_parts
 
-from .run_keys import Result, as_words, defining_keys, differing_keys
+from .run_keys import Result, as_words, defining_keys, differing_keys, results_of
 
 # A warm-up that was made with other values of these keys works, but is not bit for bit the run's
 # own (the schedule of learning rates depends on SOLVER.MAX_ITER).
@@ -104,11 +105,14 @@ class RunRecord:
 
     def applied_to(self, cfg: CfgNode) -> CfgNode:
         """A copy of a config with the values that the run was trained with, except precision."""
-        own = defining_keys(cfg)
+        # Not defining_keys(cfg): which keys are read depends on the values of the run.
+        known = dict(dotted_items(cfg))
         options = []
         for key, value in self.config.items():
+            if key not in known or results_of(key) is None:  # of another version of this package
+                continue
             # A model can be scored in another precision.
-            if key in own and not key.startswith(("SOLVER.AMP.", "SOLVER.MATMUL_PRECISION")):
+            if not key.startswith(("SOLVER.AMP.", "SOLVER.MATMUL_PRECISION")):
                 options += [key, value]
         return changed(cfg, options)
 

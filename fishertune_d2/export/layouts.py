@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from fishertune_d2.config import changed, default_config
+from fishertune_d2.engine.run_record import RunRecord
 from fishertune_d2.files import whole_file
 from fishertune_d2.modeling import VFMS, VFMBackbone
 from fishertune_d2.modeling.weight_names import to_transformers
@@ -145,18 +147,31 @@ def write_transformers(model: TunedModel, folder: Path) -> None:
 
 
 def write_detectron2(model: TunedModel, folder: Path) -> None:
-    """Writes ``model.pth``, the whole segmentation model, for MODEL.WEIGHTS.
+    """Writes ``model.pth``, the whole segmentation model, for MODEL.WEIGHTS, and its config.yaml.
+
+    The config is that of the run's record. Without a record only the weights are written.
 
     Raises:
-        ValueError: if there is no decoder.
+        ValueError: if there is no decoder, or ``folder`` is that of a run.
     """
     if not model.decoder:
         raise ValueError(
             "the layout detectron2 is the whole segmentation model, and this delta holds the "
             "backbone alone: write the delta with --decoder, or this layout from the run"
         )
+    if (folder / "last_checkpoint").is_file():
+        raise ValueError(
+            f"{folder} is the OUTPUT_DIR of a run, whose config.yaml this layout would replace: "
+            "name another folder with --output"
+        )
+    record = RunRecord.of_checkpoint(model.record)
     vit = {BACKBONE + name: tensor for name, tensor in model.vit.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    if record is not None:
+        # A head reads the names of the classes from the training set, which others do not have.
+        texts = ["MODEL.TEXT.CLASSES", list(record.texts)] if record.texts else []
+        cfg = changed(record.applied_to(default_config()), texts)
+        (folder / "config.yaml").write_text(cfg.dump())
     with whole_file(folder / "model.pth") as temporary:
         torch.save({"model": vit | model.decoder, **model.record}, temporary)
 

@@ -49,7 +49,7 @@ backbone = AutoModel.from_pretrained(".")  # in this folder""",
     "detectron2": """from fishertune_d2.config import read_config
 from fishertune_d2.engine.trained_model import build_trained
 
-# The config.yaml of the run; train_net.py --eval-only MODEL.WEIGHTS model.pth scores the model.
+# In this folder; a checkpoint without a record of its run has no config.yaml here: take the run's.
 model = build_trained(read_config("config.yaml", ["MODEL.DEVICE", "cpu"]), "model.pth")""",
 }
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from safetensors.torch import load_file, save_file
 
+from fishertune_d2.config import read_config
 from fishertune_d2.engine import Trainer
+from fishertune_d2.engine.trained_model import build_trained
 from fishertune_d2.export import Delta, apply_delta, delta_of_run, read_tuned, tuned_backbone
 from fishertune_d2.export.__main__ import main
 
@@ -42,8 +43,8 @@ def _assert_same(got, expected):
         assert torch.equal(got[name].cpu(), value.cpu()), name
 
 
-def test_a_run_becomes_a_delta_and_a_delta_the_run(run, tiny_cfg, public, capsys):
-    out, trained = run()
+def test_a_run_becomes_a_delta_and_a_delta_the_run(run, public, run_card, capsys):
+    out, trained = run(MODEL__MASK_FORMER__NHEADS=2)
     main(["delta", str(out), "--decoder"])
     delta = Delta.load(out / "delta.safetensors")
     total = sum(t.numel() for t in _vit(trained).values())
@@ -63,9 +64,14 @@ def test_a_run_becomes_a_delta_and_a_delta_the_run(run, tiny_cfg, public, capsys
     main(["plain", *source, "--output", str(out / "plain")])
     _assert_same(load_file(out / "plain/model.safetensors"), _vit(trained))
     main(["plain", *source, "--layout", "detectron2"])
-    model = Trainer.build_model(tiny_cfg("again", MODEL__VFM__WEIGHTS=public))
-    DetectionCheckpointer(model).load(str(out / "detectron2/model.pth"))
+    cfg = read_config(str(out / "config.yaml"), ["MODEL.DEVICE", "cpu"])
+    expected = build_trained(cfg, str(out / "model_final.pth"))
+    model = run_card(out / "detectron2")["model"]
     _assert_same(model.state_dict(), trained)
+    # The number of heads, which no tensor shows, is the run's too.
+    image = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    (got,), (wanted,) = model([{"image": image}]), expected([{"image": image}])
+    assert torch.equal(got["sem_seg"], wanted["sem_seg"])
 
 
 def test_plain_files_need_no_public_weights(run, public):
@@ -122,6 +128,9 @@ def test_refuses(run, tmp_path, capsys):
         return capsys.readouterr().err
 
     out, _ = run(SOLVER__MAX_ITER=4)
+    assert "is the OUTPUT_DIR of a run" in refused(
+        "plain", out, "--layout", "detectron2", "--output", out
+    )
     config, delta = out / "config.yaml", out / "delta.safetensors"
     before = _digest(out / "model_final.pth")
     text = config.read_text()

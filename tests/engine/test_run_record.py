@@ -1,6 +1,7 @@
 """The record of a run: which keys count for whom, and how it travels."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,3 +142,10 @@ def test_a_records_values_replace_those_of_a_config_but_for_the_precision():
     assert (applied.SEED, applied.SOLVER.MAX_ITER, applied.DATASETS.TRAIN) == (7, 9, ("a",))
     assert applied.SOLVER.AMP.ENABLED and applied.TEST.MODE == "whole"
     assert cfg.SEED == 42
+
+
+def test_a_records_values_also_replace_what_the_config_itself_would_not_read():
+    record = _record(TUNING__METHOD="lora", TUNING__LORA__RANK=3)
+    assert record.applied_to(_cfg()).TUNING.LORA.RANK == 3
+    older = replace(record, config={**record.config, "GONE": 1, "MODEL.DEVICE": "gone"})
+    assert older.applied_to(_cfg()).MODEL.DEVICE == _cfg().MODEL.DEVICE

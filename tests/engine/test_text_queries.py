@@ -10,11 +10,12 @@ from detectron2.utils import comm
 from safetensors.torch import save_file
 from torch.multiprocessing import spawn
 
-from fishertune_d2.config import changed
+from fishertune_d2.config import changed, read_config
 from fishertune_d2.engine import Trainer, image_losses
 from fishertune_d2.engine.parameter_counts import build_empty
 from fishertune_d2.engine.perturbation import build_shift
 from fishertune_d2.engine.trained_model import build_trained
+from fishertune_d2.export.__main__ import main as export
 from fishertune_d2.export.tuned_models import delta_of_run, read_tuned
 from fishertune_d2.fisher import estimate_fisher, find_candidates
 from fishertune_d2.modeling.frozen import frozen_parameters
@@ -126,7 +127,7 @@ def test_a_warm_up_computes_no_gradient_of_the_backbone(text_cfg):
     assert model.sem_seg_head.gamma.grad is not None
 
 
-def test_an_export_holds_the_encoder_and_the_decoder_with_clips_head(text_cfg, towers):
+def test_an_export_holds_the_encoder_and_the_decoder_with_clips_head(text_cfg, towers, run_card):
     cfg = text_cfg()
     train(cfg)
     Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
@@ -136,6 +137,12 @@ def test_an_export_holds_the_encoder_and_the_decoder_with_clips_head(text_cfg, t
     assert "head.weight" not in tuned.vit
     whole = {f"backbone.vit.{name}": value for name, value in tuned.vit.items()} | tuned.decoder
     assert same_states(whole, final_state(cfg.OUTPUT_DIR)["model"])
+
+    # The config of the plain files names the classes, because others lack the training set.
+    export(["plain", cfg.OUTPUT_DIR, "--layout", "detectron2"])
+    folder = Path(cfg.OUTPUT_DIR, "detectron2")
+    assert read_config(str(folder / "config.yaml")).MODEL.TEXT.CLASSES == CLASSES
+    assert same_states(run_card(folder)["model"].state_dict(), whole)
 
 
 @pytest.mark.parametrize("method", ["fishertune", "full"])
