@@ -78,8 +78,7 @@ def apply_fishertune(
 
     Args:
         trainer: a ``SimpleTrainer``, ``AMPTrainer``, ``DefaultTrainer`` or a subclass.
-        data_loader: batches of two or more images, as lists; a last one may have one. Not the
-            trainer's own loader.
+        data_loader: not the trainer's; gives lists of two or more images, or one image at its end.
         max_iter: T1 + T3, the iteration where training ends.
         output_dir: folder of ``fisher.safetensors`` and ``selection.safetensors``.
         backbone: name of the submodule that is or holds the ViT; by default ``backbone``.
