@@ -64,7 +64,7 @@ class BatchLosses:
 
     def alone(self, image: int) -> Tensor:
         """The loss of one image, given by its index, from a forward pass over it alone; ()."""
-        if self.perturb is not None and not self._drawn:
+        if self.perturb is not None and self.perturb.draws_in_model and not self._drawn:
             with torch.no_grad():
                 self.together()
         replaying = nullcontext() if self.perturb is None else self.perturb.replaying(image)

@@ -113,7 +113,7 @@ def _pass_all(
             estimator.update(losses)
         counts[0] += len(batch)
         shift = domains[-1][0]
-        counts[1] += len(batch) if shift is None else shift.weights().sum().item()
+        counts[1] += len(batch) if shift is None else shift.weights(batch).sum().item()
     sum_over_processes([counts])
     images, weights = counts.tolist()
     if images == 0:

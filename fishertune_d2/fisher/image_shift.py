@@ -30,12 +30,12 @@ class ImageShift(Perturbation):
         bgr: whether the images of a batch are in BGR order.
     """
 
+    draws_in_model = False
+
     def __init__(self, shift: Shift, name: str, bgr: bool = False):
         self.shift = shift
         self.name = name
         self.bgr = bgr
-        self._whole = False  # whether the images that are shifted are the whole batch
-        self._size = 0  # of the last whole batch
 
     def notes(self) -> dict[str, str]:
         """The name of the shift."""
@@ -43,8 +43,6 @@ class ImageShift(Perturbation):
 
     def shifted(self, batch: Sequence, images: Sequence[int], seed: int) -> list[dict]:
         """The batch with shifted images; the same ones for the same seed and indices."""
-        if self._whole:
-            self._size = len(batch)
         return [
             {**item, "image": self._shift(item["image"], mixed_seed(seed, image))}
             for item, image in zip(batch, images, strict=True)
@@ -60,17 +58,13 @@ class ImageShift(Perturbation):
     @contextmanager
     def drawing(self, generator: torch.Generator | None = None) -> Iterator[None]:
         """Changes nothing in the model, because the images themselves are shifted."""
-        self._whole = True
-        try:
-            yield
-        finally:
-            self._whole = False
+        yield
 
     @contextmanager
     def replaying(self, image: int) -> Iterator[None]:
         """Changes nothing in the model, because the images themselves are shifted."""
         yield
 
-    def weights(self) -> Tensor:
-        """The same weight for each image of the last batch, (B,)."""
-        return torch.full((self._size,), MEAN_WEIGHT)
+    def weights(self, batch: Sequence) -> Tensor:
+        """The same weight for each image of the batch, (B,)."""
+        return torch.full((len(batch),), MEAN_WEIGHT)

@@ -38,7 +38,13 @@ class _Shift:
 
 
 class Perturbation(ABC):
-    """Makes x' of a batch: by other images, or by hooks in the model's forward pass."""
+    """Makes x' of a batch: by other images, or by hooks in the model's forward pass.
+
+    Attributes:
+        draws_in_model: whether a forward pass over a batch draws what its images replay.
+    """
+
+    draws_in_model = True
 
     @abstractmethod
     def notes(self) -> dict[str, str]:
@@ -66,8 +72,8 @@ class Perturbation(ABC):
         """Perturbs a forward pass over one image, given by index, as the last batch was."""
 
     @abstractmethod
-    def weights(self) -> Tensor:
-        """The weight in DRF of each image of the last batch (Eq. 7), (B,), in (0, 1]."""
+    def weights(self, batch: Sequence) -> Tensor:
+        """The weight in DRF (Eq. 7) of each image of the last batch, which is given; (B,)."""
 
 
 class StatisticsPerturbation(Perturbation):
@@ -206,7 +212,7 @@ class StatisticsPerturbation(Perturbation):
         with self._changing([partial(replay, shift.of_image(image)) for shift in self._drawn]):
             yield
 
-    def weights(self) -> Tensor:
+    def weights(self, batch: Sequence | None = None) -> Tensor:
         """exp(-(|eps_mu| + |eps_sigma|)) of the last drawn batch (Eq. 7), (B,), in (0, 1]."""
         # With eps_mode "channel" the magnitudes are averaged over points and channels.
         magnitudes = [(s.eps_mu.abs() + s.eps_sigma.abs()).mean(dim=(1, 2)) for s in self._drawn]

@@ -15,7 +15,7 @@ from fishertune_d2.config import changed
 from fishertune_d2.engine.image_losses import SegmentationLoss
 from fishertune_d2.engine.optimizer import build_optimizer
 from fishertune_d2.engine.parameter_counts import count_tuned
-from fishertune_d2.engine.perturbation import build_perturbation
+from fishertune_d2.engine.perturbation import build_perturbation, build_shift
 from fishertune_d2.engine.precision import ESTIMATE_DTYPES, autocast_dtype
 from fishertune_d2.engine.stages import attach, prepare_stage
 from fishertune_d2.engine.step_trainer import largest_part
@@ -144,14 +144,15 @@ class FakeRun:
             parameter.requires_grad_(True)
         score = SegmentationLoss()
         loss_fn: Callable = score.sampled if self._cfg.FISHER.LABELS == "sampled" else score
-        shift = build_perturbation(self._cfg, model.backbone).drawing()
+        shift = build_shift(self._cfg, model.backbone)
 
         def loss() -> Tensor:
-            with shift, keeping_activations(model), autocast:
+            with shift.drawing(), keeping_activations(model), autocast:
                 return loss_fn(model, batch)
 
         # On the images, and on their shift.
-        return Pass(loss, wanted, images, 2 * self.cost.passes, self.cost.draws)
+        draws = self.cost.draws if shift.draws_in_model else 0
+        return Pass(loss, wanted, images, 2 * self.cost.passes, draws)
 
 
 def stage_lengths(cfg: CfgNode, method: TuningMethod) -> dict[str, tuple[int, int]]:

@@ -65,6 +65,18 @@ def test_the_shifted_images_are_measured(measure, batches, estimator, bgr):
     assert estimate.notes["shift"] == "darker" and "strength" not in estimate.notes
 
 
+def test_the_loop_passes_single_images_alone(measure, batches):
+    sizes = []
+
+    def loss(model, batch):
+        sizes.append(len(batch))
+        return measure.keywords["loss_fn"](model, batch)
+
+    shift = ImageShift(darker, "darker")
+    measure(batches, loss_fn=loss, perturb=shift, estimator="diagonal_loop")
+    assert sizes == [1] * 12  # six images and their shifts
+
+
 def test_a_shift_that_changes_nothing_gives_the_same_F(measure, batches):
     before = [[item["image"].clone() for item in batch] for batch in batches]
     estimate = measure(batches, perturb=ImageShift(lambda image, rng: image, "none"))

@@ -160,17 +160,22 @@ def test_the_estimate_needs_no_gradients_of_the_decoders_weights(small_cfg, real
     assert _planned(cfg, "estimation") == 2 * measured  # on x and on x'
 
 
-def test_one_image_at_a_time_needs_one_more_forward_pass(small_cfg):
+def test_one_image_at_a_time_needs_one_more_forward_pass_for_eq6(small_cfg):
     runs = []
-    for estimator in ("diagonal", "diagonal_loop"):
-        cfg = small_cfg(FISHER__ESTIMATOR=estimator)
+    for estimator, kind in (
+        ("diagonal", "features"),
+        ("diagonal_loop", "features"),
+        ("diagonal_loop", "night"),
+    ):
+        cfg = small_cfg(FISHER__ESTIMATOR=estimator, FISHER__PERTURB__KIND=kind)
         runs.append(FakeRun(cfg, build_tuning_method(cfg), (48, 64)))
-    batch, loop = (step_flops(run, "estimation")[0] for run in runs)
+    batch, loop, by_images = (step_flops(run, "estimation")[0] for run in runs)
     model = runs[0].model("estimation")
     runs[0].enter_end("estimation", model)
     step = runs[0].one_pass("estimation", model, torch.device("meta"))
     forward = count_flops(step.loss, step.wanted).forward
     assert loop - batch == pytest.approx(forward, rel=0.01)
+    assert by_images == batch  # a shift of the images draws nothing in the model
 
 
 def test_expensive_operators_without_a_formula_are_named():

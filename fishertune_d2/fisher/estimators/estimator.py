@@ -25,7 +25,8 @@ class Cost:
         extra: further numbers that exist at the end of a forward pass.
         passes: forward and backward passes over each batch.
         images: number of images in a pass; None for the whole batch.
-        draws: forward passes without gradients over each batch on x', which draw its shift.
+        draws: forward passes without gradients over each batch on x', which draw its shift, if
+            the shift is drawn in the model.
     """
 
     kept: int = 1
