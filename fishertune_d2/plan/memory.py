@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fishertune_d2.fisher import Candidate, Cost
+from fishertune_d2.modeling.frozen import fixed_parts
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Memory:
     step only after the next forward pass.
 
     Attributes:
-        weights: the model's parameters and buffers, and those that its tuning method has added.
+        weights: the model's parameters and buffers, those that its tuning method has added, and the
+            copy of its public weights that a text head may compare with.
         gradients: the gradients of the parameters that the optimizer updates.
         optimizer: the optimizer's state.
         activations: the tensors that autograd keeps for the backward pass, each storage once.
@@ -49,13 +51,13 @@ def held_bytes(value: object) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Counts parameters and buffers."""
-    return _bytes([*model.parameters(), *model.buffers()])
+    """Counts parameters and buffers, and those of copies with public weights."""
+    return _bytes(_weights(model))
 
 
 def saved_bytes(model: nn.Module, loss: Callable[[], object]) -> int:
     """Counts the bytes that autograd saves for the backward pass, without the model's weights."""
-    own = {_key(each) for each in [*model.parameters(), *model.buffers()]}
+    own = {_key(each) for each in _weights(model)}
     alive: WeakSet[_Saved] = WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
@@ -70,6 +72,12 @@ def saved_bytes(model: nn.Module, loss: Callable[[], object]) -> int:
     total = _bytes(saved.tensor for saved in alive)
     del graph
     return total
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    # A public copy is no part of its module's parameters.
+    modules = [model, *fixed_parts(model)]
+    return [each for module in modules for each in (*module.parameters(), *module.buffers())]
 
 
 class _Saved:

@@ -157,6 +157,17 @@ def test_the_plan_counts_no_gradient_of_the_text_tower(text_cfg, method):
     assert gradients == 4 * trained if method == "full" else gradients < 4 * trained
 
 
+def test_the_plan_counts_the_public_copy_of_the_image_tower(text_cfg):
+    cfg = text_cfg(TUNING__METHOD="freeze")
+    features = [name for name in cfg.MODEL.VFM.OUT_FEATURES if name != "clip_global_frozen"]
+    without = ["MODEL.VFM.OUT_FEATURES", features, "MODEL.TEXT.VISION_WEIGHT", 0.0]
+    one, other = (make_plan(each).stages for each in (cfg, changed(cfg, without)))
+    copy = sum(p.nbytes for p in Trainer.build_model(cfg).backbone.vit.parameters())
+    assert [stage.name for stage in one] == ["warmup", "tuning"]
+    for stage, less in zip(one, other, strict=True):
+        assert stage.memory.weights - less.memory.weights == copy > 0
+
+
 def test_a_run_needs_the_names_of_its_classes(text_cfg):
     with pytest.raises(ValueError, match="MODEL.TEXT.CLASSES has 2 names"):
         Trainer(text_cfg(MODEL__TEXT__CLASSES=["sky", "road"]))
