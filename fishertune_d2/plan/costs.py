@@ -9,6 +9,7 @@ from fishertune_d2.engine.checkpoint import PERIODIC
 from fishertune_d2.engine.evaluation_hook import BEST
 from fishertune_d2.engine.parameter_counts import count_parameters, count_tuned
 from fishertune_d2.engine.start_check import require_possible
+from fishertune_d2.engine.trainer import Trainer
 from fishertune_d2.fisher import KINDS, Cost, find_candidates
 from fishertune_d2.modeling.segmentor import VFMSegmentor
 from fishertune_d2.tuning import build_tuning_method
@@ -63,7 +64,8 @@ def make_plan(cfg: CfgNode) -> Plan:
     """Plans a config without weights, without data, and without the device that it names.
 
     Args:
-        cfg: the config. Detectron2 and the model raise their own errors if they cannot use it.
+        cfg: the config, which is scaled to one process by SOLVER.REFERENCE_WORLD_SIZE, as in
+            training. Detectron2 and the model raise their own errors if they cannot use it.
 
     Returns:
         The plan.
@@ -71,6 +73,7 @@ def make_plan(cfg: CfgNode) -> Plan:
     Raises:
         ValueError: if nothing is trained, or the method computes with operators that need values.
     """
+    cfg = Trainer.auto_scale_workers(cfg, 1)
     require_possible(cfg)
     size = tuple(cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else cfg.MODEL.VFM.IMG_SIZE)
     method = build_tuning_method(cfg)

@@ -70,6 +70,14 @@ def test_a_run_goes_through_the_stages_it_must(runs):
         assert runs(TUNING__METHOD=method) == {"warmup": 3, "tuning": 4}
 
 
+def test_a_config_for_four_processes_is_planned_as_one_process_trains_it(small_cfg):
+    own = {"TUNING__METHOD": "freeze", "SOLVER__MAX_ITER": 6, "TUNING__WARMUP_ITERS": 2}
+    cfg = small_cfg(**own, SOLVER__IMS_PER_BATCH=4, SOLVER__REFERENCE_WORLD_SIZE=4)
+    stages = [(each.name, each.steps, each.images) for each in make_plan(cfg).stages]
+    assert stages == [("warmup", 8, 1), ("tuning", 16, 1)]
+    assert cfg.SOLVER.MAX_ITER == 6
+
+
 def test_a_run_that_trains_nothing_is_refused(small_cfg):
     own = {"SOLVER__MAX_ITER": 3, "TUNING__WARMUP_ITERS": 3, "TUNING__WARMUP_CHECKPOINT": "w.pth"}
     with pytest.raises(ValueError, match="MAX_ITER is 3: nothing is trained"):
