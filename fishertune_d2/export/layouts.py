@@ -72,8 +72,7 @@ def write_timm(model: TunedModel, folder: Path) -> None:
         "model_args": backbone.timm_args,
         "pretrained_cfg": {
             "tag": tag,
-            # A ConvNeXt takes no size as an argument.
-            "input_size": [3, *backbone.timm_args.get("img_size", model.architecture.img_size)],
+            **_input_size(backbone.timm_args),
             "fixed_input_size": False,
             "mean": [value / 255 for value in mean],
             "std": [value / 255 for value in std],
@@ -174,6 +173,11 @@ def write_detectron2(model: TunedModel, folder: Path) -> None:
         (folder / "config.yaml").write_text(cfg.dump())
     with whole_file(folder / "model.pth") as temporary:
         torch.save({"model": vit | model.decoder, **model.record}, temporary)
+
+
+def _input_size(timm_args: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The size of the images for which positions are stored; a ConvNeXt has none."""
+    return {"input_size": [3, *timm_args["img_size"]]} if "img_size" in timm_args else {}
 
 
 def _is_dinov2(timm_name: str) -> bool:

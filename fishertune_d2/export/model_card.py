@@ -145,10 +145,12 @@ class ModelCard:
             "backbone": f"{architecture.vfm}, timm's `{architecture.timm_name}`",
             "public weights": vfm.source,
             "licence of the public weights": vfm.licence,
-            "image size": " x ".join(map(str, architecture.img_size)) + " pixels (height x width)",
-            "patch size": f"{architecture.patch_size} pixels",
-            **self.facts,
         }
+        # A ConvNeXt has no size, whatever MODEL.VFM.IMG_SIZE says.
+        if "img_size" in vfm.family.timm_args(architecture.img_size, architecture.patch_size):
+            height, width = architecture.img_size
+            facts["image size"] = f"{height} x {width} pixels (height x width)"
+        facts |= {"patch size": f"{architecture.patch_size} pixels", **self.facts}
         method = self.facts.get("tuning method")
         parts = [
             _MARK,

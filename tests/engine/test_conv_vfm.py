@@ -1,5 +1,6 @@
 """A ConvNeXt as the VFM of the real trainer: methods, plan, export and evaluation."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,10 @@ def test_a_run_is_exported_reported_and_built_again(tiny_cfg, tmp_path, run_card
     assert not model.untrained
     export(["plain", cfg.OUTPUT_DIR, "--output", str(tmp_path / "timm")])
     got = run_card(tmp_path / "timm")["backbone"]
+    # MODEL.VFM.IMG_SIZE, which a ConvNeXt does not read, is no fact of it.
+    assert "image size" not in (tmp_path / "timm/README.md").read_text()
+    config = json.loads((tmp_path / "timm/config.json").read_text())
+    assert "input_size" not in config["pretrained_cfg"]
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = trainer.backbone.vit.cpu().forward_features(image)

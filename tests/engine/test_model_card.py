@@ -44,6 +44,7 @@ def test_a_card_has_the_facts_and_the_scores_of_the_run(run, public, run_card):
     expected = {
         "backbone": "tiny, timm's `test_vit.r160_in1k`",
         "licence of the public weights": "Apache-2.0",
+        "image size": "48 x 64 pixels (height x width)",
         "tuning method": "fishertune",
         "tuned weights of the backbone": f"{tuned:,} of {whole:,} ({100 * tuned / whole:.2f} %)",
         "training data": "tiny_day (6 images)",
