@@ -31,7 +31,7 @@ def rewrite(text: str, costs: str) -> str:
     Raises:
         ValueError: If the head has no line "# Tunes: ..." or "# Adds: ...".
     """
-    text = re.sub(r"^# Costs, .*?(?=^# Expected)", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^# Costs, .*?(?=^# [A-Z][a-z ]*:)", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = "\n".join(f"# {line}" for line in textwrap.wrap(costs, width=98))
     above = re.compile(r"^(# (?:Tunes|Adds): .*\n)", flags=re.MULTILINE)
     text, found = above.subn(rf"\g<1>{lines}\n", text)

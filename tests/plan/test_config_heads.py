@@ -27,6 +27,17 @@ def test_costs_are_those_of_the_plan():
     assert _costs(path) == summary(plan_of_config), "run tools/config_costs.py"
 
 
+def test_new_costs_replace_the_old_ones_alone(monkeypatch):
+    monkeypatch.syspath_prepend(CONFIGS.parent / "tools")
+    from config_costs import rewrite
+
+    text = (CONFIGS / "soma_dinov2.yaml").read_text()
+    assert "# Learning rate: " in text
+    changed = rewrite(text, "Costs, with 1 image: 2 TFLOP.")
+    old = re.search(r"^# Costs, .*?(?=^# Learning)", text, re.M | re.S)[0]
+    assert changed == text.replace(old, "# Costs, with 1 image: 2 TFLOP.\n")
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_costs_are_stated_for_the_batch_and_the_size_of_the_config(path):
     cfg, costs = read_config(str(path)), _costs(path)
