@@ -50,7 +50,7 @@ def _tables(page: str) -> list[list[list[str]]]:
 def test_the_page_is_what_the_command_writes():
     page = TOOL["page"](RESULTS)
     assert (ROOT / "MODEL_ZOO.md").read_text() == page, "run python tools/model_zoo.py"
-    assert len(page.splitlines()) < 150
+    assert len(page.splitlines()) < 200  # a line for each model
     assert {table.stem for table in RESULTS.glob("*.jsonl")} == TOOL["STUDIES"].keys()
 
 

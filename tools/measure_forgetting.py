@@ -119,8 +119,8 @@ def main() -> None:
         measured = measure(args.runs, args.data, args.images)
         result = {"data": args.data, "images": args.images, "models": measured}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-        draw_forgetting(measured, args.output.with_suffix(".png"))
-        print(table_of(measured))
+        draw_forgetting(result, args.output.with_suffix(".png"))
+        print(table_of(result))
 
 
 if __name__ == "__main__":

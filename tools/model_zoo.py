@@ -54,6 +54,10 @@ STUDIES = {
         "20 % over 900 iterations",
         "tables.md#do-a-larger-share-and-900-iterations-close-the-gap",
     ),
+    "curves_streets": (
+        "Rates for long training on the scenes",
+        "when.md#does-a-longer-training-change-the-order",
+    ),
     "units": ("Neurons", "selection.md#are-neurons-as-good-as-single-weights"),
 }
 
@@ -153,8 +157,12 @@ def section(models: Sequence[Model]) -> str:
     headers = ["setting", "method", "rate", "steps", "seeds", "weights tuned", *sets]
     lines = [model.line for model in models]
     table = markdown_table(lines, headers)
+    sizes = {tuple(size) for size in every[0].protocol.get("test_size", {}).values() if size}
     if protocol:
         table = f"Protocol: `{protocol}`.\n\n{table}"
+    elif sizes:
+        words = " or ".join(f"{width} x {height}" for width, height in sorted(sizes))
+        table = f"No named protocol: test images of {words} pixels.\n\n{table}"
     return f"## `{vfm}`, trained on {', '.join(train)}: {', '.join(sets)}\n\n{table}"
 
 

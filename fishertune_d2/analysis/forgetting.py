@@ -1,11 +1,16 @@
 """Measures how far tuning moves a backbone's features, and how well they separate classes.
 
+python -m fishertune_d2.analysis.forgetting forgetting.json
+
+The command draws again what tools/measure_forgetting.py measured.
+
 Shapes: n patches, m other patches, D and E channels, C classes, (h, w) patches of p x p pixels,
 (H, W) pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from fishertune_d2.analysis.figures import draw_json_file
 from fishertune_d2.analysis.statistics import markdown_table
 
 IGNORED = -1
@@ -126,21 +132,21 @@ def _mean_over_classes(found: Tensor, classes: Tensor) -> float:
     )
 
 
-def table_of(measured: Sequence[Mapping]) -> str:
+def table_of(measured: Mapping[str, Any]) -> str:
     """Formats a Markdown table of what ``tools/measure_forgetting.py`` measured.
 
     Args:
-        measured: for each model its ``name``, ``cka`` by block, and ``accuracy``: by data set the
-            shares ``probe`` and ``neighbours``.
+        measured: ``models``, each with its ``name``, ``cka`` by block, and ``accuracy``: by data
+            set the shares ``probe`` and ``neighbours``.
 
     Returns:
         A line for each model, in percent, with the similarity in the middle and the last block.
     """
     headers = ["backbone", "CKA, middle", "CKA, last"]
-    for name in measured[0]["accuracy"]:
+    for name in measured["models"][0]["accuracy"]:
         headers += [f"{name}, probe", f"{name}, neighbours"]
     lines = []
-    for each in measured:
+    for each in measured["models"]:
         shares = [share for found in each["accuracy"].values() for share in found.values()]
         similar = (each["cka"][len(each["cka"]) // 2 - 1], each["cka"][-1])
         numbers = [f"{value:.3f}" for value in similar] + [f"{100 * s:.1f}" for s in shares]
@@ -148,7 +154,7 @@ def table_of(measured: Sequence[Mapping]) -> str:
     return markdown_table(lines, headers)
 
 
-def draw_forgetting(measured: Sequence[Mapping], path: Path) -> None:
+def draw_forgetting(measured: Mapping[str, Any], path: Path) -> None:
     """Draws what ``tools/measure_forgetting.py`` measured.
 
     Args:
@@ -157,10 +163,11 @@ def draw_forgetting(measured: Sequence[Mapping], path: Path) -> None:
     """
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     similarity, accuracy = figure.subplots(1, 2)
-    names = list(measured[0]["accuracy"])
-    for number, each in enumerate(measured):
+    models = measured["models"]
+    names = list(models[0]["accuracy"])
+    for number, each in enumerate(models):
         (line,) = similarity.plot(each["cka"], marker=".", label=each["name"])
-        places = np.arange(len(names)) + (number - (len(measured) - 1) / 2) * 0.6 / len(measured)
+        places = np.arange(len(names)) + (number - (len(models) - 1) / 2) * 0.6 / len(models)
         for kind, face in (("probe", line.get_color()), ("neighbours", "none")):
             shares = [100 * found[kind] for found in each["accuracy"].values()]
             style = {"edgecolor": line.get_color(), "facecolor": face}
@@ -169,7 +176,11 @@ def draw_forgetting(measured: Sequence[Mapping], path: Path) -> None:
         xlabel="block", ylabel="similarity to the public backbone (CKA)", ylim=(None, 1.01)
     )
     accuracy.set(xticks=range(len(names)), ylabel="accuracy of the features in %")
-    accuracy.set_xticklabels(names, fontsize=8)
+    accuracy.set_xticklabels(names, fontsize=8, rotation=20, ha="right")
     accuracy.set_title("filled: linear probe; hollow: nearest neighbours", fontsize=9)
     figure.legend(*similarity.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    draw_json_file(__doc__, draw_forgetting)

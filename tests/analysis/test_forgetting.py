@@ -1,5 +1,8 @@
 """Measures of forgetting against closed forms and scikit-learn."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -99,10 +102,12 @@ def test_features_without_a_class_are_at_chance():
     assert probe_accuracy(*noise) == pytest.approx(1 / 3, abs=0.08)
 
 
-MEASURED = [
-    {"name": name, "cka": cka, "accuracy": {"day": {"probe": probe, "neighbours": probe / 2}}}
-    for name, cka, probe in (("full", [1.0, 0.5, 0.4, 0.2], 0.7), ("freeze", [1.0] * 4, 0.62))
-]
+MEASURED = {
+    "models": [
+        {"name": name, "cka": cka, "accuracy": {"day": {"probe": probe, "neighbours": probe / 2}}}
+        for name, cka, probe in (("full", [1.0, 0.5, 0.4, 0.2], 0.7), ("freeze", [1.0] * 4, 0.62))
+    ]
+}
 
 
 def test_the_table_has_the_middle_and_the_last_block():
@@ -114,6 +119,12 @@ def test_the_table_has_the_middle_and_the_last_block():
         ["full", "0.500", "0.200", "70.0", "35.0"],
         ["freeze", "1.000", "1.000", "62.0", "31.0"],
     ]
+
+
+def test_the_page_has_the_committed_numbers():
+    results = Path(__file__).resolve().parents[2] / "docs/results"
+    measured = json.loads((results / "forgetting.json").read_text())
+    assert table_of(measured) in (results / "when.md").read_text()
 
 
 def test_the_figure_is_written(tmp_path):

@@ -1,4 +1,4 @@
-"""The tables in docs/results/tables.md and selection.md are those that their commands write."""
+"""The tables in docs/results/ are those that their commands write."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ def _commands(page: str, program: str) -> list[str]:
 
 REPORTS = [
     (page, command)
-    for page in ("tables.md", "selection.md")
+    for page in ("tables.md", "selection.md", "when.md")
     for command in _commands(page, "bench")
     if "--report" in command
 ]
