@@ -12,6 +12,9 @@ import numpy as np
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package need not be installed
+
+from fishertune_d2.analysis.real_shift import shared_seeds  # noqa: E402
 
 
 def tables(folder: Path) -> None:
@@ -173,11 +176,7 @@ def _real_shift(measured: dict) -> None:
     another one for all of its seeds if it has more.
     """
     rows = measured["rows"]
-    seeds_of: dict[str, list[int]] = {}
-    for row in rows:
-        if row["x"] == "same":
-            seeds_of.setdefault(row["shift"], []).append(row["seed"])
-    shared = set.intersection(*map(set, seeds_of.values()))
+    shared = shared_seeds(rows)
     for key, words in (("overlap", "in common"), ("spearman", "Spearman")):
         found: dict[tuple, dict[str, dict[int, float]]] = {}
         for row in rows:

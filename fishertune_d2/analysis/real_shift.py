@@ -3,7 +3,7 @@
 python -m fishertune_d2.analysis.real_shift real_shift.json
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,22 @@ LINES = {
 }
 
 
+def shared_seeds(rows: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Finds the seeds that all shifts have, so that their means compare.
+
+    Args:
+        rows: see :func:`draw_real_shift`.
+
+    Returns:
+        The seeds, from the rows where the real shift's F(x) is from the same images.
+    """
+    seeds_of: dict[str, set[int]] = {}
+    for row in rows:
+        if row["x"] == "same":
+            seeds_of.setdefault(row["shift"], set()).add(row["seed"])
+    return set.intersection(*seeds_of.values())
+
+
 def draw_real_shift(measured: Mapping[str, Any], path: Path) -> None:
     """Draws bars for the simulated shifts, and lines for the ceiling, the controls and chance.
 
@@ -32,14 +48,10 @@ def draw_real_shift(measured: Mapping[str, Any], path: Path) -> None:
             seeds that all shifts have, because means over other seeds do not compare.
         path: the PNG to write.
     """
-    rows = [row for row in measured["rows"] if row["x"] == "same"]
-    seeds_of: dict[str, set[int]] = {}
-    for row in rows:
-        seeds_of.setdefault(row["shift"], set()).add(row["seed"])
-    shared = set.intersection(*seeds_of.values())
+    shared = shared_seeds(measured["rows"])
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in rows:
-        if row["seed"] in shared:
+    for row in measured["rows"]:
+        if row["x"] == "same" and row["seed"] in shared:
             panel = found.setdefault((row["unit"], f"{row['score']}, rho {row['rho']}"), {})
             panel.setdefault(row["shift"], []).append(100 * row["overlap"])
     units = list(dict.fromkeys(unit for unit, _ in found))

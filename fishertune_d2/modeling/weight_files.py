@@ -159,8 +159,7 @@ def read_with_notes(path: Path) -> tuple[StateDict, dict[str, Any]]:
     notes: dict[str, Any] = {}
     state: Any
     try:
-        # safetensors begins with the length of a JSON header in 8 bytes, and then the header.
-        if start[5:9] == b"\0\0\0{":
+        if _is_safetensors(start):
             state = load_file(path)
         elif is_torchscript(path):
             state = read_torchscript(path)
@@ -211,11 +210,16 @@ def mention_averages(names: Iterable[Any], taken: str) -> None:
         )
 
 
+def _is_safetensors(start: bytes) -> bool:
+    # The length of a JSON header in 8 bytes, and then the header.
+    return start[5:9] == b"\0\0\0{"
+
+
 def _first_bytes(path: Path) -> bytes:
     """Returns a file's first 64 bytes; refuses an empty file and files of other known kinds."""
     with open(path, "rb") as file:
         start = file.read(64)
-    if start[5:9] == b"\0\0\0{":  # of safetensors, whose first byte may be any, such as "<"
+    if _is_safetensors(start):  # whose first byte may be any, such as "<"
         return start
     if not start.strip():
         raise ValueError(f"cannot read weights from {path}: it is empty: download it again")

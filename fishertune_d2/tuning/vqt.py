@@ -13,10 +13,10 @@ projection of the summary to every place. Therefore each of the four maps of the
     map + W mean(query outputs of the blocks after the previous tapped one, up to this one)
 
 with one W for all maps, without bias, and 0 at first. If the decoder reads fewer maps, each gets
-the blocks after the map before it. The mean over the tokens of a block is an
-option of the authors. The mean over blocks, W and its place are ours. So is the number of queries:
-no number of queries alone makes the paper's 3.01 M (122 make 3.00 M, 123 make 3.02 M); 80 queries
-and W make 3.01 M on a ViT-L.
+the blocks after the map before it. The mean over the tokens of a block is an option of the authors.
+The mean over blocks, W and its place are ours. So is the number of queries: no number of queries
+alone makes the paper's 3.01 M (122 make 3.00 M, 123 make 3.02 M); 80 queries and W make 3.01 M on a
+ViT-L.
 
 Shapes: B images, N tokens (prefix tokens, then patches), n queries, D channels.
 """
@@ -73,7 +73,7 @@ class Queries(Prompts):
     ) -> dict[str, Tensor]:
         """Adds the summaries to the maps of blocks, (B, D, h, w) each, and to no others."""
         enriched, first = dict(maps), 0
-        for names, tap in zip(zip(PYRAMID, BLOCKS, strict=True), self.taps, strict=True):
+        for *names, tap in zip(PYRAMID, BLOCKS, self.taps, strict=True):
             read = [name for name in names if name in maps]
             if not read:
                 continue
